@@ -1,0 +1,217 @@
+"""The YAML configuration: members, ensembles, matrices, scheduler, server. Floor 0: no torch.
+
+Invariants: unknown keys are refused; every reference (an ensemble's members, its main) resolves; relative
+paths are taken from the folder of the file. It does not know which fusions exist or what options they take:
+`factory.py` checks those against the registry and reports the same way.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from ensemble_core.errors import ConfigError
+
+_SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*(B|KB|MB|GB|TB|KIB|MIB|GIB|TIB)\s*$", re.IGNORECASE)
+_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+Weight = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
+
+
+def parse_size(text: str | int) -> int:
+    """Bytes of a size such as `2GiB`, `500 MB` or a plain number of bytes. Raises ValueError."""
+    if isinstance(text, int):
+        return text
+    match = _SIZE.match(text)
+    if match is None:
+        raise ValueError(f"{text!r} is not a size; write a number and a unit, for example 2GiB or 500MB")
+    return int(float(match[1]) * _UNITS[match[2].upper()])
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class MemberConfig(_Section):
+    """One resident model."""
+
+    model: str = Field(min_length=1, description="Hub id, folder, or demo:NAME (see `unisono pull`).")
+    revision: str | None = Field(None, description="Branch, tag or commit on the hub; ignored by folders.")
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
+        "auto", description="Weights and cache. auto: what the checkpoint was saved in."
+    )
+    device: str = Field("auto", description="cpu, cuda, cuda:1, ... auto: the first GPU, else the CPU.")
+    device_map: str | dict[str, int | str] | None = Field(
+        None, description="accelerate's device map (auto, balanced, or module -> device). Excludes `device`."
+    )
+    max_memory: dict[int | str, str | int] | None = Field(
+        None, description="Device -> size for device_map: {0: 20GiB, cpu: 32GiB}."
+    )
+    kv_memory: int = Field(
+        2 * 2**30, ge=2**20, description="Size of this member's KV cache, for example 2GiB."
+    )
+    max_len: int = Field(
+        2048, ge=16, description="Longest sequence (prompt + completion) in this member's tokens."
+    )
+    chat_template: str | None = Field(
+        None, description="Jinja text, or a path to a .jinja file, in place of the tokenizer's own template."
+    )
+    trust_remote_code: bool = Field(False, description="Run Python code that comes with the checkpoint.")
+
+    @field_validator("kv_memory", mode="before")
+    @classmethod
+    def _size(cls, value: str | int) -> int:
+        return parse_size(value)
+
+    @model_validator(mode="after")
+    def _placement(self) -> MemberConfig:
+        if self.device_map is not None and self.device != "auto":
+            raise ValueError("device and device_map exclude each other; keep one of them")
+        if self.max_memory is not None and self.device_map is None:
+            raise ValueError("max_memory only acts with device_map; add `device_map: auto` or drop it")
+        return self
+
+
+class FusionConfig(_Section):
+    """Which strategy, and its options."""
+
+    name: str = Field("relative", description="A registered strategy: relative, ...")
+    options: dict[str, Any] = Field(default_factory=dict, description="Checked against the strategy's own.")
+
+
+class EnsembleConfig(_Section):
+    """A recipe: which members, how heavy, which of them is main, how they are fused."""
+
+    members: dict[Name, Weight] = Field(min_length=1, description="Member -> weight; scaled to sum to 1.")
+    main: Name = Field(description="The member whose vocabulary the output is sampled from.")
+    fusion: FusionConfig = Field(default_factory=lambda: FusionConfig(), description="How they are fused.")
+    mode: Literal["lockstep"] = Field("lockstep", description="lockstep: every member at every step.")
+
+    @model_validator(mode="after")
+    def _main_is_member(self) -> EnsembleConfig:
+        if self.main not in self.members:
+            raise ValueError(f"main {self.main!r} is not one of the members {sorted(self.members)}")
+        if sum(self.members.values()) <= 0.0:
+            raise ValueError("members: at least one weight must be greater than 0")
+        return self
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Member -> weight, main first, scaled to sum to 1."""
+        total = sum(self.members.values())
+        ordered = [self.main, *(name for name in self.members if name != self.main)]
+        return {name: self.members[name] / total for name in ordered}
+
+
+class MatricesConfig(_Section):
+    """Where transfer matrices lie and how `unisono build` makes them."""
+
+    folder: Path = Field(Path("../matrices"), description="Taken from the folder of this file.")
+    recipe: Literal["centred", "deepen"] = Field("centred", description="See docs/methods.md.")
+    top_k: int = Field(32, ge=1, description="Anchors kept per row.")
+    temperature: float = Field(20.0, gt=0.0, description="tau of the centred recipe.")
+    min_retained: float = Field(
+        0.2, ge=0.0, le=1.0, description="Median mass that the kept anchors must hold, else build refuses."
+    )
+
+
+class SchedulerConfig(_Section):
+    """Limits of the engine's loop."""
+
+    max_running: int = Field(32, ge=1, description="Sequences that decode at the same time.")
+    max_waiting: int = Field(256, ge=1, description="Waiting sequences; one more gets a 429.")
+    token_budget: int = Field(512, ge=1, description="Most tokens a member is fed in one step.")
+    num_candidates: int = Field(256, ge=2, description="K: candidates that each member answers with.")
+
+
+class ServerConfig(_Section):
+    """The HTTP edge."""
+
+    host: str = Field("127.0.0.1", description="Address to listen on; 0.0.0.0 for all.")
+    port: int = Field(8000, ge=0, le=65535, description="0 picks a free one.")
+    max_body_bytes: int = Field(4 * 2**20, ge=1024, description="Larger bodies get a 413.")
+    max_choices: int = Field(128, ge=1, description="Most prompts x n of one request.")
+    drain_seconds: float = Field(30.0, ge=0.0, description="At shutdown running requests get this long.")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Of our loggers.")
+
+    @field_validator("max_body_bytes", mode="before")
+    @classmethod
+    def _size(cls, value: str | int) -> int:
+        return parse_size(value)
+
+
+class Config(_Section):
+    """One file: everything a server (or the offline API) needs."""
+
+    members: dict[Name, MemberConfig] = Field(min_length=1, description="Resident models by name.")
+    ensembles: dict[Name, EnsembleConfig] = Field(default_factory=dict, description="Recipes by name.")
+    matrices: MatricesConfig = Field(default_factory=lambda: MatricesConfig())
+    scheduler: SchedulerConfig = Field(default_factory=lambda: SchedulerConfig())
+    server: ServerConfig = Field(default_factory=lambda: ServerConfig())
+
+    @model_validator(mode="after")
+    def _references(self) -> Config:
+        for name, ensemble in self.ensembles.items():
+            if name in self.members:
+                raise ValueError(f"ensembles.{name}: a member has this name already; rename one of them")
+            if unknown := sorted(set(ensemble.members) - set(self.members)):
+                raise ValueError(
+                    f"ensembles.{name}.members: {unknown} are not declared under members "
+                    f"(declared: {sorted(self.members)})"
+                )
+        return self
+
+
+def load_config(path: str | Path) -> Config:
+    """Read and check a YAML file; relative paths in it are resolved against its folder.
+
+    Raises ConfigError with one line per wrong field: its path, what is wrong, what was given.
+    """
+    path = Path(path)
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}); pass --config FILE") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from error
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path}: expected sections (members, ensembles, ...), found {type(raw).__name__}")
+    try:
+        config = Config.model_validate(raw)
+    except ValidationError as error:
+        raise ConfigError(f"{path}: " + "; ".join(_lines(error))) from error
+    return _resolve_paths(config, path.resolve().parent)
+
+
+def _lines(error: ValidationError) -> list[str]:
+    return [_line(item["loc"], item["msg"], item["input"]) for item in error.errors(include_url=False)]
+
+
+def _line(location: tuple[int | str, ...], message: str, given: object) -> str:
+    where = ".".join(str(part) for part in location) or "(top level)"
+    message = message.removeprefix("Value error, ")
+    if isinstance(given, dict | list):
+        return f"{where}: {message}"
+    return f"{where}: {message} (given: {given!r})"
+
+
+def _resolve_paths(config: Config, folder: Path) -> Config:
+    matrices = config.matrices.model_copy(update={"folder": (folder / config.matrices.folder).resolve()})
+    members = {
+        name: member.model_copy(update={"model": _resolve_model(member.model, folder)})
+        for name, member in config.members.items()
+    }
+    return config.model_copy(update={"matrices": matrices, "members": members})
+
+
+def _resolve_model(model: str, folder: Path) -> str:
+    """A path that starts with . or ~ is a folder; everything else is left to the hub or the demo store."""
+    if model.startswith((".", "~")):
+        return str((folder / Path(model).expanduser()).resolve())
+    return model

@@ -1,0 +1,1 @@
+"""Requests in flight: parameters, sequences, scheduling, the step, sampling."""

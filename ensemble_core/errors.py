@@ -1,0 +1,60 @@
+"""The one tree of errors.
+
+Every error that a user can cause or must act on is a `UnisonoError`: its message names the field, what was
+given, what is allowed and what to do. This file knows nothing of HTTP; `server/errors.py` maps the tree to
+statuses.
+"""
+
+from __future__ import annotations
+
+
+class UnisonoError(Exception):
+    """Root of all errors that Unisono raises on purpose."""
+
+
+class ConfigError(UnisonoError):
+    """A configuration file that cannot be used. The message carries the path of the field."""
+
+
+class InvalidRequestError(UnisonoError):
+    """A request that cannot be served as it stands. `param` names the offending field."""
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+class ModelNotFoundError(UnisonoError):
+    """The request names a model that is neither an ensemble nor a member."""
+
+
+class QueueFullError(UnisonoError):
+    """The bounded queue of waiting requests is full; the client should come back later."""
+
+
+class NotReadyError(UnisonoError):
+    """The engine is loading, draining or dead and cannot take a request now."""
+
+
+class MemberError(UnisonoError):
+    """A member failed while it worked on a request. Other requests go on."""
+
+    def __init__(self, member: str, message: str) -> None:
+        super().__init__(f"member {member!r}: {message}")
+        self.member = member
+
+
+class CheckpointError(UnisonoError):
+    """Model files are missing, damaged, or could not be fetched."""
+
+
+class UnsupportedModelError(UnisonoError):
+    """A model (or its tokenizer) that cannot work as a member, with the reason."""
+
+
+class TransferMatrixError(UnisonoError):
+    """A transfer matrix that is missing, damaged, or made for other vocabularies."""
+
+
+class UnknownStrategyError(UnisonoError):
+    """A name that no registered strategy has; the message lists those that exist."""

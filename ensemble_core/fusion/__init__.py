@@ -1,0 +1,1 @@
+"""Strategies that make one distribution out of several."""

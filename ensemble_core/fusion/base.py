@@ -1,0 +1,104 @@
+"""The contract of a fusion, and the registry of fusions.
+
+A fusion is a pure function over candidates: batched, without autograd, without state, without knowledge of
+requests. Row 0 of the members is always main.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+import torch
+from pydantic import BaseModel, ValidationError
+from torch import Tensor
+
+from ensemble_core.errors import ConfigError, UnknownStrategyError
+from ensemble_core.members.base import Candidates
+from ensemble_core.text.vocabulary import Vocabulary
+from ensemble_core.transfer.matrix import TransferMatrix
+
+
+@dataclass(frozen=True, slots=True)
+class Fused:
+    """A distribution over main's vocabulary on a closed support, and the mass left outside it.
+
+    Within a row an id may stand twice; all but one of its entries then carry -inf.
+    """
+
+    token_ids: Tensor  # (B, S) int64, main's ids
+    logprobs: Tensor  # (B, S) float32; exp sums to 1 - exp(tail) in each row
+    tail: Tensor  # (B,) float32, log-mass outside the support
+    unmapped: Tensor  # (B, M) float32, each member's mass that found no place in the shared space
+
+
+class Fusion(Protocol):
+    """`fuse(candidates of main and assistants, weights) -> Fused`."""
+
+    name: str
+
+    def fuse(self, candidates: Sequence[Candidates], weights: Tensor) -> Fused:
+        """Fuse M members' candidates of B rows each.
+
+        candidates: M entries of B rows, main first. weights: (B, M) float32, rows sum to 1.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class FusionSpace:
+    """What the members of an ensemble look like to a fusion, main first."""
+
+    vocabularies: Sequence[Vocabulary]
+    matrices: Callable[[], Sequence[TransferMatrix]]  # loaded on demand: not every fusion needs them
+    device: torch.device
+
+
+Options = TypeVar("Options", bound=BaseModel)
+_Factory = Callable[[FusionSpace, Any], Fusion]
+_REGISTRY: dict[str, tuple[type[BaseModel], _Factory]] = {}
+
+
+def register(
+    name: str, options: type[Options]
+) -> Callable[[Callable[[FusionSpace, Options], Fusion]], Callable[[FusionSpace, Options], Fusion]]:
+    """Class decorator: make a fusion known under `name`, with its pydantic model of options."""
+
+    def decorate(factory: Callable[[FusionSpace, Options], Fusion]) -> Callable[[FusionSpace, Options], Fusion]:
+        _REGISTRY[name] = (options, factory)
+        return factory
+
+    return decorate
+
+
+def registered() -> list[str]:
+    """The names of all fusions, sorted."""
+    return sorted(_REGISTRY)
+
+
+def parse_options(name: str, options: dict[str, Any], where: str) -> BaseModel:
+    """Check a fusion's options; `where` is the path of the field, for the message.
+
+    Raises UnknownStrategyError for an unknown name, ConfigError for wrong options.
+    """
+    if name not in _REGISTRY:
+        raise UnknownStrategyError(f"{where}.name: unknown fusion {name!r}; known are {registered()}")
+    try:
+        return _REGISTRY[name][0].model_validate(options)
+    except ValidationError as error:
+        parts = [
+            f"{where}.options.{'.'.join(map(str, item['loc']))}: {item['msg']} (given: {item['input']!r})"
+            for item in error.errors(include_url=False)
+        ]
+        raise ConfigError("; ".join(parts)) from error
+
+
+def build_fusion(name: str, options: BaseModel, space: FusionSpace) -> Fusion:
+    """Instantiate a registered fusion with options from `parse_options`."""
+    return _REGISTRY[name][1](space, options)
+
+
+def single(candidates: Candidates) -> Fused:
+    """One member alone passes through untouched."""
+    unmapped = torch.zeros(len(candidates), 1, device=candidates.tail.device)
+    return Fused(candidates.token_ids, candidates.logprobs, candidates.tail, unmapped)

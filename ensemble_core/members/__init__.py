@@ -1,0 +1,1 @@
+"""Resident language models behind one small protocol."""

@@ -1,0 +1,95 @@
+"""The contract between the engine and a member.
+
+It is small enough that a thread, another GPU, another process or another host can stand behind it. Nothing
+here knows transformers, caches, scheduling or fusion.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ensemble_core.text.vocabulary import Vocabulary
+
+
+@dataclass(frozen=True, slots=True)
+class Feed:
+    """One sequence's share of a forward.
+
+    token_ids: appended to what the member has cached of the sequence; never empty.
+    wanted: answer for the last `wanted` of them (0: a prefill chunk that is not the last).
+    also: for each wanted position, ids whose log-probabilities must be in the answer whatever their rank;
+        empty, or as long as `wanted`.
+    """
+
+    seq_id: int
+    token_ids: list[int]
+    wanted: int = 1
+    also: tuple[tuple[int, ...], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Candidates:
+    """What a member answers: for each wanted position its likeliest tokens, and the mass of the rest.
+
+    Rows follow the order of the feeds, and within a feed the order of its positions. The log-softmax behind
+    the numbers is taken over the member's full vocabulary. Ids asked for by `also` stand in the last columns
+    of their row if their rank did not bring them in; otherwise a row runs from likely to unlikely.
+    """
+
+    token_ids: Tensor  # (N, K) int64
+    logprobs: Tensor  # (N, K) float32, exact
+    tail: Tensor  # (N,) float32, log of the mass outside the K candidates; -inf where K is everything
+
+    def __len__(self) -> int:
+        return self.token_ids.shape[0]
+
+    def rows(self, indices: Sequence[int]) -> Candidates:
+        """The given rows, in the given order."""
+        if list(indices) == list(range(len(self))):
+            return self
+        index = torch.tensor(indices, dtype=torch.long, device=self.token_ids.device)
+        return Candidates(self.token_ids[index], self.logprobs[index], self.tail[index])
+
+    def to(self, device: torch.device) -> Candidates:
+        """The same candidates on `device`: a few KB a row."""
+        return Candidates(self.token_ids.to(device), self.logprobs.to(device), self.tail.to(device))
+
+
+class Member(Protocol):
+    """One resident language model with its own tokenizer and KV cache.
+
+    `num_pages` pages of `page_size` tokens hold the cache; a sequence holds whole pages. A forward over more
+    pages than are free is the scheduler's fault and trips an assertion.
+    """
+
+    name: str
+    vocabulary: Vocabulary
+    max_len: int
+    page_size: int
+    num_pages: int
+    device: torch.device
+
+    @property
+    def free_pages(self) -> int:
+        """Pages that no sequence holds."""
+
+    def forward(self, feeds: Sequence[Feed], top_k: int) -> Candidates:
+        """One packed pass over any mix of prefill, decode and verification.
+
+        Raises MemberError if the pass fails. A row whose logits are not finite comes back as NaN and harms no
+        other row.
+        """
+
+    def rollback(self, seq_id: int, length: int) -> None:
+        """Keep the first `length` cached tokens of a sequence."""
+
+    def release(self, seq_id: int) -> None:
+        """Give back all pages of a sequence; an unknown one is fine."""
+
+    def memory_bytes(self) -> dict[str, int]:
+        """Device -> bytes of weights and cache."""

@@ -1,0 +1,1 @@
+"""Bytes, tokens and text: the one currency between members."""

@@ -1,0 +1,1 @@
+"""Sparse transfer matrices: the relative representation of a member."""

@@ -1,0 +1,81 @@
+"""A transfer matrix in memory, and the anchors that its columns stand for.
+
+The relative representation of a member: a row per token, a column per anchor, rows sum to 1 (or to 0, for
+tokens that mean nothing to others, such as most control tokens). An anchor is a token that every member has,
+byte for byte, in sorted order; the class "end of text" (every member's stop ids together) is the last one.
+Nothing here knows files or fusions.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from ensemble_core.text.vocabulary import Vocabulary
+
+
+@dataclass(frozen=True, slots=True)
+class Anchors:
+    """The shared columns: sorted byte strings; one more column, the last, is "end of text"."""
+
+    tokens: tuple[bytes, ...]
+
+    def __len__(self) -> int:
+        return len(self.tokens) + 1
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 over the byte strings."""
+        digest = hashlib.sha256()
+        for token in self.tokens:
+            digest.update(len(token).to_bytes(4, "little"))
+            digest.update(token)
+        return digest.hexdigest()
+
+    def ids(self, vocabulary: Vocabulary) -> Tensor:
+        """(A,) int64: a member's own token for each anchor; for "end of text" its lowest stop id, else -1."""
+        own = [vocabulary.ids_by_bytes[token] for token in self.tokens]
+        return torch.tensor([*own, min(vocabulary.stop_ids, default=-1)])
+
+
+def common_anchors(vocabularies: Sequence[Vocabulary]) -> Anchors:
+    """Anchors of an ensemble: the byte strings that every vocabulary has as an ordinary token."""
+    shared = set(vocabularies[0].ids_by_bytes)
+    for vocabulary in vocabularies[1:]:
+        shared &= vocabulary.ids_by_bytes.keys()
+    return Anchors(tuple(sorted(shared)))
+
+
+@dataclass(frozen=True)
+class TransferMatrix:
+    """Rows padded to the widest: an unused entry has column 0 and value 0.
+
+    anchor_ids: the member's own token for each anchor (see `Anchors.ids`).
+    """
+
+    columns: Tensor  # (V, k) int32
+    values: Tensor  # (V, k) float16 or float32
+    anchor_ids: Tensor  # (A,) int64
+
+    @property
+    def num_anchors(self) -> int:
+        """A, "end of text" included."""
+        return self.anchor_ids.shape[0]
+
+    def rows(self, token_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Columns (..., k) int64 and values (..., k) float32 of the given tokens (...)."""
+        return self.columns[token_ids].long(), self.values[token_ids].float()
+
+    def to(self, device: torch.device) -> TransferMatrix:
+        """The same matrix on `device`."""
+        return TransferMatrix(self.columns.to(device), self.values.to(device), self.anchor_ids.to(device))
+
+    @cached_property
+    def row_mass(self) -> Tensor:
+        """(V,) float32: 1 for a row that says something, 0 for an empty one."""
+        return self.values.float().sum(dim=1)

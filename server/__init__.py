@@ -1,0 +1,1 @@
+"""The HTTP edge: routes, schemas, errors, metrics and the command line."""
