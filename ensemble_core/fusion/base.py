@@ -56,15 +56,16 @@ class FusionSpace:
 
 Options = TypeVar("Options", bound=BaseModel)
 _Factory = Callable[[FusionSpace, Any], Fusion]
+_Typed = Callable[[FusionSpace, Options], Fusion]
 _REGISTRY: dict[str, tuple[type[BaseModel], _Factory]] = {}
 
 
-def register(
-    name: str, options: type[Options]
-) -> Callable[[Callable[[FusionSpace, Options], Fusion]], Callable[[FusionSpace, Options], Fusion]]:
+def register(name: str, options: type[Options]) -> Callable[[_Typed[Options]], _Typed[Options]]:
     """Class decorator: make a fusion known under `name`, with its pydantic model of options."""
 
-    def decorate(factory: Callable[[FusionSpace, Options], Fusion]) -> Callable[[FusionSpace, Options], Fusion]:
+    def decorate(
+        factory: Callable[[FusionSpace, Options], Fusion],
+    ) -> Callable[[FusionSpace, Options], Fusion]:
         _REGISTRY[name] = (options, factory)
         return factory
 

@@ -15,6 +15,7 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
+from itertools import pairwise
 from typing import Any
 
 from tokenizers import Tokenizer
@@ -71,7 +72,7 @@ class Vocabulary:
     @cached_property
     def ids_by_bytes(self) -> dict[bytes, int]:
         """Bytes -> id of every ordinary token; of several with the same bytes the lowest id wins."""
-        ordinary = {}
+        ordinary: dict[bytes, int] = {}
         for token_id, token in enumerate(self.tokens):
             if token and token_id not in self.special_ids and token_id not in self.stop_ids:
                 ordinary.setdefault(token, token_id)
@@ -83,10 +84,10 @@ class Vocabulary:
 
         After all others, a space is where no token of this vocabulary can straddle.
         """
-        found = set()
+        found: set[str] = set()
         for token in self.tokens:
             text = token.decode("utf-8", "ignore")
-            found.update(a for a, b in zip(text, text[1:], strict=False) if b == " " and a.isalnum())
+            found.update(a for a, b in pairwise(text) if b == " " and a.isalnum())
         return frozenset(found)
 
 
@@ -100,8 +101,8 @@ def from_tokenizer(tokenizer: Any, size: int, stop_ids: Iterable[int], name: str
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise UnsupportedModelError(
-            f"member {name!r}: tokenizer {type(tokenizer).__name__} has no fast (tokenizers) form; save it with "
-            "a tokenizer.json and name that folder"
+            f"member {name!r}: tokenizer {type(tokenizer).__name__} has no fast (tokenizers) form; save it "
+            "with a tokenizer.json and name that folder"
         )
     spec = json.loads(backend.to_str())
     continuation = _continuation_tokenizer(spec)
