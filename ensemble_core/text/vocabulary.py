@@ -9,6 +9,7 @@ bytes of a text's tokens are the text. It does not know models, templates or how
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import re
@@ -71,11 +72,17 @@ class Vocabulary:
 
     @cached_property
     def ids_by_bytes(self) -> dict[bytes, int]:
-        """Bytes -> id of every ordinary token; of several with the same bytes the lowest id wins."""
+        """Bytes -> id of every ordinary token.
+
+        Of several ids with the same bytes (a letter and its byte-fallback token) the one stands that the
+        tokenizer itself writes, else the lowest.
+        """
         ordinary: dict[bytes, int] = {}
         for token_id, token in enumerate(self.tokens):
-            if token and token_id not in self.special_ids and token_id not in self.stop_ids:
-                ordinary.setdefault(token, token_id)
+            if not token or token_id in self.special_ids or token_id in self.stop_ids:
+                continue
+            if token not in ordinary or self.encode(token.decode("utf-8", "replace")) == [token_id]:
+                ordinary[token] = token_id
         return ordinary
 
     @cached_property
@@ -143,15 +150,15 @@ def prove(vocabulary: Vocabulary, name: str, samples: Iterable[str] = PROOF_SAMP
 
 def _continuation_tokenizer(spec: dict[str, Any]) -> Tokenizer:
     """The same tokenizer without what belongs to a text's beginning, and blind to control tokens."""
-    spec = json.loads(json.dumps(spec))
-    spec["post_processor"] = spec["truncation"] = spec["padding"] = None
-    spec["normalizer"] = _without_prepend(spec["normalizer"])
-    for part in _parts(spec["pre_tokenizer"], "pretokenizers"):
+    pre_tokenizer = copy.deepcopy(spec["pre_tokenizer"])
+    for part in _parts(pre_tokenizer, "pretokenizers"):
         if part["type"] == "Metaspace":
             part["prepend_scheme"] = "never"
         if part["type"] == "ByteLevel":
             part["add_prefix_space"] = False
-    tokenizer = Tokenizer.from_str(json.dumps(spec))
+    changed = {"pre_tokenizer": pre_tokenizer, "normalizer": _without_prepend(spec["normalizer"])}
+    dropped = {"post_processor": None, "truncation": None, "padding": None}
+    tokenizer = Tokenizer.from_str(json.dumps(spec | changed | dropped))
     tokenizer.encode_special_tokens = True
     return tokenizer
 
