@@ -1,0 +1,174 @@
+"""The command line: `unisono serve | build | pull | generate`.
+
+Heavy imports wait inside the commands, so that `unisono --help` is instant and so that the switches for
+progress bars are set before the libraries read them. An error of ours is one line on stderr and exit code 1.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Generator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ensemble_core.config import Config, load_config
+from ensemble_core.errors import UnisonoError
+
+if TYPE_CHECKING:
+    from ensemble_core.decoding.sampling_params import SamplingParams
+    from ensemble_core.llm import LLM
+
+app = typer.Typer(
+    help="Several language models answer as one.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+ConfigPath = Annotated[
+    Path, typer.Option("--config", "-c", envvar="UNISONO_CONFIG", help="The YAML file to work from.")
+]
+DEFAULT_CONFIG = Path("configs/demo.yaml")
+
+
+def main() -> None:
+    """Entry point of `unisono`."""
+    app()
+
+
+@contextmanager
+def _one_line_errors() -> Generator[None]:
+    """Turn an error of ours into one line and exit code 1."""
+    try:
+        yield
+    except UnisonoError as error:
+        message = " ".join(str(error).split())
+        typer.echo(f"unisono: {message}", err=True)
+        raise typer.Exit(1) from error
+
+
+def _say(line: str) -> None:
+    typer.echo(line, err=True)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"unisono {version('unisono')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _before(
+    _version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+def _load(path: Path) -> Config:
+    """The configuration, with logging set up as it says."""
+    from server import logs
+
+    config = load_config(path)
+    logs.configure(config.server.log_level)
+    return config
+
+
+@app.command()
+def serve(
+    config: ConfigPath = DEFAULT_CONFIG,
+    host: Annotated[str | None, typer.Option(help="In place of server.host.")] = None,
+    port: Annotated[
+        int | None, typer.Option(min=0, max=65535, help="In place of server.port; 0 picks a free one.")
+    ] = None,
+) -> None:
+    """Load the models and serve them over HTTP until a signal comes."""
+    with _one_line_errors():
+        settings = _load(config)
+        chosen = {name: value for name, value in (("host", host), ("port", port)) if value is not None}
+        server = settings.server.model_copy(update=chosen)
+
+        from ensemble_core.runtime import Runtime
+        from server.app import create_app
+        from server.metrics import PrometheusSink
+        from server.serving import serve as serve_app
+
+        metrics = PrometheusSink()
+        runtime = Runtime(settings.model_copy(update={"server": server}), metrics)
+        serve_app(create_app(runtime, server, metrics), runtime, server, _say)
+
+
+@app.command()
+def build(
+    config: ConfigPath = DEFAULT_CONFIG,
+    force: Annotated[bool, typer.Option("--force", help="Write matrices that retain too little, too.")] = False,
+    missing: Annotated[bool, typer.Option("--missing", help="Leave out those that are there and fit.")] = False,
+) -> None:
+    """Make the transfer matrices."""
+    with _one_line_errors():
+        settings = _load(config)
+
+        from ensemble_core.transfer.build import build_matrices
+
+        for report in build_matrices(settings, force=force, only_missing=missing):
+            typer.echo(str(report))
+
+
+@app.command()
+def pull(config: ConfigPath = DEFAULT_CONFIG) -> None:
+    """Fetch every member's files."""
+    with _one_line_errors():
+        settings = _load(config)
+
+        from ensemble_core.members import checkpoints
+
+        for name, folder in checkpoints.pull(settings):
+            typer.echo(f"{name}: {folder}")
+
+
+@app.command()
+def generate(
+    prompts: Annotated[list[str], typer.Argument(metavar="PROMPT...", help="One text or several.")],
+    config: ConfigPath = DEFAULT_CONFIG,
+    model: Annotated[str | None, typer.Option(help="An ensemble or a member; by default the first.")] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of each completion.")] = 64,
+    temperature: Annotated[float, typer.Option(min=0, max=2, help="0 takes the likeliest token.")] = 1.0,
+    seed: Annotated[int | None, typer.Option(help="Makes sampling reproducible.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="Ends a completion; may be repeated.")] = None,
+    stream: Annotated[bool, typer.Option("--stream", help="Print text as it comes.")] = False,
+) -> None:
+    """Continue prompts without a server."""
+    with _one_line_errors():
+        from ensemble_core.decoding.sampling_params import SamplingParams
+        from server import logs
+
+        params = SamplingParams(max_tokens, temperature, stop=tuple(stop or ()), seed=seed)
+        logs.configure("warning")
+
+        from ensemble_core.llm import LLM
+
+        (_print_stream if stream else _print_whole)(LLM(config), prompts, params, model)
+
+
+def _print_stream(llm: LLM, prompts: list[str], params: SamplingParams, model: str | None) -> None:
+    """One prompt after the other, text as it comes; an empty line between them."""
+    for rank, prompt in enumerate(prompts):
+        typer.echo("\n" * (rank > 0), nl=False)
+        for piece in llm.stream(prompt, params, model=model):
+            typer.echo(piece, nl=False)
+            sys.stdout.flush()
+        typer.echo()
+
+
+def _print_whole(llm: LLM, prompts: list[str], params: SamplingParams, model: str | None) -> None:
+    """All prompts in one batch; an empty line between their texts."""
+    completions = llm.generate(prompts, params, model=model)
+    typer.echo("\n\n".join(completion.text for completion in completions))

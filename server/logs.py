@@ -1,0 +1,35 @@
+"""Log lines: one format, the request's id in every line.
+
+The id travels in a context variable, so code that serves a request need not pass it on. The engine's thread
+serves many requests at once and has none; its lines name the requests themselves.
+"""
+
+from __future__ import annotations
+
+import logging
+from contextvars import ContextVar
+
+REQUEST_ID: ContextVar[str] = ContextVar("request_id", default="-")
+
+_FORMAT = "%(asctime)s %(levelname)s %(name)s [%(request_id)s] %(message)s"
+_OURS = ("server", "ensemble_core")
+
+
+class RequestIdFilter(logging.Filter):
+    """Gives every record a `request_id`; drops none."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Always true."""
+        record.request_id = REQUEST_ID.get()
+        return True
+
+
+def configure(level: str) -> None:
+    """Log to stderr: our loggers at `level`, the HTTP server's from info, everybody else's from warning."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter(_FORMAT))
+    handler.addFilter(RequestIdFilter())
+    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
+    logging.getLogger("uvicorn").setLevel(logging.INFO)
+    for name in _OURS:
+        logging.getLogger(name).setLevel(level.upper())

@@ -1,0 +1,211 @@
+"""The engine's numbers as Prometheus metrics. The only file that knows Prometheus.
+
+Invariants: every metric here is fed; each sink has its own registry, so two apps in one process do not mix.
+Names are those of the HTTP contract, durations are seconds, sizes bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
+
+from ensemble_core.stats import (
+    CacheStats,
+    FusionStats,
+    MemberStats,
+    QueueStats,
+    RequestStats,
+    StepStats,
+    TokenStats,
+)
+
+CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
+
+# 1-2.5-5 a decade: parts of a step from 0.1 ms, steps and gaps from 1 ms, whole requests from 10 ms.
+PART_BUCKETS = (1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0)
+STEP_BUCKETS = (1e-3, 2.5e-3, 5e-3, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+REQUEST_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 50.0, 100.0, 250.0)
+BATCH_BUCKETS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0)
+MASS_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0)
+
+
+class PrometheusSink:
+    """A `StatsSink`; safe to call from any thread."""
+
+    def __init__(self) -> None:
+        self._registry = CollectorRegistry()
+        self._requests = _RequestMetrics(self._registry)
+        self._engine = _EngineMetrics(self._registry)
+        self._members = _MemberMetrics(self._registry)
+        self._ensembles = _EnsembleMetrics(self._registry)
+
+    def step(self, stats: StepStats) -> None:
+        """Take in one step."""
+        self._engine.step(stats)
+        for member in stats.members:
+            self._members.step(member)
+        for fusion in stats.fusions:
+            self._engine.fusion_seconds.labels(fusion.fusion).observe(fusion.seconds)
+            self._ensembles.fused(fusion)
+
+    def token(self, stats: TokenStats) -> None:
+        """Take in one emitted token."""
+        self._requests.gap.labels(stats.model).observe(stats.inter_token_seconds)
+
+    def request(self, stats: RequestStats) -> None:
+        """Take in one finished request."""
+        self._requests.finished(stats)
+
+    def queue(self, stats: QueueStats) -> None:
+        """Take in the lengths of the queues."""
+        self._requests.running.set(stats.num_running)
+        self._requests.waiting.set(stats.num_waiting)
+
+    def cache(self, stats: CacheStats) -> None:
+        """Take in one member's cache usage."""
+        self._members.cache(stats)
+
+    def rejected(self, reason: str) -> None:
+        """Count one refused request of the HTTP edge."""
+        self._requests.rejected.labels(reason).inc()
+
+    def members_up(self, members: Iterable[str], up: bool) -> None:
+        """Say which members can serve now."""
+        for member in members:
+            self._members.up.labels(member).set(up)
+
+    def render(self) -> bytes:
+        """All metrics in Prometheus' text format; its content type is `CONTENT_TYPE`."""
+        return generate_latest(_WithoutCreated(self._registry))
+
+
+class _WithoutCreated(Collector):
+    """Leaves out the `_created` series that the client adds to every counter and histogram."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._registry = registry
+
+    def collect(self) -> Iterable[Metric]:
+        for metric in self._registry.collect():
+            metric.samples = [each for each in metric.samples if not each.name.endswith("_created")]
+            yield metric
+
+
+class _Family:
+    """Makes metrics of one registry, all under one prefix."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._registry = registry
+
+    def _counter(self, name: str, text: str, *labels: str) -> Counter:
+        return Counter(f"unisono_{name}", text, labels, registry=self._registry)
+
+    def _gauge(self, name: str, text: str, *labels: str) -> Gauge:
+        return Gauge(f"unisono_{name}", text, labels, registry=self._registry)
+
+    def _histogram(self, name: str, text: str, buckets: Sequence[float], *labels: str) -> Histogram:
+        return Histogram(f"unisono_{name}", text, labels, buckets=buckets, registry=self._registry)
+
+
+class _RequestMetrics(_Family):
+    def __init__(self, registry: CollectorRegistry) -> None:
+        super().__init__(registry)
+        self.requests = self._counter("requests_total", "Finished choices.", "model", "finish_reason")
+        self.rejected = self._counter("requests_rejected_total", "Refused HTTP requests.", "reason")
+        self.running = self._gauge("num_requests_running", "Sequences that are being worked on.")
+        self.waiting = self._gauge("num_requests_waiting", "Sequences in the queue.")
+        self.prompt = self._counter("prompt_tokens_total", "Prompt tokens of finished choices.", "model")
+        self.generated = self._counter("generation_tokens_total", "Tokens of finished choices.", "model")
+        self.gap = self._histogram(
+            "inter_token_latency_seconds", "Gap between a choice's tokens.", STEP_BUCKETS, "model"
+        )
+        self.ttft = self._latency("time_to_first_token_seconds", "From arrival to the first token.")
+        self.e2e = self._latency("e2e_request_latency_seconds", "From arrival to the last token.")
+        self.queued = self._latency("request_queue_time_seconds", "From arrival to admission.")
+
+    def _latency(self, name: str, text: str) -> Histogram:
+        return self._histogram(name, text, REQUEST_BUCKETS, "model")
+
+    def finished(self, stats: RequestStats) -> None:
+        self.requests.labels(stats.model, stats.finish_reason).inc()
+        self.prompt.labels(stats.model).inc(stats.prompt_tokens)
+        self.generated.labels(stats.model).inc(stats.generation_tokens)
+        self.e2e.labels(stats.model).observe(stats.e2e_seconds)
+        self.queued.labels(stats.model).observe(stats.queue_seconds)
+        if stats.ttft_seconds is not None:
+            self.ttft.labels(stats.model).observe(stats.ttft_seconds)
+
+
+class _EngineMetrics(_Family):
+    def __init__(self, registry: CollectorRegistry) -> None:
+        super().__init__(registry)
+        self.step_seconds = self._histogram("step_seconds", "One turn of the engine's loop.", STEP_BUCKETS, "mode")
+        self.fusion_seconds = self._histogram("fusion_seconds", "One fused group of rows.", PART_BUCKETS, "fusion")
+        self.alignment_seconds = self._histogram("alignment_seconds", "Retokenisation in one step.", PART_BUCKETS)
+        self.sampling_seconds = self._histogram("sampling_seconds", "Sampling in one step.", PART_BUCKETS)
+        self.batch = self._histogram("step_batch_size", "Sequences that got a token.", BATCH_BUCKETS)
+
+    def step(self, stats: StepStats) -> None:
+        self.step_seconds.labels(stats.mode).observe(stats.seconds)
+        self.alignment_seconds.observe(stats.alignment_seconds)
+        self.sampling_seconds.observe(stats.sampling_seconds)
+        self.batch.observe(stats.batch_size)
+
+
+class _MemberMetrics(_Family):
+    def __init__(self, registry: CollectorRegistry) -> None:
+        super().__init__(registry)
+        self.forward = self._histogram(
+            "member_forward_seconds", "One forward of a member.", STEP_BUCKETS, "member", "phase"
+        )
+        self.wait = self._histogram(
+            "member_wait_seconds", "Wait for the step's slowest member.", PART_BUCKETS, "member"
+        )
+        self.tokens = self._counter("member_tokens_total", "Tokens fed to a member.", "member", "phase")
+        self.rollback = self._counter(
+            "member_rollback_tokens_total", "Cached tokens that retokenisation took back.", "member"
+        )
+        self.kv_usage = self._gauge("member_kv_usage_ratio", "Used share of the cache's pages.", "member")
+        self.memory = self._gauge("member_memory_bytes", "Weights and cache.", "member", "device")
+        self.up = self._gauge("member_up", "1 once the member can serve.", "member")
+
+    def step(self, stats: MemberStats) -> None:
+        self.forward.labels(stats.member, stats.phase).observe(stats.forward_seconds)
+        self.wait.labels(stats.member).observe(stats.wait_seconds)
+        self.tokens.labels(stats.member, "prefill").inc(stats.prefill_tokens)
+        self.tokens.labels(stats.member, "decode").inc(stats.decode_tokens)
+        self.rollback.labels(stats.member).inc(stats.rollback_tokens)
+
+    def cache(self, stats: CacheStats) -> None:
+        self.kv_usage.labels(stats.member).set(stats.used_pages / max(stats.num_pages, 1))
+        for device, num_bytes in stats.memory_bytes.items():
+            self.memory.labels(stats.member, device).set(num_bytes)
+
+
+class _EnsembleMetrics(_Family):
+    def __init__(self, registry: CollectorRegistry) -> None:
+        super().__init__(registry)
+        self.agreement = self._counter(
+            "agreement_total", "Steps where a member's likeliest token is the chosen one, or not.",
+            "model", "member", "agrees",
+        )  # fmt: skip
+        self.overruled = self._counter(
+            "main_overruled_total", "Steps where the chosen token is not main's likeliest.", "model"
+        )
+        self.unmapped = self._histogram(
+            "unmapped_mass", "Mass without a place in main's vocabulary.", MASS_BUCKETS, "model", "member"
+        )
+
+    def fused(self, stats: FusionStats) -> None:
+        self.overruled.labels(stats.model).inc(stats.overruled)
+        for member, (agreeing, others) in stats.agreed.items():
+            self.agreement.labels(stats.model, member, "true").inc(agreeing)
+            self.agreement.labels(stats.model, member, "false").inc(others)
+        for member, masses in stats.unmapped.items():
+            histogram = self.unmapped.labels(stats.model, member)
+            for mass in masses:
+                histogram.observe(mass)
