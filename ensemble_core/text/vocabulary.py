@@ -33,6 +33,14 @@ PROOF_SAMPLES = (
     "مرحبا بالعالم, שלום עולם, नमस्ते दुनिया, สวัสดี",
     "emoji 😀👩‍👩‍👧‍👦🏳️‍🌈 ∑∞≠ \u200b½ ",
 )
+# A tokenizer.json with nothing in it: normaliser and pre-tokenizer are made from JSON by way of it.
+_EMPTY: dict[str, Any] = {
+    "version": "1.0",
+    "added_tokens": [],
+    "post_processor": None,
+    "decoder": None,
+    "model": {"type": "BPE", "vocab": {}, "merges": []},
+}
 _BYTE_TOKEN = re.compile(r"^<0x([0-9A-Fa-f]{2})>$")
 
 
@@ -111,10 +119,11 @@ def from_tokenizer(tokenizer: Any, size: int, stop_ids: Iterable[int], name: str
             f"member {name!r}: tokenizer {type(tokenizer).__name__} has no fast (tokenizers) form; save it "
             "with a tokenizer.json and name that folder"
         )
-    spec = json.loads(backend.to_str())
-    continuation = _continuation_tokenizer(spec)
-    tokens = _token_bytes(backend, spec, size)
-    specials = {a["id"] for a in spec["added_tokens"] if a["special"]} | set(tokenizer.all_special_ids)
+    pipeline = _pipeline(backend)
+    continuation = _continuation_tokenizer(backend, pipeline)
+    tokens = _token_bytes(backend, _speller(pipeline), size)
+    added = backend.get_added_tokens_decoder()
+    specials = {token_id for token_id, token in added.items() if token.special} | set(tokenizer.all_special_ids)
     specials |= {token_id for token_id, token in enumerate(tokens) if not token}
     vocabulary = Vocabulary(
         tokens=tokens,
@@ -135,6 +144,11 @@ def prove(vocabulary: Vocabulary, name: str, samples: Iterable[str] = PROOF_SAMP
     proved = 0
     for sample in samples:
         ids = vocabulary.encode(sample)
+        if max(ids, default=0) >= len(vocabulary):
+            raise UnsupportedModelError(
+                f"member {name!r}: its tokenizer writes id {max(ids)}, but its model knows only "
+                f"{len(vocabulary)}; the tokenizer belongs to another model"
+            )
         if any(token_id in vocabulary.special_ids for token_id in ids):
             continue
         joined = b"".join(vocabulary.tokens[token_id] for token_id in ids)
@@ -148,17 +162,34 @@ def prove(vocabulary: Vocabulary, name: str, samples: Iterable[str] = PROOF_SAMP
         raise UnsupportedModelError(f"member {name!r}: its tokenizer can spell none of the proof samples")
 
 
-def _continuation_tokenizer(spec: dict[str, Any]) -> Tokenizer:
-    """The same tokenizer without what belongs to a text's beginning, and blind to control tokens."""
-    pre_tokenizer = copy.deepcopy(spec["pre_tokenizer"])
+def _pipeline(backend: Tokenizer) -> dict[str, Any]:
+    """The sections of a tokenizer.json around the model, which alone is large (33 MB for 262,144 tokens)."""
+    sections = ("normalizer", "pre_tokenizer", "decoder")
+    found = {section: getattr(backend, section) for section in sections}
+    return {section: part and json.loads(part.__getstate__()) for section, part in found.items()}
+
+
+def _continuation_tokenizer(backend: Tokenizer, pipeline: dict[str, Any]) -> Tokenizer:
+    """The same tokenizer without what belongs to a text's beginning, and blind to control tokens.
+
+    It shares the model, so it costs no second copy of the merges.
+    """
+    pre_tokenizer = copy.deepcopy(pipeline["pre_tokenizer"])
     for part in _parts(pre_tokenizer, "pretokenizers"):
         if part["type"] == "Metaspace":
             part["prepend_scheme"] = "never"
         if part["type"] == "ByteLevel":
             part["add_prefix_space"] = False
-    changed = {"pre_tokenizer": pre_tokenizer, "normalizer": _without_prepend(spec["normalizer"])}
-    dropped = {"post_processor": None, "truncation": None, "padding": None}
-    tokenizer = Tokenizer.from_str(json.dumps(spec | changed | dropped))
+    normalizer = _without_prepend(pipeline["normalizer"])
+    frame = Tokenizer.from_str(json.dumps(_EMPTY | {"normalizer": normalizer, "pre_tokenizer": pre_tokenizer}))
+    tokenizer = Tokenizer(backend.model)
+    if frame.normalizer is not None:
+        tokenizer.normalizer = frame.normalizer
+    if frame.pre_tokenizer is not None:
+        tokenizer.pre_tokenizer = frame.pre_tokenizer
+    added = dict(sorted(backend.get_added_tokens_decoder().items()))
+    tokenizer.add_tokens(list(added.values()))
+    assert tokenizer.get_added_tokens_decoder().keys() == added.keys(), "added tokens changed their ids"
     tokenizer.encode_special_tokens = True
     return tokenizer
 
@@ -181,9 +212,8 @@ def _parts(section: dict[str, Any] | None, key: str) -> list[dict[str, Any]]:
     return [section]
 
 
-def _token_bytes(backend: Tokenizer, spec: dict[str, Any], size: int) -> list[bytes]:
-    to_bytes = _speller(spec)
-    added = {a["id"]: a["content"].encode() for a in spec["added_tokens"]}
+def _token_bytes(backend: Tokenizer, to_bytes: Callable[[str], bytes], size: int) -> list[bytes]:
+    added = {i: token.content.encode() for i, token in backend.get_added_tokens_decoder().items()}
     tokens = [b""] * size
     for token, token_id in backend.get_vocab(with_added_tokens=True).items():
         if token_id < size:
@@ -191,10 +221,10 @@ def _token_bytes(backend: Tokenizer, spec: dict[str, Any], size: int) -> list[by
     return tokens
 
 
-def _speller(spec: dict[str, Any]) -> Callable[[str], bytes]:
+def _speller(pipeline: dict[str, Any]) -> Callable[[str], bytes]:
     """How this tokenizer writes bytes, read off its decoder and pre-tokenizer."""
-    decoders = _parts(spec["decoder"], "decoders")
-    pre_tokenizers = _parts(spec["pre_tokenizer"], "pretokenizers")
+    decoders = _parts(pipeline["decoder"], "decoders")
+    pre_tokenizers = _parts(pipeline["pre_tokenizer"], "pretokenizers")
     kinds = {part["type"] for part in decoders + pre_tokenizers}
     if "ByteLevel" in kinds:
         return _byte_level
