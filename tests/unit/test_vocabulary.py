@@ -233,7 +233,7 @@ def test_a_plain_tokenizer_is_taken_at_its_word() -> None:
 def test_a_tokenizer_that_changes_the_text_is_refused_with_the_sample() -> None:
     tokenizer = byte_level(SIZE, "<eos>")
     tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
-    with pytest.raises(UnsupportedModelError, match="'small'.*Hello world.*became .hello world"):
+    with pytest.raises(UnsupportedModelError, match=r"'small'.*Hello world.*became .hello world"):
         from_tokenizer(tokenizer, SIZE, [], "small")
 
 

@@ -1,0 +1,89 @@
+# Everything that a fresh clone needs; python3 (3.11 or later, with venv) and make are enough.
+# PYTHON=python3.12 (or UNISONO_PYTHON) picks the interpreter of .venv; UNISONO_HOME keeps the models elsewhere.
+
+PYTHON ?= $(or $(UNISONO_PYTHON),python3)
+DEMO := configs/demo.yaml
+MODELS := $(or $(UNISONO_HOME),$(or $(XDG_CACHE_HOME),$(HOME)/.cache)/unisono)/models
+
+# A stamp says that a step was done; a second make then does nothing.
+BIN := .venv/bin
+INSTALLED := .venv/installed
+BUILT := .venv/built
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+.PHONY: help
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
+
+.PHONY: demo
+demo: models ## set up everything and serve the demo pair on port 8000
+	@$(BIN)/unisono serve --config $(DEMO)
+
+.PHONY: models
+models: $(BUILT) ## set up everything but serve: fetch the models, build their transfer matrices
+
+# The stamp counts only while what it stands for is there: two models, two matrices.
+THERE := $(and $(word 2,$(wildcard $(MODELS)/*/unisono.json)),$(word 2,$(wildcard matrices/*/*.safetensors)))
+
+$(BUILT): $(INSTALLED) $(DEMO) ensemble_core/members/demo_models.py $(if $(THERE),,always)
+	@echo "models: fetching what is missing"
+	@$(BIN)/unisono pull --config $(DEMO)
+	@echo "matrices: building what is missing"
+	@$(BIN)/unisono build --config $(DEMO) --missing
+	@touch $@
+
+.PHONY: always
+
+.PHONY: install
+install: $(INSTALLED) ## make .venv and install the project with its development tools
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@echo "install: .venv with $(PYTHON)"
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "install: $(PYTHON) is older than 3.11; run make PYTHON=python3.11" >&2; exit 1; }
+	@$(PYTHON) -m venv .venv \
+		|| { echo "install: $(PYTHON) has no venv (on Debian: apt install python3-venv)" >&2; exit 1; }
+	@echo "install: packages (some minutes the first time)"
+	@$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	@touch $@
+
+.PHONY: test
+test: $(INSTALLED) ## the fast tests: CPU, no network
+	@$(BIN)/python -m pytest -q -m "not slow and not gpu"
+
+.PHONY: test-slow
+test-slow: models ## the slow tests, on the demo pair
+	@$(BIN)/python -m pytest -q -m "slow and not gpu"
+
+.PHONY: lint
+lint: $(INSTALLED) ## ruff (rules and format) and mypy
+	@echo "lint: ruff check"
+	@$(BIN)/ruff check --quiet .
+	@echo "lint: ruff format"
+	@$(BIN)/ruff format --quiet --check .
+	@echo "lint: mypy"
+	@$(BIN)/mypy
+
+.PHONY: check
+check: lint test ## what to run before a commit
+
+.PHONY: lock
+lock: ## remake constraints.txt from the newest versions that pyproject.toml allows
+	@echo "lock: resolving in a venv of its own"
+	@rm -rf .venv-lock && $(PYTHON) -m venv .venv-lock
+	@.venv-lock/bin/python -m pip install --quiet -e '.[dev]'
+	@sed -n '/^#/p' constraints.txt > .venv-lock/constraints.txt
+	@# Not torch's build (2.13.0+cpu), so that a CPU wheel and PyPI's fit alike; not what only CUDA builds need.
+	@.venv-lock/bin/python -m pip freeze --exclude-editable \
+		| sed -E '/^(nvidia-|cuda-|triton==)/d; s/^(torch==[^+]+)\+.*/\1/' >> .venv-lock/constraints.txt
+	@mv .venv-lock/constraints.txt constraints.txt && rm -rf .venv-lock
+
+.PHONY: clean
+clean: ## remove .venv, caches and built matrices; fetched models stay
+	@rm -rf .venv .venv-lock .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
+	@find matrices -name '*.safetensors' -delete
