@@ -53,9 +53,7 @@ class MemberConfig(_Section):
     max_memory: dict[int | str, str | int] | None = Field(
         None, description="Device -> size for device_map: {0: 20GiB, cpu: 32GiB}."
     )
-    kv_memory: int = Field(
-        2 * 2**30, ge=2**20, description="Size of this member's KV cache, for example 2GiB."
-    )
+    kv_memory: int = Field(2 * 2**30, ge=2**20, description="Size of this member's KV cache, for example 2GiB.")
     max_len: int = Field(
         2048, ge=16, description="Longest sequence (prompt + completion) in this member's tokens."
     )
@@ -117,7 +115,10 @@ class MatricesConfig(_Section):
     top_k: int = Field(32, ge=1, description="Anchors kept per row.")
     temperature: float = Field(20.0, gt=0.0, description="tau of the centred recipe.")
     min_retained: float = Field(
-        0.2, ge=0.0, le=1.0, description="Median mass that the kept anchors must hold, else build refuses."
+        0.2,
+        ge=0.0,
+        le=1.0,
+        description="Median share of mass that pruning must leave to the anchors' own rows, else build refuses.",
     )
 
 

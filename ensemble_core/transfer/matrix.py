@@ -53,7 +53,7 @@ def common_anchors(vocabularies: Sequence[Vocabulary]) -> Anchors:
 
 @dataclass(frozen=True)
 class TransferMatrix:
-    """Rows padded to the widest: an unused entry has column 0 and value 0.
+    """Rows padded to the widest: used entries first, columns ascending; an unused one has column 0, value 0.
 
     anchor_ids: the member's own token for each anchor (see `Anchors.ids`).
     """

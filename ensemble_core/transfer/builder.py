@@ -1,0 +1,220 @@
+"""Vocabularies and input embeddings -> a transfer matrix, block by block.
+
+Invariants: a row of an ordinary token sums to 1; a stop id has one entry, "end of text", of 1; other special
+ids and ids without bytes have empty rows. Memory is bounded: besides the embedding table and two tables of
+anchors a build holds one block of similarities. What pruning to `top_k` anchors throws away is measured on
+the dense row, in the same pass. Formulas: section 1 of docs/methods.md.
+
+Nothing here knows files, configurations or models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from ensemble_core.errors import TransferMatrixError
+from ensemble_core.text.vocabulary import Vocabulary
+from ensemble_core.transfer.matrix import Anchors, TransferMatrix
+
+QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
+_DEEPEN_SCALE = 100.0  # logits of the paper's recipe: 100 * C / ||C||_2
+_MARGIN = 16  # more anchors than top_k are scored exactly, since coarse similarities may swap neighbours
+_BLOCK_BYTES = 256 * 2**20
+_MAX_BLOCK_ROWS = 1024
+
+RecipeName = Literal["centred", "deepen"]
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """How a row is made: which similarity, how sharp, how many anchors are kept.
+
+    temperature: tau of the centred recipe; `deepen` has none (its sharpness follows from the row's norm).
+    """
+
+    name: RecipeName
+    top_k: int
+    temperature: float
+
+    @property
+    def parameters(self) -> dict[str, str | int | float]:
+        """What two matrices of one recipe must have in common."""
+        if self.name == "deepen":
+            return {"name": self.name, "top_k": self.top_k}
+        return {"name": self.name, "top_k": self.top_k, "temperature": self.temperature}
+
+
+@dataclass(frozen=True, slots=True)
+class Quality:
+    """Share of the dense rows' mass that the kept entries hold, as quantiles (see QUANTILES).
+
+    retained: over all rows of ordinary tokens. retained_anchors: over the anchors' own rows alone. The second
+    judges a recipe: an anchor has a meaning in the shared space, so a sharp enough row keeps it, while a
+    token far from all anchors has a flat row in any recipe.
+    """
+
+    retained: tuple[float, ...]
+    retained_anchors: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        """Median over all rows of ordinary tokens."""
+        return self.retained[QUANTILES.index(0.5)]
+
+    @property
+    def median_anchors(self) -> float:
+        """Median over the anchors' own rows: what `require_retained` looks at."""
+        return self.retained_anchors[QUANTILES.index(0.5)]
+
+
+def build_matrix(
+    vocabulary: Vocabulary,
+    embeddings: Tensor,
+    anchors: Anchors,
+    recipe: Recipe,
+    *,
+    device: torch.device | str = "cpu",
+    block_dtype: torch.dtype = torch.bfloat16,
+    block_rows: int | None = None,
+    value_dtype: torch.dtype = torch.float16,
+    progress: bool = True,
+) -> tuple[TransferMatrix, Quality]:
+    """A member's relative representation over `anchors`, on the CPU, and how much pruning kept of it.
+
+    embeddings: (V, d) input embeddings, any float dtype; rows past the vocabulary are not read. block_dtype:
+    of the search over all anchors and of the normaliser; kept entries are scored again in float32.
+    block_rows: rows at once; None: what 256 MiB hold. `top_k` >= A - 1 gives the dense matrix. A progress bar
+    is shown only if stderr is a terminal. Raises TransferMatrixError for embeddings that do not fit.
+    """
+    _check_embeddings(vocabulary, embeddings, anchors)
+    anchor_ids = anchors.ids(vocabulary)
+    space = _AnchorSpace(embeddings, anchor_ids[:-1], recipe, torch.device(device), block_dtype)
+    ids = _ordinary_ids(vocabulary)
+    columns = torch.zeros(len(vocabulary), space.top_k, dtype=torch.int32)
+    values = torch.zeros(len(vocabulary), space.top_k, dtype=value_dtype)
+    retained = torch.zeros(len(vocabulary))
+    for block in _blocks(ids, block_rows or space.block_rows, progress):
+        columns[block], kept, retained[block] = space.rows(block)
+        values[block] = kept.to(value_dtype)
+    for stop in vocabulary.stop_ids:
+        columns[stop, 0], values[stop, 0] = len(anchors) - 1, 1.0
+    quality = Quality(_quantiles(retained[ids]), _quantiles(retained[anchor_ids[:-1]]))
+    return TransferMatrix(*_ordered(columns, values, len(anchors)), anchor_ids), quality
+
+
+def require_retained(member: str, quality: Quality, recipe: Recipe, minimum: float) -> None:
+    """Refuse a matrix whose pruned rows say too little. Raises TransferMatrixError with the numbers."""
+    if quality.median_anchors >= minimum:
+        return
+    raise TransferMatrixError(
+        f"member {member!r}: recipe {recipe.name!r} with top_k {recipe.top_k} keeps too little: the kept "
+        f"entries hold a median of {quality.median_anchors:.4f} of the mass of the anchors' own rows, "
+        f"matrices.min_retained is {minimum:g} (all rows: median {quality.median:.4f}, least "
+        f"{quality.retained[0]:.4f}, most {quality.retained[-1]:.4f}); set matrices.recipe to another recipe "
+        "(centred), raise matrices.top_k or matrices.temperature, or write it all the same with --force"
+    )
+
+
+class _AnchorSpace:
+    """The anchors' embeddings on the device, and how a block of tokens is seen from them."""
+
+    def __init__(
+        self, embeddings: Tensor, anchor_ids: Tensor, recipe: Recipe, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        self._embeddings = embeddings
+        self._recipe = recipe
+        self._device = device
+        self._dtype = dtype
+        self._origin = torch.zeros((), device=device)
+        if recipe.name == "centred":
+            self._origin = embeddings[anchor_ids].to(device).float().mean(dim=0)  # (d)
+        self._exact = self._unit(anchor_ids)  # (A - 1, d) float32
+        self._coarse = self._exact.to(dtype)  # (A - 1, d)
+        self._gram = self._exact.T @ self._exact  # (d, d)
+        self.top_k = min(recipe.top_k, len(anchor_ids))
+        self._num_scored = min(self.top_k + _MARGIN, len(anchor_ids))
+
+    @property
+    def block_rows(self) -> int:
+        """Rows whose similarities fit a block's share of memory."""
+        num_anchors, width = self._exact.shape
+        scored = 4 * (num_anchors if self._scores_all else self._num_scored * width)
+        row_bytes = 2 * num_anchors * self._coarse.element_size() + scored
+        return max(1, min(_MAX_BLOCK_ROWS, _BLOCK_BYTES // row_bytes))
+
+    def rows(self, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """For R tokens: columns (R, k), values (R, k) float32 likeliest first, retained mass (R)."""
+        tokens = self._unit(ids)  # (R, d)
+        sharpness = self._sharpness(tokens)  # (R, 1)
+        coarse = (tokens * sharpness).to(self._dtype) @ self._coarse.T  # (R, A - 1)
+        found = coarse.topk(self._num_scored, dim=1, sorted=False).indices  # (R, k + margin)
+        exact, order = (self._score(tokens, found) * sharpness).topk(self.top_k, dim=1)
+        columns = found.gather(1, order)
+        retained = coarse.softmax(dim=1).gather(1, columns).float().sum(dim=1).clamp_max(1.0)
+        return columns.int().cpu(), exact.softmax(dim=1).cpu(), retained.cpu()
+
+    def _unit(self, ids: Tensor) -> Tensor:
+        rows = self._embeddings[ids].to(self._device).float() - self._origin
+        return F.normalize(rows, dim=1)
+
+    def _sharpness(self, tokens: Tensor) -> Tensor:
+        """What turns cosines C (R, A) into logits: tau, or 100 / ||C||_2, where ||C||^2 = e E^T E e^T."""
+        if self._recipe.name == "centred":
+            return torch.full((len(tokens), 1), self._recipe.temperature, device=self._device)
+        squared = ((tokens @ self._gram) * tokens).sum(dim=1, keepdim=True)
+        return _DEEPEN_SCALE / squared.clamp_min(1e-12).sqrt()
+
+    @property
+    def _scores_all(self) -> bool:
+        """One dense float32 product costs less than gathering so many anchors' embeddings."""
+        return 4 * self._num_scored >= len(self._exact)
+
+    def _score(self, tokens: Tensor, columns: Tensor) -> Tensor:
+        """Float32 cosines (R, k) of the tokens with the anchors in `columns`."""
+        if self._scores_all:
+            return (tokens @ self._exact.T).gather(1, columns)
+        return torch.bmm(self._exact[columns], tokens[:, :, None]).squeeze(2)
+
+
+def _check_embeddings(vocabulary: Vocabulary, embeddings: Tensor, anchors: Anchors) -> None:
+    if not anchors.tokens:
+        raise TransferMatrixError("the members share no token at all; relative fusion needs shared tokens")
+    if embeddings.ndim != 2 or len(embeddings) < len(vocabulary):
+        raise TransferMatrixError(
+            f"input embeddings: expected one row for each of {len(vocabulary)} tokens, found shape "
+            f"{tuple(embeddings.shape)}; tokenizer and weights are of different models"
+        )
+    if not all(bool(part.isfinite().all()) for part in torch.split(embeddings, 65_536)):
+        raise TransferMatrixError("input embeddings: some are NaN or infinite; fetch the weights again")
+
+
+def _ordinary_ids(vocabulary: Vocabulary) -> Tensor:
+    """(T) int64: the tokens that have an embedding-based row."""
+    silent = vocabulary.special_ids | vocabulary.stop_ids
+    return torch.tensor([i for i, token in enumerate(vocabulary.tokens) if token and i not in silent])
+
+
+def _blocks(ids: Tensor, size: int, progress: bool) -> Iterator[Tensor]:
+    disable = None if progress else True  # None: off unless stderr is a terminal
+    with tqdm(total=len(ids), unit="row", unit_scale=True, disable=disable) as bar:
+        for block in torch.split(ids, size):
+            yield block
+            bar.update(len(block))
+
+
+def _ordered(columns: Tensor, values: Tensor, num_anchors: int) -> tuple[Tensor, Tensor]:
+    """Columns ascending within a row; entries that rounded to nothing become padding at its end."""
+    padding = values == 0
+    columns, order = columns.masked_fill_(padding, num_anchors).sort(dim=1)
+    return columns.masked_fill_(columns == num_anchors, 0), values.gather(1, order)
+
+
+def _quantiles(shares: Tensor) -> tuple[float, ...]:
+    return tuple(torch.quantile(shares, torch.tensor(QUANTILES)).tolist())
