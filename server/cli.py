@@ -22,6 +22,7 @@ from ensemble_core.errors import UnisonoError
 if TYPE_CHECKING:
     from ensemble_core.decoding.sampling_params import SamplingParams
     from ensemble_core.llm import LLM
+    from ensemble_core.transfer.build import BuildReport
 
 app = typer.Typer(
     help="Several language models answer as one.",
@@ -119,7 +120,13 @@ def build(
         from ensemble_core.transfer.build import build_matrices
 
         for report in build_matrices(settings, force=force, only_missing=missing):
-            typer.echo(str(report))
+            typer.echo(_report_line(report))
+
+
+def _report_line(report: BuildReport) -> str:
+    where = f"{report.member}: {report.path} ({report.num_bytes / 1e6:.1f} MB, "
+    kept = f"retained mass: median {report.quality.median:.1%}, anchors {report.quality.median_anchors:.1%})"
+    return where + kept + (" fits, left alone" if report.skipped else f" built in {report.seconds:.0f} s")
 
 
 @app.command()

@@ -7,12 +7,21 @@ one token a word. It records what it was asked for, what was aborted, and whethe
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+import socket
+import threading
+import time
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import uvicorn
+
+from ensemble_core.config import ServerConfig
 from ensemble_core.decoding.requests import GenerationRequest, Output
-from ensemble_core.errors import ModelNotFoundError
+from ensemble_core.errors import ModelNotFoundError, NotReadyError
+from server.app import create_app
+from server.metrics import PrometheusSink
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +75,8 @@ class FakeRuntime:
     seen: list[GenerationRequest] = field(default_factory=list)
     aborted: list[str] = field(default_factory=list)
     log: list[str] = field(default_factory=list)
+    num_open: int = 0  # submitted and not over
+    aborting: bool = False
 
     def start(self) -> None:
         self.log.append("start")
@@ -83,6 +94,8 @@ class FakeRuntime:
     async def submit(self, requests: Sequence[GenerationRequest]) -> AsyncGenerator[tuple[int, Output], None]:
         if self.refuse is not None:
             raise self.refuse
+        if self.state != "ready":
+            raise NotReadyError(f"the engine is {self.state}")
         for request in requests:
             if request.model not in {model.name for model in MODELS}:
                 raise ModelNotFoundError(f"model {request.model!r} is unknown; there are duo, a, b")
@@ -91,12 +104,17 @@ class FakeRuntime:
 
     async def _run(self, requests: list[GenerationRequest]) -> AsyncGenerator[tuple[int, Output], None]:
         open_ids = {request.request_id for request in requests}
+        self.num_open += 1
         try:
             async for index, output in self._interleaved(requests):
+                if self.aborting:
+                    yield index, Output("", (), 1, 0, "abort")
+                    return
                 if output.finish_reason is not None:
                     open_ids.discard(requests[index].request_id)
                 yield index, output
         finally:
+            self.num_open -= 1
             self.aborted.extend(sorted(open_ids))
 
     async def _interleaved(self, requests: list[GenerationRequest]) -> AsyncGenerator[tuple[int, Output], None]:
@@ -124,7 +142,27 @@ class FakeRuntime:
     async def drain(self, seconds: float) -> None:
         self.state = "draining"
         self.log.append(f"drain {seconds:g}")
+        deadline = time.monotonic() + seconds
+        while self.num_open and time.monotonic() < deadline:
+            await asyncio.sleep(0.01)
+        self.aborting = True
 
     def stop(self) -> None:
         self.state = "dead"
         self.log.append("stop")
+
+
+@contextmanager
+def live_server(runtime: FakeRuntime, config: ServerConfig | None = None) -> Iterator[str]:
+    """A real server on a free loopback port, in a thread; yields its address."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    app = create_app(runtime, config or ServerConfig(), PrometheusSink())  # type: ignore[arg-type]
+    server = uvicorn.Server(uvicorn.Config(app, log_config=None))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join(timeout=30)
+        assert not thread.is_alive()

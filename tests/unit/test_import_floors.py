@@ -1,0 +1,128 @@
+"""Who may import whom: the floors of the house, read off the imports."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+# From the ground up. A module stands on the floor of its longest matching entry; it imports from its own
+# floor and those below.
+FLOORS = (
+    ("ensemble_core.errors", "ensemble_core.config", "ensemble_core.stats"),
+    ("ensemble_core.text",),
+    ("ensemble_core.transfer",),
+    ("ensemble_core.members",),
+    ("ensemble_core.transfer.build",),
+    ("ensemble_core.fusion",),
+    ("ensemble_core.decoding",),
+    ("ensemble_core.engine",),
+    ("ensemble_core.factory",),
+    ("ensemble_core.runtime",),
+    ("ensemble_core.llm",),
+    ("ensemble_core.evaluation",),
+)
+EDGE_MAY_IMPORT = {
+    "ensemble_core.runtime",
+    "ensemble_core.config",
+    "ensemble_core.errors",
+    "ensemble_core.stats",
+    "ensemble_core.decoding.sampling_params",
+    "ensemble_core.decoding.requests",
+}
+CLI_MAY_IMPORT = EDGE_MAY_IMPORT | {
+    "ensemble_core.transfer.build",
+    "ensemble_core.members.checkpoints",
+    "ensemble_core.llm",
+}
+TORCHLESS = (
+    "ensemble_core/errors.py",
+    "ensemble_core/config.py",
+    "ensemble_core/stats.py",
+    "ensemble_core/decoding/sampling_params.py",
+    "ensemble_core/decoding/requests.py",
+    "ensemble_core/decoding/sequence.py",
+    "ensemble_core/decoding/scheduler.py",
+)
+
+
+def modules(package: str) -> list[Path]:
+    found = sorted((ROOT / package).rglob("*.py"))
+    assert found
+    return found
+
+
+def dotted(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def is_module(name: str) -> bool:
+    base = ROOT.joinpath(*name.split("."))
+    return base.with_suffix(".py").exists() or (base / "__init__.py").exists()
+
+
+def imports(path: Path) -> set[str]:
+    """The modules that a file imports, at its top, in functions or for type checkers."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import; write the whole name"
+            assert node.module is not None
+            inner = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {name for name in inner if is_module(name)} or {node.module}
+    return found
+
+
+def floor(module: str) -> int:
+    matches = [
+        (len(entry), level)
+        for level, entries in enumerate(FLOORS)
+        for entry in entries
+        if module == entry or module.startswith(entry + ".")
+    ]
+    assert matches, f"{module} stands on no floor; add it to FLOORS"
+    return max(matches)[1]
+
+
+@pytest.mark.parametrize("path", modules("ensemble_core"), ids=dotted)
+def test_imports_come_from_below(path: Path) -> None:
+    ours = {name for name in imports(path) if name.partition(".")[0] in ("ensemble_core", "server")}
+    if dotted(path).count(".") <= 1 and path.name == "__init__.py":
+        assert not ours
+        return
+    for name in ours:
+        assert not name.startswith("server"), f"{dotted(path)} imports {name}"
+        assert floor(name) <= floor(dotted(path)), f"{dotted(path)} imports {name} from above"
+
+
+@pytest.mark.parametrize("path", modules("server"), ids=dotted)
+def test_the_edge_knows_the_engine_through_few_modules(path: Path) -> None:
+    allowed = CLI_MAY_IMPORT if path.name == "cli.py" else EDGE_MAY_IMPORT
+    assert {name for name in imports(path) if name.startswith("ensemble_core")} <= allowed
+
+
+@pytest.mark.parametrize("path", [path for path in TORCHLESS if (ROOT / path).exists()])
+def test_what_needs_no_torch_imports_none(path: str) -> None:
+    assert not {name for name in imports(ROOT / path) if name.partition(".")[0] in ("torch", "transformers")}
+
+
+def test_only_metrics_knows_prometheus() -> None:
+    knowing = [
+        dotted(path)
+        for package in ("server", "ensemble_core")
+        for path in modules(package)
+        if any(name.startswith("prometheus_client") for name in imports(path))
+    ]
+    assert knowing == ["server.metrics"]
+
+
+def test_an_import_from_above_is_seen(tmp_path: Path) -> None:
+    wrong = tmp_path / "wrong.py"
+    wrong.write_text("def f():\n    from ensemble_core.fusion import base\n")
+    assert imports(wrong) == {"ensemble_core.fusion.base"}
+    assert floor("ensemble_core.fusion.base") > floor("ensemble_core.members.local")

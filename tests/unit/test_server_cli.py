@@ -1,0 +1,158 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from ensemble_core.decoding.sampling_params import SamplingParams
+from ensemble_core.errors import CheckpointError
+from server.cli import app
+
+CONFIG = """
+members: {a: {model: ./a}, b: {model: ./b}}
+ensembles: {duo: {members: {a: 1, b: 1}, main: a}}
+"""
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> str:
+    path = tmp_path / "config.yaml"
+    path.write_text(CONFIG)
+    return str(path)
+
+
+def invoke(*arguments: str) -> Any:
+    return CliRunner().invoke(app, list(arguments))
+
+
+def stand_in(monkeypatch: pytest.MonkeyPatch, name: str, **attributes: Any) -> None:
+    """Put a module in the place of one that would load models."""
+    module = ModuleType(name)
+    vars(module).update(attributes)
+    monkeypatch.setitem(sys.modules, name, module)
+    parent, _, last = name.rpartition(".")
+    __import__(parent)
+    monkeypatch.setattr(sys.modules[parent], last, module, raising=False)
+
+
+def test_version() -> None:
+    assert invoke("--version").output.startswith("unisono ")
+
+
+@pytest.mark.parametrize("command", ["serve", "build", "pull", "generate"])
+def test_every_command_takes_a_config(command: str) -> None:
+    assert "--config" in invoke(command, "--help").output
+
+
+@pytest.mark.parametrize("command", [["serve"], ["build"], ["pull"]])
+def test_a_wrong_config_is_one_line_and_a_failure(command: list[str], tmp_path: Path) -> None:
+    path = tmp_path / "wrong.yaml"
+    path.write_text("members: {a: {model: x, kv_memory: huge}}\nserver: {port: -1}\n")
+    result = invoke(*command, "--config", str(path))
+    assert result.exit_code == 1
+    (line,) = result.stderr.splitlines()
+    assert "members.a.kv_memory" in line
+    assert "server.port" in line
+
+
+def test_help_needs_no_heavy_imports() -> None:
+    code = (
+        "import sys; from server.cli import app\n"
+        "try: app(['--help'])\n"
+        "except SystemExit: pass\n"
+        "print(sorted({'torch', 'transformers', 'fastapi', 'uvicorn', 'tqdm'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_bars_are_off_without_a_terminal(monkeypatch: pytest.MonkeyPatch, config: str) -> None:
+    monkeypatch.setenv("TQDM_DISABLE", "")
+    monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "")
+    monkeypatch.delenv("TQDM_DISABLE")
+    monkeypatch.delenv("HF_HUB_DISABLE_PROGRESS_BARS")
+    stand_in(monkeypatch, "ensemble_core.members.checkpoints", pull=lambda _config: [])
+    assert invoke("pull", "--config", config).exit_code == 0
+    assert os.environ["TQDM_DISABLE"] == os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] == "1"
+
+
+def test_pull_names_each_folder(monkeypatch: pytest.MonkeyPatch, config: str) -> None:
+    folders = [("a", Path("/models/a")), ("b", Path("/models/b"))]
+    stand_in(monkeypatch, "ensemble_core.members.checkpoints", pull=lambda config: folders)
+    assert invoke("pull", "--config", config).stdout == "a: /models/a\nb: /models/b\n"
+
+
+def test_an_error_of_ours_is_one_line(monkeypatch: pytest.MonkeyPatch, config: str) -> None:
+    def pull(_config: Any) -> None:
+        raise CheckpointError("member 'a': its files are\nmissing")
+
+    stand_in(monkeypatch, "ensemble_core.members.checkpoints", pull=pull)
+    result = invoke("pull", "--config", config)
+    assert result.exit_code == 1
+    assert result.stderr == "unisono: member 'a': its files are missing\n"
+
+
+@pytest.mark.parametrize(
+    ("flags", "force", "missing"), [([], False, False), (["--force"], True, False), (["--missing"], False, True)]
+)
+def test_build_reports_each_matrix(
+    monkeypatch: pytest.MonkeyPatch, config: str, flags: list[str], force: bool, missing: bool
+) -> None:
+    asked: list[tuple[bool, bool]] = []
+    quality = SimpleNamespace(median=0.5, median_anchors=0.25)
+
+    def build_matrices(_config: Any, *, force: bool, only_missing: bool) -> list[Any]:
+        asked.append((force, only_missing))
+        done = {"path": Path("m/a.safetensors"), "quality": quality, "num_bytes": 2_500_000}
+        built = SimpleNamespace(member="a", seconds=12.4, skipped=False, **done)
+        return [built, SimpleNamespace(member="b", seconds=0.0, skipped=True, **done)]
+
+    stand_in(monkeypatch, "ensemble_core.transfer.build", build_matrices=build_matrices)
+    lines = invoke("build", "--config", config, *flags).stdout.splitlines()
+    assert asked == [(force, missing)]
+    mass = "2.5 MB, retained mass: median 50.0%, anchors 25.0%"
+    assert lines == [
+        f"a: m/a.safetensors ({mass}) built in 12 s",
+        f"b: m/a.safetensors ({mass}) fits, left alone",
+    ]
+
+
+class FakeLLM:
+    calls: list[tuple[Any, ...]]
+
+    def __init__(self, config: Path) -> None:
+        FakeLLM.calls = [(config,)]
+
+    def generate(self, prompts: list[str], params: SamplingParams, model: str | None = None) -> list[Any]:
+        FakeLLM.calls.append((prompts, params, model))
+        return [SimpleNamespace(text=f"<{prompt}>") for prompt in prompts]
+
+    def stream(self, prompt: str, params: SamplingParams, model: str | None = None) -> Any:
+        FakeLLM.calls.append((prompt, params, model))
+        yield from ("<", prompt, ">")
+
+
+def test_generate_prints_texts(monkeypatch: pytest.MonkeyPatch, config: str) -> None:
+    stand_in(monkeypatch, "ensemble_core.llm", LLM=FakeLLM)
+    options = ["--max-tokens", "5", "--temperature", "0", "--seed", "3", "--stop", "x", "--stop", "y"]
+    result = invoke("generate", "p", "q", "--config", config, "--model", "duo", *options)
+    assert result.stdout == "<p>\n\n<q>\n"
+    params = SamplingParams(max_tokens=5, temperature=0.0, seed=3, stop=("x", "y"))
+    assert FakeLLM.calls == [(Path(config),), (["p", "q"], params, "duo")]
+
+
+def test_generate_streams(monkeypatch: pytest.MonkeyPatch, config: str) -> None:
+    stand_in(monkeypatch, "ensemble_core.llm", LLM=FakeLLM)
+    assert invoke("generate", "p", "q", "--config", config, "--stream").stdout == "<p>\n\n<q>\n"
+
+
+def test_generate_refuses_what_the_server_refuses(config: str) -> None:
+    result = invoke("generate", "p", "--config", config, "--stop", "")
+    assert result.exit_code == 1
+    assert "stop string" in result.stderr

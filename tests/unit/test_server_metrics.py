@@ -1,0 +1,113 @@
+from __future__ import annotations
+
+import shutil
+import subprocess
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from ensemble_core.stats import (
+    CacheStats,
+    FusionStats,
+    MemberStats,
+    QueueStats,
+    RequestStats,
+    StatsSink,
+    StepStats,
+    TokenStats,
+)
+from server.metrics import PrometheusSink
+
+
+def fed() -> PrometheusSink:
+    sink = PrometheusSink()
+    member = MemberStats("a", "prefill", 0.02, 0.001, 7, 2, 3)
+    fusion = FusionStats("duo", "relative", 0.0002, {"b": [0.1, 0.3]}, {"a": (1, 1), "b": (2, 0)}, 1)
+    sink.step(StepStats("lockstep", 2, 0.03, 0.0001, 0.0003, [member], [fusion]))
+    sink.token(TokenStats("duo", 0.03))
+    sink.request(RequestStats("duo", "stop", 5, 9, 0.1, 0.2, 0.5))
+    sink.request(RequestStats("duo", "abort", 5, 0, 0.1, None, 0.5))
+    sink.queue(QueueStats(2, 1))
+    sink.cache(CacheStats("a", 3, 4, {"cpu": 1000}))
+    sink.rejected("queue_full")
+    sink.members_up(["a", "b"], True)
+    return sink
+
+
+def samples(sink: PrometheusSink) -> dict[tuple[str, ...], float]:
+    """(name, label values in the order of label names ...) -> value."""
+    return {
+        (sample.name, *(sample.labels[key] for key in sorted(sample.labels))): sample.value
+        for family in text_string_to_metric_families(sink.render().decode())
+        for sample in family.samples
+    }
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        (("requests_total", "stop", "duo"), 1),
+        (("requests_total", "abort", "duo"), 1),
+        (("requests_rejected_total", "queue_full"), 1),
+        (("num_requests_running",), 2),
+        (("num_requests_waiting",), 1),
+        (("prompt_tokens_total", "duo"), 10),
+        (("generation_tokens_total", "duo"), 9),
+        (("time_to_first_token_seconds_count", "duo"), 1),
+        (("time_to_first_token_seconds_sum", "duo"), 0.2),
+        (("inter_token_latency_seconds_sum", "duo"), 0.03),
+        (("e2e_request_latency_seconds_sum", "duo"), 1.0),
+        (("request_queue_time_seconds_count", "duo"), 2),
+        (("step_seconds_sum", "lockstep"), 0.03),
+        (("fusion_seconds_sum", "relative"), 0.0002),
+        (("alignment_seconds_sum",), 0.0001),
+        (("sampling_seconds_sum",), 0.0003),
+        (("step_batch_size_sum",), 2),
+        (("member_forward_seconds_sum", "a", "prefill"), 0.02),
+        (("member_wait_seconds_sum", "a"), 0.001),
+        (("member_tokens_total", "a", "prefill"), 7),
+        (("member_tokens_total", "a", "decode"), 2),
+        (("member_rollback_tokens_total", "a"), 3),
+        (("member_kv_usage_ratio", "a"), 0.75),
+        (("member_memory_bytes", "cpu", "a"), 1000),
+        (("member_up", "b"), 1),
+        (("agreement_total", "true", "b", "duo"), 2),
+        (("agreement_total", "false", "a", "duo"), 1),
+        (("main_overruled_total", "duo"), 1),
+        (("unmapped_mass_count", "b", "duo"), 2),
+        (("unmapped_mass_sum", "b", "duo"), 0.4),
+    ],
+)
+def test_every_number_comes_out_under_its_name(key: tuple[str, ...], value: float) -> None:
+    assert samples(fed())[f"unisono_{key[0]}", *key[1:]] == pytest.approx(value)
+
+
+def test_every_registered_metric_is_fed() -> None:
+    families = list(text_string_to_metric_families(fed().render().decode()))
+    assert [family.name for family in families if not any(s.value for s in family.samples)] == []
+    assert all(family.name.startswith("unisono_") for family in families)
+
+
+@pytest.mark.parametrize(
+    ("name", "first"), [("fusion", "0.0001"), ("alignment", "0.0001"), ("sampling", "0.0001"), ("step", "0.001")]
+)
+def test_buckets_start_where_the_contract_says(name: str, first: str) -> None:
+    edges = [key for key in samples(fed()) if key[0] == f"unisono_{name}_seconds_bucket"]
+    assert first in edges[0]
+
+
+def test_sinks_do_not_mix() -> None:
+    fed()
+    assert ("unisono_requests_total", "stop", "duo") not in samples(PrometheusSink())
+
+
+def test_the_sink_is_a_stats_sink() -> None:
+    sink: StatsSink = PrometheusSink()
+    sink.queue(QueueStats(0, 0))
+
+
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed")
+def test_promtool_accepts_the_output() -> None:
+    done = subprocess.run(["promtool", "check", "metrics"], input=fed().render(), capture_output=True)
+    assert done.returncode == 0, done.stderr.decode() + done.stdout.decode()
+    assert done.stderr == b""

@@ -1,0 +1,126 @@
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator
+
+import pytest
+from pydantic import BaseModel
+from starlette.types import Message
+
+from ensemble_core.errors import MemberError
+from server.errors import ClientGoneError
+from server.sse import DONE, EventStream, encode, event, unless_gone
+
+
+class Piece(BaseModel):
+    text: str
+
+
+async def never() -> Message:
+    await asyncio.Event().wait()
+    raise AssertionError
+
+
+async def at_once() -> Message:
+    return {"type": "http.disconnect"}
+
+
+def collect(first: Piece, rest: AsyncGenerator[BaseModel]) -> list[str]:
+    async def run() -> list[str]:
+        return [item async for item in encode(first, rest)]
+
+    return asyncio.run(run())
+
+
+async def pieces(*texts: str, error: Exception | None = None) -> AsyncGenerator[BaseModel]:
+    for text in texts:
+        yield Piece(text=text)
+    if error is not None:
+        raise error
+
+
+def test_events_end_with_done() -> None:
+    assert collect(Piece(text="a"), pieces("b")) == ['data: {"text":"a"}\n\n', 'data: {"text":"b"}\n\n', DONE]
+
+
+@pytest.mark.parametrize(("error", "words"), [(MemberError("b", "broke"), "broke"), (ValueError("x"), "log")])
+def test_a_failure_is_an_event_and_then_done(error: Exception, words: str) -> None:
+    *_, failure, done = collect(Piece(text="a"), pieces(error=error))
+    assert words in json.loads(failure.removeprefix("data: "))["error"]["message"]
+    assert done == DONE
+
+
+@pytest.mark.parametrize("char", list("\n\r\x0b\x0c\x1c\x85\u2028\u2029"))
+def test_no_text_can_break_a_line(char: str) -> None:
+    text = f"a{char}b😀"
+    (encoded, _) = collect(Piece(text=text), pieces())
+    assert len(encoded.splitlines()) == 2
+    assert json.loads(encoded.removeprefix("data: "))["text"] == text
+
+
+def test_an_event_is_one_line_and_a_blank_one() -> None:
+    assert event("x") == "data: x\n\n"
+
+
+def test_work_that_ends_first_gives_its_result() -> None:
+    async def work() -> int:
+        return 5
+
+    assert asyncio.run(unless_gone(never, work())) == 5
+
+
+def test_work_that_fails_raises_its_own_error() -> None:
+    async def work() -> int:
+        raise MemberError("a", "broke")
+
+    with pytest.raises(MemberError):
+        asyncio.run(unless_gone(never, work()))
+
+
+def test_a_client_that_goes_cancels_the_work() -> None:
+    ends: list[str] = []
+
+    async def work() -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ends.append("cancelled")
+
+    with pytest.raises(ClientGoneError):
+        asyncio.run(unless_gone(at_once, work()))
+    assert ends == ["cancelled"]
+
+
+@pytest.mark.parametrize("broken_pipe", [False, True])
+def test_a_stream_without_a_listener_closes_its_source(broken_pipe: bool) -> None:
+    closed: list[str] = []
+
+    async def endless() -> AsyncGenerator[BaseModel]:
+        try:
+            while True:
+                await asyncio.sleep(0)
+                yield Piece(text="x")
+        finally:
+            closed.append("closed")
+
+    async def run() -> None:
+        source = endless()
+        first = await anext(source)
+        num_sent = 0
+
+        async def receive() -> Message:
+            while broken_pipe or num_sent < 5:
+                await asyncio.sleep(0)
+            return {"type": "http.disconnect"}
+
+        async def send(_message: Message) -> None:
+            nonlocal num_sent
+            num_sent += 1
+            if broken_pipe and num_sent == 5:
+                raise OSError("broken pipe")
+
+        await EventStream(first, source)({"type": "http"}, receive, send)
+
+    asyncio.run(run())
+    assert closed == ["closed"]
