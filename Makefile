@@ -48,7 +48,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -m venv .venv \
 		|| { echo "install: $(PYTHON) has no venv (on Debian: apt install python3-venv)" >&2; exit 1; }
 	@echo "install: packages (some minutes the first time)"
-	@$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	@$(BIN)/python -m pip install -qq -c constraints.txt -e '.[dev]'
 	@touch $@
 
 .PHONY: test
@@ -75,7 +75,7 @@ check: lint test ## what to run before a commit
 lock: ## remake constraints.txt from the newest versions that pyproject.toml allows
 	@echo "lock: resolving in a venv of its own"
 	@rm -rf .venv-lock && $(PYTHON) -m venv .venv-lock
-	@.venv-lock/bin/python -m pip install --quiet -e '.[dev]'
+	@.venv-lock/bin/python -m pip install -qq -e '.[dev]'
 	@sed -n '/^#/p' constraints.txt > .venv-lock/constraints.txt
 	@# Not torch's build (2.13.0+cpu), so that a CPU wheel and PyPI's fit alike; not what only CUDA builds need.
 	@.venv-lock/bin/python -m pip freeze --exclude-editable \

@@ -1,0 +1,187 @@
+"""The YAML configuration: every file in configs/ loads; a wrong one gets a message with the field's path."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from ensemble_core.config import Config, EnsembleConfig, MemberConfig, load_config, parse_size
+from ensemble_core.errors import ConfigError
+from ensemble_core.fusion import relative  # noqa: F401  (registers the fusion that configs/ name)
+from ensemble_core.fusion.base import parse_options
+from ensemble_core.members.demo_models import demo_model
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+FILES = sorted(CONFIGS.glob("*.yaml"))
+
+SMALL: dict[str, Any] = {
+    "members": {"a": {"model": "demo:gemma-3-270m"}, "b": {"model": "org/b"}},
+    "ensembles": {"ab": {"members": {"a": 3, "b": 1}, "main": "b"}},
+}
+
+
+def changed(path: str, value: object) -> dict[str, Any]:
+    """SMALL with one field set; `path` is dotted."""
+    raw: dict[str, Any] = yaml.safe_load(yaml.safe_dump(SMALL))
+    section = raw
+    *parents, last = path.split(".")
+    for name in parents:
+        section = section.setdefault(name, {})
+    section[last] = value
+    return raw
+
+
+def written(tmp_path: Path, raw: object) -> Path:
+    path = tmp_path / "own.yaml"
+    path.write_text(raw if isinstance(raw, str) else yaml.safe_dump(raw), encoding="utf-8")
+    return path
+
+
+def message(tmp_path: Path, raw: object) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_config(written(tmp_path, raw))
+    return str(caught.value)
+
+
+def test_every_scenario_is_found() -> None:
+    assert {file.stem for file in FILES} >= {"demo", "one-gpu", "two-gpus", "folders"}
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_every_config_loads_with_options_that_its_fusions_know(file: Path) -> None:
+    config = load_config(file)
+    assert config.ensembles
+    for name, ensemble in config.ensembles.items():
+        parse_options(ensemble.fusion.name, ensemble.fusion.options, f"ensembles.{name}.fusion")
+
+
+def test_the_demo_holds_32_sequences_of_both_members() -> None:
+    config = load_config(CONFIGS / "demo.yaml")
+    bytes_per_token = {"smollm2": 30 * 2 * 3 * 64 * 2, "gemma3": 18 * 2 * 1 * 256 * 2}
+    for name, member in config.members.items():
+        assert demo_model(member.model)
+        assert member.kv_memory == 32 * member.max_len * bytes_per_token[name]
+
+
+def test_the_demo_has_its_three_recipes() -> None:
+    ensembles = load_config(CONFIGS / "demo.yaml").ensembles
+    assert ensembles["duet"].weights == pytest.approx({"gemma3": 0.7, "smollm2": 0.3})
+    assert ensembles["duet"].fusion.options["solver"] == "em"
+    assert ensembles["duet-smollm2"].main == "smollm2"
+    assert ensembles["duet-search"].fusion.options["solver"] == "search"
+
+
+def test_the_demo_file_names_every_field() -> None:
+    text = (CONFIGS / "demo.yaml").read_text(encoding="utf-8")
+    sections = [Config.model_fields[name].annotation for name in ("matrices", "scheduler", "server")]
+    for section in (MemberConfig, EnsembleConfig, *sections):
+        for field in section.model_fields:  # type: ignore[union-attr]
+            assert f"{field}:" in text, f"{field} is not in demo.yaml"
+
+
+def test_weights_sum_to_one_with_main_first(tmp_path: Path) -> None:
+    weights = load_config(written(tmp_path, SMALL)).ensembles["ab"].weights
+    assert list(weights.items()) == [("b", 0.25), ("a", 0.75)]
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "expected"),
+    [
+        ("members.a.modle", "x", "members.a.modle: Extra inputs"),
+        ("servers", {}, "servers: Extra inputs"),
+        ("ensembles.ab.fusion", {"nam": "relative"}, "ensembles.ab.fusion.nam: Extra inputs"),
+        ("members.a.dtype", "int3", "members.a.dtype: Input should be 'auto', 'bfloat16'"),
+        ("members.a.kv_memory", "much", "members.a.kv_memory: 'much' is not a size"),
+        ("members.a.kv_memory", 5, "members.a.kv_memory: Input should be greater than or equal to"),
+        ("members.a.max_len", 1, "members.a.max_len: Input should be greater"),
+        ("members.a.max_memory", {0: "1GiB"}, "members.a: max_memory only acts with device_map"),
+        ("members.b", {"model": "x", "device": "cpu", "device_map": "auto"}, "members.b: device and device_map"),
+        ("members.b", {}, "members.b.model: Field required"),
+        ("members.-x", {"model": "x"}, "members.-x"),
+        ("ensembles.ab.members.a", -1, "ensembles.ab.members.a: Input should be greater"),
+        ("ensembles.ab.members.a", float("nan"), "ensembles.ab.members.a: "),
+        ("ensembles.ab.members", {"b": 0}, "ensembles.ab: members: at least one weight"),
+        ("ensembles.ab.main", "c", "ensembles.ab: main 'c' is not one of the members ['a', 'b']"),
+        ("ensembles.ab.members.ghost", 1, "ensembles.ab.members: ['ghost'] are not declared under members"),
+        ("ensembles.a", {"members": {"b": 1}, "main": "b"}, "ensembles.a: a member has this name already"),
+        ("ensembles.ab.mode", "solo", "ensembles.ab.mode: Input should be 'lockstep'"),
+        ("matrices.recipe", "own", "matrices.recipe: Input should be 'centred' or 'deepen'"),
+        ("matrices.min_retained", 2, "matrices.min_retained: "),
+        ("scheduler.max_running", 0, "scheduler.max_running: "),
+        ("server.port", 70000, "server.port: Input should be less than or equal to 65535 (given: 70000)"),
+        ("server.max_body_bytes", "4 parsecs", "server.max_body_bytes: '4 parsecs' is not a size"),
+    ],
+)
+def test_a_wrong_field_is_named_by_its_path(tmp_path: Path, path: str, value: object, expected: str) -> None:
+    text = message(tmp_path, changed(path, value))
+    assert expected in text
+    assert str(tmp_path / "own.yaml") in text
+    assert "\n" not in text
+
+
+def test_several_wrong_fields_are_all_named(tmp_path: Path) -> None:
+    raw = changed("server.port", -1) | {"typo": 1}
+    text = message(tmp_path, raw)
+    assert "server.port: " in text
+    assert "typo: " in text
+
+
+@pytest.mark.parametrize("raw", [{}, {"members": {}}])
+def test_members_are_required(tmp_path: Path, raw: dict[str, Any]) -> None:
+    assert "members: " in message(tmp_path, raw)
+
+
+def test_a_missing_file_is_told(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"none\.yaml: cannot be read .*--config"):
+        load_config(tmp_path / "none.yaml")
+
+
+def test_a_file_that_is_no_text_is_told(tmp_path: Path) -> None:
+    (tmp_path / "own.yaml").write_bytes(b"members: \xff\xfe")
+    with pytest.raises(ConfigError, match="UTF-8"):
+        load_config(tmp_path / "own.yaml")
+
+
+def test_bad_yaml_is_told_with_its_line(tmp_path: Path) -> None:
+    text = message(tmp_path, "members:\n  a: [1,\nserver: {}")
+    assert "not valid YAML" in text
+    assert "line 3" in text
+
+
+@pytest.mark.parametrize("raw", ["", "just text", "- a\n- b"])
+def test_a_file_without_sections_is_told(tmp_path: Path, raw: str) -> None:
+    assert "expected sections (members, ensembles, ...)" in message(tmp_path, raw)
+
+
+def test_relative_paths_start_at_the_file(tmp_path: Path) -> None:
+    raw = changed("matrices.folder", "../built") | {
+        "members": {"a": {"model": "./models/a"}, "b": {"model": "~/b"}}
+    }
+    (tmp_path / "sub").mkdir()
+    config = load_config(written(tmp_path / "sub", raw))
+    assert config.matrices.folder == (tmp_path / "built").resolve()
+    assert config.members["a"].model == str((tmp_path / "sub/models/a").resolve())
+    assert config.members["b"].model == str(Path.home() / "b")
+
+
+@pytest.mark.parametrize("model", ["org/name", "gpt2", "demo:gemma-3-270m", "/abs/folder"])
+def test_hub_ids_and_absolute_folders_stay_as_they_are(tmp_path: Path, model: str) -> None:
+    config = load_config(written(tmp_path, changed("members.a.model", model)))
+    assert config.members["a"].model == model
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [(7, 7), ("2GiB", 2 * 2**30), ("500 MB", 5 * 10**8), ("1.5kib", 1536), ("3 b", 3), ("1TB", 10**12)],
+)
+def test_sizes(text: str | int, size: int) -> None:
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "GiB", "-1GiB", "1 GiB more", "1e3MB", "12"])
+def test_what_is_no_size_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="is not a size"):
+        parse_size(text)
