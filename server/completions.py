@@ -16,7 +16,7 @@ from ensemble_core.decoding.requests import GenerationRequest, Output, Overrides
 from ensemble_core.decoding.sampling_params import MAX_SEED, SamplingParams
 from ensemble_core.errors import InvalidRequestError, NotReadyError
 from server.errors import RequestFailedError
-from server.schemas import Choice, Completion, CompletionRequest, EnsembleOptions, FusionChoice, Usage
+from server.schemas import Choice, Completion, CompletionRequest, EnsembleOptions, Usage
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +121,7 @@ def to_overrides(options: EnsembleOptions | None) -> Overrides:
     """The engine's form of our extension."""
     if options is None:
         return Overrides()
-    fusion = options.fusion if isinstance(options.fusion, FusionChoice) else None
+    fusion = options.fusion
     return Overrides(
         members=None if options.members is None else tuple(options.members),
         weights=options.weights,

@@ -30,7 +30,7 @@ class Edge:
     created: int  # Unix time of the app's start
 
 
-def _edge(request: Request) -> Edge:
+async def _edge(request: Request) -> Edge:
     return cast(Edge, request.app.state.edge)
 
 

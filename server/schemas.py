@@ -155,9 +155,9 @@ class EnsembleOptions(_Strict):
     weights: dict[str, Annotated[float, Field(ge=0.0, allow_inf_nan=False)]] | None = Field(
         None, min_length=1, max_length=64, description="Member -> weight; scaled to sum to 1."
     )
-    fusion: Annotated[str | FusionChoice | None, BeforeValidator(_fusion, json_schema_input_type=Any)] = Field(
-        None, description="Name of a fusion, or {name, options}."
-    )
+    fusion: Annotated[
+        FusionChoice | None, BeforeValidator(_fusion, json_schema_input_type=str | FusionChoice | None)
+    ] = Field(None, description="Name of a fusion, or {name, options}.")
     mode: Literal["lockstep"] | None = Field(None, description="How steps are taken.")
 
     @model_validator(mode="before")

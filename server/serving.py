@@ -113,6 +113,8 @@ def serve(app: FastAPI, runtime: Runtime, config: ServerConfig, say: Callable[[s
     server = DrainingServer(settings, runtime, config.drain_seconds, announce)
     say(f"listening on {base}; loading")
     _run(server, listener)
+    if server.force_exit:  # uvicorn then leaves out the app's own shutdown
+        runtime.stop()
     if server.failure is not None:
         raise server.failure
 

@@ -1,0 +1,302 @@
+"""POST /v1/completions through the whole app, over a scripted engine."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from fake_runtime import FakeRuntime
+from starlette.testclient import TestClient
+
+from ensemble_core.config import ServerConfig
+from ensemble_core.decoding.requests import Output
+from ensemble_core.errors import MemberError, NotReadyError, QueueFullError
+from server.app import create_app
+from server.metrics import PrometheusSink
+
+CONFIG = ServerConfig(max_choices=8, max_body_bytes=4096)
+BASE: dict[str, Any] = {"model": "duo", "prompt": "a b c"}
+
+
+@pytest.fixture
+def runtime() -> FakeRuntime:
+    return FakeRuntime()
+
+
+@pytest.fixture
+def client(runtime: FakeRuntime) -> Iterator[TestClient]:
+    app = create_app(runtime, CONFIG, PrometheusSink())  # type: ignore[arg-type]
+    with TestClient(app, raise_server_exceptions=False) as client:
+        yield client
+
+
+def post(client: TestClient, **fields: Any) -> Any:
+    return client.post("/v1/completions", json=BASE | fields)
+
+
+def events(text: str) -> list[str]:
+    """The data of each event; every event is one line."""
+    blocks = text.split("\n\n")
+    assert blocks.pop() == ""
+    assert all(block.startswith("data: ") and "\n" not in block for block in blocks)
+    return [block.removeprefix("data: ") for block in blocks]
+
+
+def chunks(text: str) -> list[dict[str, Any]]:
+    *bodies, done = events(text)
+    assert done == "[DONE]"
+    return [json.loads(body) for body in bodies]
+
+
+def test_the_answer_has_exactly_the_contracts_fields(client: TestClient) -> None:
+    answer = post(client).json()
+    assert set(answer) == {"id", "object", "created", "model", "choices", "usage"}
+    assert (answer["object"], answer["model"]) == ("text_completion", "duo")
+    assert answer["choices"] == [
+        {
+            "index": 0,
+            "text": " Hello wörld 😀!",
+            "logprobs": None,
+            "finish_reason": "stop",
+            "stop_reason": None,
+        }
+    ]
+    assert answer["usage"] == {"prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 7}
+
+
+def test_the_stream_has_the_same_text_and_its_headers(client: TestClient) -> None:
+    answer = post(client, stream=True)
+    assert answer.headers["content-type"].startswith("text/event-stream")
+    assert answer.headers["cache-control"] == "no-cache"
+    assert answer.headers["x-accel-buffering"] == "no"
+    received = chunks(answer.text)
+    assert "".join(chunk["choices"][0]["text"] for chunk in received) == " Hello wörld 😀!"
+    assert [chunk["choices"][0]["finish_reason"] for chunk in received] == [None, None, None, "stop"]
+    assert received[-1]["choices"][0]["text"] == "!"  # the reason comes with the last text
+    assert len({chunk["id"] for chunk in received}) == 1
+    assert all(set(chunk) == {"id", "object", "created", "model", "choices"} for chunk in received)
+
+
+def test_usage_in_streams(client: TestClient) -> None:
+    *texts, last = chunks(post(client, stream=True, stream_options={"include_usage": True}).text)
+    assert [chunk["usage"] for chunk in texts] == [None] * 4
+    assert last["choices"] == []
+    assert last["usage"] == {"prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 7}
+    both = {"include_usage": True, "continuous_usage_stats": True}
+    counts = [c["usage"]["completion_tokens"] for c in chunks(post(client, stream=True, stream_options=both).text)]
+    assert counts == [1, 2, 3, 4, 4]
+
+
+def test_choices_of_several_prompts(client: TestClient, runtime: FakeRuntime) -> None:
+    answer = post(client, prompt=["p q", "r"], n=2, seed=5).json()
+    assert [choice["index"] for choice in answer["choices"]] == [0, 1, 2, 3]
+    assert answer["usage"] == {"prompt_tokens": 3, "completion_tokens": 16, "total_tokens": 19}
+    assert [(each.prompt, each.params.seed) for each in runtime.seen] == [
+        ("p q", 5),
+        ("p q", 6),
+        ("r", 5),
+        ("r", 6),
+    ]
+    assert [each.request_id for each in runtime.seen] == [f"{answer['id']}-{i}" for i in range(4)]
+
+
+@pytest.mark.parametrize(
+    "content_type", ["application/json", "text/plain", "application/x-www-form-urlencoded", "nonsense", None]
+)
+def test_any_content_type_is_read_as_json(client: TestClient, content_type: str | None) -> None:
+    headers = {} if content_type is None else {"Content-Type": content_type}
+    answer = client.post("/v1/completions", content=json.dumps(BASE).encode(), headers=headers)
+    assert answer.status_code == 200
+    broken = client.post("/v1/completions", content=b"{", headers=headers)
+    assert broken.status_code == 400
+    assert "not valid JSON" in broken.json()["error"]["message"]
+
+
+BAD = [
+    ({"model": "nope"}, 404, "model", "unknown"),
+    ({"model": None}, 400, "model", "string"),
+    ({"prompt": ""}, 400, "prompt", "empty"),
+    ({"prompt": []}, 400, "prompt", "empty"),
+    ({"prompt": ["a", ""]}, 400, "prompt", "empty"),
+    ({"prompt": None}, 400, "prompt", "string"),
+    ({"prompt": [1, 2]}, 400, "prompt", "token ids are not supported yet"),
+    ({"prompt": [[1, 2], [3]]}, 400, "prompt", "token ids are not supported yet"),
+    ({"prompt": "\ud800"}, 400, "prompt", "surrogates"),
+    ({"prompt": ["a"] * 9}, 400, "prompt", "at most 8"),
+    ({"n": 9}, 400, "n", "at most 8"),
+    ({"n": 10**30}, 400, "n", "at most 8"),
+    ({"n": 0}, 400, "n", "at least 1"),
+    ({"n": "2"}, 400, "n", "(given: '2')"),
+    ({"max_tokens": 0}, 400, "max_tokens", "from 1 to"),
+    ({"max_tokens": -1}, 400, "max_tokens", "got -1"),
+    ({"max_tokens": "many"}, 400, "max_tokens", "valid integer (given: 'many')"),
+    ({"max_tokens": True}, 400, "max_tokens", "valid integer"),
+    ({"max_tokens": 10**100}, 400, "max_tokens", "from 1 to"),
+    ({"temperature": 2.1}, 400, "temperature", "from 0 to 2, got 2.1"),
+    ({"temperature": -0.1}, 400, "temperature", "from 0 to 2"),
+    ({"temperature": "hot"}, 400, "temperature", "valid number (given: 'hot')"),
+    ({"temperature": 10**400}, 400, "temperature", "number"),
+    ({"top_p": 0}, 400, "top_p", "greater than 0"),
+    ({"top_p": 1.1}, 400, "top_p", "from 0 to 1"),
+    ({"seed": 2**63}, 400, "seed", "integer from"),
+    ({"seed": 0.5}, 400, "seed", "integer"),
+    ({"stop": ["x"] * 17}, 400, "stop", "up to 16 strings, got 17"),
+    ({"stop": ""}, 400, "stop", "1 to 1024 characters"),
+    ({"stop": "x" * 1025}, 400, "stop", "1 to 1024 characters"),
+    ({"stop": [1]}, 400, "stop", "string"),
+    ({"stop": "\udc00"}, 400, "stop", "surrogates"),
+    ({"stream": "yes"}, 400, "stream", "boolean"),
+    ({"stream_options": {"include_usage": True}}, 400, "stream_options", "stream: true"),
+    (
+        {"stream": True, "stream_options": {"include_usage": "yes"}},
+        400,
+        "stream_options.include_usage",
+        "boolean (given: 'yes')",
+    ),
+    ({"stream": True, "stream_options": []}, 400, "stream_options", "dictionary"),
+    ({"logprobs": 1}, 400, "logprobs", "not supported yet"),
+    ({"echo": True}, 400, "echo", "leave it out or send false"),
+    ({"best_of": 2}, 400, "best_of", "not supported yet"),
+    ({"suffix": "x"}, 400, "suffix", "not supported yet"),
+    ({"presence_penalty": 1}, 400, "presence_penalty", "not supported yet"),
+    ({"top_k": 5}, 400, "top_k", "send 0 or -1"),
+    ({"user": 5}, 400, "user", "string"),
+    ({"ensemble": []}, 400, "ensemble", "dictionary"),
+    ({"ensemble": {"colour": 1}}, 400, "ensemble.colour", "takes fusion, members, mode, weights"),
+    ({"ensemble": {"trace": True}}, 400, "ensemble.trace", "not supported yet"),
+    ({"ensemble": {"members": "a"}}, 400, "ensemble.members", "list"),
+    ({"ensemble": {"members": []}}, 400, "ensemble.members", "at least 1"),
+    ({"ensemble": {"members": ["a", 5]}}, 400, "ensemble.members.1", "string"),
+    ({"ensemble": {"weights": {"a": -1}}}, 400, "ensemble.weights.a", "greater than or equal to 0"),
+    ({"ensemble": {"weights": {"a": "1"}}}, 400, "ensemble.weights.a", "number"),
+    ({"ensemble": {"mode": "fast"}}, 400, "ensemble.mode", "'lockstep'"),
+    ({"ensemble": {"fusion": {"options": {}}}}, 400, "ensemble.fusion.name", "required"),
+    ({"ensemble": {"fusion": {"name": "x", "more": 1}}}, 400, "ensemble.fusion.more", "unknown key"),
+    ({"ensemble": {"fusion": 5}}, 400, "ensemble.fusion", "(given: 5)"),
+]
+
+
+@pytest.mark.parametrize(("fields", "status", "param", "words"), BAD, ids=lambda value: str(value)[:40])
+def test_bad_input(
+    client: TestClient, runtime: FakeRuntime, fields: dict[str, Any], status: int, param: str, words: str
+) -> None:
+    answer = client.post("/v1/completions", content=json.dumps(BASE | fields).encode())
+    error = answer.json()["error"]
+    assert (answer.status_code, error["type"], error["param"]) == (status, "invalid_request_error", param)
+    assert words in error["message"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert answer.headers["x-request-id"]
+    assert runtime.seen == []
+    assert post(client).status_code == 200  # the server lives on
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"{", b"[1]", b"null", b'"text"', b"5", b"\xff", b"[" * 4000, b'{"model": 1e999999, "n": }']
+)
+def test_bodies_that_are_no_objects(client: TestClient, body: bytes) -> None:
+    answer = client.post("/v1/completions", content=body, headers={"Content-Type": "application/json"})
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] is None
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999"])
+def test_numbers_that_are_none(client: TestClient, number: str) -> None:
+    body = json.dumps(BASE)[:-1] + f', "temperature": {number}}}'
+    answer = client.post("/v1/completions", content=body.encode())
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "temperature")
+
+
+@pytest.mark.parametrize("field", ["model", "prompt"])
+def test_missing_fields_are_named(client: TestClient, field: str) -> None:
+    body = {name: value for name, value in BASE.items() if name != field}
+    error = client.post("/v1/completions", json=body).json()["error"]
+    assert error["param"] == field
+    assert "required" in error["message"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (QueueFullError("256 are waiting"), 429),
+        (NotReadyError("loading member a"), 503),
+        (MemberError("a", "broke"), 500),
+        (RuntimeError("a bug"), 500),
+    ],
+)
+def test_what_the_engine_refuses(
+    client: TestClient, runtime: FakeRuntime, error: Exception, status: int, stream: bool
+) -> None:
+    runtime.refuse = error
+    answer = post(client, stream=stream)
+    assert answer.status_code == status
+    assert ("retry-after" in answer.headers) == (status in (429, 503))
+    assert "error" in answer.json()
+    assert "bug" not in answer.text
+    assert answer.headers["x-request-id"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_failures_before_the_first_output_are_statuses(
+    client: TestClient, runtime: FakeRuntime, stream: bool
+) -> None:
+    runtime.outputs["a b c"] = [Output("", (), 3, 0, "error", error="member 'b' ran dry")]
+    answer = post(client, stream=stream)
+    assert answer.status_code == 500
+    assert answer.json()["error"]["message"] == "member 'b' ran dry"
+
+
+@pytest.mark.parametrize("error", [MemberError("b", "ran dry"), RuntimeError("a bug")])
+def test_failures_after_the_headers_are_events(client: TestClient, runtime: FakeRuntime, error: Exception) -> None:
+    runtime.breaks = error
+    answer = post(client, stream=True)
+    assert answer.status_code == 200
+    *texts, failure, done = events(answer.text)
+    assert len(texts) == 3
+    assert json.loads(failure)["error"]["type"] == "server_error"
+    assert done == "[DONE]"
+    assert len(runtime.aborted) == 1
+
+
+def test_bodies_over_the_limit(client: TestClient) -> None:
+    large = json.dumps(BASE | {"prompt": "x" * 5000}).encode()
+
+    def pieces() -> Iterator[bytes]:  # sent chunked, without a length
+        yield large[:3000]
+        yield large[3000:]
+
+    for content in (large, pieces()):
+        answer = client.post("/v1/completions", content=content)
+        assert answer.status_code == 413
+        assert answer.json()["error"]["code"] == "body_too_large"
+        assert "4096 bytes" in answer.json()["error"]["message"]
+        assert answer.headers["x-request-id"]
+
+
+def test_prompts_are_logged_nowhere_above_debug(client: TestClient, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO"):
+        post(client, prompt="a secret")
+        post(client, prompt="a secret", temperature=5)
+        post(client, prompt=["a secret", 5])
+    assert caplog.records
+    assert "secret" not in caplog.text
+
+
+def test_refusals_are_counted(client: TestClient, runtime: FakeRuntime) -> None:
+    post(client, n=0)
+    post(client, n="x")
+    post(client, model="nope")
+    client.post("/v1/completions", content=b"x" * 5000)
+    client.post("/nope")
+    runtime.refuse = QueueFullError("full")
+    post(client)
+    lines = client.get("/metrics").text.splitlines()
+    counts = {line for line in lines if line.startswith("unisono_requests_rejected_total")}
+    assert counts == {
+        'unisono_requests_rejected_total{reason="invalid_request"} 2.0',
+        'unisono_requests_rejected_total{reason="model_not_found"} 1.0',
+        'unisono_requests_rejected_total{reason="body_too_large"} 1.0',
+        'unisono_requests_rejected_total{reason="queue_full"} 1.0',
+    }

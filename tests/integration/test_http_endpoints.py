@@ -1,0 +1,133 @@
+"""Models, probes, metrics, documentation, and what every route has in common."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Iterator
+
+import pytest
+from fake_runtime import MODELS, RECIPE, FakeRuntime
+from starlette.testclient import TestClient
+
+from ensemble_core.config import ServerConfig
+from server.app import create_app
+from server.metrics import PrometheusSink
+
+
+@pytest.fixture
+def runtime() -> FakeRuntime:
+    return FakeRuntime()
+
+
+@pytest.fixture
+def client(runtime: FakeRuntime) -> Iterator[TestClient]:
+    with TestClient(create_app(runtime, ServerConfig(), PrometheusSink())) as client:  # type: ignore[arg-type]
+        yield client
+
+
+def test_models(client: TestClient) -> None:
+    answer = client.get("/v1/models").json()
+    assert answer["object"] == "list"
+    assert [model["id"] for model in answer["data"]] == ["duo", "a", "b"]
+    assert answer["data"][0]["recipe"] == RECIPE
+    assert answer["data"][2] == client.get("/v1/models/b").json()
+    assert (answer["data"][2]["max_model_len"], answer["data"][2]["kind"]) == (1024, "member")
+
+
+@pytest.mark.parametrize("name", ["nope", "org/nope"])
+def test_an_unknown_model(client: TestClient, name: str) -> None:
+    answer = client.get(f"/v1/models/{name}")
+    assert answer.status_code == 404
+    assert answer.json()["error"]["code"] == "model_not_found"
+
+
+@pytest.mark.parametrize(
+    ("state", "health", "ready"),
+    [("loading", 200, 503), ("ready", 200, 200), ("draining", 200, 503), ("dead", 503, 503)],
+)
+def test_probes(client: TestClient, runtime: FakeRuntime, state: str, health: int, ready: int) -> None:
+    runtime.state, runtime.reason = state, "because of b"
+    for path, status in (("/health", health), ("/ready", ready)):
+        answer = client.get(path)
+        assert answer.status_code == status
+        if status == 503:
+            assert "because of b" in answer.json()["error"]["message"]
+            assert answer.headers["retry-after"]
+
+
+@pytest.mark.parametrize(("state", "up"), [("loading", 0), ("ready", 1), ("draining", 1), ("dead", 0)])
+def test_members_are_up_once_the_engine_is_ready(
+    client: TestClient, runtime: FakeRuntime, state: str, up: int
+) -> None:
+    runtime.state = state
+    text = client.get("/metrics").text
+    for member in (model.name for model in MODELS if model.kind == "member"):
+        assert f'unisono_member_up{{member="{member}"}} {up}.0' in text
+    assert 'member="duo"' not in text
+
+
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed")
+def test_promtool_accepts_what_a_fresh_server_says(client: TestClient) -> None:
+    answer = client.get("/metrics")
+    assert answer.headers["content-type"].startswith("text/plain; version=0.0.4")
+    done = subprocess.run(["promtool", "check", "metrics"], input=answer.content, capture_output=True)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_version(client: TestClient) -> None:
+    assert client.get("/version").json()["version"]
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("GET", "/nope", 404),
+        ("POST", "/v1/chat/completions", 404),
+        ("POST", "/v1/completions/", 404),
+        ("GET", "/v1/completions", 405),
+        ("DELETE", "/v1/models", 405),
+        ("POST", "/health", 405),
+    ],
+)
+def test_unknown_routes_and_wrong_methods(client: TestClient, method: str, path: str, status: int) -> None:
+    answer = client.request(method, path, headers={"X-Request-Id": "mine"})
+    assert answer.status_code == status
+    error = answer.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert path in error["message"]
+    assert answer.headers["x-request-id"] == "mine"
+    if status == 405:
+        assert answer.headers["allow"] in error["message"]
+
+
+def test_every_answer_has_its_own_request_id(client: TestClient) -> None:
+    ids = {client.get("/health").headers["x-request-id"] for _ in range(3)}
+    assert len(ids) == 3
+
+
+def test_the_documentation_describes_the_api(client: TestClient) -> None:
+    assert client.get("/docs").status_code == 200
+    api = client.get("/openapi.json").json()
+    completions = api["paths"]["/v1/completions"]["post"]
+    assert "422" not in completions["responses"]
+    assert "text/event-stream" in completions["responses"]["200"]["content"]
+    schemas = api["components"]["schemas"]
+    assert {"CompletionRequest", "EnsembleOptions", "StreamOptions", "Completion", "ErrorBody"} <= set(schemas)
+    assert {"members", "weights", "fusion", "mode"} == set(schemas["EnsembleOptions"]["properties"])
+
+
+def test_the_lifespan_starts_drains_and_stops() -> None:
+    runtime = FakeRuntime()
+    app = create_app(runtime, ServerConfig(drain_seconds=0.5), PrometheusSink())  # type: ignore[arg-type]
+    with TestClient(app):
+        assert runtime.log == ["start"]
+    assert runtime.log == ["start", "drain 0.5", "stop"]
+
+
+def test_two_apps_share_nothing() -> None:
+    first, second = (create_app(FakeRuntime(), ServerConfig(), PrometheusSink()) for _ in range(2))  # type: ignore[arg-type]
+    with TestClient(first) as one, TestClient(second) as two:
+        one.post("/v1/completions", json={})
+        assert "unisono_requests_rejected_total{" in one.get("/metrics").text
+        assert "unisono_requests_rejected_total{" not in two.get("/metrics").text
