@@ -37,6 +37,7 @@ class Fusion(Protocol):
     """`fuse(candidates of main and assistants, weights) -> Fused`."""
 
     name: str
+    full_vocabulary: bool  # True: candidates must be whole distributions (K = V)
 
     def fuse(self, candidates: Sequence[Candidates], weights: Tensor) -> Fused:
         """Fuse M members' candidates of B rows each.

@@ -55,6 +55,14 @@ class Candidates:
         index = torch.tensor(indices, dtype=torch.long, device=self.token_ids.device)
         return Candidates(self.token_ids[index], self.logprobs[index], self.tail[index])
 
+    def best(self, num: int) -> Candidates:
+        """The `num` likeliest of each row; what is cut off joins the tail."""
+        if self.token_ids.shape[1] <= num:
+            return self
+        logprobs, places = self.logprobs.topk(num, dim=1)
+        rest = (1.0 - logprobs.double().exp().sum(dim=1)).clamp_min(0.0).log().float()
+        return Candidates(self.token_ids.gather(1, places), logprobs, rest)
+
     def to(self, device: torch.device) -> Candidates:
         """The same candidates on `device`: a few KB a row."""
         return Candidates(self.token_ids.to(device), self.logprobs.to(device), self.tail.to(device))

@@ -1,0 +1,155 @@
+"""Who runs in the next step, and with how many tokens. No torch.
+
+A sequence is admitted in all its members at once, first come, first served, and reserves every page that it can
+ever need: so nothing that runs can run out. Decoding sequences go first in every step; what is left of the token
+budget is prefilled in chunks, so that long prompts do not stall running streams. The last piece of a prompt is
+fed to all members in one step, which is the first step that decides a token.
+
+Invariants: reserved pages never exceed a member's; every admitted sequence is on `running` until `retire`; nobody
+overtakes the head of the queue. Does not know tensors, forwards or fusion.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ensemble_core.decoding.sequence import Phase, Sequence
+from ensemble_core.errors import QueueFullError
+
+
+@dataclass(frozen=True, slots=True)
+class Capacity:
+    """A member's cache as the scheduler sees it."""
+
+    page_size: int  # tokens
+    num_pages: int
+    max_len: int  # tokens a sequence
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """One sequence's part of a step: tokens to feed per member, and whether a token is decided."""
+
+    sequence: Sequence
+    counts: dict[str, int]
+    decides: bool
+    prefill: bool  # the tokens are a part of the prompt
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Of the whole engine."""
+
+    max_running: int
+    max_waiting: int
+    token_budget: int  # tokens a member is fed in one step
+
+
+class Scheduler:
+    """Waiting and running sequences, and the pages that they have reserved."""
+
+    def __init__(self, capacities: Mapping[str, Capacity], limits: Limits) -> None:
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
+        self._capacities = dict(capacities)
+        self._limits = limits
+        self._reserved = dict.fromkeys(capacities, 0)
+
+    @property
+    def has_work(self) -> bool:
+        """True while somebody runs or waits."""
+        return bool(self.running or self.waiting)
+
+    def reserved(self, member: str) -> int:
+        """Pages of a member that running sequences have reserved."""
+        return self._reserved[member]
+
+    def add(self, sequences: list[Sequence]) -> None:
+        """Queue sequences, all or none. Raises QueueFullError."""
+        room = self._limits.max_waiting - len(self.waiting)
+        if len(sequences) > room:
+            raise QueueFullError(
+                f"the queue has room for {max(room, 0)} of {self._limits.max_waiting} waiting sequences, this "
+                f"request needs {len(sequences)}; try again later, or raise scheduler.max_waiting"
+            )
+        self.waiting.extend(sequences)
+
+    def schedule(self) -> list[Share]:
+        """The shares of the next step: admit, then decode, then prefill what the budget allows."""
+        self._admit()
+        left = dict.fromkeys(self._capacities, self._limits.token_budget)
+        shares = [_decode_share(s) for s in self.running if s.phase is Phase.DECODE]
+        for share in shares:
+            _spend(left, share.counts)
+        for sequence in self.running:
+            if sequence.phase is Phase.PREFILL and (share := _prefill_share(sequence, left)).counts:
+                _spend(left, share.counts)
+                shares.append(share)
+        return shares
+
+    def retire(self) -> list[Sequence]:
+        """Take finished sequences off all lists and free what they reserved."""
+        finished = [s for s in (*self.running, *self.waiting) if s.phase is Phase.FINISHED]
+        for sequence in finished:
+            if sequence.admitted is not None:
+                for member, pages in self._pages(sequence).items():
+                    self._reserved[member] -= pages
+        if finished:
+            self.running = [s for s in self.running if s.phase is not Phase.FINISHED]
+            self.waiting = deque(s for s in self.waiting if s.phase is not Phase.FINISHED)
+        return finished
+
+    def check(self) -> None:
+        """Integrity: what is reserved is what the running sequences need, and it fits."""
+        for member, capacity in self._capacities.items():
+            needed = sum(self._pages(s).get(member, 0) for s in self.running)
+            assert self._reserved[member] == needed <= capacity.num_pages
+
+    def _admit(self) -> None:
+        while self.waiting and len(self.running) < self._limits.max_running:
+            sequence = self.waiting[0]
+            pages = self._pages(sequence)
+            if any(self._reserved[m] + n > self._capacities[m].num_pages for m, n in pages.items()):
+                return
+            for member, count in pages.items():
+                self._reserved[member] += count
+            self.running.append(self.waiting.popleft())
+            sequence.phase, sequence.admitted = Phase.PREFILL, time.perf_counter()
+
+    def _pages(self, sequence: Sequence) -> dict[str, int]:
+        """Pages for the longest that the sequence can become in each member.
+
+        Main's completion is at most max_tokens; an assistant may need more tokens for the same text, up to its
+        own max_len.
+        """
+        pages = {}
+        for member, track in sequence.tracks.items():
+            capacity = self._capacities[member]
+            longest = capacity.max_len
+            if member == sequence.recipe.main:
+                longest = min(longest, len(track.prompt_ids) + sequence.request.params.max_tokens)
+            pages[member] = -(-longest // capacity.page_size)
+        return pages
+
+
+def _decode_share(sequence: Sequence) -> Share:
+    counts = {member: sequence.tracks[member].num_uncached for member in sequence.consulted}
+    return Share(sequence, counts, decides=True, prefill=False)
+
+
+def _prefill_share(sequence: Sequence, left: Mapping[str, int]) -> Share:
+    """All that is left of every member's prompt if it fits, else a chunk that leaves each its last token."""
+    rest = {member: track.num_uncached for member, track in sequence.tracks.items()}
+    if all(count <= left[member] for member, count in rest.items()):
+        return Share(sequence, rest, decides=True, prefill=True)
+    chunks = {member: min(count - 1, left[member]) for member, count in rest.items()}
+    counts = {member: count for member, count in chunks.items() if count > 0}
+    return Share(sequence, counts, decides=False, prefill=True)
+
+
+def _spend(left: dict[str, int], counts: Mapping[str, int]) -> None:
+    for member, count in counts.items():
+        left[member] = max(0, left[member] - count)

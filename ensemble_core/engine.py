@@ -1,0 +1,255 @@
+"""The engine: schedule, feed the members, decide, append, align, finish. One thread owns it.
+
+Invariants: a sequence that ends, however it ends, gives back its pages in every member; a member's failure ends
+the sequences that it was fed in that step and no other. Does not know threads, asyncio or HTTP.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from ensemble_core.decoding.lockstep import Outcome, Row, decide
+from ensemble_core.decoding.requests import Output
+from ensemble_core.decoding.scheduler import Capacity, Limits, Scheduler, Share
+from ensemble_core.decoding.sequence import Phase, Sequence
+from ensemble_core.members.base import Candidates, Feed, Member
+from ensemble_core.members.parallel import Answer, MemberPool
+from ensemble_core.stats import (
+    CacheStats,
+    MemberStats,
+    QueueStats,
+    RequestStats,
+    StatsSink,
+    StepStats,
+    TokenStats,
+)
+
+logger = logging.getLogger(__name__)
+
+News = tuple[int, Output]  # seq_id, what happened
+
+
+@dataclass(slots=True)
+class _Step:
+    """What one step has done so far."""
+
+    shares: list[Share]
+    started: float = field(default_factory=time.perf_counter)
+    answers: dict[str, Answer] = field(default_factory=dict)
+    outcome: Outcome | None = None
+    alignment_seconds: float = 0.0
+    rollbacks: dict[str, int] = field(default_factory=dict)
+
+
+class Engine:
+    """Members, sequences and the loop's body."""
+
+    def __init__(
+        self, members: Mapping[str, Member], limits: Limits, num_candidates: int, sink: StatsSink
+    ) -> None:
+        self.members = dict(members)
+        self._pool = MemberPool(members)
+        self._num_candidates = num_candidates
+        self._sink = sink
+        capacities = {n: Capacity(m.page_size, m.num_pages, m.max_len) for n, m in members.items()}
+        self.scheduler = Scheduler(capacities, limits)
+
+    @property
+    def has_work(self) -> bool:
+        """True while some sequence runs or waits."""
+        return self.scheduler.has_work
+
+    def add(self, sequences: list[Sequence]) -> None:
+        """Queue sequences, all or none. Raises QueueFullError."""
+        self.scheduler.add(sequences)
+        self._report_queue()
+
+    def step(self) -> list[News]:
+        """One step of everything that runs; the news of every sequence that moved."""
+        step = _Step(self.scheduler.schedule())
+        if step.shares:
+            step.answers = self._forward(step.shares)
+            deciding = self._surviving(step)
+            step.outcome = decide(deciding, _candidates(step.answers), self._num_candidates)
+            news = self._append(step.outcome)
+            self._align(step, deciding)
+            self._report_step(step)
+            return news + self._retire()
+        return self._retire()
+
+    def abort(self, seq_ids: Iterable[int]) -> list[News]:
+        """End sequences now; unknown ones are fine."""
+        wanted = set(seq_ids)
+        for sequence in (*self.scheduler.running, *self.scheduler.waiting):
+            if sequence.seq_id in wanted and sequence.phase is not Phase.FINISHED:
+                sequence.finish("abort")
+        return self._retire()
+
+    def report_caches(self) -> None:
+        """Tell the sink what every member's cache holds."""
+        for name, member in self.members.items():
+            used = member.num_pages - member.free_pages
+            self._sink.cache(CacheStats(name, used, member.num_pages, member.memory_bytes()))
+
+    def close(self) -> None:
+        """End the threads of the members."""
+        self._pool.close()
+
+    def _forward(self, shares: list[Share]) -> dict[str, Answer]:
+        """Feed every member its part of the step; a failure ends the sequences that it was fed."""
+        feeds: dict[str, list[Feed]] = {}
+        top_k: dict[str, int] = {}
+        for share in shares:
+            for member, count in share.counts.items():
+                track = share.sequence.tracks[member]
+                feed = Feed(share.sequence.seq_id, track.uncached(count), int(share.decides))
+                feeds.setdefault(member, []).append(feed)
+                top_k[member] = max(top_k.get(member, 0), self._top_k(share.sequence, member))
+        answers = self._pool.forward(feeds, top_k)
+        for share in shares:
+            for member, count in share.counts.items():
+                if error := answers[member].error:
+                    _fail(share.sequence, str(error))
+                else:
+                    share.sequence.tracks[member].num_cached += count
+        return answers
+
+    def _top_k(self, sequence: Sequence, member: str) -> int:
+        fusion = sequence.recipe.fusion
+        if fusion is not None and fusion.full_vocabulary:
+            return len(self.members[member].vocabulary)
+        return self._num_candidates
+
+    def _surviving(self, step: _Step) -> list[Row]:
+        """Deciding sequences whose members all answered, with the places of their answers."""
+        seen: dict[str, int] = {}
+        rows = []
+        for share in step.shares:
+            if not share.decides:
+                continue
+            places = {}
+            for member in share.counts:
+                places[member] = seen.get(member, 0)
+                seen[member] = places[member] + 1
+            if share.sequence.phase is not Phase.FINISHED:
+                rows.append(Row(share.sequence, places))
+        return rows
+
+    def _append(self, outcome: Outcome) -> list[News]:
+        """Put each decided token to its sequence, and say what became of it."""
+        news = []
+        for decision in outcome.decisions:
+            sequence = decision.sequence
+            if decision.token_id < 0:
+                _fail(sequence, f"a member of {sequence.recipe.members} gave numbers that are not finite")
+                continue
+            text = sequence.append(decision.token_id)
+            self._time_token(sequence)
+            if sequence.phase is not Phase.FINISHED:
+                news.append((sequence.seq_id, sequence.output(text, (decision.token_id,))))
+            else:
+                sequence.last_words = (text, (decision.token_id,))
+        return news
+
+    def _align(self, step: _Step, rows: list[Row]) -> None:
+        """Respell the new text in every assistant and roll back what it had cached otherwise."""
+        started = time.perf_counter()
+        for row in rows:
+            sequence = row.sequence
+            if sequence.phase is Phase.FINISHED or sequence.detokenizer.mid_character:
+                continue
+            for member in sequence.recipe.members[1:]:
+                track = sequence.tracks[member]
+                if dropped := track.respell(sequence.detokenizer.text):
+                    self.members[member].rollback(sequence.seq_id, track.num_cached)
+                    step.rollbacks[member] = step.rollbacks.get(member, 0) + dropped
+                if len(track) > self.members[member].max_len:
+                    sequence.finish("length")
+        step.alignment_seconds = time.perf_counter() - started
+
+    def _retire(self) -> list[News]:
+        """Release every finished sequence everywhere; their last news."""
+        news = []
+        for sequence in self.scheduler.retire():
+            for member in sequence.tracks:
+                self.members[member].release(sequence.seq_id)
+            text, tokens = sequence.last_words
+            text += sequence.flush()
+            news.append((sequence.seq_id, sequence.output(text, tokens)))
+            self._report_request(sequence)
+        if news:
+            self._report_queue()
+        return news
+
+    def _time_token(self, sequence: Sequence) -> None:
+        now = time.perf_counter()
+        if sequence.last_token is None:
+            sequence.first_token = now
+        else:
+            self._sink.token(TokenStats(sequence.recipe.model, now - sequence.last_token))
+        sequence.last_token = now
+
+    def _report_queue(self) -> None:
+        self._sink.queue(QueueStats(len(self.scheduler.running), len(self.scheduler.waiting)))
+
+    def _report_request(self, sequence: Sequence) -> None:
+        now, arrived = time.perf_counter(), sequence.arrived
+        self._sink.request(
+            RequestStats(
+                model=sequence.recipe.model,
+                finish_reason=sequence.finish_reason or "error",
+                prompt_tokens=len(sequence.main.prompt_ids),
+                generation_tokens=sequence.num_completion_tokens,
+                queue_seconds=(sequence.admitted or now) - arrived,
+                ttft_seconds=sequence.first_token - arrived if sequence.first_token else None,
+                e2e_seconds=now - arrived,
+            )
+        )
+
+    def _report_step(self, step: _Step) -> None:
+        assert step.outcome is not None
+        last = max(answer.ended for answer in step.answers.values())
+        self._sink.step(
+            StepStats(
+                mode="lockstep",
+                batch_size=len(step.outcome.decisions),
+                seconds=time.perf_counter() - step.started,
+                alignment_seconds=step.alignment_seconds,
+                sampling_seconds=step.outcome.sampling_seconds,
+                members=[_member_stats(name, answer, step, last) for name, answer in step.answers.items()],
+                fusions=step.outcome.fusions,
+            )
+        )
+        self._report_queue()
+
+
+def _candidates(answers: Mapping[str, Answer]) -> dict[str, Candidates]:
+    return {name: a.candidates for name, a in answers.items() if a.candidates is not None}
+
+
+def _fail(sequence: Sequence, message: str) -> None:
+    if sequence.phase is not Phase.FINISHED:
+        logger.error("request %s failed: %s", sequence.request.request_id, message)
+        sequence.finish("error", error=message)
+
+
+def _member_stats(name: str, answer: Answer, step: _Step, last: float) -> MemberStats:
+    prefill = decode = 0
+    for share in step.shares:
+        count = share.counts.get(name, 0)
+        if share.prefill:
+            prefill += count
+        else:
+            decode += count
+    return MemberStats(
+        member=name,
+        phase="prefill" if prefill else "decode",
+        forward_seconds=answer.ended - answer.started,
+        wait_seconds=last - answer.ended,
+        prefill_tokens=prefill,
+        decode_tokens=decode,
+        rollback_tokens=step.rollbacks.get(name, 0),
+    )

@@ -1,0 +1,197 @@
+"""Packed attention: all sequences' new tokens in one row, linear layers once, attention per group of rows.
+
+Registered with transformers' attention interface under NAME; a forward carries its `PackedPass` as a keyword
+argument down to here. The query heads of a KV group are folded into the query length, which is several times
+faster on CPU than repeating keys and values. A group is a run of neighbouring cache rows with equally many new
+tokens, so that its keys and values are one view of the pool.
+
+Invariant: a token attends to what its own sequence has cached up to and including itself, within the layer's
+window, and to nothing else. Does not know tokens, logits or models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
+
+from ensemble_core.errors import UnsupportedModelError
+from ensemble_core.members.kv_cache import KVCache, Row
+
+NAME = "unisono_packed"
+_KNOWN = {"unisono", "dropout", "position_ids", "use_cache", "is_causal", "output_attentions", "cache_position"}
+_MAX_WASTE = 1.5  # padded over real key positions at which a group is split
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Neighbouring rows with T new tokens each: tokens [start, stop) of the pass."""
+
+    first_row: int
+    num_rows: int
+    num_new: int  # T
+    start: int
+    longest: int  # longest row, new tokens included
+
+    @property
+    def stop(self) -> int:
+        """One past the group's last token in the pass."""
+        return self.start + self.num_rows * self.num_new
+
+
+@dataclass(frozen=True, slots=True)
+class _Window:
+    """Key positions [begin, end) that a group looks at, and its additive mask (B, 1, T, L), if it needs one."""
+
+    begin: int
+    end: int
+    mask: Tensor | None
+
+
+@dataclass(slots=True)
+class PackedPass:
+    """One forward: which tokens go to which slots, and who attends to what. Masks are made once per window."""
+
+    cache: KVCache
+    groups: list[Group]
+    positions: Tensor  # (N,) int64, on the CPU
+    slots: Tensor  # (N,) int64, on the CPU
+    _slots_on: dict[torch.device, Tensor] = field(default_factory=dict)
+    _windows: dict[tuple[int | None, torch.device], list[_Window]] = field(default_factory=dict)
+
+    def slots_on(self, device: torch.device) -> Tensor:
+        """The slots on a layer's device."""
+        if device not in self._slots_on:
+            self._slots_on[device] = self.slots.to(device)
+        return self._slots_on[device]
+
+    def windows(self, size: int | None, device: torch.device) -> list[_Window]:
+        """One window a group for layers whose window is `size` (None: everything)."""
+        key = (size, device)
+        if key not in self._windows:
+            self._windows[key] = [self._window(group, size, device) for group in self.groups]
+        return self._windows[key]
+
+    def _window(self, group: Group, size: int | None, device: torch.device) -> _Window:
+        at = self.positions[group.start : group.stop].view(group.num_rows, 1, group.num_new, 1)
+        begin = 0 if size is None else max(0, int(at.min()) - size + 1)
+        keys = torch.arange(begin, group.longest)
+        seen = keys <= at  # (B, 1, T, L)
+        if size is not None:
+            seen &= keys > at - size
+        if bool(seen.all()):
+            return _Window(begin, group.longest, None)
+        mask = torch.zeros(seen.shape, dtype=self.cache.dtype).masked_fill_(~seen, -torch.inf)
+        return _Window(begin, group.longest, mask.to(device))
+
+
+def pack(cache: KVCache, rows: Sequence[Row], counts: Sequence[int]) -> tuple[PackedPass, list[int]]:
+    """Order the sequences of a forward and group them.
+
+    rows, counts: each sequence's row and number of new tokens. Returns the pass and the order: position in the
+    pass -> index in `rows`.
+    """
+    order = sorted(range(len(rows)), key=lambda i: (counts[i], rows[i].index))
+    groups: list[Group] = []
+    positions: list[int] = []
+    slots: list[int] = []
+    for i in order:
+        row, count = rows[i], counts[i]
+        _join(groups, row, count, len(positions))
+        positions.extend(range(row.length, row.length + count))
+        base = row.index * cache.row_len + row.length
+        slots.extend(range(base, base + count))
+    return PackedPass(cache, groups, torch.tensor(positions), torch.tensor(slots)), order
+
+
+def _join(groups: list[Group], row: Row, count: int, start: int) -> None:
+    """Put a row into the last group if it is its neighbour and of like length, else into a new one."""
+    length = row.length + count
+    if groups:
+        last = groups[-1]
+        adjacent = last.num_new == count and last.first_row + last.num_rows == row.index
+        longest, shortest = max(last.longest, length), min(last.longest, length)
+        if adjacent and longest <= _MAX_WASTE * shortest + 64:
+            groups[-1] = Group(last.first_row, last.num_rows + 1, count, last.start, longest)
+            return
+    groups.append(Group(row.index, 1, count, start, length))
+
+
+def packed_attention(
+    module: nn.Module,
+    query: Tensor,  # (1, H, N, D)
+    key: Tensor,  # (1, Hkv, N, D)
+    value: Tensor,  # (1, Hkv, N, D)
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The attention function of transformers' interface; returns (1, N, H, D). Writes the new keys and values."""
+    _refuse_unknown(module, kwargs)
+    run: PackedPass = kwargs["unisono"]
+    layer: int = module.layer_idx  # type: ignore[assignment]
+    keys, values = run.cache.keys[layer], run.cache.values[layer]
+    slots = run.slots_on(query.device)
+    keys.index_copy_(0, slots, key[0].transpose(0, 1))
+    values.index_copy_(0, slots, value[0].transpose(0, 1))
+    tokens = query[0].transpose(0, 1)  # (N, H, D)
+    windows = run.windows(sliding_window, query.device)
+    parts = [
+        _attend(tokens[group.start : group.stop], keys, values, run.cache.row_len, group, window, scaling)
+        for group, window in zip(run.groups, windows, strict=True)
+    ]
+    return (parts[0] if len(parts) == 1 else torch.cat(parts)).unsqueeze(0), None
+
+
+def _attend(
+    query: Tensor,  # (B*T, H, D)
+    keys: Tensor,
+    values: Tensor,
+    row_len: int,
+    group: Group,
+    window: _Window,
+    scaling: float | None,
+) -> Tensor:
+    rows, new = group.num_rows, group.num_new
+    heads, size = query.shape[1], query.shape[2]
+    kv_heads = keys.shape[1]
+    fold = heads // kv_heads
+    folded = query.reshape(rows, new, kv_heads, fold, size).permute(0, 2, 3, 1, 4)
+    folded = folded.reshape(rows, kv_heads, fold * new, size)
+    out = scaled_dot_product_attention(
+        folded,
+        _view(keys, row_len, group, window),
+        _view(values, row_len, group, window),
+        attn_mask=_folded_mask(window.mask, fold),
+        scale=scaling,
+    )
+    out = out.view(rows, kv_heads, fold, new, size).permute(0, 3, 1, 2, 4)
+    return out.reshape(rows * new, heads, size)
+
+
+def _view(pool: Tensor, row_len: int, group: Group, window: _Window) -> Tensor:
+    """(B, Hkv, L, D): the group's rows of a pool, without a copy."""
+    rows = pool.view(-1, row_len, *pool.shape[1:])
+    part = rows[group.first_row : group.first_row + group.num_rows, window.begin : window.end]
+    return part.transpose(1, 2)
+
+
+def _folded_mask(mask: Tensor | None, fold: int) -> Tensor | None:
+    """(B, 1, T, L) -> (B, 1, fold * T, L)."""
+    return mask if mask is None or fold == 1 else mask.repeat(1, 1, fold, 1)
+
+
+def _refuse_unknown(module: nn.Module, kwargs: dict[str, Any]) -> None:
+    """A keyword that this attention does not know (softcap, sinks, ...) would change the answer: refuse it."""
+    unknown = [name for name, value in kwargs.items() if name not in _KNOWN and value is not None]
+    if unknown:
+        raise UnsupportedModelError(f"{type(module).__name__} needs {unknown}, which packed attention lacks")
+
+
+AttentionInterface.register(NAME, packed_attention)

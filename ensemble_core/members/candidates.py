@@ -1,0 +1,63 @@
+"""From logits to candidates: the K likeliest ids of each row with exact log-probabilities, and the tail.
+
+Large vocabularies make this a cost of its own, so the normaliser runs over column chunks with a float32 sum and
+no float copy of the logits. Knows no model and no cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ensemble_core.members.base import Candidates
+
+_CHUNK = 16_384  # columns; a chunk of 32 rows in float32 stays in the L2 cache
+
+
+def log_normaliser(logits: Tensor) -> Tensor:
+    """Log of the sum of exp over columns, (N, V) any float dtype -> (N,) float32."""
+    peak = logits.amax(dim=1, keepdim=True).float()
+    total = torch.zeros_like(peak)
+    for start in range(0, logits.shape[1], _CHUNK):
+        chunk = logits[:, start : start + _CHUNK]
+        total += (chunk.float() - peak).exp_().sum(dim=1, keepdim=True)
+    return (peak + total.log()).squeeze(1)
+
+
+def top_candidates(logits: Tensor, top_k: int, also: Sequence[tuple[int, ...]] = ()) -> Candidates:
+    """The `top_k` likeliest ids of each row of `logits` (N, V), and those asked for by `also` (N entries or none).
+
+    top_k >= V: whole distributions in the order of ids, tail -inf. An id of `also` that is not among the likeliest
+    takes the place of the unlikeliest that nobody asked for. A row that is not finite comes back as NaN.
+    """
+    normaliser = log_normaliser(logits)
+    num_rows, vocabulary = logits.shape
+    if top_k >= vocabulary:
+        token_ids = torch.arange(vocabulary, device=logits.device).expand(num_rows, vocabulary)
+        whole = logits.float() - normaliser.unsqueeze(1)
+        return Candidates(token_ids, whole, torch.full_like(normaliser, -torch.inf))
+    token_ids = logits.topk(top_k, dim=1).indices
+    for row, wanted in enumerate(also):
+        _force(token_ids[row], wanted)
+    logprobs = logits.gather(1, token_ids).float() - normaliser.unsqueeze(1)
+    return Candidates(token_ids, logprobs, _log_rest(logprobs))
+
+
+def _force(token_ids: Tensor, wanted: tuple[int, ...]) -> None:
+    """Put missing `wanted` ids into the last places of a row (K,), in place."""
+    ids = token_ids.tolist()
+    missing = [token_id for token_id in dict.fromkeys(wanted) if token_id not in ids]
+    if missing:
+        kept = [token_id for token_id in reversed(ids) if token_id not in wanted]
+        dropped = set(kept[: len(missing)])
+        row = [token_id for token_id in ids if token_id not in dropped] + missing
+        assert len(row) == len(ids), "more ids are asked for than there are candidates"
+        token_ids.copy_(torch.tensor(row))
+
+
+def _log_rest(logprobs: Tensor) -> Tensor:
+    """Log of the mass outside (N, K) log-probabilities; summed in float64, since it is a small difference."""
+    rest = 1.0 - logprobs.double().exp().sum(dim=1)
+    return torch.where(rest.isnan(), rest, rest.clamp_min(0.0)).log().float()

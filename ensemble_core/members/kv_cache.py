@@ -1,0 +1,108 @@
+"""Keys and values of all sequences of one member: a pool of rows, each long enough for the longest sequence.
+
+A row is contiguous, so that attention reads views and copies nothing; it is one page of the scheduler's
+accounting. Sliding-window layers keep their full length (the window is masked), so rollback is exact: it is a
+change of length. Invariants: a row belongs to one sequence or to none; lengths never exceed the row; every number
+in the pool is finite, since masked positions are multiplied by zero and not skipped.
+
+Knows shapes and rows; does not know models, tokens or schedules.
+"""
+
+from __future__ import annotations
+
+import heapq
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass(slots=True)
+class Row:
+    """One sequence's place in the pool."""
+
+    index: int
+    length: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class LayerShape:
+    """What one attention layer caches."""
+
+    num_kv_heads: int
+    head_size: int
+    device: torch.device
+
+
+class KVCache:
+    """Rows of keys and values for every layer.
+
+    keys[layer], values[layer]: (rows * row_len, Hkv, D): a token's slot is row * row_len + position.
+    """
+
+    def __init__(self, layers: list[LayerShape], num_rows: int, row_len: int, dtype: torch.dtype) -> None:
+        self.num_rows, self.row_len, self.dtype = num_rows, row_len, dtype
+        self.keys = [_zeros(layer, num_rows * row_len, dtype) for layer in layers]
+        self.values = [_zeros(layer, num_rows * row_len, dtype) for layer in layers]
+        self._rows: dict[int, Row] = {}
+        self._free = list(range(num_rows))
+
+    @property
+    def num_free(self) -> int:
+        """Rows that no sequence holds."""
+        return len(self._free)
+
+    def row(self, seq_id: int) -> Row:
+        """The row of a sequence; an unknown one gets the lowest free row (low rows lie together)."""
+        if seq_id not in self._rows:
+            assert self._free, "no free row: the scheduler admitted more than fits"
+            self._rows[seq_id] = Row(heapq.heappop(self._free))
+        return self._rows[seq_id]
+
+    def rollback(self, seq_id: int, length: int) -> None:
+        """Keep the first `length` tokens."""
+        row = self._rows[seq_id]
+        assert 0 <= length <= row.length, f"rollback to {length} of {row.length}"
+        row.length = length
+
+    def release(self, seq_id: int, *, scrub: bool = False) -> None:
+        """Give a row back; `scrub` wipes what a failed forward may have left in it."""
+        row = self._rows.pop(seq_id, None)
+        if row is None:
+            return
+        if scrub:
+            self._wipe(row.index)
+        heapq.heappush(self._free, row.index)
+
+    def num_bytes(self) -> dict[str, int]:
+        """Device -> bytes of keys and values."""
+        sizes: dict[str, int] = {}
+        for tensor in (*self.keys, *self.values):
+            device = str(tensor.device)
+            sizes[device] = sizes.get(device, 0) + tensor.numel() * tensor.element_size()
+        return sizes
+
+    def check(self) -> None:
+        """Integrity: every row is free or held once, and no length passes the row. For tests and debugging."""
+        held = [row.index for row in self._rows.values()]
+        assert sorted(held + self._free) == list(range(self.num_rows)), "a row is lost or held twice"
+        assert all(0 <= row.length <= self.row_len for row in self._rows.values())
+
+    def _wipe(self, index: int) -> None:
+        for tensor in (*self.keys, *self.values):
+            tensor[index * self.row_len : (index + 1) * self.row_len].zero_()
+
+
+def bytes_per_token(layers: list[LayerShape], dtype: torch.dtype) -> int:
+    """Keys and values of one token in all layers, in bytes."""
+    return sum(2 * layer.num_kv_heads * layer.head_size for layer in layers) * dtype.itemsize
+
+
+def _zeros(layer: LayerShape, slots: int, dtype: torch.dtype) -> Tensor:
+    shape = (slots, layer.num_kv_heads, layer.head_size)
+    if layer.device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=layer.device)
+    # numpy asks the system for zero pages, which cost memory only once they are written.
+    size = slots * layer.num_kv_heads * layer.head_size * dtype.itemsize
+    return torch.from_numpy(np.zeros(size, dtype=np.uint8)).view(dtype).view(shape)

@@ -1,0 +1,291 @@
+"""A member that lives in this process: a transformers model behind the packed forward.
+
+Invariants: a forward either advances every sequence it was fed or none; the answer is the model's own, whatever
+else is in the pass. At load the model proves that it can work so: its attention is surveyed, and a packed pass in
+chunks is compared with its own forward. Does not know scheduling, fusion or text.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
+
+from ensemble_core.config import MemberConfig
+from ensemble_core.errors import CheckpointError, ConfigError, MemberError, UnsupportedModelError
+from ensemble_core.members.attention import NAME, PackedPass, pack
+from ensemble_core.members.base import Candidates, Feed
+from ensemble_core.members.candidates import top_candidates
+from ensemble_core.members.kv_cache import KVCache, LayerShape, bytes_per_token
+from ensemble_core.members.placement import DTYPES, resolve_device
+from ensemble_core.text.vocabulary import Vocabulary
+
+logger = logging.getLogger(__name__)
+
+_SURVEY = "unisono_survey"
+_MAX_ROWS = 4096
+_LAYER_TYPES = {"full_attention", "sliding_attention", "attention"}
+_STATEFUL_ROPE = {"dynamic", "longrope"}  # frequencies that depend on the longest sequence of a pass
+
+
+class LocalMember:
+    """See `ensemble_core.members.base.Member`."""
+
+    def __init__(self, name: str, model: Any, vocabulary: Vocabulary, config: MemberConfig) -> None:
+        self.name = name
+        self.vocabulary = vocabulary
+        self._model = model
+        layers = survey(name, model)
+        self.device = layers[-1].device
+        self.max_len = min(config.max_len, _longest(model))
+        dtype = model.dtype
+        num_rows = _num_rows(name, config.kv_memory, self.max_len * bytes_per_token(layers, dtype))
+        self._cache = KVCache(layers, num_rows, self.max_len, dtype)
+        self._unsound: set[int] = set()  # sequences whose cache may hold numbers that are not finite
+        prove(self)
+
+    @property
+    def page_size(self) -> int:
+        """A page is a row."""
+        return self.max_len
+
+    @property
+    def num_pages(self) -> int:
+        """Rows."""
+        return self._cache.num_rows
+
+    @property
+    def free_pages(self) -> int:
+        """Rows that no sequence holds."""
+        return self._cache.num_free
+
+    def forward(self, feeds: Sequence[Feed], top_k: int) -> Candidates:
+        """See `Member.forward`."""
+        try:
+            with torch.inference_mode():
+                candidates = self._forward(feeds, top_k)
+        except Exception as error:
+            self._unsound.update(feed.seq_id for feed in feeds)
+            raise MemberError(self.name, f"forward failed: {type(error).__name__}: {error}") from error
+        for feed in feeds:
+            self._cache.row(feed.seq_id).length += len(feed.token_ids)
+        self._note_unsound(feeds, candidates)
+        return candidates
+
+    def rollback(self, seq_id: int, length: int) -> None:
+        """See `Member.rollback`."""
+        self._cache.rollback(seq_id, length)
+
+    def release(self, seq_id: int) -> None:
+        """See `Member.release`."""
+        self._cache.release(seq_id, scrub=seq_id in self._unsound)
+        self._unsound.discard(seq_id)
+
+    def memory_bytes(self) -> dict[str, int]:
+        """Device -> bytes of weights and cache."""
+        sizes = self._cache.num_bytes()
+        for parameter in self._model.parameters():
+            device = str(parameter.device)
+            sizes[device] = sizes.get(device, 0) + parameter.numel() * parameter.element_size()
+        return sizes
+
+    def check_cache(self) -> None:
+        """Integrity of the cache; see `KVCache.check`."""
+        self._cache.check()
+
+    def _forward(self, feeds: Sequence[Feed], top_k: int) -> Candidates:
+        run, order = self._pack(feeds)
+        token_ids = [token_id for i in order for token_id in feeds[i].token_ids]
+        logits = self._logits(run, token_ids, _wanted(feeds, order))
+        also = [ids for feed in feeds for ids in feed.also or ((),) * feed.wanted]
+        return top_candidates(logits, top_k, also)
+
+    def _pack(self, feeds: Sequence[Feed]) -> tuple[PackedPass, list[int]]:
+        rows = [self._cache.row(feed.seq_id) for feed in feeds]
+        counts = [len(feed.token_ids) for feed in feeds]
+        for row, count in zip(rows, counts, strict=True):
+            assert 0 < count <= self.max_len - row.length, "a feed passes the end of its row"
+        return pack(self._cache, rows, counts)
+
+    def _logits(self, run: PackedPass, token_ids: list[int], wanted: Tensor) -> Tensor:
+        """(N_wanted, V): the logits at the wanted places of the pass."""
+        device = self._model.get_input_embeddings().weight.device
+        output = self._model(
+            input_ids=torch.tensor([token_ids], device=device),
+            position_ids=run.positions.unsqueeze(0).to(device),
+            use_cache=False,
+            logits_to_keep=wanted.to(self.device),
+            unisono=run,
+        )
+        return output.logits[0]  # type: ignore[no-any-return]
+
+    def _note_unsound(self, feeds: Sequence[Feed], candidates: Candidates) -> None:
+        sound = candidates.logprobs[:, :1].isfinite().all(dim=1).tolist()
+        answered = [feed.seq_id for feed in feeds for _ in range(feed.wanted)]
+        self._unsound.update(seq_id for seq_id, fine in zip(answered, sound, strict=True) if not fine)
+
+
+def load_member(name: str, config: MemberConfig, folder: Path, vocabulary: Vocabulary) -> LocalMember:
+    """Load a model from a folder of safetensors and place it.
+
+    Raises UnsupportedModelError (by name, with the reason), CheckpointError, ConfigError.
+    """
+    model_config = AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
+    _refuse_unsupported(name, model_config)
+    placement: dict[str, Any] = {"device_map": config.device_map, "max_memory": config.max_memory}
+    if config.device_map is None:
+        placement = {"device_map": {"": resolve_device(name, config)}}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=DTYPES.get(config.dtype, "auto"),
+            use_safetensors=True,
+            trust_remote_code=config.trust_remote_code,
+            **placement,
+        )
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
+        raise CheckpointError(f"member {name!r}: {folder} cannot be loaded: {error}") from error
+    model.eval().requires_grad_(False)
+    return LocalMember(name, model, vocabulary, config)
+
+
+def survey(name: str, model: Any) -> list[LayerShape]:
+    """What each attention layer caches, seen by a one-token forward through the attention interface.
+
+    Raises UnsupportedModelError where the model does not go through it, or not once a layer.
+    """
+    forward = inspect.signature(model.forward).parameters
+    if not getattr(model, "_supports_attention_backend", False) or "logits_to_keep" not in forward:
+        raise UnsupportedModelError(
+            f"member {name!r}: {type(model).__name__} does not support transformers' attention interface"
+        )
+    found: list[tuple[int, LayerShape]] = []
+    with torch.inference_mode(), _Attention(model, _SURVEY):
+        device = model.get_input_embeddings().weight.device
+        ids = torch.zeros(1, 1, dtype=torch.long, device=device)
+        model(input_ids=ids, position_ids=ids, use_cache=False, unisono=found)
+    if sorted(index for index, _ in found) != list(range(len(found))) or not found:
+        raise UnsupportedModelError(
+            f"member {name!r}: {type(model).__name__} has layers {sorted(i for i, _ in found)} in the attention "
+            "interface, where one attention a layer, numbered from 0, is needed"
+        )
+    return [shape for _, shape in sorted(found, key=lambda item: item[0])]
+
+
+def prove(member: LocalMember) -> None:
+    """Compare a packed pass in chunks with the model's own forward; raises UnsupportedModelError.
+
+    What rounding does to this model is measured on the spot, between its own eager and its own default attention:
+    the packed forward may differ by a few times that, in total variation averaged over positions.
+    """
+    model = member._model
+    size = min(24, member.max_len)
+    ids = torch.randint(0, len(member.vocabulary), (size,), generator=torch.Generator().manual_seed(0)).tolist()
+    cut = size // 2
+    with torch.inference_mode():
+        own = _own_probabilities(model, ids)[cut:]
+        with _Attention(model, "eager"):
+            noise = _total_variation(own, _own_probabilities(model, ids)[cut:])
+        model.set_attn_implementation(NAME)
+        member.forward([Feed(-1, ids[:cut], 0)], 2)
+        packed = member.forward([Feed(-1, ids[cut:], size - cut)], len(member.vocabulary))
+    member.release(-1)
+    difference, allowed = _total_variation(own, packed.logprobs.exp()), 5 * noise + 1e-4
+    if not difference <= allowed:
+        raise UnsupportedModelError(
+            f"member {member.name!r}: {type(model).__name__} answers differently through the packed forward "
+            f"(total variation {difference:.3g}, allowed {allowed:.3g}); it cannot be a member"
+        )
+    logger.debug("%s: packed forward differs by %.2g, rounding by %.2g", member.name, difference, noise)
+
+
+def _own_probabilities(model: Any, ids: list[int]) -> Tensor:
+    device = model.get_input_embeddings().weight.device
+    logits = model(input_ids=torch.tensor([ids], device=device), use_cache=False).logits[0]
+    return logits.float().softmax(dim=1)  # type: ignore[no-any-return]
+
+
+def _total_variation(left: Tensor, right: Tensor) -> float:
+    """Between rows of probabilities (N, V), averaged over rows."""
+    return (left - right.to(left.device)).abs().sum(dim=1).mean().item() / 2
+
+
+class _Attention:
+    """Within the block the model uses another attention implementation."""
+
+    def __init__(self, model: Any, implementation: str) -> None:
+        self._model, self._implementation = model, implementation
+
+    def __enter__(self) -> None:
+        self._before = self._model.config._attn_implementation
+        self._model.set_attn_implementation(self._implementation)
+
+    def __exit__(self, *_: object) -> None:
+        self._model.set_attn_implementation(self._before)
+
+
+def _survey_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, None]:
+    shape = LayerShape(key.shape[1], key.shape[3], key.device)
+    kwargs["unisono"].append((module.layer_idx, shape))
+    return torch.zeros_like(query).transpose(1, 2), None
+
+
+AttentionInterface.register(_SURVEY, _survey_attention)
+
+
+def _wanted(feeds: Sequence[Feed], order: Sequence[int]) -> Tensor:
+    """Places in the pass that must answer, in the order of the feeds."""
+    ends: dict[int, int] = {}
+    end = 0
+    for i in order:
+        end += len(feeds[i].token_ids)
+        ends[i] = end
+    places = [p for i, feed in enumerate(feeds) for p in range(ends[i] - feed.wanted, ends[i])]
+    return torch.tensor(places, dtype=torch.long)
+
+
+def _refuse_unsupported(name: str, config: Any) -> None:
+    """What the config says about layers that a cache of keys and values cannot hold."""
+    text = config.get_text_config()
+    if config.is_encoder_decoder:
+        raise UnsupportedModelError(f"member {name!r}: {config.model_type} is an encoder-decoder model")
+    kinds = set(getattr(text, "layer_types", None) or ()) - _LAYER_TYPES
+    if kinds:
+        raise UnsupportedModelError(
+            f"member {name!r}: {config.model_type} has layers of kind {sorted(kinds)}; supported are "
+            f"{sorted(_LAYER_TYPES)}"
+        )
+    if _rope_types(getattr(text, "rope_parameters", None)) & _STATEFUL_ROPE:
+        raise UnsupportedModelError(
+            f"member {name!r}: {config.model_type} has rotary embeddings of kind {sorted(_STATEFUL_ROPE)}, whose "
+            "frequencies depend on the other sequences of a pass; choose another `rope_type` in its config"
+        )
+
+
+def _rope_types(parameters: Any) -> set[str]:
+    if not isinstance(parameters, dict):
+        return set()
+    nested = [_rope_types(value) for value in parameters.values()]
+    return {str(parameters.get("rope_type", "default"))}.union(*nested)
+
+
+def _longest(model: Any) -> int:
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return int(limit) if limit else 2**31
+
+
+def _num_rows(name: str, memory: int, row_bytes: int) -> int:
+    if memory < row_bytes:
+        raise ConfigError(
+            f"members.{name}.kv_memory: {memory} bytes hold no sequence of max_len tokens, which needs "
+            f"{row_bytes}; raise kv_memory or lower max_len"
+        )
+    return min(memory // row_bytes, _MAX_ROWS)

@@ -1,0 +1,51 @@
+"""Which member goes on which device, in which dtype, with how much memory; said before anything is loaded.
+
+Knows the configuration and the devices of this machine; does not load models.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+
+import torch
+
+from ensemble_core.config import MemberConfig
+from ensemble_core.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+def resolve_device(name: str, member: MemberConfig) -> torch.device:
+    """The device of a member without a device_map. Raises ConfigError for one that this machine lacks."""
+    if member.device == "auto":
+        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(member.device)
+    except RuntimeError as error:
+        raise ConfigError(f"members.{name}.device: {member.device!r} is no device; write cpu or cuda:N") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(
+            f"members.{name}.device: {member.device!r} is not on this machine, which has "
+            f"{torch.cuda.device_count()} CUDA devices; choose another, or cpu"
+        )
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda:0")
+    return device
+
+
+def log_plan(members: Mapping[str, MemberConfig]) -> None:
+    """One line a member: what goes where."""
+    for name, member in members.items():
+        where = f"device_map {member.device_map}" if member.device_map else resolve_device(name, member)
+        logger.info(
+            "plan: %s = %s on %s, dtype %s, cache %.2f GiB, up to %d tokens a sequence",
+            name,
+            member.model,
+            where,
+            member.dtype,
+            member.kv_memory / 2**30,
+            member.max_len,
+        )
