@@ -113,12 +113,13 @@ def require_retained(member: str, quality: Quality, recipe: Recipe, minimum: flo
     """Refuse a matrix whose pruned rows say too little. Raises TransferMatrixError with the numbers."""
     if quality.median_anchors >= minimum:
         return
+    sharper = "set matrices.recipe to centred" if recipe.name == "deepen" else "raise matrices.temperature"
     raise TransferMatrixError(
         f"member {member!r}: recipe {recipe.name!r} with top_k {recipe.top_k} keeps too little: the kept "
         f"entries hold a median of {quality.median_anchors:.4f} of the mass of the anchors' own rows, "
         f"matrices.min_retained is {minimum:g} (all rows: median {quality.median:.4f}, least "
-        f"{quality.retained[0]:.4f}, most {quality.retained[-1]:.4f}); set matrices.recipe to another recipe "
-        "(centred), raise matrices.top_k or matrices.temperature, or write it all the same with --force"
+        f"{quality.retained[0]:.4f}, most {quality.retained[-1]:.4f}); {sharper}, raise matrices.top_k, or "
+        "write it all the same with --force"
     )
 
 

@@ -200,8 +200,18 @@ def test_too_little_retained_mass_is_refused_with_the_numbers(member, anchors):
     with pytest.raises(TransferMatrixError) as caught:
         require_retained("tiny", quality, flat, 0.2)
     message = str(caught.value)
-    for part in ("'tiny'", "centred", "top_k 2", f"{quality.median_anchors:.4f}", "0.2", "--force"):
+    for part in (
+        "'tiny'",
+        "centred",
+        "top_k 2",
+        f"{quality.median_anchors:.4f}",
+        "0.2",
+        "raise matrices.temperature",
+        "--force",
+    ):
         assert part in message
+    with pytest.raises(TransferMatrixError, match=r"set matrices\.recipe to centred, raise matrices\.top_k"):
+        require_retained("tiny", quality, Recipe("deepen", 2, 20.0), 0.2)
     require_retained("tiny", quality, flat, quality.median_anchors)  # the bound itself is enough
     _, sharp = build_matrix(member, embeddings(3), anchors, CENTRED, **EXACT)
     require_retained("tiny", sharp, CENTRED, 0.2)
