@@ -16,8 +16,6 @@ from ensemble_core.members.checkpoints import load_tokenizer, load_vocabulary, p
 from ensemble_core.text.vocabulary import PROOF_SAMPLES
 from ensemble_core.transfer.matrix import common_anchors
 
-pytestmark = pytest.mark.slow
-
 MEMBERS = ["smollm2", "gemma3"]
 NUM_PARAMETERS = {"smollm2": 134_515_008, "gemma3": 268_098_176}
 VOCAB_SIZES = {"smollm2": 49_152, "gemma3": 262_144}
