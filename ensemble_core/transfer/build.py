@@ -80,6 +80,11 @@ def origin_of(member: MemberConfig) -> Origin:
     return Origin(member.model, member.revision or "")
 
 
+def rebuild_command(source: Path | str = "FILE") -> str:
+    """What a user types to build the matrices of the configuration file `source` anew; for messages."""
+    return f"unisono build --config {source}"
+
+
 def _tasks(config: Config) -> list[_Task]:
     sets = member_sets(config)
     names = sorted({name for members in sets for name in members})
@@ -114,7 +119,7 @@ def _standing(task: _Task) -> BuildReport | None:
             vocabulary=task.vocabulary,
             anchors=task.anchors,
             recipe=task.recipe,
-            rebuild="unisono build",
+            rebuild=rebuild_command(),
             origin=task.origin,
         )
         quality = read_metadata(task.path).quality

@@ -147,7 +147,7 @@ def load_matrix(
 
 def read_metadata(path: Path) -> Metadata:
     """The metadata alone, unchecked, for inspection. Raises TransferMatrixError for an unreadable file."""
-    check = _Check(path, path.name.removesuffix(".safetensors").rpartition(".")[0], "unisono build")
+    check = _Check(path, path.name.removesuffix(".safetensors").rpartition(".")[0], "unisono build --config FILE")
     with check.open() as reader:
         return _metadata(check, reader)
 

@@ -83,6 +83,19 @@ def test_what_is_built_loads(tmp_path):
     assert matrix.num_anchors == 31
 
 
+def test_a_refusal_names_the_command_with_the_file(tmp_path):
+    config = configuration(tmp_path)
+    with pytest.raises(TransferMatrixError, match=r"rebuild it with: unisono build --config c\.yaml$"):
+        load_matrix(
+            matrix_path(tmp_path, "ab", "a", "centred"),
+            member="a",
+            vocabulary=VOCABULARIES["a"],
+            anchors=common_anchors([VOCABULARIES["a"]]),
+            recipe=build.recipe_of(config.matrices),
+            rebuild=build.rebuild_command("c.yaml"),
+        )
+
+
 def test_only_missing_leaves_what_fits(tmp_path):
     config = configuration(tmp_path)
     first = build.build_matrices(config, force=False, only_missing=False)
