@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator, model_validator
 
 from ensemble_core.errors import ConfigError
 
@@ -155,6 +155,12 @@ class Config(_Section):
     matrices: MatricesConfig = Field(default_factory=lambda: MatricesConfig())
     scheduler: SchedulerConfig = Field(default_factory=lambda: SchedulerConfig())
     server: ServerConfig = Field(default_factory=lambda: ServerConfig())
+    _source: Path | None = PrivateAttr(None)
+
+    @property
+    def build_command(self) -> str:
+        """The command that builds this configuration's matrices, for messages."""
+        return f"unisono build --config {self._source or 'FILE'}"
 
     @model_validator(mode="after")
     def _references(self) -> Config:
@@ -189,7 +195,9 @@ def load_config(path: str | Path) -> Config:
         config = Config.model_validate(raw)
     except ValidationError as error:
         raise ConfigError(f"{path}: " + "; ".join(_lines(error))) from error
-    return _resolve_paths(config, path.resolve().parent)
+    config = _resolve_paths(config, path.resolve().parent)
+    config._source = path
+    return config
 
 
 def _lines(error: ValidationError) -> list[str]:
@@ -207,7 +215,12 @@ def _line(location: tuple[int | str, ...], message: str, given: object) -> str:
 def _resolve_paths(config: Config, folder: Path) -> Config:
     matrices = config.matrices.model_copy(update={"folder": (folder / config.matrices.folder).resolve()})
     members = {
-        name: member.model_copy(update={"model": _resolve_model(member.model, folder)})
+        name: member.model_copy(
+            update={
+                "model": _resolve_model(member.model, folder),
+                "chat_template": _resolve_template(member.chat_template, folder),
+            }
+        )
         for name, member in config.members.items()
     }
     return config.model_copy(update={"matrices": matrices, "members": members})
@@ -218,3 +231,9 @@ def _resolve_model(model: str, folder: Path) -> str:
     if model.startswith((".", "~")):
         return str((folder / Path(model).expanduser()).resolve())
     return model
+
+
+def _resolve_template(template: str | None, folder: Path) -> str | None:
+    if template is not None and template.endswith(".jinja"):
+        return str((folder / Path(template).expanduser()).resolve())
+    return template

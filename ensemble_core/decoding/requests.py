@@ -31,7 +31,7 @@ class GenerationRequest:
 
     request_id: str
     model: str
-    prompt: str
+    prompt: str | tuple[Mapping[str, str], ...]  # plain text, or a conversation (role, content)
     params: SamplingParams
     overrides: Overrides = field(default_factory=Overrides)
 

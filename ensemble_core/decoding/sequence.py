@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import TYPE_CHECKING
 
-from ensemble_core.decoding.requests import FinishReason, GenerationRequest
+from ensemble_core.decoding.requests import FinishReason, GenerationRequest, Output
 from ensemble_core.text.alignment import Track
 from ensemble_core.text.detokenizer import Detokenizer
 

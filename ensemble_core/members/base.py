@@ -78,9 +78,15 @@ class Member(Protocol):
     name: str
     vocabulary: Vocabulary
     max_len: int
-    page_size: int
-    num_pages: int
     device: torch.device
+
+    @property
+    def page_size(self) -> int:
+        """Tokens a page."""
+
+    @property
+    def num_pages(self) -> int:
+        """All pages, free or held."""
 
     @property
     def free_pages(self) -> int:

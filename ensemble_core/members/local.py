@@ -47,6 +47,7 @@ class LocalMember:
         dtype = model.dtype
         num_rows = _num_rows(name, config.kv_memory, self.max_len * bytes_per_token(layers, dtype))
         self._cache = KVCache(layers, num_rows, self.max_len, dtype)
+        self._memory = _memory_bytes(model, self._cache)
         self._unsound: set[int] = set()  # sequences whose cache may hold numbers that are not finite
         prove(self)
 
@@ -88,12 +89,8 @@ class LocalMember:
         self._unsound.discard(seq_id)
 
     def memory_bytes(self) -> dict[str, int]:
-        """Device -> bytes of weights and cache."""
-        sizes = self._cache.num_bytes()
-        for parameter in self._model.parameters():
-            device = str(parameter.device)
-            sizes[device] = sizes.get(device, 0) + parameter.numel() * parameter.element_size()
-        return sizes
+        """See `Member.memory_bytes`."""
+        return self._memory
 
     def check_cache(self) -> None:
         """Integrity of the cache; see `KVCache.check`."""
@@ -280,6 +277,14 @@ def _rope_types(parameters: Any) -> set[str]:
 def _longest(model: Any) -> int:
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return int(limit) if limit else 2**31
+
+
+def _memory_bytes(model: Any, cache: KVCache) -> dict[str, int]:
+    sizes = cache.num_bytes()
+    for parameter in model.parameters():  # a tied head counts once
+        device = str(parameter.device)
+        sizes[device] = sizes.get(device, 0) + parameter.numel() * parameter.element_size()
+    return sizes
 
 
 def _num_rows(name: str, memory: int, row_bytes: int) -> int:

@@ -1,0 +1,130 @@
+"""From a configuration to a working engine: the one place that knows concrete classes.
+
+Order: what can be refused without loading is refused first (names, options, missing files), then tokenizers and
+matrices, then the models. Does not know threads or HTTP.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from tqdm import tqdm
+
+from ensemble_core.admission import Admission, Speaker
+from ensemble_core.config import Config
+from ensemble_core.decoding.scheduler import Limits
+from ensemble_core.engine import Engine
+from ensemble_core.fusion.base import FusionSpace
+from ensemble_core.members.base import Member
+from ensemble_core.members.checkpoints import load_tokenizer, load_vocabulary, resolve_folder
+from ensemble_core.members.local import load_member
+from ensemble_core.members.placement import log_plan
+from ensemble_core.recipes import ModelInfo, RecipeBook, check_fusions, list_models
+from ensemble_core.stats import StatsSink
+from ensemble_core.text.prompt import PromptEncoder, read_template
+from ensemble_core.text.vocabulary import Vocabulary
+from ensemble_core.transfer.build import origin_of, recipe_of
+from ensemble_core.transfer.matrix import TransferMatrix, common_anchors
+from ensemble_core.transfer.store import load_matrix, matrix_path
+
+logger = logging.getLogger(__name__)
+
+for _strategy in ("relative",):  # a fusion registers itself when its file is imported
+    importlib.import_module(f"ensemble_core.fusion.{_strategy}")
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """Everything that serves requests."""
+
+    engine: Engine
+    admission: Admission
+    models: list[ModelInfo]
+
+
+def check(config: Config) -> None:
+    """What can be found wrong without loading anything. Raises ConfigError."""
+    check_fusions(config)
+    for name, member in config.members.items():
+        read_template(name, member.chat_template)
+
+
+def load(config: Config, sink: StatsSink) -> Loaded:
+    """Load all members and matrices. Raises a UnisonoError that says what is missing and what to do."""
+    check(config)
+    log_plan(config.members)
+    vocabularies = {name: load_vocabulary(name, member) for name, member in config.members.items()}
+    members = _load_members(config, vocabularies)
+    book = RecipeBook(config, _Spaces(config, members).space)
+    book.warm()
+    speakers = {name: _speaker(name, config, members[name]) for name in members}
+    max_len = {name: member.max_len for name, member in members.items()}
+    return Loaded(_engine(config, members, sink), Admission(book, speakers), list_models(config, max_len))
+
+
+def _load_members(config: Config, vocabularies: Mapping[str, Vocabulary]) -> dict[str, Member]:
+    members: dict[str, Member] = {}
+    for name, member in tqdm(config.members.items(), desc="loading members", unit="member", disable=None):
+        loaded = load_member(name, member, resolve_folder(member), vocabularies[name])
+        logger.info("%s: ready, cache for %d sequences of %d tokens", name, loaded.num_pages, loaded.max_len)
+        members[name] = loaded
+    return members
+
+
+def _engine(config: Config, members: Mapping[str, Member], sink: StatsSink) -> Engine:
+    scheduler = config.scheduler
+    limits = Limits(scheduler.max_running, scheduler.max_waiting, scheduler.token_budget)
+    return Engine(members, limits, scheduler.num_candidates, sink)
+
+
+def _speaker(name: str, config: Config, member: Member) -> Speaker:
+    template = read_template(name, config.members[name].chat_template)
+    prompts = PromptEncoder(name, load_tokenizer(name, config.members[name]), template)
+    return Speaker(member.vocabulary, prompts, member.max_len)
+
+
+class _Spaces:
+    """Fusion spaces of the resident members; each matrix is loaded once for all ensembles over one set."""
+
+    def __init__(self, config: Config, members: Mapping[str, Member]) -> None:
+        self._config = config
+        self._members = members
+        self._matrices: dict[tuple[frozenset[str], str], TransferMatrix] = {}
+
+    def space(self, members: tuple[str, ...], whole: tuple[str, ...]) -> FusionSpace:
+        """The space of `members` (main first), with the matrices of the ensemble's `whole` set."""
+        return FusionSpace(
+            vocabularies=[self._members[name].vocabulary for name in members],
+            matrices=lambda: [self._matrix(name, whole) for name in members],
+            device=self._members[members[0]].device,
+        )
+
+    def _matrix(self, name: str, whole: tuple[str, ...]) -> TransferMatrix:
+        key = (frozenset(whole), name)
+        if key not in self._matrices:
+            self._matrices[key] = self._load(name, whole)
+        return self._matrices[key]
+
+    def _load(self, name: str, whole: tuple[str, ...]) -> TransferMatrix:
+        config = self._config
+        recipe = recipe_of(config.matrices)
+        return load_matrix(
+            matrix_path(config.matrices.folder, whole, name, recipe.name),
+            member=name,
+            vocabulary=self._members[name].vocabulary,
+            anchors=common_anchors([self._members[member].vocabulary for member in whole]),
+            recipe=recipe,
+            rebuild=config.build_command,
+            origin=origin_of(config.members[name]),
+        )
+
+
+def describe_devices() -> str:
+    """One line about what this process computes on."""
+    if torch.cuda.is_available():
+        return f"{torch.cuda.device_count()} CUDA devices, torch {torch.__version__}"
+    return f"CPU, {torch.get_num_threads()} threads, torch {torch.__version__}"

@@ -1,0 +1,143 @@
+"""The offline API: the same engine without a server.
+
+    llm = LLM("configs/demo.yaml")
+    for completion in llm.generate(["The capital of France is"], SamplingParams(max_tokens=32, temperature=0)):
+        print(completion.text)
+
+Prompts of one call are batched as the server batches requests. Not thread-safe: one thread owns an LLM.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+from ensemble_core import factory
+from ensemble_core.config import Config, load_config
+from ensemble_core.decoding.requests import FinishReason, GenerationRequest, Output, Overrides
+from ensemble_core.decoding.sampling_params import SamplingParams
+from ensemble_core.decoding.sequence import Sequence as Request
+from ensemble_core.errors import QueueFullError, UnisonoError
+from ensemble_core.recipes import ModelInfo
+from ensemble_core.stats import NullSink, StatsSink
+from ensemble_core.text.prompt import Message
+
+Prompt = str | Sequence[Message]  # plain text, or a conversation
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """The answer to one prompt. token_ids and counts are the main member's."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    stop_reason: str | int | None
+    num_prompt_tokens: int
+
+
+class LLM:
+    """All models of a configuration, in this process. Raises a UnisonoError if they cannot be loaded."""
+
+    def __init__(self, config: str | Path | Config, sink: StatsSink | None = None) -> None:
+        self._config = config if isinstance(config, Config) else load_config(config)
+        loaded = factory.load(self._config, sink or NullSink())
+        self._engine, self._admission = loaded.engine, loaded.admission
+        self.models: list[ModelInfo] = loaded.models
+        self._names = itertools.count()
+
+    def generate(
+        self,
+        prompts: str | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        model: str | None = None,
+        overrides: Overrides | None = None,
+    ) -> list[Completion]:
+        """Complete every prompt; answers in the order of prompts.
+
+        params: one for all, or one each. model: an ensemble or a member; None: the first ensemble. Raises
+        InvalidRequestError, ModelNotFoundError before anything runs; UnisonoError where a member failed.
+        """
+        requests = self._requests([prompts] if isinstance(prompts, str) else prompts, params, model, overrides)
+        outputs: dict[int, list[Output]] = {request.seq_id: [] for request in requests}
+        with tqdm(total=len(requests), desc="generating", unit="prompt", disable=None) as bar:
+            for seq_id, output in self._run(requests):
+                outputs[seq_id].append(output)
+                bar.update(output.finish_reason is not None)
+        return [_fold(outputs[request.seq_id]) for request in requests]
+
+    def stream(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        model: str | None = None,
+        overrides: Overrides | None = None,
+    ) -> Iterator[str]:
+        """Complete one prompt piece by piece; an abandoned stream is aborted."""
+        requests = self._requests([prompt], params, model, overrides)
+        for _, output in self._run(requests):
+            if output.error:
+                raise UnisonoError(output.error)
+            if output.text:
+                yield output.text
+
+    def close(self) -> None:
+        """End the engine's threads."""
+        self._engine.close()
+
+    def _requests(
+        self,
+        prompts: Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None,
+        model: str | None,
+        overrides: Overrides | None,
+    ) -> list[Request]:
+        if params is None or isinstance(params, SamplingParams):
+            params = [params or SamplingParams()] * len(prompts)
+        return [
+            self._admission.admit(
+                GenerationRequest(
+                    request_id=f"offline-{next(self._names)}",
+                    model=model or self.models[0].name,
+                    prompt=prompt if isinstance(prompt, str) else tuple(prompt),
+                    params=own,
+                    overrides=overrides or Overrides(),
+                )
+            )
+            for prompt, own in zip(prompts, params, strict=True)
+        ]
+
+    def _run(self, requests: list[Request]) -> Iterator[tuple[int, Output]]:
+        """Drive the engine until all requests have ended; the queue's bound only means feeding it in parts."""
+        waiting = list(reversed(requests))
+        try:
+            while waiting or self._engine.has_work:
+                self._refill(waiting)
+                yield from self._engine.step()
+        finally:
+            self._engine.abort(request.seq_id for request in requests)
+
+    def _refill(self, waiting: list[Request]) -> None:
+        try:
+            while waiting:
+                self._engine.add([waiting[-1]])
+                waiting.pop()
+        except QueueFullError:
+            return
+
+
+def _fold(outputs: list[Output]) -> Completion:
+    last = outputs[-1]
+    if last.error or last.finish_reason is None:
+        raise UnisonoError(last.error or "the request did not end")
+    return Completion(
+        text="".join(output.text for output in outputs),
+        token_ids=tuple(token for output in outputs for token in output.token_ids),
+        finish_reason=last.finish_reason,
+        stop_reason=last.stop_reason,
+        num_prompt_tokens=last.num_prompt_tokens,
+    )

@@ -1,0 +1,164 @@
+"""Which recipe a request asks for: a model's name, and what the request overrides.
+
+Invariants: every recipe handed out is valid (known members, weights that sum to 1, a fusion whose options were
+checked); two requests for the same thing share one fusion. Knows the configuration and fusions; does not know
+prompts, sequences or engines.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from ensemble_core.config import Config, EnsembleConfig
+from ensemble_core.decoding.requests import Overrides
+from ensemble_core.decoding.sequence import Recipe
+from ensemble_core.errors import (
+    ConfigError,
+    InvalidRequestError,
+    ModelNotFoundError,
+    TransferMatrixError,
+    UnknownStrategyError,
+)
+from ensemble_core.fusion.base import Fusion, FusionSpace, build_fusion, parse_options
+
+# The space of some members of an ensemble, main first; matrices are those of the ensemble's whole set.
+SpaceOf = Callable[[tuple[str, ...], tuple[str, ...]], FusionSpace]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """What a client can ask for. recipe: None for a member alone."""
+
+    name: str
+    kind: Literal["ensemble", "member"]
+    max_model_len: int
+    recipe: dict[str, Any] | None
+
+
+def check_fusions(config: Config) -> None:
+    """Check every ensemble's fusion and options against the registry. Raises ConfigError with the field's path."""
+    for name, ensemble in config.ensembles.items():
+        try:
+            parse_options(ensemble.fusion.name, ensemble.fusion.options, f"ensembles.{name}.fusion")
+        except UnknownStrategyError as error:
+            raise ConfigError(str(error)) from error
+
+
+def list_models(config: Config, max_len: Mapping[str, int]) -> list[ModelInfo]:
+    """All ensembles, then all members. max_len: member -> tokens a sequence."""
+    ensembles = [
+        ModelInfo(name, "ensemble", max_len[ensemble.main], _described(ensemble))
+        for name, ensemble in config.ensembles.items()
+    ]
+    return ensembles + [ModelInfo(name, "member", max_len[name], None) for name in config.members]
+
+
+class RecipeBook:
+    """Recipes by name, and fusions that are built once."""
+
+    def __init__(self, config: Config, space_of: SpaceOf) -> None:
+        self._config = config
+        self._space_of = space_of
+        self._fusions: dict[str, Fusion] = {}
+
+    def resolve(self, model: str, overrides: Overrides) -> Recipe:
+        """The recipe of a request. Raises ModelNotFoundError, InvalidRequestError with `ensemble.*` as param."""
+        if model in self._config.members:
+            return self._alone(model, overrides)
+        ensemble = self._config.ensembles.get(model)
+        if ensemble is None:
+            known = [*self._config.ensembles, *self._config.members]
+            raise ModelNotFoundError(f"model {model!r} does not exist; this server has {', '.join(known)}")
+        if overrides.mode not in (None, "lockstep"):
+            raise InvalidRequestError(
+                f"ensemble.mode {overrides.mode!r} is unknown; allowed is lockstep", "ensemble.mode"
+            )
+        weights = _weights(ensemble, overrides)
+        members = tuple(weights)
+        name, fusion = self._fusion(model, ensemble, members, overrides)
+        return Recipe(model, members, tuple(weights.values()), fusion, name)
+
+    def warm(self) -> None:
+        """Build every configured ensemble's fusion, so that missing matrices are found at start."""
+        for name in self._config.ensembles:
+            self.resolve(name, Overrides())
+
+    def _alone(self, model: str, overrides: Overrides) -> Recipe:
+        if overrides != Overrides():
+            raise InvalidRequestError(
+                f"ensemble: model {model!r} is a single member, which has nothing to override; name one of "
+                f"{list(self._config.ensembles)} or leave `ensemble` out",
+                "ensemble",
+            )
+        return Recipe(model, (model,), (1.0,), None, "single")
+
+    def _fusion(
+        self, model: str, ensemble: EnsembleConfig, members: tuple[str, ...], overrides: Overrides
+    ) -> tuple[str, Fusion | None]:
+        name = overrides.fusion or ensemble.fusion.name
+        options: Mapping[str, Any] = ensemble.fusion.options if overrides.fusion is None else {}
+        if overrides.fusion_options is not None:
+            options = overrides.fusion_options
+        try:
+            parsed = parse_options(name, dict(options), "ensemble.fusion")
+            if len(members) == 1:
+                return "single", None
+            key = json.dumps([sorted(ensemble.members), members, name, parsed.model_dump(mode="json")])
+            if key not in self._fusions:
+                space = self._space_of(members, tuple(ensemble.members))
+                self._fusions[key] = build_fusion(name, parsed, space)
+        except (UnknownStrategyError, ConfigError) as error:
+            raise InvalidRequestError(str(error), "ensemble.fusion") from error
+        except TransferMatrixError as error:
+            if overrides.fusion is None:
+                raise
+            raise InvalidRequestError(
+                f"ensemble.fusion: {name!r} is not prepared for model {model!r}: {error}", "ensemble.fusion"
+            ) from error
+        return name, self._fusions[key]
+
+
+def _weights(ensemble: EnsembleConfig, overrides: Overrides) -> dict[str, float]:
+    """Member -> weight, main first, summing to 1; what the request does not name keeps its configured weight."""
+    chosen = overrides.members if overrides.members is not None else tuple(ensemble.members)
+    _require_members(chosen, ensemble, "ensemble.members")
+    if ensemble.main not in chosen or len(set(chosen)) != len(chosen):
+        raise InvalidRequestError(
+            f"ensemble.members must name the main member {ensemble.main!r} and nobody twice, got {list(chosen)}",
+            "ensemble.members",
+        )
+    given = dict(overrides.weights or {})
+    _require_members(tuple(given), ensemble, "ensemble.weights")
+    if wrong := {m: w for m, w in given.items() if not math.isfinite(w) or w < 0 or m not in chosen}:
+        raise InvalidRequestError(
+            f"ensemble.weights must be finite, 0 or more, and of members in use {list(chosen)}, got {wrong}",
+            "ensemble.weights",
+        )
+    ordered = [ensemble.main, *(name for name in ensemble.members if name in chosen and name != ensemble.main)]
+    raw = {name: given.get(name, ensemble.members[name]) for name in ordered}
+    total = math.fsum(raw.values())
+    if not 0.0 < total < math.inf:
+        raise InvalidRequestError(
+            f"ensemble.weights: at least one weight must be greater than 0, got {raw}", "ensemble.weights"
+        )
+    return {name: weight / total for name, weight in raw.items()}
+
+
+def _require_members(names: tuple[str, ...], ensemble: EnsembleConfig, param: str) -> None:
+    if unknown := [name for name in names if name not in ensemble.members]:
+        raise InvalidRequestError(
+            f"{param}: {unknown} are not members of this ensemble; allowed are {list(ensemble.members)}", param
+        )
+
+
+def _described(ensemble: EnsembleConfig) -> dict[str, Any]:
+    return {
+        "members": ensemble.weights,
+        "main": ensemble.main,
+        "fusion": {"name": ensemble.fusion.name, "options": ensemble.fusion.options},
+        "mode": ensemble.mode,
+    }

@@ -1,0 +1,238 @@
+"""The engine's thread: commands in through a queue, outputs back to asyncio.
+
+One thread owns the engine, its members and its sequences; everybody else sends commands. Invariants: a submitted
+request gets exactly one last output, whatever happens to it, to the engine or to the client; closing a stream
+aborts what is unfinished. Does not know HTTP, Prometheus or models.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import queue
+import threading
+from collections.abc import AsyncGenerator, Callable
+from collections.abc import Sequence as Rows
+from dataclasses import dataclass
+from typing import Literal
+
+from ensemble_core import factory
+from ensemble_core.config import Config
+from ensemble_core.decoding.requests import GenerationRequest, Output
+from ensemble_core.decoding.sequence import Sequence
+from ensemble_core.engine import Engine, News
+from ensemble_core.errors import NotReadyError, UnisonoError
+from ensemble_core.recipes import ModelInfo, list_models
+from ensemble_core.stats import NullSink, StatsSink
+
+__all__ = ["ModelInfo", "Runtime", "State", "Status"]
+
+logger = logging.getLogger(__name__)
+
+State = Literal["loading", "ready", "draining", "dead"]
+Command = Callable[[Engine], list[News]]
+Listener = Callable[[Output], None]
+
+_IDLE_SECONDS = 1.0  # between cache reports while nothing runs
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """Whether requests are taken, and why not."""
+
+    state: State
+    reason: str
+
+
+class Runtime:
+    """Loads a configuration and serves requests from one thread."""
+
+    def __init__(self, config: Config, sink: StatsSink | None = None) -> None:
+        factory.check(config)
+        self._config = config
+        self._sink = sink or NullSink()
+        self._status = Status("loading", "members and matrices are being loaded")
+        self._loaded: factory.Loaded | None = None
+        self._failure: BaseException | None = None
+        self._settled = threading.Event()  # loaded, or failed to
+        self._commands: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
+        self._listeners: dict[int, Listener] = {}
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    def start(self) -> None:
+        """Start the thread, which loads and then serves; returns at once."""
+        self._thread.start()
+
+    def wait_ready(self) -> None:
+        """Block until everything is loaded; raises what loading raised."""
+        self._settled.wait()
+        if self._failure is not None:
+            raise self._failure
+
+    def status(self) -> Status:
+        """Safe from any thread."""
+        return self._status
+
+    def models(self) -> list[ModelInfo]:
+        """All ensembles and members; lengths are the configured ones until everything is loaded."""
+        if self._loaded is not None:
+            return self._loaded.models
+        return list_models(self._config, {name: member.max_len for name, member in self._config.members.items()})
+
+    async def submit(self, requests: Rows[GenerationRequest]) -> AsyncGenerator[tuple[int, Output], None]:
+        """Queue requests, all or none; a stream of (position in `requests`, output) until all have ended.
+
+        Raises NotReadyError, ModelNotFoundError, InvalidRequestError or QueueFullError before any output. Closing
+        the stream aborts what is unfinished.
+        """
+        loaded = self._require_ready()
+        sequences = await asyncio.to_thread(lambda: [loaded.admission.admit(request) for request in requests])
+        inbox: asyncio.Queue[tuple[int, Output]] = asyncio.Queue()
+        await self._enqueue(sequences, inbox)
+        return self._stream(sequences, inbox)
+
+    async def drain(self, seconds: float) -> None:
+        """Refuse new requests, let running ones end for up to `seconds`, then abort the rest."""
+        if self._status.state != "ready":
+            return
+        self._status = Status("draining", "the server is shutting down")
+        deadline = asyncio.get_running_loop().time() + seconds
+        while self._listeners and asyncio.get_running_loop().time() < deadline:
+            await asyncio.sleep(0.05)
+        left = list(self._listeners)
+        if left:
+            logger.warning("draining took longer than %.0f s; aborting %d requests", seconds, len(left))
+            self._commands.put(lambda engine: engine.abort(left))
+
+    def stop(self) -> None:
+        """End the thread after what it is doing; unfinished requests are aborted."""
+        self._commands.put(None)
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def _require_ready(self) -> factory.Loaded:
+        if self._status.state != "ready" or self._loaded is None:
+            raise NotReadyError(f"the server is {self._status.state}: {self._status.reason}; try again later")
+        return self._loaded
+
+    async def _enqueue(self, sequences: list[Sequence], inbox: asyncio.Queue[tuple[int, Output]]) -> None:
+        """Hand sequences to the engine's thread and wait until it has queued or refused them."""
+        loop = asyncio.get_running_loop()
+        accepted: asyncio.Future[None] = loop.create_future()
+
+        def listener(index: int) -> Listener:
+            return lambda output: _call(loop, inbox.put_nowait, (index, output))
+
+        def command(engine: Engine) -> list[News]:
+            try:
+                engine.add(sequences)
+            except UnisonoError as error:
+                _call(loop, _settle, accepted, error)
+                return []
+            self._listeners.update((s.seq_id, listener(i)) for i, s in enumerate(sequences))
+            _call(loop, _settle, accepted, None)
+            return []
+
+        self._commands.put(command)
+        try:
+            while not accepted.done():
+                await asyncio.wait([accepted], timeout=1.0)
+                if self._status.state == "dead" and not accepted.done():  # died before it saw the command
+                    raise NotReadyError(self._status.reason)
+        except asyncio.CancelledError:
+            self._abort([s.seq_id for s in sequences])
+            raise
+        accepted.result()
+
+    async def _stream(
+        self, sequences: list[Sequence], inbox: asyncio.Queue[tuple[int, Output]]
+    ) -> AsyncGenerator[tuple[int, Output], None]:
+        left = set(range(len(sequences)))
+        try:
+            while left:
+                index, output = await inbox.get()
+                if output.finish_reason is not None:
+                    left.discard(index)
+                yield index, output
+        finally:
+            if left:
+                self._abort([sequences[index].seq_id for index in left])
+
+    def _abort(self, seq_ids: list[int]) -> None:
+        self._commands.put(lambda engine: engine.abort(seq_ids))
+
+    def _run(self) -> None:
+        """The thread: load, then loop until stopped. Whatever goes wrong here ends the engine, not the process."""
+        try:
+            loaded = factory.load(self._config, self._sink)
+        except BaseException as error:
+            self._die(error, "loading failed")
+            return
+        self._loaded, self._status = loaded, Status("ready", "")
+        self._settled.set()
+        try:
+            self._loop(loaded.engine)
+            self._status = Status("dead", "the server was stopped")
+        except BaseException as error:
+            logger.exception("the engine died")
+            self._die(error, "the engine died")
+        finally:
+            loaded.engine.close()
+            self._end_all()
+
+    def _loop(self, engine: Engine) -> None:
+        engine.report_caches()
+        while True:
+            for command in self._pending(engine.has_work):
+                if command is None:
+                    self._publish(engine.abort(list(self._listeners)))
+                    return
+                self._publish(command(engine))
+            if engine.has_work:
+                self._publish(engine.step())
+            engine.report_caches()
+
+    def _pending(self, busy: bool) -> list[Command | None]:
+        """Commands that have come in; waits for one while there is nothing else to do."""
+        commands: list[Command | None] = []
+        try:
+            commands.append(self._commands.get(block=not busy, timeout=None if busy else _IDLE_SECONDS))
+            while True:
+                commands.append(self._commands.get_nowait())
+        except queue.Empty:
+            return commands
+
+    def _publish(self, news: list[News]) -> None:
+        for seq_id, output in news:
+            listener = self._listeners.get(seq_id)
+            if output.finish_reason is not None:
+                self._listeners.pop(seq_id, None)
+            if listener is not None:
+                listener(output)
+
+    def _die(self, error: BaseException, what: str) -> None:
+        self._failure = error
+        self._status = Status("dead", f"{what}: {error}")
+        self._settled.set()
+
+    def _end_all(self) -> None:
+        """Nobody waits for an engine that is gone: run what was queued against its end."""
+        lost = Output("", (), 0, 0, "error", error=f"the engine is gone: {self._status.reason}")
+        self._publish([(seq_id, lost) for seq_id in list(self._listeners)])
+
+
+def _call(loop: asyncio.AbstractEventLoop, function: Callable[..., object], *args: object) -> None:
+    """Run a function in the loop; a loop that is closed has nobody left to tell."""
+    try:
+        loop.call_soon_threadsafe(function, *args)
+    except RuntimeError:
+        logger.debug("an event loop closed before its request ended")
+
+
+def _settle(future: asyncio.Future[None], error: UnisonoError | None) -> None:
+    if future.done():
+        return
+    if error is None:
+        future.set_result(None)
+    else:
+        future.set_exception(error)

@@ -1,0 +1,72 @@
+"""A prompt becomes ids, once per member: by the member's own tokenizer and its own chat template.
+
+Templates run in transformers' sandbox. Knows tokenizers; does not know models, requests or engines.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from ensemble_core.errors import ConfigError, InvalidRequestError
+
+Message = dict[str, str]  # role, content: the form that templates take
+
+
+class PromptEncoder:
+    """One member's way from a prompt to ids.
+
+    template: Jinja text in place of the tokenizer's own chat template; None keeps that.
+    """
+
+    def __init__(self, member: str, tokenizer: Any, template: str | None = None) -> None:
+        self._member = member
+        self._tokenizer = tokenizer
+        self._template = template
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a plain prompt, with what the tokenizer puts in front (BOS)."""
+        ids: list[int] = self._tokenizer(text, verbose=False)["input_ids"]
+        if not ids:
+            raise InvalidRequestError(
+                f"prompt is empty for member {self._member!r}, which adds nothing of its own; send some text",
+                "prompt",
+            )
+        return ids
+
+    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
+        """Ids of a conversation through the template, opened for the assistant's next turn.
+
+        Without a template, roles become plain lines (`user: ...`). Raises InvalidRequestError for what the
+        template refuses.
+        """
+        if self._template is None and self._tokenizer.chat_template is None:
+            return self.encode(plain_chat(messages))
+        try:
+            text = self._tokenizer.apply_chat_template(
+                list(messages), chat_template=self._template, tokenize=False, add_generation_prompt=True
+            )
+        except jinja2.TemplateError as error:
+            raise InvalidRequestError(
+                f"messages: the chat template of member {self._member!r} refuses them: {error}", "messages"
+            ) from error
+        return list(self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def plain_chat(messages: Sequence[Message]) -> str:
+    """The fallback for models without a chat template: a line a message, and the assistant's turn left open."""
+    lines = [f"{message['role']}: {message['content']}" for message in messages]
+    return "\n".join([*lines, "assistant:"])
+
+
+def read_template(member: str, template: str | None) -> str | None:
+    """A configured chat template: Jinja text as it is, or the text of a `.jinja` file. Raises ConfigError."""
+    if template is None or not template.endswith(".jinja"):
+        return template
+    try:
+        return Path(template).read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"members.{member}.chat_template: {template}: {error.strerror}") from error
