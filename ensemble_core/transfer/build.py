@@ -135,7 +135,9 @@ def _build(task: _Task, config: Config, force: bool) -> BuildReport:
     embeddings = load_embeddings(resolve_folder(config.members[task.member]))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     logger.info("member %s: building %s on %s", task.member, task.path.name, device)
-    matrix, quality = build_matrix(task.vocabulary, embeddings, task.anchors, task.recipe, device=device)
+    matrix, quality = build_matrix(
+        task.vocabulary, embeddings, task.anchors, task.recipe, device=device, label=task.member
+    )
     if not force:
         require_retained(task.member, quality, task.recipe, config.matrices.min_retained)
     num_bytes = save_matrix(

@@ -26,7 +26,7 @@ from ensemble_core.transfer.matrix import Anchors, TransferMatrix
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 _DEEPEN_SCALE = 100.0  # logits of the paper's recipe: 100 * C / ||C||_2
 _MARGIN = 16  # more anchors than top_k are scored exactly, since coarse similarities may swap neighbours
-_BLOCK_BYTES = 64 * 2**20  # larger ones cost a quarter of the CPU time in page faults
+_BLOCK_BYTES = 64 * 2**20  # larger ones cost a fifth of the CPU time in page faults
 _MAX_BLOCK_ROWS = 1024
 
 RecipeName = Literal["centred", "deepen"]
@@ -85,13 +85,15 @@ def build_matrix(
     block_rows: int | None = None,
     value_dtype: torch.dtype = torch.float16,
     progress: bool = True,
+    label: str = "",
 ) -> tuple[TransferMatrix, Quality]:
     """A member's relative representation over `anchors`, on the CPU, and how much pruning kept of it.
 
     embeddings: (V, d) input embeddings, any float dtype; rows past the vocabulary are not read. block_dtype:
     of the search over all anchors and of the normaliser; kept entries are scored again in float32.
-    block_rows: rows at once; None: what 64 MiB hold. `top_k` >= A - 1 gives the dense matrix. A progress bar
-    is shown only if stderr is a terminal. Raises TransferMatrixError for embeddings that do not fit.
+    block_rows: rows at once; None: what 64 MiB hold. `top_k` >= A - 1 gives the dense matrix. A progress bar,
+    named `label`, is shown only if stderr is a terminal. Raises TransferMatrixError for embeddings that do not
+    fit.
     """
     _check_embeddings(vocabulary, embeddings, anchors)
     anchor_ids = anchors.ids(vocabulary)
@@ -100,7 +102,7 @@ def build_matrix(
     columns = torch.zeros(len(vocabulary), space.top_k, dtype=torch.int32)
     values = torch.zeros(len(vocabulary), space.top_k, dtype=value_dtype)
     retained = torch.zeros(len(vocabulary))
-    for block in _blocks(ids, block_rows or space.block_rows, progress):
+    for block in _blocks(ids, block_rows or space.block_rows, progress, label):
         columns[block], kept, retained[block] = space.rows(block)
         values[block] = kept.to(value_dtype)
     for stop in vocabulary.stop_ids:
@@ -202,9 +204,9 @@ def _ordinary_ids(vocabulary: Vocabulary) -> Tensor:
     return torch.tensor([i for i, token in enumerate(vocabulary.tokens) if token and i not in silent])
 
 
-def _blocks(ids: Tensor, size: int, progress: bool) -> Iterator[Tensor]:
+def _blocks(ids: Tensor, size: int, progress: bool, label: str) -> Iterator[Tensor]:
     disable = None if progress else True  # None: off unless stderr is a terminal
-    with tqdm(total=len(ids), unit="row", unit_scale=True, disable=disable) as bar:
+    with tqdm(desc=label or None, total=len(ids), unit="row", unit_scale=True, disable=disable) as bar:
         for block in torch.split(ids, size):
             yield block
             bar.update(len(block))

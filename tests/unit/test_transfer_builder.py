@@ -1,6 +1,8 @@
 """The builder against the formulas, written out densely in float64."""
 
 import dataclasses
+import io
+import sys
 
 import pytest
 import torch
@@ -168,6 +170,18 @@ def test_columns_ascend_and_padding_is_last(member, anchors):
         assert mask == [True] * width + [False] * (len(mask) - width)
         assert columns[:width] == sorted(set(columns[:width]))
         assert set(columns[width:]) <= {0}
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_the_bar_shows_on_a_terminal_only(member, anchors, monkeypatch, terminal):
+    screen = io.StringIO()
+    monkeypatch.setattr(screen, "isatty", lambda: terminal, raising=False)
+    monkeypatch.setattr(sys, "stderr", screen)
+    build_matrix(member, embeddings(3), anchors, CENTRED, label="tiny")
+    assert ("tiny: 100%" in screen.getvalue()) is terminal
+    assert bool(screen.getvalue()) is terminal
+    build_matrix(member, embeddings(3), anchors, CENTRED, progress=False)
+    assert screen.getvalue().count("100%") <= terminal
 
 
 def test_rows_past_the_vocabulary_are_not_read(member, anchors):
