@@ -52,11 +52,11 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@touch $@
 
 .PHONY: test
-test: $(INSTALLED) ## the fast tests: CPU, no network
+test: models ## set up everything and run the fast tests, those on the demo pair included
 	@$(BIN)/python -m pytest -q -m "not slow and not gpu"
 
 .PHONY: test-slow
-test-slow: models ## the slow tests, on the demo pair
+test-slow: models ## the slow tests: minutes rather than seconds
 	@$(BIN)/python -m pytest -q -m "slow and not gpu"
 
 .PHONY: lint

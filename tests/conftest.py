@@ -18,14 +18,6 @@ from ensemble_core.members.checkpoints import resolve_folder
 DEMO_CONFIG = Path(__file__).parent.parent / "configs" / "demo.yaml"
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Whatever asks for the demo pair is slow: `make test` passes on a fresh clone, before `make models`."""
-    for item in items:
-        if "demo_config" in getattr(item, "fixturenames", ()):
-            item.add_marker(pytest.mark.slow)
-
-
 @pytest.fixture(scope="session")
 def tiny_checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[Kind, Path]:
     """Kind -> folder of a tiny random model with its tokenizer; shared, so read only."""
