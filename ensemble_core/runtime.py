@@ -11,7 +11,7 @@ import asyncio
 import logging
 import queue
 import threading
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncIterator, Callable
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass
 from typing import Literal
@@ -25,7 +25,7 @@ from ensemble_core.errors import NotReadyError, UnisonoError
 from ensemble_core.recipes import ModelInfo, list_models
 from ensemble_core.stats import NullSink, StatsSink
 
-__all__ = ["ModelInfo", "Runtime", "State", "Status"]
+__all__ = ["ModelInfo", "OutputStream", "Runtime", "State", "Status"]
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +42,34 @@ class Status:
 
     state: State
     reason: str
+
+
+class OutputStream(AsyncIterator[tuple[int, Output]]):
+    """Outputs of one submission: (position in the requests, output), until every request has ended.
+
+    A generator that was never started would not run its `finally`; closing this always aborts what is unfinished.
+    """
+
+    def __init__(
+        self, seq_ids: list[int], inbox: asyncio.Queue[tuple[int, Output]], abort: Callable[[list[int]], None]
+    ) -> None:
+        self._left = dict(enumerate(seq_ids))
+        self._inbox = inbox
+        self._abort = abort
+
+    async def __anext__(self) -> tuple[int, Output]:
+        if not self._left:
+            raise StopAsyncIteration
+        index, output = await self._inbox.get()
+        if output.finish_reason is not None:
+            self._left.pop(index, None)
+        return index, output
+
+    async def aclose(self) -> None:
+        """Abort what is unfinished; again is fine."""
+        if self._left:
+            self._abort(list(self._left.values()))
+            self._left.clear()
 
 
 class Runtime:
@@ -79,7 +107,7 @@ class Runtime:
             return self._loaded.models
         return list_models(self._config, {name: member.max_len for name, member in self._config.members.items()})
 
-    async def submit(self, requests: Rows[GenerationRequest]) -> AsyncGenerator[tuple[int, Output], None]:
+    async def submit(self, requests: Rows[GenerationRequest]) -> OutputStream:
         """Queue requests, all or none; a stream of (position in `requests`, output) until all have ended.
 
         Raises NotReadyError, ModelNotFoundError, InvalidRequestError or QueueFullError before any output. Closing
@@ -89,7 +117,7 @@ class Runtime:
         sequences = await asyncio.to_thread(lambda: [loaded.admission.admit(request) for request in requests])
         inbox: asyncio.Queue[tuple[int, Output]] = asyncio.Queue()
         await self._enqueue(sequences, inbox)
-        return self._stream(sequences, inbox)
+        return OutputStream([sequence.seq_id for sequence in sequences], inbox, self._abort)
 
     async def drain(self, seconds: float) -> None:
         """Refuse new requests, let running ones end for up to `seconds`, then abort the rest."""
@@ -143,20 +171,6 @@ class Runtime:
             self._abort([s.seq_id for s in sequences])
             raise
         accepted.result()
-
-    async def _stream(
-        self, sequences: list[Sequence], inbox: asyncio.Queue[tuple[int, Output]]
-    ) -> AsyncGenerator[tuple[int, Output], None]:
-        left = set(range(len(sequences)))
-        try:
-            while left:
-                index, output = await inbox.get()
-                if output.finish_reason is not None:
-                    left.discard(index)
-                yield index, output
-        finally:
-            if left:
-                self._abort([sequences[index].seq_id for index in left])
 
     def _abort(self, seq_ids: list[int]) -> None:
         self._commands.put(lambda engine: engine.abort(seq_ids))
