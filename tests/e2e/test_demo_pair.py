@@ -1,0 +1,103 @@
+"""The demo pair in fp32: what the ensemble decodes is exact, alone and in company."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from ensemble_core.config import Config
+from ensemble_core.decoding.sampling_params import SamplingParams
+from ensemble_core.llm import LLM, Completion
+from ensemble_core.members.checkpoints import resolve_folder
+from ensemble_core.members.local import LocalMember
+
+GREEDY = SamplingParams(max_tokens=64, temperature=0.0)
+PROMPTS = [
+    "The capital of France is",
+    "Water boils at a temperature of",
+    "def fibonacci(n):\n    ",
+    "Once upon a time, in a small village by the sea, there lived",
+    "中国的首都是",
+    "Question: What is 12 + 30?\nAnswer:",
+    "The three primary colours are",
+    "😀 means",
+]
+
+
+@pytest.fixture(scope="module")
+def llm(demo_config: Config) -> Iterator[LLM]:
+    members = {
+        name: member.model_copy(update={"dtype": "float32", "kv_memory": 3 * 2**30})
+        for name, member in demo_config.members.items()
+    }
+    engine = LLM(demo_config.model_copy(update={"members": members}))
+    yield engine
+    engine.close()
+    del engine
+    gc.collect()
+
+
+def own_generate(config: Config, member: str, prompt: str) -> list[int]:
+    """What the model's own `generate` in transformers makes of a prompt, greedily, in fp32."""
+    folder = resolve_folder(config.members[member])
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    inputs = AutoTokenizer.from_pretrained(folder)(prompt, return_tensors="pt")
+    tokens = model.generate(**inputs, max_new_tokens=64, do_sample=False)
+    return [int(token) for token in tokens[0, inputs.input_ids.shape[1] :]]
+
+
+@pytest.mark.parametrize("member", ["smollm2", "gemma3"])
+def test_one_member_equals_its_own_generate_alone_and_in_a_batch(
+    llm: LLM, demo_config: Config, member: str
+) -> None:
+    expected = own_generate(demo_config, member, PROMPTS[0])
+    alone = llm.generate([PROMPTS[0]], GREEDY, model=member)[0]
+    batch = llm.generate(PROMPTS, GREEDY, model=member)
+    assert list(alone.token_ids) == expected
+    assert list(batch[0].token_ids) == expected
+
+
+def test_a_greedy_text_is_the_same_alone_and_among_sixteen(llm: LLM) -> None:
+    params = [
+        SamplingParams(max_tokens=8 + 3 * i, temperature=0.0 if i % 3 == 0 else 0.9, top_p=0.95, seed=i)
+        for i in range(16)
+    ]
+    prompts = [PROMPTS[i % len(PROMPTS)] + " and" * (i // 4) for i in range(16)]
+    together = llm.generate(prompts, params, model="duet")
+    for i in (0, 6, 15):
+        alone = llm.generate([prompts[i]], params[i], model="duet")[0]
+        assert (alone.text, alone.token_ids) == (together[i].text, together[i].token_ids)
+    assert_all_free(llm)
+
+
+def test_seeded_sampling_is_reproducible_in_company(llm: LLM) -> None:
+    params = SamplingParams(max_tokens=16, temperature=0.8, seed=7)
+    alone = llm.generate([PROMPTS[3]], params, model="duet-smollm2")[0]
+    company = llm.generate([*PROMPTS[:3], PROMPTS[3]], params, model="duet-smollm2")[3]
+    assert alone.text == company.text
+
+
+def test_the_fused_text_differs_from_each_member_alone(llm: LLM) -> None:
+    def texts(model: str) -> list[str]:
+        return [c.text for c in llm.generate(PROMPTS[:4], GREEDY, model=model)]
+
+    assert len({tuple(texts(model)) for model in ("duet", "gemma3", "smollm2")}) == 3
+
+
+def test_both_members_see_the_text_as_they_would_write_it(llm: LLM) -> None:
+    """After a completion with emoji, CJK, tabs and newlines the assistant's ids are its own spelling."""
+    completion: Completion = llm.generate(["Tab\tand emoji 😀:\n\n\n"], GREEDY, model="duet")[0]
+    vocabulary = llm._engine.members["gemma3"].vocabulary
+    joined = b"".join(vocabulary.text_bytes(token) for token in completion.token_ids)
+    assert joined.decode("utf-8", "replace") == completion.text
+
+
+def assert_all_free(llm: LLM) -> None:
+    for member in llm._engine.members.values():
+        assert isinstance(member, LocalMember)
+        member.check_cache()
+        assert member.free_pages == member.num_pages
