@@ -131,11 +131,19 @@ def from_http(error: HTTPException, request: Request) -> ApiError:
             return ApiError(status, error.detail, kind, reason="invalid_request", headers=headers)
 
 
+def _log(refusal: ApiError, level: int) -> None:
+    """A refusal in a line without its message, which may quote a prompt; a failure of ours with it."""
+    if refusal.status == 500:
+        logger.error("failed: %s", refusal.message)
+    else:
+        logger.log(level, "refused: status=%d code=%s param=%s", refusal.status, refusal.code, refusal.param)
+
+
 def install(app: FastAPI, metrics: PrometheusSink) -> None:
     """Register the handlers that turn each kind of exception into its answer, and count the refusals."""
 
     def refuse(request: Request, refusal: ApiError) -> Response:
-        logger.info("refused: status=%d code=%s param=%s", refusal.status, refusal.code, refusal.param)
+        _log(refusal, logging.INFO if request.method == "POST" else logging.DEBUG)
         if refusal.reason is not None and request.method == "POST":
             metrics.rejected(refusal.reason)
         return refusal.response()

@@ -14,6 +14,7 @@ from ensemble_core.config import ServerConfig
 from ensemble_core.decoding.requests import Output
 from ensemble_core.errors import MemberError, NotReadyError, QueueFullError
 from server.app import create_app
+from server.logs import RequestIdFilter
 from server.metrics import PrometheusSink
 
 CONFIG = ServerConfig(max_choices=8, max_body_bytes=4096)
@@ -282,6 +283,17 @@ def test_prompts_are_logged_nowhere_above_debug(client: TestClient, caplog: pyte
         post(client, prompt=["a secret", 5])
     assert caplog.records
     assert "secret" not in caplog.text
+
+
+def test_a_failed_member_is_logged_with_the_request_id(
+    client: TestClient, runtime: FakeRuntime, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.handler.addFilter(RequestIdFilter())
+    runtime.refuse = MemberError("b", "ran dry")
+    client.post("/v1/completions", json=BASE, headers={"X-Request-Id": "mine"})
+    (failure,) = [record for record in caplog.records if record.levelname == "ERROR"]
+    assert "member 'b': ran dry" in failure.getMessage()
+    assert failure.request_id == "mine"  # type: ignore[attr-defined]
 
 
 def test_refusals_are_counted(client: TestClient, runtime: FakeRuntime) -> None:
