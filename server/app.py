@@ -40,7 +40,6 @@ def create_app(runtime: Runtime, config: ServerConfig, metrics: PrometheusSink) 
         lifespan=lifespan,
         redoc_url=None,
         redirect_slashes=False,
-        strict_content_type=False,
     )
     app.state.edge = Edge(runtime, config, metrics, created=int(time.time()))
     app.include_router(router)

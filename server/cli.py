@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -162,7 +162,8 @@ def generate(
 
         from ensemble_core.llm import LLM
 
-        (_print_stream if stream else _print_whole)(LLM(config), prompts, params, model)
+        with closing(LLM(config)) as llm:
+            (_print_stream if stream else _print_whole)(llm, prompts, params, model)
 
 
 def _print_stream(llm: LLM, prompts: list[str], params: SamplingParams, model: str | None) -> None:

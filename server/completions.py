@@ -11,12 +11,16 @@ import uuid
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from ensemble_core.decoding.requests import GenerationRequest, Output, Overrides
 from ensemble_core.decoding.sampling_params import MAX_SEED, SamplingParams
 from ensemble_core.errors import InvalidRequestError, NotReadyError
 from server.errors import RequestFailedError
 from server.schemas import Choice, Completion, CompletionRequest, EnsembleOptions, Usage
+
+if TYPE_CHECKING:
+    from ensemble_core.runtime import OutputStream
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +135,7 @@ def to_overrides(options: EnsembleOptions | None) -> Overrides:
     )
 
 
-async def chunks(job: Job, outputs: AsyncGenerator[tuple[int, Output]]) -> AsyncGenerator[Completion]:
+async def chunks(job: Job, outputs: OutputStream) -> AsyncGenerator[Completion]:
     """The stream of a job. Closing it closes `outputs`, which aborts what is unfinished.
 
     Raises RequestFailedError or NotReadyError where the engine gives up on one of the choices.

@@ -19,6 +19,8 @@ FLOORS = (
     ("ensemble_core.transfer.build",),
     ("ensemble_core.fusion",),
     ("ensemble_core.decoding",),
+    ("ensemble_core.recipes",),
+    ("ensemble_core.admission",),
     ("ensemble_core.engine",),
     ("ensemble_core.factory",),
     ("ensemble_core.runtime",),

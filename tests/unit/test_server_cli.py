@@ -137,6 +137,9 @@ class FakeLLM:
         FakeLLM.calls.append((prompt, params, model))
         yield from ("<", prompt, ">")
 
+    def close(self) -> None:
+        FakeLLM.calls.append(("closed",))
+
 
 def test_generate_prints_texts(monkeypatch: pytest.MonkeyPatch, config: str) -> None:
     stand_in(monkeypatch, "ensemble_core.llm", LLM=FakeLLM)
@@ -144,7 +147,7 @@ def test_generate_prints_texts(monkeypatch: pytest.MonkeyPatch, config: str) -> 
     result = invoke("generate", "p", "q", "--config", config, "--model", "duo", *options)
     assert result.stdout == "<p>\n\n<q>\n"
     params = SamplingParams(max_tokens=5, temperature=0.0, seed=3, stop=("x", "y"))
-    assert FakeLLM.calls == [(Path(config),), (["p", "q"], params, "duo")]
+    assert FakeLLM.calls == [(Path(config),), (["p", "q"], params, "duo"), ("closed",)]
 
 
 def test_generate_streams(monkeypatch: pytest.MonkeyPatch, config: str) -> None:

@@ -161,9 +161,10 @@ def test_closing_the_stream_aborts() -> None:
     job = job_of(stream=True)
 
     async def leave() -> None:
-        stream = chunks(job, await runtime.submit(job.requests))
+        outputs = await runtime.submit(job.requests)
+        stream = chunks(job, outputs)
         await anext(stream)
         await stream.aclose()
+        assert runtime.aborted == [f"{job.id}-0"]
 
     asyncio.run(leave())
-    assert runtime.aborted == [f"{job.id}-0"]
