@@ -63,7 +63,7 @@ def test_one_member_equals_its_own_generate_alone_and_in_a_batch(
 
 def test_a_greedy_text_is_the_same_alone_and_among_sixteen(llm: LLM) -> None:
     params = [
-        SamplingParams(max_tokens=8 + 3 * i, temperature=0.0 if i % 3 == 0 else 0.9, top_p=0.95, seed=i)
+        SamplingParams(max_tokens=8 + 2 * i, temperature=0.0 if i % 3 == 0 else 0.9, top_p=0.95, seed=i)
         for i in range(16)
     ]
     prompts = [PROMPTS[i % len(PROMPTS)] + " and" * (i // 4) for i in range(16)]
@@ -83,14 +83,15 @@ def test_seeded_sampling_is_reproducible_in_company(llm: LLM) -> None:
 
 def test_the_fused_text_differs_from_each_member_alone(llm: LLM) -> None:
     def texts(model: str) -> list[str]:
-        return [c.text for c in llm.generate(PROMPTS[:4], GREEDY, model=model)]
+        short = SamplingParams(max_tokens=12, temperature=0.0)
+        return [c.text for c in llm.generate(PROMPTS[:4], short, model=model)]
 
     assert len({tuple(texts(model)) for model in ("duet", "gemma3", "smollm2")}) == 3
 
 
-def test_both_members_see_the_text_as_they_would_write_it(llm: LLM) -> None:
-    """After a completion with emoji, CJK, tabs and newlines the assistant's ids are its own spelling."""
-    completion: Completion = llm.generate(["Tab\tand emoji 😀:\n\n\n"], GREEDY, model="duet")[0]
+def test_the_text_is_the_bytes_of_mains_tokens(llm: LLM) -> None:
+    params = SamplingParams(max_tokens=24, temperature=0.0)
+    completion: Completion = llm.generate(["Tab\tand emoji 😀:\n\n\n"], params, model="duet")[0]
     vocabulary = llm._engine.members["gemma3"].vocabulary
     joined = b"".join(vocabulary.text_bytes(token) for token in completion.token_ids)
     assert joined.decode("utf-8", "replace") == completion.text
