@@ -215,7 +215,7 @@ class Engine:
         self._sink.step(
             StepStats(
                 mode="lockstep",
-                batch_size=len(step.outcome.decisions),
+                batch_size=sum(d.token_id >= 0 for d in step.outcome.decisions),
                 seconds=time.perf_counter() - step.started,
                 alignment_seconds=step.alignment_seconds,
                 sampling_seconds=step.outcome.sampling_seconds,

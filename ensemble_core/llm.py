@@ -21,7 +21,7 @@ from ensemble_core.config import Config, load_config
 from ensemble_core.decoding.requests import FinishReason, GenerationRequest, Output, Overrides
 from ensemble_core.decoding.sampling_params import SamplingParams
 from ensemble_core.decoding.sequence import Sequence as Request
-from ensemble_core.errors import QueueFullError, UnisonoError
+from ensemble_core.errors import InvalidRequestError, QueueFullError, UnisonoError
 from ensemble_core.recipes import ModelInfo
 from ensemble_core.stats import NullSink, StatsSink
 from ensemble_core.text.prompt import Message
@@ -48,6 +48,7 @@ class LLM:
         loaded = factory.load(self._config, sink or NullSink())
         self._engine, self._admission = loaded.engine, loaded.admission
         self.models: list[ModelInfo] = loaded.models
+        self._inbox: dict[int, list[Output]] = {}  # news of every open call's sequences, not read yet
         self._names = itertools.count()
 
     def generate(
@@ -98,6 +99,11 @@ class LLM:
     ) -> list[Request]:
         if params is None or isinstance(params, SamplingParams):
             params = [params or SamplingParams()] * len(prompts)
+        if len(params) != len(prompts):
+            raise InvalidRequestError(
+                f"params: {len(params)} are given for {len(prompts)} prompts; give one for all, or one each",
+                "params",
+            )
         return [
             self._admission.admit(
                 GenerationRequest(
@@ -112,14 +118,36 @@ class LLM:
         ]
 
     def _run(self, requests: list[Request]) -> Iterator[tuple[int, Output]]:
-        """Drive the engine until all requests have ended; the queue's bound only means feeding it in parts."""
+        """Drive the engine until all requests have ended; the queue's bound only means feeding it in parts.
+
+        Several calls may be open at once (streams that are read in turn): each step moves all of them.
+        """
         waiting = list(reversed(requests))
+        left = {request.seq_id for request in requests}
+        self._inbox.update((seq_id, []) for seq_id in left)
         try:
-            while waiting or self._engine.has_work:
-                self._refill(waiting)
-                yield from self._engine.step()
+            while left:
+                self._step(waiting)
+                for seq_id, output in self._unread(left):
+                    if output.finish_reason is not None:
+                        left.discard(seq_id)
+                    yield seq_id, output
         finally:
-            self._engine.abort(request.seq_id for request in requests)
+            self._engine.abort(left)
+            for request in requests:
+                del self._inbox[request.seq_id]
+
+    def _step(self, waiting: list[Request]) -> None:
+        """One step of everything that runs, with each sequence's news put into its box."""
+        self._refill(waiting)
+        for seq_id, output in self._engine.step():
+            self._inbox[seq_id].append(output)
+
+    def _unread(self, seq_ids: set[int]) -> list[tuple[int, Output]]:
+        """Empty the boxes of some sequences."""
+        news = [(seq_id, output) for seq_id in sorted(seq_ids) for output in self._inbox[seq_id]]
+        self._inbox.update((seq_id, []) for seq_id in seq_ids)
+        return news
 
     def _refill(self, waiting: list[Request]) -> None:
         try:

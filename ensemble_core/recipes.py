@@ -1,14 +1,15 @@
 """Which recipe a request asks for: a model's name, and what the request overrides.
 
 Invariants: every recipe handed out is valid (known members, weights that sum to 1, a fusion whose options were
-checked); two requests for the same thing share one fusion. Knows the configuration and fusions; does not know
-prompts, sequences or engines.
+checked); requests for the same thing share one fusion, while fewer than 64 others are asked for. Knows the
+configuration and fusions; does not know prompts, sequences or engines.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -27,6 +28,8 @@ from ensemble_core.fusion.base import Fusion, FusionSpace, build_fusion, parse_o
 
 # The space of some members of an ensemble, main first; matrices are those of the ensemble's whole set.
 SpaceOf = Callable[[tuple[str, ...], tuple[str, ...]], FusionSpace]
+
+_MAX_FUSIONS = 64  # built fusions that are kept
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +67,7 @@ class RecipeBook:
         self._config = config
         self._space_of = space_of
         self._fusions: dict[str, Fusion] = {}
+        self._lock = threading.Lock()  # requests are admitted from several threads
 
     def resolve(self, model: str, overrides: Overrides) -> Recipe:
         """The recipe of a request. Raises ModelNotFoundError, InvalidRequestError with `ensemble.*` as param."""
@@ -108,9 +112,10 @@ class RecipeBook:
             if len(members) == 1:
                 return "single", None
             key = json.dumps([sorted(ensemble.members), members, name, parsed.model_dump(mode="json")])
-            if key not in self._fusions:
-                space = self._space_of(members, tuple(ensemble.members))
-                self._fusions[key] = build_fusion(name, parsed, space)
+            fusion = self._fusions.get(key)
+            if fusion is None:
+                fusion = build_fusion(name, parsed, self._space_of(members, tuple(ensemble.members)))
+                self._keep(key, fusion)
         except (UnknownStrategyError, ConfigError) as error:
             raise InvalidRequestError(str(error), "ensemble.fusion") from error
         except TransferMatrixError as error:
@@ -119,7 +124,14 @@ class RecipeBook:
             raise InvalidRequestError(
                 f"ensemble.fusion: {name!r} is not prepared for model {model!r}: {error}", "ensemble.fusion"
             ) from error
-        return name, self._fusions[key]
+        return name, fusion
+
+    def _keep(self, key: str, fusion: Fusion) -> None:
+        """Clients choose options freely, so what is kept is bounded: the oldest goes."""
+        with self._lock:
+            self._fusions[key] = fusion
+            while len(self._fusions) > _MAX_FUSIONS:
+                del self._fusions[next(iter(self._fusions))]
 
 
 def _weights(ensemble: EnsembleConfig, overrides: Overrides) -> dict[str, float]:
@@ -140,10 +152,10 @@ def _weights(ensemble: EnsembleConfig, overrides: Overrides) -> dict[str, float]
         )
     ordered = [ensemble.main, *(name for name in ensemble.members if name in chosen and name != ensemble.main)]
     raw = {name: given.get(name, ensemble.members[name]) for name in ordered}
-    total = math.fsum(raw.values())
+    total = sum(raw.values())
     if not 0.0 < total < math.inf:
         raise InvalidRequestError(
-            f"ensemble.weights: at least one weight must be greater than 0, got {raw}", "ensemble.weights"
+            f"ensemble.weights: their sum must be finite and greater than 0, got {raw}", "ensemble.weights"
         )
     return {name: weight / total for name, weight in raw.items()}
 

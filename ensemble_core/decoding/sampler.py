@@ -51,5 +51,6 @@ def _draw(token_ids: Tensor, logprobs: Tensor, sequences: Rows[Sequence]) -> Ten
     allowed = (cumulative - probs < top_p) & (probs > 0)  # the token that crosses top_p is still in
     mass = torch.where(allowed, probs, 0.0).cumsum(dim=1)
     place = torch.searchsorted(mass, uniform * mass[:, -1:], right=True)
-    place = place.clamp_max(allowed.sum(dim=1, keepdim=True) - 1)
+    last = allowed.sum(dim=1, keepdim=True) - 1  # -1 in a row that is not finite
+    place = place.minimum(last).clamp_min(0)
     return token_ids.gather(1, order.gather(1, place)).squeeze(1)

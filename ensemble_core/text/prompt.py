@@ -29,13 +29,7 @@ class PromptEncoder:
 
     def encode(self, text: str) -> list[int]:
         """Ids of a plain prompt, with what the tokenizer puts in front (BOS)."""
-        ids: list[int] = self._tokenizer(text, verbose=False)["input_ids"]
-        if not ids:
-            raise InvalidRequestError(
-                f"prompt is empty for member {self._member!r}, which adds nothing of its own; send some text",
-                "prompt",
-            )
-        return ids
+        return self._required(self._tokenizer(text, verbose=False)["input_ids"], "prompt")
 
     def encode_chat(self, messages: Sequence[Message]) -> list[int]:
         """Ids of a conversation through the template, opened for the assistant's next turn.
@@ -53,7 +47,17 @@ class PromptEncoder:
             raise InvalidRequestError(
                 f"messages: the chat template of member {self._member!r} refuses them: {error}", "messages"
             ) from error
-        return list(self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        return self._required(
+            self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], "messages"
+        )
+
+    def _required(self, ids: list[int], param: str) -> list[int]:
+        """A model needs something to go on from."""
+        if not ids:
+            raise InvalidRequestError(
+                f"{param}: empty for member {self._member!r}, which adds nothing of its own; send some text", param
+            )
+        return ids
 
 
 def plain_chat(messages: Sequence[Message]) -> str:
