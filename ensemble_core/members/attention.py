@@ -24,7 +24,8 @@ from ensemble_core.errors import UnsupportedModelError
 from ensemble_core.members.kv_cache import KVCache, Row
 
 NAME = "unisono_packed"
-_KNOWN = {"unisono", "dropout", "position_ids", "use_cache", "is_causal", "output_attentions", "cache_position"}
+_KNOWN = {"unisono", "dropout", "position_ids", "use_cache", "is_causal", "cache_position"}
+_KNOWN |= {"output_attentions", "output_hidden_states", "output_router_logits"}  # what a model reports, not how
 _MAX_WASTE = 1.5  # padded over real key positions at which a group is split
 
 

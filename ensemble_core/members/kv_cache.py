@@ -2,8 +2,9 @@
 
 A row is contiguous, so that attention reads views and copies nothing; it is one page of the scheduler's
 accounting. Sliding-window layers keep their full length (the window is masked), so rollback is exact: it is a
-change of length. Invariants: a row belongs to one sequence or to none; lengths never exceed the row; every number
-in the pool is finite, since masked positions are multiplied by zero and not skipped.
+change of length. Invariants: a row belongs to one sequence or to none; lengths never exceed the row; a free row
+holds zeros, since masked positions are multiplied by zero and not skipped: a number that is not finite would reach
+the row's next holder.
 
 Knows shapes and rows; does not know models, tokens or schedules.
 """
@@ -24,6 +25,7 @@ class Row:
 
     index: int
     length: int = 0
+    written: int = 0  # slots that a forward may have touched, failed ones and rolled back ones included
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,19 +62,25 @@ class KVCache:
             self._rows[seq_id] = Row(heapq.heappop(self._free))
         return self._rows[seq_id]
 
+    def reserve(self, seq_id: int, num_new: int) -> Row:
+        """The row of a sequence, whose next `num_new` slots are about to be written."""
+        row = self.row(seq_id)
+        assert 0 < num_new <= self.row_len - row.length, "a feed passes the end of its row"
+        row.written = max(row.written, row.length + num_new)
+        return row
+
     def rollback(self, seq_id: int, length: int) -> None:
         """Keep the first `length` tokens."""
         row = self._rows[seq_id]
         assert 0 <= length <= row.length, f"rollback to {length} of {row.length}"
         row.length = length
 
-    def release(self, seq_id: int, *, scrub: bool = False) -> None:
-        """Give a row back; `scrub` wipes what a failed forward may have left in it."""
+    def release(self, seq_id: int) -> None:
+        """Give a row back, wiped; an unknown sequence is fine."""
         row = self._rows.pop(seq_id, None)
         if row is None:
             return
-        if scrub:
-            self._wipe(row.index)
+        self._wipe(row)
         heapq.heappush(self._free, row.index)
 
     def num_bytes(self) -> dict[str, int]:
@@ -87,11 +95,12 @@ class KVCache:
         """Integrity: every row is free or held once, and no length passes the row. For tests and debugging."""
         held = [row.index for row in self._rows.values()]
         assert sorted(held + self._free) == list(range(self.num_rows)), "a row is lost or held twice"
-        assert all(0 <= row.length <= self.row_len for row in self._rows.values())
+        assert all(0 <= row.length <= row.written <= self.row_len for row in self._rows.values())
 
-    def _wipe(self, index: int) -> None:
+    def _wipe(self, row: Row) -> None:
+        start = row.index * self.row_len
         for tensor in (*self.keys, *self.values):
-            tensor[index * self.row_len : (index + 1) * self.row_len].zero_()
+            tensor[start : start + row.written].zero_()
 
 
 def bytes_per_token(layers: list[LayerShape], dtype: torch.dtype) -> int:

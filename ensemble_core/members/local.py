@@ -10,10 +10,12 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
@@ -48,7 +50,6 @@ class LocalMember:
         num_rows = _num_rows(name, config.kv_memory, self.max_len * bytes_per_token(layers, dtype))
         self._cache = KVCache(layers, num_rows, self.max_len, dtype)
         self._memory = _memory_bytes(model, self._cache)
-        self._unsound: set[int] = set()  # sequences whose cache may hold numbers that are not finite
         prove(self)
 
     @property
@@ -72,11 +73,9 @@ class LocalMember:
             with torch.inference_mode():
                 candidates = self._forward(feeds, top_k)
         except Exception as error:
-            self._unsound.update(feed.seq_id for feed in feeds)
             raise MemberError(self.name, f"forward failed: {type(error).__name__}: {error}") from error
         for feed in feeds:
             self._cache.row(feed.seq_id).length += len(feed.token_ids)
-        self._note_unsound(feeds, candidates)
         return candidates
 
     def rollback(self, seq_id: int, length: int) -> None:
@@ -85,8 +84,7 @@ class LocalMember:
 
     def release(self, seq_id: int) -> None:
         """See `Member.release`."""
-        self._cache.release(seq_id, scrub=seq_id in self._unsound)
-        self._unsound.discard(seq_id)
+        self._cache.release(seq_id)
 
     def memory_bytes(self) -> dict[str, int]:
         """See `Member.memory_bytes`."""
@@ -104,10 +102,9 @@ class LocalMember:
         return top_candidates(logits, top_k, also)
 
     def _pack(self, feeds: Sequence[Feed]) -> tuple[PackedPass, list[int]]:
-        rows = [self._cache.row(feed.seq_id) for feed in feeds]
+        assert len({feed.seq_id for feed in feeds}) == len(feeds), "a sequence is fed twice"
         counts = [len(feed.token_ids) for feed in feeds]
-        for row, count in zip(rows, counts, strict=True):
-            assert 0 < count <= self.max_len - row.length, "a feed passes the end of its row"
+        rows = [self._cache.reserve(feed.seq_id, count) for feed, count in zip(feeds, counts, strict=True)]
         return pack(self._cache, rows, counts)
 
     def _logits(self, run: PackedPass, token_ids: list[int], wanted: Tensor) -> Tensor:
@@ -122,19 +119,13 @@ class LocalMember:
         )
         return output.logits[0]  # type: ignore[no-any-return]
 
-    def _note_unsound(self, feeds: Sequence[Feed], candidates: Candidates) -> None:
-        sound = candidates.logprobs[:, :1].isfinite().all(dim=1).tolist()
-        answered = [feed.seq_id for feed in feeds for _ in range(feed.wanted)]
-        self._unsound.update(seq_id for seq_id, fine in zip(answered, sound, strict=True) if not fine)
-
 
 def load_member(name: str, config: MemberConfig, folder: Path, vocabulary: Vocabulary) -> LocalMember:
     """Load a model from a folder of safetensors and place it.
 
     Raises UnsupportedModelError (by name, with the reason), CheckpointError, ConfigError.
     """
-    model_config = AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
-    _refuse_unsupported(name, model_config)
+    _refuse_unsupported(name, _read_config(name, config, folder))
     placement: dict[str, Any] = {"device_map": config.device_map, "max_memory": config.max_memory}
     if config.device_map is None:
         placement = {"device_map": {"": resolve_device(name, config)}}
@@ -146,10 +137,17 @@ def load_member(name: str, config: MemberConfig, folder: Path, vocabulary: Vocab
             trust_remote_code=config.trust_remote_code,
             **placement,
         )
-    except (OSError, ValueError, RuntimeError, ImportError) as error:
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         raise CheckpointError(f"member {name!r}: {folder} cannot be loaded: {error}") from error
     model.eval().requires_grad_(False)
     return LocalMember(name, model, vocabulary, config)
+
+
+def _read_config(name: str, config: MemberConfig, folder: Path) -> Any:
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"member {name!r}: the config of {folder} cannot be read: {error}") from error
 
 
 def survey(name: str, model: Any) -> list[LayerShape]:
@@ -162,17 +160,23 @@ def survey(name: str, model: Any) -> list[LayerShape]:
         raise UnsupportedModelError(
             f"member {name!r}: {type(model).__name__} does not support transformers' attention interface"
         )
-    found: list[tuple[int, LayerShape]] = []
-    with torch.inference_mode(), _Attention(model, _SURVEY):
-        device = model.get_input_embeddings().weight.device
-        ids = torch.zeros(1, 1, dtype=torch.long, device=device)
-        model(input_ids=ids, position_ids=ids, use_cache=False, unisono=found)
-    if sorted(index for index, _ in found) != list(range(len(found))) or not found:
+    seen = _Survey()
+    try:
+        with torch.inference_mode(), _Attention(model, _SURVEY):
+            device = model.get_input_embeddings().weight.device
+            ids = torch.zeros(1, 1, dtype=torch.long, device=device)
+            model(input_ids=ids, position_ids=ids, use_cache=False, unisono=seen)
+    except Exception as error:
         raise UnsupportedModelError(
-            f"member {name!r}: {type(model).__name__} has layers {sorted(i for i, _ in found)} in the attention "
+            f"member {name!r}: {type(model).__name__} fails in transformers' attention interface: {error}"
+        ) from error
+    found = sorted(seen.layers, key=lambda item: item[0])
+    if [index for index, _ in found] != list(range(len(found))) or not found:
+        raise UnsupportedModelError(
+            f"member {name!r}: {type(model).__name__} has layers {[i for i, _ in found]} in the attention "
             "interface, where one attention a layer, numbered from 0, is needed"
         )
-    return [shape for _, shape in sorted(found, key=lambda item: item[0])]
+    return [shape for _, shape in found]
 
 
 def prove(member: LocalMember) -> None:
@@ -190,8 +194,11 @@ def prove(member: LocalMember) -> None:
         with _Attention(model, "eager"):
             noise = _total_variation(own, _own_probabilities(model, ids)[cut:])
         model.set_attn_implementation(NAME)
-        member.forward([Feed(-1, ids[:cut], 0)], 2)
-        packed = member.forward([Feed(-1, ids[cut:], size - cut)], len(member.vocabulary))
+        try:
+            member.forward([Feed(-1, ids[:cut], 0)], 2)
+            packed = member.forward([Feed(-1, ids[cut:], size - cut)], len(member.vocabulary))
+        except MemberError as error:
+            raise UnsupportedModelError(f"{error}; it cannot be a member") from error
     member.release(-1)
     difference, allowed = _total_variation(own, packed.logprobs.exp()), 5 * noise + 1e-4
     if not difference <= allowed:
@@ -227,11 +234,20 @@ class _Attention:
         self._model.set_attn_implementation(self._before)
 
 
+@dataclass(frozen=True, slots=True)
+class _Survey:
+    """What the layers report; an object, since accelerate's hooks hand on copies of lists."""
+
+    layers: list[tuple[int, LayerShape]] = field(default_factory=list)
+
+
 def _survey_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
+    if value.shape != key.shape:
+        raise UnsupportedModelError(f"keys of shape {tuple(key.shape)} and values of {tuple(value.shape)}")
     shape = LayerShape(key.shape[1], key.shape[3], key.device)
-    kwargs["unisono"].append((module.layer_idx, shape))
+    kwargs["unisono"].layers.append((module.layer_idx, shape))
     return torch.zeros_like(query).transpose(1, 2), None
 
 

@@ -25,7 +25,9 @@ def resolve_device(name: str, member: MemberConfig) -> torch.device:
     try:
         device = torch.device(member.device)
     except RuntimeError as error:
-        raise ConfigError(f"members.{name}.device: {member.device!r} is no device; write cpu or cuda:N") from error
+        raise ConfigError(_no_device(name, member)) from error
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(_no_device(name, member))
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ConfigError(
             f"members.{name}.device: {member.device!r} is not on this machine, which has "
@@ -34,6 +36,10 @@ def resolve_device(name: str, member: MemberConfig) -> torch.device:
     if device.type == "cuda" and device.index is None:
         return torch.device("cuda:0")
     return device
+
+
+def _no_device(name: str, member: MemberConfig) -> str:
+    return f"members.{name}.device: {member.device!r} is not supported; write auto, cpu or cuda:N"
 
 
 def log_plan(members: Mapping[str, MemberConfig]) -> None:

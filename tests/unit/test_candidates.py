@@ -1,0 +1,150 @@
+"""Candidates against torch's own log-softmax and sort."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from ensemble_core.members import candidates as module
+from ensemble_core.members.base import Candidates
+from ensemble_core.members.candidates import log_normaliser, top_candidates
+
+CLOSE = {"atol": 2e-6, "rtol": 1e-6}
+
+
+def random_logits(num_rows: int, vocabulary: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return (4.0 * torch.randn(num_rows, vocabulary, generator=generator)).to(dtype)
+
+
+def reference(logits: Tensor) -> Tensor:
+    return torch.log_softmax(logits.double(), dim=1)
+
+
+def check_tail(found: Candidates, whole: Tensor) -> None:
+    """The tail holds the mass of every id that is not among the candidates."""
+    outside = whole.exp().scatter(1, found.token_ids, 0.0).sum(dim=1)
+    torch.testing.assert_close(found.tail.double().exp(), outside, atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("vocabulary", "top_k"), [(7, 1), (300, 5), (300, 299), (1000, 256)])
+def test_best_ids_with_exact_logprobs(dtype: torch.dtype, vocabulary: int, top_k: int) -> None:
+    logits = random_logits(5, vocabulary, dtype=dtype)
+    found, whole = top_candidates(logits, top_k), reference(logits)
+    expected = whole.sort(dim=1, descending=True).values[:, :top_k]
+    assert found.token_ids.shape == found.logprobs.shape == (5, top_k)
+    assert found.logprobs.dtype == found.tail.dtype == torch.float32
+    torch.testing.assert_close(found.logprobs.double(), expected, **CLOSE)
+    torch.testing.assert_close(found.logprobs.double(), whole.gather(1, found.token_ids), **CLOSE)
+    assert all(len(set(row)) == top_k for row in found.token_ids.tolist())
+    check_tail(found, whole)
+
+
+@pytest.mark.parametrize("extra", [-1, 0, 1, 17])
+def test_a_vocabulary_of_several_chunks(extra: int) -> None:
+    logits = random_logits(3, 2 * module._CHUNK + extra, seed=extra + 1)
+    expected = torch.logsumexp(logits.double(), dim=1)
+    torch.testing.assert_close(log_normaliser(logits).double(), expected, atol=2e-6, rtol=1e-6)
+
+
+def test_a_last_chunk_that_outweighs_all_others() -> None:
+    logits = random_logits(2, module._CHUNK + 1)
+    logits[:, -1] = 80.0
+    found = top_candidates(logits, 4)
+    assert found.token_ids[:, 0].tolist() == [module._CHUNK] * 2
+    assert found.logprobs[:, 0].tolist() == pytest.approx([0.0, 0.0], abs=1e-6)
+
+
+@pytest.mark.parametrize("top_k", [300, 301, 10_000])
+def test_whole_distributions_come_in_the_order_of_ids(top_k: int) -> None:
+    logits = random_logits(4, 300)
+    found = top_candidates(logits, top_k)
+    assert torch.equal(found.token_ids, torch.arange(300).expand(4, 300))
+    torch.testing.assert_close(found.logprobs.double(), reference(logits), **CLOSE)
+    assert found.tail.tolist() == [-torch.inf] * 4
+
+
+def test_also_forces_ids_in_and_keeps_the_number() -> None:
+    logits = random_logits(3, 400, seed=5)
+    order, whole = logits.argsort(dim=1, descending=True), reference(logits)
+    least, second, best = int(order[0, -1]), int(order[1, 9]), int(order[1, 0])
+    found = top_candidates(logits, 8, [(least, least), (best, second), ()])
+    assert found.token_ids.shape == (3, 8)
+    assert found.token_ids[0].tolist() == [*order[0, :7].tolist(), least]
+    assert found.token_ids[1].tolist() == [*order[1, :7].tolist(), second]
+    assert found.token_ids[2].tolist() == order[2, :8].tolist()
+    torch.testing.assert_close(found.logprobs.double(), whole.gather(1, found.token_ids), **CLOSE)
+    check_tail(found, whole)
+
+
+def test_also_never_pushes_out_an_id_that_was_asked_for() -> None:
+    logits = random_logits(1, 50, seed=6)
+    order = logits.argsort(dim=1, descending=True)[0].tolist()
+    asked = (order[3], order[40], order[2], order[45])
+    found = top_candidates(logits, 4, [asked])
+    assert sorted(found.token_ids[0].tolist()) == sorted(asked)
+
+
+def test_a_row_that_is_not_finite_harms_no_other() -> None:
+    logits = random_logits(4, 500, seed=7)
+    clean = top_candidates(logits, 10)
+    logits[1, 77] = torch.nan
+    logits[3, 5] = torch.inf
+    found = top_candidates(logits, 10, [(), (3,), (), (499,)])
+    for row in (0, 2):
+        assert torch.equal(found.logprobs[row], clean.logprobs[row])
+        assert torch.equal(found.tail[row], clean.tail[row])
+    for row in (1, 3):
+        assert not found.logprobs[row].isfinite().any()
+        assert bool(found.tail[row].isnan())
+    whole = top_candidates(logits, 500)
+    assert whole.logprobs[1].isnan().all()
+    assert torch.equal(whole.logprobs[0], top_candidates(logits[:1], 500).logprobs[0])
+
+
+def test_forbidden_ids_have_no_mass() -> None:
+    logits = random_logits(2, 20)
+    logits[:, 4:] = -torch.inf
+    found = top_candidates(logits, 6)
+    assert found.logprobs[:, 4:].tolist() == [[-torch.inf] * 2] * 2
+    torch.testing.assert_close(found.logprobs.exp().sum(dim=1), torch.ones(2))
+    assert (found.tail.exp() < 1e-6).all()
+
+
+def test_no_rows() -> None:
+    found = top_candidates(torch.empty(0, 30), 5)
+    assert found.token_ids.shape == found.logprobs.shape == (0, 5)
+    assert found.tail.shape == (0,)
+
+
+def test_best_cuts_to_the_likeliest_and_moves_the_rest_to_the_tail() -> None:
+    logits = random_logits(3, 200, seed=8)
+    whole = top_candidates(logits, 200)
+    expected, found = top_candidates(logits, 9), whole.best(9)
+    assert torch.equal(found.token_ids, expected.token_ids)
+    assert torch.equal(found.logprobs, expected.logprobs)
+    check_tail(found, reference(logits))
+    assert whole.best(200) is whole
+    assert expected.best(9) is expected
+
+
+def test_best_keeps_a_broken_row_apart() -> None:
+    logits = random_logits(2, 40)
+    logits[0, 0] = torch.nan
+    found = top_candidates(logits, 40).best(5)
+    assert found.logprobs[0].isnan().all()
+    assert bool(found.tail[0].isnan())
+    assert torch.equal(found.token_ids[1], top_candidates(logits, 5).token_ids[1])
+
+
+@pytest.mark.parametrize("indices", [[2, 0], [1], [0, 1, 2], [0, 0, 2, 1], []])
+def test_rows_are_picked_in_order(indices: list[int]) -> None:
+    found = top_candidates(random_logits(3, 60), 4)
+    picked = found.rows(indices)
+    assert len(picked) == len(indices)
+    for place, index in enumerate(indices):
+        assert torch.equal(picked.token_ids[place], found.token_ids[index])
+        assert torch.equal(picked.logprobs[place], found.logprobs[index])
+        assert torch.equal(picked.tail[place], found.tail[index])
