@@ -79,8 +79,10 @@ def solve_em(problem: Problem, steps: int) -> Tensor:
     """p <- p * (R_main (r / (p R_main))), normalised; lowers KL(r || p R_main) at every step. (B, S)."""
     p = problem.prior
     for _ in range(steps):
-        p = p * problem.pull(problem.ratio(p))
-        p = p / p.sum(dim=1, keepdim=True).clamp_min(_TINY)
+        step = p * problem.pull(problem.ratio(p))
+        mass = step.sum(dim=1, keepdim=True)
+        # Where nothing that r speaks of can be reached, main stays as it is.
+        p = torch.where(mass == 0.0, p, step / mass.clamp_min(_TINY))
     return p
 
 
@@ -136,8 +138,7 @@ class RelativeFusion:
         return _Support(token_ids, prior, tail, mapped)
 
     def _problem(self, support: _Support, target: Tensor) -> Problem:
-        columns, values = self._matrices[0].rows(support.token_ids)
-        values = values / values.sum(dim=2, keepdim=True).clamp_min(_TINY)
+        columns, values = _rows(self._matrices[0], support.token_ids)
         prior = _normalised(torch.where(support.mapped, support.prior, 0.0))
         open_problem = Problem(prior, columns, values, target, target.shape[1])
         reached = torch.where(open_problem.project(prior) > _TINY, target, 0.0)
@@ -159,11 +160,17 @@ class _Support:
 
 def _relative(candidates: Candidates, matrix: TransferMatrix) -> tuple[Tensor, Tensor]:
     """r_i on the mass that the candidates hold, scaled to sum to 1 (B, A); and the mass without a row (B,)."""
-    columns, values = matrix.rows(candidates.token_ids)  # (B, K, k)
+    columns, values = _rows(matrix, candidates.token_ids)  # (B, K, k)
     p = candidates.logprobs.exp()
     r = _scatter(p.unsqueeze(2) * values, columns, matrix.num_anchors)
-    unmapped = (p * (1.0 - matrix.row_mass[candidates.token_ids]).clamp_min(0.0)).sum(dim=1)
+    unmapped = torch.where(matrix.row_mass[candidates.token_ids] > 0, 0.0, p).sum(dim=1)
     return _normalised(r), unmapped
+
+
+def _rows(matrix: TransferMatrix, token_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Columns and values (B, N, k) of tokens; float16 rows scaled to sum to 1 exactly, empty ones stay empty."""
+    columns, values = matrix.rows(token_ids)
+    return columns, values / values.sum(dim=2, keepdim=True).clamp_min(_TINY)
 
 
 def _extend(main: Candidates, target: Tensor, anchor_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
