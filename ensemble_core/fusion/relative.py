@@ -177,14 +177,17 @@ def _extend(main: Candidates, target: Tensor, anchor_ids: Tensor) -> tuple[Tenso
     """Main's candidates and main's own tokens of the best anchors of r: ids, prior (B, S), tail (B,).
 
     What main gives a token outside its candidates is unknown, but bounded by its least candidate and, together,
-    by its tail: the smaller of the two is taken. A token that is a candidate already gets 0.
+    by its tail: the smaller of the two is taken. The last eighth of a row does not count as least, since ids asked
+    for by `also` stand there whatever their rank. A token that is a candidate already gets 0.
     """
     best = target.topk(min(NUM_REACHED, target.shape[1]), dim=1).indices
     extra = anchor_ids[best]  # (B, M)
     known = (extra.unsqueeze(2) == main.token_ids.unsqueeze(1)).any(dim=2) | (extra < 0)
     tail = main.tail.exp()
     fresh = (~known).sum(dim=1).clamp_min(1)
-    bound = torch.minimum(main.logprobs.exp().amin(dim=1), tail / fresh).unsqueeze(1)
+    num_candidates = main.logprobs.shape[1]
+    least = main.logprobs[:, : num_candidates - num_candidates // 8].amin(dim=1).exp()
+    bound = torch.minimum(least, tail / fresh).unsqueeze(1)
     added = torch.where(known, 0.0, bound)
     token_ids = torch.cat([main.token_ids, extra.clamp_min(0)], dim=1)
     prior = torch.cat([main.logprobs.exp(), added], dim=1)

@@ -316,6 +316,16 @@ def test_an_id_asked_for_counts_in_r() -> None:
         assert float(closed[row, token]) == pytest.approx(float(full[row, token]), rel=0.3)
 
 
+def test_asking_for_a_hopeless_id_changes_no_answer() -> None:
+    logits, matrices = peaked(50, 11)
+    weights, strategy = weights_of(50, 2, 3), fusion(matrices)
+    plain = [top_candidates(each, 64) for each in logits]
+    hopeless = [(token,) for token in logits[0].argmin(dim=1).tolist()]
+    asked = [top_candidates(logits[0], 64, hopeless), plain[1]]
+    left, right = (dense(strategy.fuse(parts, weights), 600) for parts in (plain, asked))
+    assert float((left - right).abs().sum(dim=1).mean() / 2) < 0.01
+
+
 def test_a_token_that_only_the_assistant_knows_joins() -> None:
     logits = [torch.full((1, 200), -4.0), torch.full((1, 200), -4.0)]
     logits[0][0, :4] = torch.tensor([3.0, 2.5, 2.0, 1.0])

@@ -1,0 +1,91 @@
+"""Text from bytes: the same whatever the pieces, stop strings cut and never shown, against a slow reference."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from ensemble_core.text.detokenizer import Detokenizer
+
+# A small alphabet makes stop strings match, overlap and almost match.
+texts = st.lists(st.sampled_from(["a", "b", "ab", "aab", "é", "中", "😀", "\n"]), max_size=30).map("".join)
+stops = st.lists(st.text("abé中😀\n\ufffd", min_size=1, max_size=5), max_size=4).map(tuple)
+data = texts.map(str.encode) | st.binary(max_size=24)
+
+
+def reference(raw: bytes, stop_strings: tuple[str, ...]) -> tuple[str, str | None]:
+    """Character by character: the first stop string that is complete, of two at once the longer."""
+    whole = raw.decode("utf-8", "replace")
+    for end in range(1, len(whole) + 1):
+        complete = [stop for stop in stop_strings if whole[:end].endswith(stop)]
+        if complete:
+            stop = max(complete, key=len)
+            return whole[: end - len(stop)], stop
+    return whole, None
+
+
+def pieces(raw: bytes, cuts: list[int]) -> list[bytes]:
+    places = sorted({0, len(raw), *(cut % (len(raw) + 1) for cut in cuts)})
+    return [raw[a:b] for a, b in pairwise(places)]
+
+
+@settings(max_examples=400, deadline=None)
+@given(raw=data, stop_strings=stops, cuts=st.lists(st.integers(0, 200), max_size=40))
+@example(raw=b"aab", stop_strings=("ab", "aab"), cuts=[0, 1, 2])
+@example(raw="中😀".encode(), stop_strings=("😀",), cuts=[1, 2, 3, 4, 5, 6])
+@example(raw=b"a\xe4\xb8", stop_strings=("a\ufffd",), cuts=[1, 2])
+@example(raw=b"abab", stop_strings=("ba", "abab"), cuts=[1, 2, 3])
+def test_any_pieces_give_the_text_of_the_reference(
+    raw: bytes, stop_strings: tuple[str, ...], cuts: list[int]
+) -> None:
+    detokenizer = Detokenizer(stop_strings)
+    longest = max(map(len, stop_strings), default=1)
+    shown = ""
+    for piece in pieces(raw, cuts):
+        shown += detokenizer.feed(piece)
+        assert detokenizer.text.startswith(shown)
+        assert len(detokenizer.text) - len(shown) <= longest - 1
+    shown += detokenizer.flush()
+    assert (shown, detokenizer.stop) == reference(raw, stop_strings)
+    assert detokenizer.text == shown
+
+
+@settings(max_examples=200, deadline=None)
+@given(raw=data, stop_strings=stops, more=data)
+def test_what_is_shown_is_never_taken_back(raw: bytes, stop_strings: tuple[str, ...], more: bytes) -> None:
+    # Whatever follows, what was shown begins the final text.
+    detokenizer = Detokenizer(stop_strings)
+    shown = detokenizer.feed(raw)
+    final, _ = reference(raw + more, stop_strings)
+    assert final.startswith(shown)
+
+
+@settings(max_examples=200, deadline=None)
+@given(raw=data, cuts=st.lists(st.integers(0, 200), max_size=10))
+def test_without_stops_nothing_whole_is_held_back(raw: bytes, cuts: list[int]) -> None:
+    detokenizer = Detokenizer()
+    shown = "".join(detokenizer.feed(piece) for piece in pieces(raw, cuts))
+    assert shown == detokenizer.text
+    assert shown + detokenizer.flush() == raw.decode("utf-8", "replace")
+
+
+@pytest.mark.parametrize("text", ["é", "中", "😀"])
+def test_mid_character(text: str) -> None:
+    detokenizer = Detokenizer()
+    raw = text.encode()
+    for byte in raw[:-1]:
+        assert detokenizer.feed(bytes([byte])) == ""
+        assert detokenizer.mid_character
+    assert detokenizer.feed(raw[-1:]) == text
+    assert not detokenizer.mid_character
+
+
+def test_nothing_comes_after_a_stop() -> None:
+    detokenizer = Detokenizer(("b",))
+    assert detokenizer.feed(b"ab") == "a"
+    assert detokenizer.feed(b"more") == ""
+    assert detokenizer.flush() == ""
+    assert (detokenizer.text, detokenizer.stop) == ("a", "b")

@@ -1,0 +1,129 @@
+"""Drawing tokens: ties, seeds, top-p and temperature against slow references, and rows that are not finite."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections import Counter
+from collections.abc import Sequence
+
+import pytest
+import torch
+from fakes import FakeMember, ensemble, sequence
+from torch import Tensor
+
+from ensemble_core.decoding.sampler import greedy, sample
+from ensemble_core.decoding.sampling_params import SamplingParams
+from ensemble_core.decoding.sequence import Sequence as Request
+from ensemble_core.fusion.base import Fused
+
+MEMBER = FakeMember()
+RECIPE = ensemble([MEMBER])
+
+
+def request(temperature: float = 1.0, top_p: float = 1.0, seed: int | None = 0) -> Request:
+    params = SamplingParams(temperature=temperature, top_p=top_p, seed=seed)
+    return sequence(0, "a", [MEMBER], RECIPE, params)
+
+
+def fused(logits: Tensor, token_ids: Tensor | None = None) -> Fused:
+    """A closed support with all the mass, (B, S)."""
+    ids = torch.arange(logits.shape[1]).expand(logits.shape) if token_ids is None else token_ids
+    rows = logits.shape[0]
+    return Fused(ids, logits.log_softmax(dim=1), torch.full((rows,), -torch.inf), torch.zeros(rows, 1))
+
+
+def reference_draw(probs: Sequence[float], temperature: float, top_p: float, uniform: float) -> int:
+    """Sort, cut after the token that crosses top_p, walk until the uniform number is passed."""
+    powered = [p ** (1 / temperature) for p in probs]
+    scaled = [p / math.fsum(powered) for p in powered]
+    kept, mass = [], 0.0
+    for index in sorted(range(len(scaled)), key=lambda i: -scaled[i]):
+        if mass >= top_p:
+            break
+        kept.append(index)
+        mass += scaled[index]
+    walked = 0.0
+    for index in kept:
+        walked += scaled[index]
+        if uniform * mass < walked:
+            return index
+    return kept[-1]
+
+
+def test_greedy_takes_the_lowest_of_equals() -> None:
+    token_ids = torch.tensor([[9, 4, 7, 2], [5, 6, 7, 8]])
+    logprobs = torch.tensor([[-1.0, -0.5, -0.5, -3.0], [-2.0, -2.0, -2.0, -2.0]])
+    assert greedy(token_ids, logprobs).tolist() == [4, 5]
+    both = [request(temperature=0.0), request(temperature=0.0)]
+    assert sample(Fused(token_ids, logprobs, torch.zeros(2), torch.zeros(2, 1)), both) == [4, 5]
+
+
+def test_draws_are_those_of_the_reference() -> None:
+    rng = random.Random(0)
+    for trial in range(200):
+        size = rng.randrange(1, 30)
+        logits = torch.randn(1, size, generator=torch.Generator().manual_seed(trial)) * 2
+        temperature, top_p = rng.choice([0.3, 1.0, 2.0]), rng.choice([0.05, 0.5, 0.9, 1.0])
+        probs = logits.double().softmax(dim=1)[0].tolist()
+        uniform = random.Random(trial).random()
+        (token,) = sample(fused(logits), [request(temperature, top_p, seed=trial)])
+        assert token == reference_draw(probs, temperature, top_p, uniform)
+
+
+def test_top_p_keeps_the_token_that_crosses_it() -> None:
+    logits = torch.tensor([[0.5, 0.25, 0.15, 0.1]]).log()
+    for top_p, kept in [(0.4, {0}), (0.6, {0, 1}), (0.76, {0, 1, 2}), (1.0, {0, 1, 2, 3})]:
+        each = [request(top_p=top_p, seed=seed) for seed in range(300)]
+        assert set(sample(fused(logits.expand(300, 4)), each)) == kept
+
+
+def test_a_seeded_draw_is_the_same_in_any_batch() -> None:
+    logits = torch.randn(8, 50, generator=torch.Generator().manual_seed(0))
+    make = [lambda i=i: request([0.0, 0.5, 1.5][i % 3], [1.0, 0.7][i % 2], seed=i) for i in range(8)]
+    alone = [sample(fused(logits[i : i + 1]), [make[i]()])[0] for i in range(8)]
+    assert sample(fused(logits), [each() for each in make]) == alone
+    order = [5, 0, 7, 2]
+    assert sample(fused(logits[order]), [make[i]() for i in order]) == [alone[i] for i in order]
+
+
+def test_each_step_draws_anew_and_reproducibly() -> None:
+    logits = torch.zeros(1, 100)
+    first, second = request(seed=3), request(seed=3)
+    drawn = [sample(fused(logits), [first])[0] for _ in range(20)]
+    assert drawn == [sample(fused(logits), [second])[0] for _ in range(20)]
+    assert len(set(drawn)) > 10
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_draws_follow_the_distribution(temperature: float) -> None:
+    num = 4000
+    logits = torch.tensor([[1.0, 0.5, 0.0, -0.5, -1.0, -2.0]])
+    counts = Counter(sample(fused(logits.expand(num, 6)), [request(temperature, seed=i) for i in range(num)]))
+    expected = (logits[0].double() / temperature).softmax(dim=0) * num
+    chi_square = sum((counts[i] - float(e)) ** 2 / float(e) for i, e in enumerate(expected))
+    assert chi_square < 20.5  # 5 degrees of freedom, p = 0.001
+
+
+def test_a_row_that_is_not_finite_harms_no_other() -> None:
+    logits = torch.randn(4, 20, generator=torch.Generator().manual_seed(1))
+    clean = fused(logits)
+    dirty = Fused(clean.token_ids, clean.logprobs.clone(), clean.tail, clean.unmapped)
+    dirty.logprobs[1] = torch.nan
+    dirty.logprobs[2] = -torch.inf
+    for temperature in (0.0, 1.0):
+        expected = sample(clean, [request(temperature, seed=i) for i in range(4)])
+        given = sample(dirty, [request(temperature, seed=i) for i in range(4)])
+        assert given == [expected[0], -1, -1, expected[3]]
+
+
+def test_extreme_temperatures() -> None:
+    logits = torch.tensor([[3.0, 9.0, 1.0]]).expand(200, 3)
+    assert set(sample(fused(logits), [request(1e-6, seed=i) for i in range(200)])) == {1}
+    flat = torch.tensor([[0.0, 0.1]]).expand(200, 2)
+    assert set(sample(fused(flat), [request(2.0, seed=i) for i in range(200)])) == {0, 1}
+
+
+def test_a_token_without_mass_is_never_drawn() -> None:
+    logits = torch.tensor([[-torch.inf, 0.0, -torch.inf, 0.0]]).expand(300, 4)
+    assert set(sample(fused(logits), [request(2.0, seed=i) for i in range(300)])) == {1, 3}

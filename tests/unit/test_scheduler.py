@@ -1,0 +1,193 @@
+"""Random walks over the scheduler: its books are exact after each operation, and everybody gets there in order."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import sys
+from collections.abc import Mapping
+
+import pytest
+from fakes import byte_vocabulary
+
+from ensemble_core.decoding.requests import GenerationRequest
+from ensemble_core.decoding.sampling_params import SamplingParams
+from ensemble_core.decoding.scheduler import Capacity, Limits, Scheduler, Share
+from ensemble_core.decoding.sequence import Phase, Recipe, Sequence
+from ensemble_core.errors import QueueFullError
+from ensemble_core.text.alignment import Track
+from ensemble_core.text.detokenizer import Detokenizer
+
+VOCABULARY = byte_vocabulary()
+CAPACITIES = {"alpha": Capacity(16, 24, 128), "beta": Capacity(32, 11, 96)}
+
+
+def make(seq_id: int, lengths: Mapping[str, int], max_tokens: int) -> Sequence:
+    """A sequence with prompts of the given lengths, main first."""
+    members = tuple(lengths)
+    recipe = Recipe("m", members, (1 / len(members),) * len(members), None, "none")
+    request = GenerationRequest(f"r{seq_id}", "m", "", SamplingParams(max_tokens=max_tokens))
+    tracks = {member: Track(VOCABULARY, [97] * length) for member, length in lengths.items()}
+    return Sequence(seq_id, request, recipe, tracks, Detokenizer())
+
+
+def feed(share: Share, rng: random.Random) -> None:
+    """What the engine does with a share: cache it, append a token, align."""
+    sequence = share.sequence
+    for member, count in share.counts.items():
+        sequence.tracks[member].num_cached += count
+        assert sequence.tracks[member].num_uncached >= 0
+    if share.decides:
+        sequence.append(rng.choice([97, 98, 32, 0xC3, 0xA9]))
+        if sequence.phase is not Phase.FINISHED and not sequence.detokenizer.mid_character:
+            for member in sequence.recipe.members[1:]:
+                sequence.tracks[member].respell(sequence.detokenizer.text)
+                if len(sequence.tracks[member]) > CAPACITIES[member].max_len:
+                    sequence.finish("length")
+
+
+class Walk:
+    """A scheduler, and a plain account of what it should do."""
+
+    def __init__(self, seed: int) -> None:
+        self.rng = random.Random(seed)
+        self.limits = Limits(self.rng.randint(1, 6), 8, self.rng.choice([1, 5, 20, 200]))
+        self.scheduler = Scheduler(CAPACITIES, self.limits)
+        self.made: list[Sequence] = []
+        self.queued: list[int] = []  # in order of arrival
+        self.admitted: list[int] = []
+
+    def add(self) -> None:
+        batch = [self.new() for _ in range(self.rng.randint(1, 4))]
+        before = list(self.scheduler.waiting)
+        if len(before) + len(batch) > self.limits.max_waiting:
+            with pytest.raises(QueueFullError, match="max_waiting"):
+                self.scheduler.add(batch)
+            assert list(self.scheduler.waiting) == before
+            return
+        self.scheduler.add(batch)
+        self.made += batch
+        self.queued += [sequence.seq_id for sequence in batch]
+
+    def new(self) -> Sequence:
+        members = self.rng.choice([("alpha",), ("beta",), ("alpha", "beta"), ("beta", "alpha")])
+        lengths = {member: self.rng.randint(1, 60) for member in members}
+        return make(len(self.made) + self.rng.randrange(10**6), lengths, self.rng.randint(1, 30))
+
+    def step(self) -> None:
+        shares = self.scheduler.schedule()
+        self.note_admitted()
+        self.check_shares(shares)
+        for share in shares:
+            feed(share, self.rng)
+        self.retire()
+
+    def abort(self) -> None:
+        alive = [*self.scheduler.running, *self.scheduler.waiting]
+        if alive:
+            self.rng.choice(alive).finish("abort")
+            self.retire()
+
+    def retire(self) -> None:
+        finished = {s for s in self.made if s.phase is Phase.FINISHED}
+        gone = self.scheduler.retire()
+        assert set(gone) <= finished
+        left = {*self.scheduler.running, *self.scheduler.waiting}
+        assert not left & finished
+        assert self.scheduler.has_work == bool(left)
+
+    def note_admitted(self) -> None:
+        new = [s.seq_id for s in self.scheduler.running if s.seq_id not in self.admitted]
+        aborted = {s.seq_id for s in self.made if s.finish_reason == "abort"}
+        waiting_before = [i for i in self.queued if i not in self.admitted and i not in aborted]
+        assert new == waiting_before[: len(new)], "somebody overtook the head of the queue"
+        self.admitted += new
+        assert len(self.scheduler.running) <= self.limits.max_running
+
+    def check_shares(self, shares: list[Share]) -> None:
+        decoding = [s for s in self.scheduler.running if s.phase is Phase.DECODE]
+        assert [share.sequence for share in shares if not share.prefill] == decoding
+        assert bool(shares) == bool(self.scheduler.running)
+        for member in CAPACITIES:
+            decode = sum(share.counts.get(member, 0) for share in shares if not share.prefill)
+            prefill = sum(share.counts.get(member, 0) for share in shares if share.prefill)
+            assert prefill <= max(0, self.limits.token_budget - decode)
+        for share in shares:
+            self.check_share(share)
+
+    def check_share(self, share: Share) -> None:
+        tracks = share.sequence.tracks
+        assert all(count > 0 for count in share.counts.values())
+        if share.decides:
+            assert share.counts == {member: tracks[member].num_uncached for member in share.sequence.consulted}
+        else:
+            assert share.prefill
+            assert all(count < tracks[member].num_uncached for member, count in share.counts.items())
+
+    def check(self) -> None:
+        self.scheduler.check()
+        for member, capacity in CAPACITIES.items():
+            used = 0
+            for sequence in self.scheduler.running:
+                if member in sequence.tracks:
+                    used += -(-len(sequence.tracks[member]) // capacity.page_size)
+            assert used <= self.scheduler.reserved(member) <= capacity.num_pages
+
+
+@pytest.mark.parametrize("seed", range(25))
+def test_a_random_walk_keeps_the_books(seed: int) -> None:
+    walk = Walk(seed)
+    for _ in range(150):
+        walk.rng.choice([walk.add, walk.step, walk.step, walk.step, walk.abort])()
+        walk.check()
+    for _ in range(3000):
+        if not walk.scheduler.has_work:
+            break
+        walk.step()
+        walk.check()
+    assert all(s.finish_reason in ("length", "abort", "stop") for s in walk.made), "somebody starved"
+    assert all(walk.scheduler.reserved(member) == 0 for member in CAPACITIES)
+
+
+def test_the_last_piece_of_a_prompt_is_fed_to_all_members_at_once() -> None:
+    scheduler = Scheduler(CAPACITIES, Limits(4, 4, 10))
+    sequence = make(0, {"alpha": 35, "beta": 4}, 5)
+    scheduler.add([sequence])
+    seen = []
+    while sequence.phase is not Phase.DECODE:
+        (share,) = scheduler.schedule()
+        seen.append((share.counts, share.decides))
+        feed(share, random.Random(0))
+    assert seen == [
+        ({"alpha": 10, "beta": 3}, False),
+        ({"alpha": 10}, False),
+        ({"alpha": 10}, False),
+        ({"alpha": 5, "beta": 1}, True),
+    ]
+
+
+def test_a_long_prompt_does_not_stall_streams() -> None:
+    scheduler = Scheduler(CAPACITIES, Limits(4, 4, 8))
+    stream, prompt = make(0, {"alpha": 3}, 60), make(1, {"alpha": 60}, 5)
+    scheduler.add([stream])
+    feed(scheduler.schedule()[0], random.Random(0))
+    scheduler.add([prompt])
+    while prompt.phase is not Phase.DECODE:
+        shares = scheduler.schedule()
+        assert [share.sequence for share in shares] == [stream, prompt]
+        assert shares[1].counts["alpha"] <= 7
+        for share in shares:
+            feed(share, random.Random(0))
+
+
+def test_an_assistant_reserves_its_longest() -> None:
+    scheduler = Scheduler(CAPACITIES, Limits(4, 4, 64))
+    scheduler.add([make(0, {"alpha": 10, "beta": 10}, 7)])
+    scheduler.schedule()
+    assert (scheduler.reserved("alpha"), scheduler.reserved("beta")) == (2, 3)
+
+
+def test_it_needs_no_torch() -> None:
+    code = "import sys; from ensemble_core.decoding import scheduler, sequence; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
