@@ -12,11 +12,13 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import TYPE_CHECKING
 
-from ensemble_core.decoding.requests import FinishReason, GenerationRequest, Output
+from ensemble_core.decoding.requests import FinishReason, GenerationRequest, Output, TokenLogprob, Trace
 from ensemble_core.text.alignment import Track
 from ensemble_core.text.detokenizer import Detokenizer
 
 if TYPE_CHECKING:
+    from ensemble_core.decoding.guidance import Constraint
+    from ensemble_core.decoding.scoring import PromptScores
     from ensemble_core.fusion.base import Fusion
 
 
@@ -37,6 +39,24 @@ class Recipe:
         return self.members[0]
 
 
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """A token's fused log-probability, and the likeliest ids with theirs (the token among them)."""
+
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(slots=True)
+class _Pending:
+    """What a sequence has to say since its last output."""
+
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    traces: list[Trace] = field(default_factory=list)
+
+
 class Phase(Enum):
     """Where a sequence is in its life."""
 
@@ -48,13 +68,19 @@ class Phase(Enum):
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """One request in flight."""
+    """One request in flight.
+
+    prompt_text: what the prompt says, for echo and for the offsets of a scored prompt. constraint: where it stands
+    in its grammar. scores: what is known of its prompt's log-probabilities, where they are asked for.
+    """
 
     seq_id: int
     request: GenerationRequest
     recipe: Recipe
     tracks: dict[str, Track]  # main first
-    detokenizer: Detokenizer
+    prompt_text: str = ""
+    constraint: Constraint | None = None
+    scores: PromptScores | None = None
     phase: Phase = Phase.WAITING
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
@@ -63,11 +89,17 @@ class Sequence:
     admitted: float | None = None
     first_token: float | None = None
     last_token: float | None = None
-    last_words: tuple[str, tuple[int, ...]] = ("", ())  # text and tokens that go out with the end
     rng: random.Random = field(init=False)
+    shown: Detokenizer = field(init=False)  # the text as the client sees it
+    spelt: Detokenizer = field(init=False)  # the text as assistants spell it: never the names of control tokens
+    _pending: _Pending = field(default_factory=_Pending)
+    _opened: bool = False  # the first output is out
 
     def __post_init__(self) -> None:
-        self.rng = random.Random(self.request.params.seed)  # seed None: from the system
+        params = self.request.params
+        self.rng = random.Random(params.seed)  # seed None: from the system
+        self.shown = Detokenizer(params.stop, include_stop=params.include_stop_str_in_output)
+        self.spelt = self.shown if params.skip_special_tokens else Detokenizer()
 
     @property
     def main(self) -> Track:
@@ -82,43 +114,86 @@ class Sequence:
     @property
     def consulted(self) -> tuple[str, ...]:
         """The members that answer next: main alone while the last character is incomplete."""
-        if self.detokenizer.mid_character:
+        if self.spelt.mid_character:
             return self.recipe.members[:1]
         return self.recipe.members
 
-    def append(self, token_id: int) -> str:
-        """Take in a decided token; the text that can be shown now. May finish the sequence."""
+    def append(self, token_id: int, scored: Scored | None = None, trace: Trace | None = None) -> None:
+        """Take in a decided token; may finish the sequence."""
         self.phase = Phase.DECODE
+        offset = len(self.shown.text) + (len(self.prompt_text) if self.request.params.echo else 0)
+        self._pending.token_ids.append(token_id)
+        if scored is not None:
+            self._pending.logprobs.append(describe_token(self.main, token_id, scored, offset))
+        if trace is not None:
+            self._pending.traces.append(trace)
         self.main.append(token_id)
-        vocabulary = self.main.vocabulary
-        shown = self.detokenizer.feed(vocabulary.text_bytes(token_id))
-        if self.detokenizer.stop is not None:
-            self.finish("stop", stop=self.detokenizer.stop)
-        elif token_id in vocabulary.stop_ids:
-            self.finish("stop")
-        elif self.num_completion_tokens >= self.request.params.max_tokens:
-            self.finish("length")
-        return shown
+        if self.constraint is not None:
+            self.constraint.accept(token_id)
+        self._spell(token_id)
+        self._maybe_finish(token_id)
 
-    def flush(self) -> str:
-        """What was held back, at the end; a stop string that this completes is still cut."""
-        rest = self.detokenizer.flush()
-        if self.detokenizer.stop is not None and self.finish_reason == "length":
-            self.finish_reason, self.stop_reason = "stop", self.detokenizer.stop
-        return rest
-
-    def output(self, text: str, token_ids: tuple[int, ...]) -> Output:
-        """News of this sequence as it stands."""
+    def take(self) -> Output:
+        """News since the last output; the first also says what was asked of the prompt."""
+        pending, self._pending = self._pending, _Pending()
+        if self.finish_reason is not None:
+            pending.text += self._flush()
+        first, self._opened = not self._opened, True
+        params, prompt_ids = self.request.params, self.main.prompt_ids
         return Output(
-            text=text,
-            token_ids=token_ids,
-            num_prompt_tokens=len(self.main.prompt_ids),
+            text=pending.text,
+            token_ids=tuple(pending.token_ids),
+            num_prompt_tokens=len(prompt_ids),
             num_completion_tokens=self.num_completion_tokens,
             finish_reason=self.finish_reason,
             stop_reason=self.stop_reason,
             error=self.error,
+            logprobs=tuple(pending.logprobs),
+            traces=tuple(pending.traces),
+            prompt_logprobs=self.scores.described if first and self.scores is not None else (),
+            prompt_text=self.prompt_text if first and params.echo else "",
+            prompt_token_ids=tuple(prompt_ids) if first else (),
         )
 
     def finish(self, reason: FinishReason, stop: str | int | None = None, error: str | None = None) -> None:
         """The end; the scheduler takes it off its lists at the next turn."""
         self.phase, self.finish_reason, self.stop_reason, self.error = Phase.FINISHED, reason, stop, error
+
+    def _spell(self, token_id: int) -> None:
+        """Add a token's bytes to the text."""
+        params, vocabulary = self.request.params, self.main.vocabulary
+        plain = vocabulary.text_bytes(token_id)
+        named = plain if params.skip_special_tokens else vocabulary.tokens[token_id]
+        if self._stops_at(token_id):
+            named = vocabulary.tokens[token_id] if params.include_stop_str_in_output else b""
+        self._pending.text += self.shown.feed(named, armed=self.num_completion_tokens >= params.min_tokens)
+        if self.spelt is not self.shown:
+            self.spelt.feed(plain)
+
+    def _stops_at(self, token_id: int) -> bool:
+        params = self.request.params
+        ends = token_id in self.main.vocabulary.stop_ids and not params.ignore_eos
+        return ends or token_id in params.stop_token_ids
+
+    def _maybe_finish(self, token_id: int) -> None:
+        params = self.request.params
+        if self.shown.stop is not None:
+            self.finish("stop", stop=self.shown.stop)
+        elif self._stops_at(token_id):
+            self.finish("stop", stop=token_id if token_id in params.stop_token_ids else None)
+        elif self.num_completion_tokens >= params.max_tokens:
+            self.finish("length")
+
+    def _flush(self) -> str:
+        """What was held back, at the end; a stop string that this completes is still cut."""
+        rest = self.shown.flush()
+        if self.shown.stop is not None and self.finish_reason == "length":
+            self.finish_reason, self.stop_reason = "stop", self.shown.stop
+        return rest
+
+
+def describe_token(track: Track, token_id: int, scored: Scored, offset: int) -> TokenLogprob:
+    """A token with its numbers in words."""
+    name = track.vocabulary.name_of
+    top = tuple((other, name(other), logprob) for other, logprob in scored.top)
+    return TokenLogprob(token_id, name(token_id), scored.logprob, offset, top)

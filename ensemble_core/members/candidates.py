@@ -45,6 +45,30 @@ def top_candidates(logits: Tensor, top_k: int, also: Sequence[tuple[int, ...]] =
     return Candidates(token_ids, logprobs, _log_rest(logprobs))
 
 
+def narrow(candidates: Candidates, num: int, keep: Sequence[tuple[int, ...]]) -> Candidates:
+    """The `num` likeliest of each row as `Candidates.best`, and the ids of `keep` (N entries) as with `also`.
+
+    Every id of `keep` must be among the row's candidates.
+    """
+    best = candidates.best(num)
+    if best is candidates or not any(keep):
+        return best
+    token_ids, logprobs = best.token_ids.clone(), best.logprobs.clone()
+    for row, wanted in enumerate(keep):
+        if wanted:
+            _force(token_ids[row], wanted)
+            columns = _columns(candidates.token_ids[row], token_ids[row])
+            logprobs[row] = candidates.logprobs[row, columns]
+    return Candidates(token_ids, logprobs, _log_rest(logprobs))
+
+
+def _columns(have: Tensor, wanted: Tensor) -> Tensor:
+    """Where each of `wanted` (K,) stands in `have` (W,)."""
+    if int(wanted.max()) < have.shape[0] and bool((have[wanted] == wanted).all()):
+        return wanted  # a whole vocabulary in the order of ids
+    return (wanted.unsqueeze(1) == have.unsqueeze(0)).int().argmax(dim=1)
+
+
 def _force(token_ids: Tensor, wanted: tuple[int, ...]) -> None:
     """Put missing `wanted` ids into the last places of a row (K,), in place."""
     ids = token_ids.tolist()

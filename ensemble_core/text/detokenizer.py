@@ -19,12 +19,14 @@ class Detokenizer:
     stop: the stop string that ended the text, if one did.
     """
 
-    def __init__(self, stops: Sequence[str] = ()) -> None:
+    def __init__(self, stops: Sequence[str] = (), *, include_stop: bool = False) -> None:
         self.text = ""
         self.stop: str | None = None
         self._stops = tuple(stops)
         self._longest = max(map(len, stops), default=0)
+        self._include_stop = include_stop
         self._released = 0
+        self._unarmed = 0  # stop strings that begin before this character do not count
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     @property
@@ -32,9 +34,12 @@ class Detokenizer:
         """True while the last character is incomplete."""
         return bool(self._decoder.getstate()[0])
 
-    def feed(self, data: bytes) -> str:
-        """Take in bytes; the characters that can be shown now."""
-        return self._grow(self._decoder.decode(data))
+    def feed(self, data: bytes, *, armed: bool = True) -> str:
+        """Take in bytes; the characters that can be shown now. Unarmed, no stop string ends in them or before."""
+        more = self._decoder.decode(data)
+        if not armed:
+            self._unarmed = len(self.text) + len(more)
+        return self._grow(more)
 
     def flush(self) -> str:
         """The end: everything held back; an incomplete character becomes U+FFFD."""
@@ -44,12 +49,13 @@ class Detokenizer:
     def _grow(self, more: str) -> str:
         if self.stop is not None or not more:
             return ""
-        start = max(0, len(self.text) - self._longest + 1)
+        start = max(self._unarmed, len(self.text) - self._longest + 1, 0)
         self.text += more
         found = _first_stop(self.text, start, self._stops)
         if found is None:
             return self._release(len(self.text) - self._num_held())
         position, self.stop = found
+        position += len(self.stop) if self._include_stop else 0
         self.text = self.text[:position]
         return self._release(position)
 
@@ -60,7 +66,7 @@ class Detokenizer:
 
     def _num_held(self) -> int:
         """Length of the longest end of the text that begins a stop string."""
-        for length in range(min(self._longest - 1, len(self.text)), 0, -1):
+        for length in range(min(self._longest - 1, len(self.text) - self._unarmed), 0, -1):
             end = self.text[-length:]
             if any(stop.startswith(end) for stop in self._stops):
                 return length

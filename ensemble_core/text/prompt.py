@@ -31,39 +31,48 @@ class PromptEncoder:
         """Ids of a plain prompt, with what the tokenizer puts in front (BOS)."""
         return self._required(self._tokenizer(text, verbose=False)["input_ids"], "prompt")
 
-    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
-        """Ids of a conversation through the template, opened for the assistant's next turn.
+    def encode_chat(self, messages: Sequence[Message], continue_final: bool = False) -> list[int]:
+        """Ids of a conversation through the template.
 
+        continue_final: the last message is left open, to be gone on with; otherwise the assistant's turn is opened.
         Without a template, roles become plain lines (`user: ...`). Raises InvalidRequestError for what the
         template refuses.
         """
         if self._template is None and self._tokenizer.chat_template is None:
-            return self.encode(plain_chat(messages))
+            return self.encode(plain_chat(messages, continue_final))
         try:
             text = self._tokenizer.apply_chat_template(
-                list(messages), chat_template=self._template, tokenize=False, add_generation_prompt=True
+                list(messages),
+                chat_template=self._template,
+                tokenize=False,
+                add_generation_prompt=not continue_final,
+                continue_final_message=continue_final,
             )
-        except jinja2.TemplateError as error:
+        except (jinja2.TemplateError, ValueError) as error:
             raise InvalidRequestError(
                 f"messages: the chat template of member {self._member!r} refuses them: {error}", "messages"
             ) from error
-        return self._required(
-            self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], "messages"
-        )
+        return list(self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
-    def _required(self, ids: list[int], param: str) -> list[int]:
-        """A model needs something to go on from."""
-        if not ids:
-            raise InvalidRequestError(
-                f"{param}: empty for member {self._member!r}, which adds nothing of its own; send some text", param
-            )
-        return ids
+    def describe(self) -> dict[str, object]:
+        """The tokenizer as clients ask for it: name, special tokens, chat template."""
+        tokenizer = self._tokenizer
+        return {
+            "tokenizer_class": type(tokenizer).__name__,
+            "bos_token": tokenizer.bos_token,
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token": tokenizer.eos_token,
+            "eos_token_id": tokenizer.eos_token_id,
+            "pad_token": tokenizer.pad_token,
+            "pad_token_id": tokenizer.pad_token_id,
+            "chat_template": self._template or tokenizer.chat_template,
+        }
 
 
-def plain_chat(messages: Sequence[Message]) -> str:
+def plain_chat(messages: Sequence[Message], continue_final: bool = False) -> str:
     """The fallback for models without a chat template: a line a message, and the assistant's turn left open."""
     lines = [f"{message['role']}: {message['content']}" for message in messages]
-    return "\n".join([*lines, "assistant:"])
+    return "\n".join(lines if continue_final else [*lines, "assistant:"])
 
 
 def read_template(member: str, template: str | None) -> str | None:

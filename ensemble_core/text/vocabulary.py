@@ -68,6 +68,14 @@ class Vocabulary:
             return b""
         return self.tokens[token_id]
 
+    def name_of(self, token_id: int) -> str:
+        """A token for people to read: its text, or `bytes:\\xf0\\x9f` for bytes that are no text by themselves."""
+        token = self.tokens[token_id]
+        try:
+            return token.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in token)
+
     @cached_property
     def fingerprint(self) -> str:
         """sha256 over all bytes, specials and stop ids: equal where two vocabularies mean the same."""
