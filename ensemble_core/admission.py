@@ -6,15 +6,16 @@ Thread-safe: it only reads. Knows recipes, prompts and lengths; does not know en
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from ensemble_core.decoding.requests import GenerationRequest
+from ensemble_core.decoding.guidance import Grammars
+from ensemble_core.decoding.requests import Conversation, GenerationRequest, Overrides, Prompt
+from ensemble_core.decoding.scoring import PromptScores
 from ensemble_core.decoding.sequence import Recipe, Sequence
 from ensemble_core.errors import InvalidRequestError
 from ensemble_core.recipes import RecipeBook
 from ensemble_core.text.alignment import Track
-from ensemble_core.text.detokenizer import Detokenizer
 from ensemble_core.text.prompt import PromptEncoder
 from ensemble_core.text.vocabulary import Vocabulary
 
@@ -29,6 +30,7 @@ class Speaker:
     vocabulary: Vocabulary
     prompts: PromptEncoder
     max_len: int
+    grammars: Grammars
 
 
 class Admission:
@@ -42,18 +44,47 @@ class Admission:
     def admit(self, request: GenerationRequest) -> Sequence:
         """A sequence for the engine's queue.
 
-        Raises ModelNotFoundError for an unknown model, InvalidRequestError for overrides, prompts and lengths that
-        cannot be served.
+        Raises ModelNotFoundError for an unknown model, InvalidRequestError for overrides, prompts, ids, lengths and
+        schemas that cannot be served.
         """
-        recipe = self._book.resolve(request.model, request.overrides)
+        recipe, params = self._book.resolve(request.model, request.overrides), request.params
+        main = self._speakers[recipe.main]
+        _check_ids("logit_bias", [token_id for token_id, _ in params.logit_bias], main.vocabulary)
+        _check_ids("stop_token_ids", params.stop_token_ids, main.vocabulary)
+        scored = params.echo and params.logprobs is not None
+        if scored and recipe.fusion is not None and recipe.fusion.full_vocabulary:
+            raise InvalidRequestError(
+                "echo with logprobs works on candidates; ask for a fusion with `support: closed`", "echo"
+            )
         tracks = {member: self._track(member, request, recipe) for member in recipe.members}
-        return Sequence(next(self._ids), request, recipe, tracks, Detokenizer(request.params.stop))
+        return Sequence(
+            seq_id=next(self._ids),
+            request=request,
+            recipe=recipe,
+            tracks=tracks,
+            prompt_text=self._text(request.prompt, main.vocabulary),
+            constraint=main.grammars.compile(params.json_schema) if params.json_schema is not None else None,
+            scores=PromptScores(params.logprobs or 0) if scored else None,
+        )
+
+    def tokenize(self, model: str, prompt: Prompt, add_special_tokens: bool) -> tuple[list[int], Speaker]:
+        """Ids of a prompt in a model's main member, and that member. Raises as `admit`."""
+        main = self._speakers[self._book.resolve(model, Overrides()).main]
+        return self._encode(main, prompt, add_special_tokens, is_main=True), main
+
+    def main_of(self, model: str) -> tuple[str, Speaker]:
+        """A model's main member. Raises ModelNotFoundError."""
+        name = self._book.resolve(model, Overrides()).main
+        return name, self._speakers[name]
 
     def _track(self, member: str, request: GenerationRequest, recipe: Recipe) -> Track:
-        speaker = self._speakers[member]
-        ids = self._encode(speaker, request, member)
+        speaker, is_main = self._speakers[member], member == recipe.main
+        prompt: Prompt = request.prompt
+        if isinstance(prompt, tuple) and not is_main:
+            prompt = self._text(prompt, self._speakers[recipe.main].vocabulary)
+        ids = self._encode(speaker, prompt, request.add_special_tokens, is_main=is_main)
         room = speaker.max_len - len(ids)
-        wanted = request.params.max_tokens if member == recipe.main else 1
+        wanted = request.params.max_tokens if is_main else min(1, request.params.max_tokens)
         if room < wanted:
             raise InvalidRequestError(
                 f"this model's context is {speaker.max_len} tokens of member {member!r}; the prompt has "
@@ -62,13 +93,37 @@ class Admission:
             )
         return Track(speaker.vocabulary, ids)
 
-    def _encode(self, speaker: Speaker, request: GenerationRequest, member: str) -> list[int]:
-        if not isinstance(request.prompt, str):
-            return speaker.prompts.encode_chat([dict(message) for message in request.prompt])
-        if len(request.prompt) > speaker.max_len * _MAX_CHARS_PER_TOKEN:
+    def _encode(self, speaker: Speaker, prompt: Prompt, add_special_tokens: bool, *, is_main: bool) -> list[int]:
+        if isinstance(prompt, Conversation):
+            return speaker.prompts.encode_chat([dict(m) for m in prompt.messages], prompt.continue_final)
+        if isinstance(prompt, tuple):
+            _check_ids("prompt", prompt, speaker.vocabulary)
+            if not prompt:
+                raise InvalidRequestError("prompt is an empty list of ids; send at least one", "prompt")
+            return list(prompt)
+        if len(prompt) > speaker.max_len * _MAX_CHARS_PER_TOKEN:
             raise InvalidRequestError(
-                f"the prompt has {len(request.prompt)} characters, which cannot fit the {speaker.max_len} tokens "
-                f"of member {member!r}; shorten it",
+                f"the prompt has {len(prompt)} characters, which cannot fit a context of {speaker.max_len} tokens; "
+                "shorten it",
                 "prompt",
             )
-        return speaker.prompts.encode(request.prompt)
+        return speaker.prompts.encode(prompt, add_special_tokens)
+
+    def _text(self, prompt: Prompt, main: Vocabulary) -> str:
+        """What a prompt says; of ids, the text without control tokens. A conversation is not echoed."""
+        if isinstance(prompt, str):
+            return prompt
+        if isinstance(prompt, Conversation):
+            return ""
+        return b"".join(main.text_bytes(token_id) for token_id in prompt).decode("utf-8", "replace")
+
+
+def _check_ids(param: str, token_ids: Iterable[int], vocabulary: Vocabulary) -> None:
+    """Raises InvalidRequestError for the first id that the vocabulary does not have."""
+    for token_id in token_ids:
+        if not 0 <= token_id < len(vocabulary):
+            raise InvalidRequestError(
+                f"{param}: id {token_id} is outside the main member's vocabulary, which has ids 0 to "
+                f"{len(vocabulary) - 1}",
+                param,
+            )

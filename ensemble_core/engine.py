@@ -16,6 +16,7 @@ from ensemble_core.decoding.requests import Output
 from ensemble_core.decoding.scheduler import Capacity, Limits, Scheduler, Share
 from ensemble_core.decoding.sequence import Phase, Sequence
 from ensemble_core.members.base import Candidates, Feed, Member
+from ensemble_core.members.candidates import narrow
 from ensemble_core.members.parallel import Answer, MemberPool
 from ensemble_core.stats import (
     CacheStats,
@@ -38,6 +39,7 @@ class _Step:
 
     shares: list[Share]
     started: float = field(default_factory=time.perf_counter)
+    feeds: dict[str, list[Feed]] = field(default_factory=dict)
     answers: dict[str, Answer] = field(default_factory=dict)
     outcome: Outcome | None = None
     alignment_seconds: float = 0.0
@@ -69,10 +71,12 @@ class Engine:
 
     def step(self) -> list[News]:
         """One step of everything that runs; the news of every sequence that moved."""
+        self.scheduler.admit()
+        self._fork()
         step = _Step(self.scheduler.schedule())
         if step.shares:
-            step.answers = self._forward(step.shares)
-            deciding = self._surviving(step)
+            self._forward(step)
+            deciding = self._collect(step)
             step.outcome = decide(deciding, _candidates(step.answers), self._num_candidates)
             news = self._append(step.outcome)
             self._align(step, deciding)
@@ -98,45 +102,86 @@ class Engine:
         """End the threads of the members."""
         self._pool.close()
 
-    def _forward(self, shares: list[Share]) -> dict[str, Answer]:
+    def _fork(self) -> None:
+        """Let sequences take over a prompt that lies ready in another's cache, all but its last token."""
+        for sequence, leader in self.scheduler.followers():
+            for member, track in sequence.tracks.items():
+                if (length := len(track.prompt_ids) - 1) > 0:
+                    self.members[member].fork(leader.seq_id, sequence.seq_id, length)
+                    track.num_cached = length
+            if sequence.scores is not None and leader.scores is not None:
+                sequence.scores.described = leader.scores.described
+
+    def _forward(self, step: _Step) -> None:
         """Feed every member its part of the step; a failure ends the sequences that it was fed."""
         feeds: dict[str, list[Feed]] = {}
         top_k: dict[str, int] = {}
-        for share in shares:
+        for share in step.shares:
             for member, count in share.counts.items():
-                track = share.sequence.tracks[member]
-                feed = Feed(share.sequence.seq_id, track.uncached(count), int(share.decides))
-                feeds.setdefault(member, []).append(feed)
+                feeds.setdefault(member, []).append(self._feed(share, member, count))
                 top_k[member] = max(top_k.get(member, 0), self._top_k(share.sequence, member))
-        answers = self._pool.forward(feeds, top_k)
-        for share in shares:
+        step.feeds, step.answers = feeds, self._pool.forward(feeds, top_k)
+        for share in step.shares:
             for member, count in share.counts.items():
-                if error := answers[member].error:
+                if error := step.answers[member].error:
                     _fail(share.sequence, str(error))
                 else:
                     share.sequence.tracks[member].num_cached += count
-        return answers
+
+    def _feed(self, share: Share, member: str, count: int) -> Feed:
+        """A scored prompt wants an answer at every position, its own next token always in it."""
+        sequence = share.sequence
+        track = sequence.tracks[member]
+        is_main = member == sequence.recipe.main
+        last = sequence.biased if is_main and share.decides else ()
+        if sequence.scores is None or sequence.scores.described:
+            also = (last,) if last else ()
+            return Feed(sequence.seq_id, track.uncached(count), int(share.decides), also)
+        following = track.prompt_ids[track.num_cached + 1 : track.num_cached + 1 + count]
+        each = [(token_id,) for token_id in following] + [last] * (count - len(following))
+        return Feed(sequence.seq_id, track.uncached(count), count, tuple(each))
 
     def _top_k(self, sequence: Sequence, member: str) -> int:
-        fusion = sequence.recipe.fusion
-        if fusion is not None and fusion.full_vocabulary:
+        recipe = sequence.recipe
+        whole = recipe.fusion is not None and recipe.fusion.full_vocabulary
+        if member == recipe.main:
+            whole = whole or sequence.constraint is not None
+        if whole:
             return len(self.members[member].vocabulary)
-        return self._num_candidates
+        return self._num_candidates + (len(sequence.biased) if member == recipe.main else 0)
 
-    def _surviving(self, step: _Step) -> list[Row]:
-        """Deciding sequences whose members all answered, with the places of their answers."""
-        seen: dict[str, int] = {}
+    def _collect(self, step: _Step) -> list[Row]:
+        """Deciding sequences whose members all answered, with the places of their answers; the rest is scored."""
         rows = []
+        seen: dict[str, int] = {}
+        turns: dict[str, int] = {}
         for share in step.shares:
-            if not share.decides:
-                continue
             places = {}
             for member in share.counts:
-                places[member] = seen.get(member, 0)
-                seen[member] = places[member] + 1
-            if share.sequence.phase is not Phase.FINISHED:
-                rows.append(Row(share.sequence, places))
-        return rows
+                feed = step.feeds[member][turns.get(member, 0)]
+                start = seen.get(member, 0)
+                turns[member], seen[member] = turns.get(member, 0) + 1, start + feed.wanted
+                places[member] = seen[member] - 1
+                self._score(share.sequence, member, feed, step.answers[member], start)
+            if share.decides and share.sequence.phase is not Phase.FINISHED:
+                rows.append(self._row(share.sequence, places))
+        return [row for row in rows if row.sequence.phase is not Phase.FINISHED]
+
+    def _score(self, sequence: Sequence, member: str, feed: Feed, answer: Answer, start: int) -> None:
+        scores = sequence.scores
+        if scores is None or scores.described or answer.candidates is None or not feed.wanted:
+            return
+        part = answer.candidates.rows(range(start, start + feed.wanted))
+        scores.add(member, narrow(part, self._num_candidates, feed.also))
+
+    def _row(self, sequence: Sequence, places: dict[str, int]) -> Row:
+        """A deciding sequence. Its prompt is cached now: score it, and end it if the prompt is all that is asked."""
+        if sequence.scores is not None and not sequence.scores.described:
+            sequence.scores.finish(sequence.recipe, sequence.tracks)
+        if sequence.request.params.max_tokens == 0:
+            sequence.finish("length")
+        mask = sequence.constraint.allowed() if sequence.constraint is not None else None
+        return Row(sequence, places, sequence.biased, mask)
 
     def _append(self, outcome: Outcome) -> list[News]:
         """Put each decided token to its sequence, and say what became of it."""
@@ -146,12 +191,10 @@ class Engine:
             if decision.token_id < 0:
                 _fail(sequence, f"a member of {sequence.recipe.members} gave numbers that are not finite")
                 continue
-            text = sequence.append(decision.token_id)
+            sequence.append(decision.token_id, decision.scored, decision.trace)
             self._time_token(sequence)
             if sequence.phase is not Phase.FINISHED:
-                news.append((sequence.seq_id, sequence.output(text, (decision.token_id,))))
-            else:
-                sequence.last_words = (text, (decision.token_id,))
+                news.append((sequence.seq_id, sequence.take()))
         return news
 
     def _align(self, step: _Step, rows: list[Row]) -> None:
@@ -159,11 +202,11 @@ class Engine:
         started = time.perf_counter()
         for row in rows:
             sequence = row.sequence
-            if sequence.phase is Phase.FINISHED or sequence.detokenizer.mid_character:
+            if sequence.phase is Phase.FINISHED or sequence.spelt.mid_character:
                 continue
             for member in sequence.recipe.members[1:]:
                 track = sequence.tracks[member]
-                if dropped := track.respell(sequence.detokenizer.text):
+                if dropped := track.respell(sequence.spelt.text):
                     self.members[member].rollback(sequence.seq_id, track.num_cached)
                     step.rollbacks[member] = step.rollbacks.get(member, 0) + dropped
                 if len(track) > self.members[member].max_len:
@@ -176,9 +219,7 @@ class Engine:
         for sequence in self.scheduler.retire():
             for member in sequence.tracks:
                 self.members[member].release(sequence.seq_id)
-            text, tokens = sequence.last_words
-            text += sequence.flush()
-            news.append((sequence.seq_id, sequence.output(text, tokens)))
+            news.append((sequence.seq_id, sequence.take()))
             self._report_request(sequence)
         if news:
             self._report_queue()

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from ensemble_core.admission import Admission, Speaker
 from ensemble_core.config import Config
+from ensemble_core.decoding.guidance import Grammars
 from ensemble_core.decoding.scheduler import Limits
 from ensemble_core.engine import Engine
 from ensemble_core.fusion.base import FusionSpace
@@ -84,7 +85,7 @@ def _engine(config: Config, members: Mapping[str, Member], sink: StatsSink) -> E
 def _speaker(name: str, config: Config, member: Member) -> Speaker:
     template = read_template(name, config.members[name].chat_template)
     prompts = PromptEncoder(name, load_tokenizer(name, config.members[name]), template)
-    return Speaker(member.vocabulary, prompts, member.max_len)
+    return Speaker(member.vocabulary, prompts, member.max_len, Grammars(member.vocabulary))
 
 
 class _Spaces:

@@ -18,15 +18,20 @@ from tqdm import tqdm
 
 from ensemble_core import factory
 from ensemble_core.config import Config, load_config
-from ensemble_core.decoding.requests import FinishReason, GenerationRequest, Output, Overrides
+from ensemble_core.decoding.requests import (
+    Conversation,
+    FinishReason,
+    GenerationRequest,
+    Output,
+    Overrides,
+    Prompt,
+    TokenLogprob,
+)
 from ensemble_core.decoding.sampling_params import SamplingParams
 from ensemble_core.decoding.sequence import Sequence as Request
 from ensemble_core.errors import InvalidRequestError, QueueFullError, UnisonoError
 from ensemble_core.recipes import ModelInfo
 from ensemble_core.stats import NullSink, StatsSink
-from ensemble_core.text.prompt import Message
-
-Prompt = str | Sequence[Message]  # plain text, or a conversation
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +43,8 @@ class Completion:
     finish_reason: FinishReason
     stop_reason: str | int | None
     num_prompt_tokens: int
+    logprobs: tuple[TokenLogprob, ...] = ()
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
 
 
 class LLM:
@@ -58,7 +65,7 @@ class LLM:
         model: str | None = None,
         overrides: Overrides | None = None,
     ) -> list[Completion]:
-        """Complete every prompt; answers in the order of prompts.
+        """Complete every prompt (a text, main's ids, or a conversation); answers in the order of prompts.
 
         params: one for all, or one each. model: an ensemble or a member; None: the first ensemble. Raises
         InvalidRequestError, ModelNotFoundError before anything runs; UnisonoError where a member failed.
@@ -109,7 +116,7 @@ class LLM:
                 GenerationRequest(
                     request_id=f"offline-{next(self._names)}",
                     model=model or self.models[0].name,
-                    prompt=prompt if isinstance(prompt, str) else tuple(prompt),
+                    prompt=prompt,
                     params=own,
                     overrides=overrides or Overrides(),
                 )
@@ -168,4 +175,6 @@ def _fold(outputs: list[Output]) -> Completion:
         finish_reason=last.finish_reason,
         stop_reason=last.stop_reason,
         num_prompt_tokens=last.num_prompt_tokens,
+        logprobs=tuple(entry for output in outputs for entry in output.logprobs),
+        prompt_logprobs=outputs[0].prompt_logprobs,
     )

@@ -14,18 +14,18 @@ import threading
 from collections.abc import AsyncIterator, Callable
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from ensemble_core import factory
 from ensemble_core.config import Config
-from ensemble_core.decoding.requests import GenerationRequest, Output
+from ensemble_core.decoding.requests import Conversation, GenerationRequest, Output
 from ensemble_core.decoding.sequence import Sequence
 from ensemble_core.engine import Engine, News
 from ensemble_core.errors import NotReadyError, UnisonoError
 from ensemble_core.recipes import ModelInfo, list_models
 from ensemble_core.stats import NullSink, StatsSink
 
-__all__ = ["ModelInfo", "OutputStream", "Runtime", "State", "Status"]
+__all__ = ["ModelInfo", "OutputStream", "Runtime", "State", "Status", "Tokenized"]
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +42,15 @@ class Status:
 
     state: State
     reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Tokenized:
+    """A prompt in tokens: ids, their text, and the context length they must fit."""
+
+    token_ids: tuple[int, ...]
+    tokens: tuple[str, ...]
+    max_model_len: int
 
 
 class OutputStream(AsyncIterator[tuple[int, Output]]):
@@ -118,6 +127,31 @@ class Runtime:
         inbox: asyncio.Queue[tuple[int, Output]] = asyncio.Queue()
         await self._enqueue(sequences, inbox)
         return OutputStream([sequence.seq_id for sequence in sequences], inbox, self._abort)
+
+    async def tokenize(self, model: str, prompt: str | Conversation, add_special_tokens: bool = True) -> Tokenized:
+        """A prompt in the tokens of a model's main member. Raises as `submit`."""
+        admission = self._require_ready().admission
+        ids, main = await asyncio.to_thread(admission.tokenize, model, prompt, add_special_tokens)
+        names = tuple(main.vocabulary.name_of(token_id) for token_id in ids)
+        return Tokenized(tuple(ids), names, main.max_len)
+
+    async def detokenize(self, model: str, token_ids: Rows[int]) -> str:
+        """The text of ids of a model's main member, control tokens by their names. Raises as `submit`."""
+        admission = self._require_ready().admission
+        ids, main = await asyncio.to_thread(admission.tokenize, model, tuple(token_ids), False)
+        return b"".join(main.vocabulary.tokens[token_id] for token_id in ids).decode("utf-8", "replace")
+
+    def tokenizer_info(self, model: str) -> dict[str, Any]:
+        """The tokenizer of a model's main member. Raises NotReadyError, ModelNotFoundError."""
+        name, main = self._require_ready().admission.main_of(model)
+        return {
+            "member": name,
+            "vocab_size": len(main.vocabulary),
+            "stop_token_ids": sorted(main.vocabulary.stop_ids),
+            "max_model_len": main.max_len,
+            "fingerprint": main.vocabulary.fingerprint,
+            **main.prompts.describe(),
+        }
 
     async def drain(self, seconds: float) -> None:
         """Refuse new requests, let running ones end for up to `seconds`, then abort the rest."""

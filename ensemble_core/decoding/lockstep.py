@@ -13,20 +13,35 @@ from collections.abc import Sequence as Rows
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
+from ensemble_core.decoding import reports
+from ensemble_core.decoding.requests import Trace
 from ensemble_core.decoding.sampler import greedy, sample
-from ensemble_core.decoding.sequence import Sequence
+from ensemble_core.decoding.sequence import Scored, Sequence
+from ensemble_core.decoding.shaping import shape
 from ensemble_core.fusion.base import Fused, Fusion, single
 from ensemble_core.members.base import Candidates
+from ensemble_core.members.candidates import narrow
 from ensemble_core.stats import FusionStats
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One deciding sequence, and where each consulted member's answer for it is: member -> row of candidates."""
+    """One deciding sequence, and where each consulted member's answer for it is: member -> row of candidates.
+
+    biased: main's ids that must be in the support. mask: main's ids that its constraint allows, (V,) bool.
+    """
 
     sequence: Sequence
     places: dict[str, int]
+    biased: tuple[int, ...] = ()
+    mask: Tensor | None = None
+
+    def width(self, num_candidates: int) -> int:
+        """Main's candidates in the fusion: what is asked for beyond the likeliest comes on top of them."""
+        constrained = 0 if self.mask is None else num_candidates // 2
+        return num_candidates + len(self.biased) + constrained
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +50,8 @@ class Decision:
 
     sequence: Sequence
     token_id: int
+    scored: Scored | None = None
+    trace: Trace | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,42 +67,60 @@ def decide(rows: Rows[Row], answers: Mapping[str, Candidates], num_candidates: i
     """Fuse and sample every row.
 
     answers: member -> candidates, on the member's device. num_candidates: K of a closed support; a member that was
-    asked for more (another row's fusion works on whole vocabularies) is cut to it.
+    asked for more (another row needs whole vocabularies) is cut to it.
     """
     decisions: list[Decision] = []
     fusions: list[FusionStats] = []
     sampling = 0.0
-    for group in _groups(rows):
+    for group in _groups(rows, num_candidates):
         started = time.perf_counter()
         candidates = _gather(group, answers, num_candidates)
         fused = _fuse(group, candidates)
         fused_at = time.perf_counter()
-        drawn = sample(fused, [row.sequence for row in group])
-        tokens = [t if sound else -1 for t, sound in zip(drawn, _sound(candidates), strict=True)]
+        sequences = [row.sequence for row in group]
+        shaped = shape(fused.token_ids, fused.logprobs, sequences, [row.mask for row in group])
+        tokens = sample(fused.token_ids, shaped, sequences)
+        decisions += _decisions(group, candidates, fused, tokens)
         sampling += time.perf_counter() - fused_at
-        decisions += [Decision(row.sequence, token) for row, token in zip(group, tokens, strict=True)]
         fusions.append(_stats(group, candidates, fused, tokens, fused_at - started))
     return Outcome(decisions, fusions, sampling)
 
 
-def _groups(rows: Rows[Row]) -> list[list[Row]]:
-    """Rows of one model whose consulted members are the same and fused by the same fusion."""
+def _groups(rows: Rows[Row], num_candidates: int) -> list[list[Row]]:
+    """Rows of one model whose consulted members are the same, fused by the same fusion on as many candidates."""
     groups: dict[tuple[object, ...], list[Row]] = {}
     for row in rows:
         recipe = row.sequence.recipe
-        groups.setdefault((recipe.model, tuple(row.places), id(recipe.fusion)), []).append(row)
+        key = (recipe.model, tuple(row.places), id(recipe.fusion), row.width(num_candidates))
+        groups.setdefault(key, []).append(row)
     return list(groups.values())
 
 
 def _gather(group: Rows[Row], answers: Mapping[str, Candidates], num_candidates: int) -> list[Candidates]:
     """Each consulted member's rows for the group, main first, on main's device."""
     fusion = _fusion(group)
-    main = next(iter(group[0].places))
+    main, *others = group[0].places
     device = answers[main].token_ids.device
-    parts = [answers[member].rows([row.places[member] for row in group]) for member in group[0].places]
+    parts = {member: answers[member].rows([row.places[member] for row in group]) for member in (main, *others)}
     if fusion is None or not fusion.full_vocabulary:
-        parts = [part.best(num_candidates) for part in parts]
-    return [part.to(device) for part in parts]
+        parts[main] = _narrow_main(group, parts[main], num_candidates)
+        parts |= {member: parts[member].best(num_candidates) for member in others}
+    return [part.to(device) for part in parts.values()]
+
+
+def _narrow_main(group: Rows[Row], wide: Candidates, num_candidates: int) -> Candidates:
+    """Main's likeliest, those that are biased, and the likeliest that a constraint allows."""
+    width = group[0].width(num_candidates)
+    keep = []
+    for i, row in enumerate(group):
+        kept = list(row.biased)
+        if row.mask is not None:
+            allowed = row.mask.to(wide.token_ids.device)[wide.token_ids[i]]
+            reachable = wide.logprobs[i].masked_fill(~allowed, -torch.inf)
+            best = reachable.topk(min(num_candidates // 2, int(allowed.sum()))).indices
+            kept += wide.token_ids[i, best].tolist()
+        keep.append(tuple(kept))
+    return narrow(wide, width, keep)
 
 
 def _fuse(group: Rows[Row], candidates: list[Candidates]) -> Fused:
@@ -96,33 +131,38 @@ def _fuse(group: Rows[Row], candidates: list[Candidates]) -> Fused:
     return fusion.fuse(candidates, weights)
 
 
-def _sound(candidates: Rows[Candidates]) -> list[bool]:
-    """For each row whether every member's numbers are finite."""
-    peaks = torch.stack([part.logprobs.amax(dim=1) for part in candidates])  # (M, B)
-    return peaks.isfinite().all(dim=0).tolist()
-
-
 def _fusion(group: Rows[Row]) -> Fusion | None:
     """The group's fusion; None where main decides alone."""
     return group[0].sequence.recipe.fusion if len(group[0].places) > 1 else None
 
 
+def _decisions(group: Rows[Row], candidates: list[Candidates], fused: Fused, tokens: Rows[int]) -> list[Decision]:
+    """The tokens, with the reports that their requests asked for."""
+    decisions = []
+    for i, (row, token) in enumerate(zip(group, tokens, strict=True)):
+        request, scored, trace = row.sequence.request, None, None
+        if token >= 0 and request.params.logprobs is not None:
+            scored = reports.score(fused.token_ids[i], fused.logprobs[i], token, request.params.logprobs)
+        if token >= 0 and request.trace:
+            trace = reports.trace(row.sequence, list(row.places), candidates, fused, i, token)
+        decisions.append(Decision(row.sequence, token, scored, trace))
+    return decisions
+
+
 def _stats(
     group: Rows[Row], candidates: list[Candidates], fused: Fused, tokens: list[int], seconds: float
 ) -> FusionStats:
-    """The numbers of a group's sound rows; rows that failed count nowhere."""
-    recipe, tracks = group[0].sequence.recipe, group[0].sequence.tracks
+    recipe = group[0].sequence.recipe
+    tracks = group[0].sequence.tracks
     members = list(group[0].places)
-    sound = [i for i, token in enumerate(tokens) if token >= 0]
-    chosen = {i: tracks[recipe.main].vocabulary.text_bytes(tokens[i]) for i in sound}
+    chosen = [tracks[recipe.main].vocabulary.text_bytes(token) for token in tokens]
     agreed = {}
     for member, part in zip(members[1:], candidates[1:], strict=True):
-        spell, top = tracks[member].vocabulary.text_bytes, _top(part)
-        hits = sum(spell(top[i]) == chosen[i] for i in sound)
-        agreed[member] = (hits, len(sound) - hits)
-    top = _top(candidates[0])
-    overruled = sum(top[i] != tokens[i] for i in sound) if agreed else 0
-    unmapped = dict(zip(members, fused.unmapped[sound].t().tolist(), strict=True))
+        spell = tracks[member].vocabulary.text_bytes
+        hits = sum(spell(t) == c for t, c in zip(_top(part), chosen, strict=True))
+        agreed[member] = (hits, len(tokens) - hits)
+    overruled = sum(a != b for a, b in zip(_top(candidates[0]), tokens, strict=True)) if agreed else 0
+    unmapped = dict(zip(members, fused.unmapped.t().tolist(), strict=True))
     name = recipe.fusion_name if agreed else "single"
     return FusionStats(recipe.model, name, seconds, unmapped, agreed, overruled)
 

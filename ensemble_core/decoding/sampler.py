@@ -65,6 +65,8 @@ def _in_reach(probs: Tensor, params: Rows[SamplingParams]) -> Tensor:
     return kept & (left >= _column(params, lambda p: p.min_p, device) * left[:, :1])
 
 
-def _column(params: Rows[SamplingParams], value: Callable[[SamplingParams], float], device: torch.device) -> Tensor:
+def _column(
+    params: Rows[SamplingParams], value: Callable[[SamplingParams], float], device: torch.device
+) -> Tensor:
     """(B, 1) one parameter of every row."""
     return torch.tensor([[value(p)] for p in params], dtype=torch.float64, device=device)

@@ -3,7 +3,8 @@
 A sequence is admitted in all its members at once, first come, first served, and reserves every page that it can
 ever need: so nothing that runs can run out. Decoding sequences go first in every step; what is left of the token
 budget is prefilled in chunks, so that long prompts do not stall running streams. The last piece of a prompt is
-fed to all members in one step, which is the first step that decides a token.
+fed to all members in one step, which is the first step that decides a token. Sequences of one group have the same
+prompt: one of them leads, the others wait until its prompt is cached and take it over.
 
 Invariants: reserved pages never exceed a member's; every admitted sequence is on `running` until `retire`; nobody
 overtakes the head of the queue. Does not know tensors, forwards or fusion.
@@ -78,17 +79,35 @@ class Scheduler:
         self.waiting.extend(sequences)
 
     def schedule(self) -> list[Share]:
-        """The shares of the next step: admit, then decode, then prefill what the budget allows."""
-        self._admit()
+        """The shares of the next step: what decodes, then what of prompts the budget allows."""
         left = dict.fromkeys(self._capacities, self._limits.token_budget)
         shares = [_decode_share(s) for s in self.running if s.phase is Phase.DECODE]
         for share in shares:
             _spend(left, share.counts)
         for sequence in self.running:
-            if sequence.phase is Phase.PREFILL and (share := _prefill_share(sequence, left)).counts:
+            if sequence.phase is not Phase.PREFILL or self._awaits_leader(sequence):
+                continue
+            if (share := _prefill_share(sequence, left)).counts:
                 _spend(left, share.counts)
                 shares.append(share)
         return shares
+
+    def followers(self) -> list[tuple[Sequence, Sequence]]:
+        """(sequence, leader) wherever a prompt that is not begun lies ready in the cache of another sequence."""
+        pairs = [(s, self._leader(s)) for s in self.running if _untouched(s)]
+        return [(s, leader) for s, leader in pairs if leader is not None and leader.phase is Phase.DECODE]
+
+    def admit(self) -> None:
+        """Let waiting sequences in while there is room for the first of them."""
+        while self.waiting and len(self.running) < self._limits.max_running:
+            sequence = self.waiting[0]
+            pages = self._pages(sequence)
+            if any(self._reserved[m] + n > self._capacities[m].num_pages for m, n in pages.items()):
+                return
+            for member, count in pages.items():
+                self._reserved[member] += count
+            self.running.append(self.waiting.popleft())
+            sequence.phase, sequence.admitted = Phase.PREFILL, time.perf_counter()
 
     def retire(self) -> list[Sequence]:
         """Take finished sequences off all lists and free what they reserved."""
@@ -108,16 +127,16 @@ class Scheduler:
             needed = sum(self._pages(s).get(member, 0) for s in self.running)
             assert self._reserved[member] == needed <= capacity.num_pages
 
-    def _admit(self) -> None:
-        while self.waiting and len(self.running) < self._limits.max_running:
-            sequence = self.waiting[0]
-            pages = self._pages(sequence)
-            if any(self._reserved[m] + n > self._capacities[m].num_pages for m, n in pages.items()):
-                return
-            for member, count in pages.items():
-                self._reserved[member] += count
-            self.running.append(self.waiting.popleft())
-            sequence.phase, sequence.admitted = Phase.PREFILL, time.perf_counter()
+    def _leader(self, sequence: Sequence) -> Sequence | None:
+        """The first running sequence with the same prompt, if it is another one."""
+        group = sequence.request.group
+        if group is None:
+            return None
+        first = next(s for s in self.running if s.request.group == group and s.phase is not Phase.FINISHED)
+        return None if first is sequence else first
+
+    def _awaits_leader(self, sequence: Sequence) -> bool:
+        return _untouched(sequence) and self._leader(sequence) is not None
 
     def _pages(self, sequence: Sequence) -> dict[str, int]:
         """Pages for the longest that the sequence can become in each member.
@@ -133,6 +152,10 @@ class Scheduler:
                 longest = min(longest, len(track.prompt_ids) + sequence.request.params.max_tokens)
             pages[member] = -(-longest // capacity.page_size)
         return pages
+
+
+def _untouched(sequence: Sequence) -> bool:
+    return sequence.phase is Phase.PREFILL and not any(t.num_cached for t in sequence.tracks.values())
 
 
 def _decode_share(sequence: Sequence) -> Share:

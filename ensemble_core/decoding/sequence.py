@@ -107,6 +107,11 @@ class Sequence:
         return self.tracks[self.recipe.main]
 
     @property
+    def biased(self) -> tuple[int, ...]:
+        """Main's ids that a bias makes likelier: they must be in the support, whatever their rank."""
+        return tuple(token_id for token_id, bias in self.request.params.logit_bias if bias > 0)
+
+    @property
     def num_completion_tokens(self) -> int:
         """Main's tokens so far, a stop token included."""
         return len(self.main.completion_ids)

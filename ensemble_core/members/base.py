@@ -102,6 +102,9 @@ class Member(Protocol):
     def rollback(self, seq_id: int, length: int) -> None:
         """Keep the first `length` cached tokens of a sequence."""
 
+    def fork(self, source: int, seq_id: int, length: int) -> None:
+        """Begin a sequence with the first `length` cached tokens of another."""
+
     def release(self, seq_id: int) -> None:
         """Give back all pages of a sequence; an unknown one is fine."""
 

@@ -75,6 +75,16 @@ class KVCache:
         assert 0 <= length <= row.length, f"rollback to {length} of {row.length}"
         row.length = length
 
+    def fork(self, source: int, seq_id: int, length: int) -> None:
+        """Copy the first `length` tokens of a row into the empty row of another sequence."""
+        old, new = self._rows[source], self.row(seq_id)
+        assert new.length == 0, "a fork begins a sequence"
+        assert length <= old.length, f"a fork of {length} tokens from {old.length}"
+        start, goal = old.index * self.row_len, new.index * self.row_len
+        for tensor in (*self.keys, *self.values):
+            tensor[goal : goal + length] = tensor[start : start + length]
+        new.length = new.written = length
+
     def release(self, seq_id: int) -> None:
         """Give a row back, wiped; an unknown sequence is fine."""
         row = self._rows.pop(seq_id, None)

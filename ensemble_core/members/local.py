@@ -82,6 +82,10 @@ class LocalMember:
         """See `Member.rollback`."""
         self._cache.rollback(seq_id, length)
 
+    def fork(self, source: int, seq_id: int, length: int) -> None:
+        """See `Member.fork`."""
+        self._cache.fork(source, seq_id, length)
+
     def release(self, seq_id: int) -> None:
         """See `Member.release`."""
         self._cache.release(seq_id)

@@ -1,0 +1,72 @@
+"""What a client is told about a token: log-probabilities and traces, in plain numbers.
+
+Both speak of the distribution before temperature, penalties and bias. Does not know text offsets or outputs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence as Rows
+
+from torch import Tensor
+
+from ensemble_core.decoding.requests import Trace
+from ensemble_core.decoding.sequence import Scored, Sequence
+from ensemble_core.fusion.base import Fused
+from ensemble_core.members.base import Candidates
+
+NUM_TRACED = 5  # candidates of each member in a trace
+
+
+def score(token_ids: Tensor, logprobs: Tensor, token_id: int, num_top: int) -> Scored:
+    """A token's log-probability in one row (S,), and the `num_top` likeliest with the token itself among them.
+
+    An id may stand twice in a row; the likelier entry counts.
+    """
+    own = logprobs[token_ids == token_id].amax()
+    best = _best(token_ids, logprobs, num_top)
+    if num_top and token_id not in (other for other, _ in best):
+        best = (*best, (token_id, own.item()))
+    return Scored(own.item(), best)
+
+
+def trace(
+    sequence: Sequence, members: Rows[str], candidates: Rows[Candidates], fused: Fused, row: int, token_id: int
+) -> Trace:
+    """What every consulted member and the fusion proposed for the token of one row."""
+    tracks = sequence.tracks
+    main = tracks[members[0]].vocabulary
+    proposals = {
+        member: tuple(
+            (tracks[member].vocabulary.name_of(other), _probability(logprob))
+            for other, logprob in _best(part.token_ids[row], part.logprobs[row], NUM_TRACED)
+        )
+        for member, part in zip(members, candidates, strict=True)
+    }
+    mixed = _best(fused.token_ids[row], fused.logprobs[row], NUM_TRACED)
+    return Trace(
+        token=main.name_of(token_id),
+        consulted=len(members) > 1 or len(sequence.recipe.members) == 1,
+        members=proposals,
+        fused=tuple((main.name_of(other), _probability(logprob)) for other, logprob in mixed),
+        agreed={
+            member: _spelling(sequence, member, part, row) == main.text_bytes(token_id)
+            for member, part in zip(members[1:], candidates[1:], strict=True)
+        },
+    )
+
+
+def _spelling(sequence: Sequence, member: str, part: Candidates, row: int) -> bytes:
+    (token_id, _), *_ = _best(part.token_ids[row], part.logprobs[row], 1)
+    return sequence.tracks[member].vocabulary.text_bytes(token_id)
+
+
+def _best(token_ids: Tensor, logprobs: Tensor, num: int) -> tuple[tuple[int, float], ...]:
+    """The `num` likeliest ids of a row with their log-probabilities, best first."""
+    values, places = logprobs.topk(min(num, logprobs.shape[0]))
+    pairs = zip(token_ids[places].tolist(), values.tolist(), strict=True)
+    return tuple((token_id, value) for token_id, value in pairs if value > -float("inf"))
+
+
+def _probability(logprob: float) -> float:
+    return round(math.exp(logprob), 6)
