@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import pytest
@@ -174,27 +174,22 @@ def test_a_member_that_fails_ends_its_requests_alone(runtime: Runtime, members: 
 
 
 def test_an_engine_that_breaks_ends_every_stream(runtime: Runtime, members: Members) -> None:
-    async def both() -> list[dict[int, list[Output]]]:
-        members["alpha"].gate.clear()
-        readers = asyncio.gather(read(runtime, request(50), request(50)), read(runtime, request(50)))
-        await asyncio.to_thread(members["alpha"].entered.wait, 5.0)
+    async def both() -> dict[int, list[Output]]:
+        first = await runtime.submit([request(240), request(240)])
+        second = await runtime.submit([request(240)])
         members["alpha"].breaks = ZeroDivisionError("a bug")
-        members["alpha"].gate.set()
-        return await readers
+        outputs: dict[int, list[Output]] = {0: [], 1: []}
+        async for index, output in first:
+            outputs[index].append(output)
+        return outputs | {2: [output async for _, output in second]}
 
-    first, second = asyncio.run(in_time(both))
+    outputs = asyncio.run(asyncio.wait_for(both(), 10.0))
+    assert reasons(outputs) == ["error"] * 3
+    assert all("a bug" in (each[-1].error or "") for each in outputs.values())
     assert runtime.status().state == "dead"
     assert "a bug" in runtime.status().reason
-    assert reasons(first) == ["error", "error"]
-    assert all("a bug" in (each[-1].error or "") for each in [*first.values(), *second.values()] if each)
     with pytest.raises(NotReadyError, match="a bug"):
         asyncio.run(read(runtime, request()))
-
-
-async def in_time(
-    both: Callable[[], Awaitable[list[dict[int, list[Output]]]]],
-) -> list[dict[int, list[Output]]]:
-    return await asyncio.wait_for(both(), 10.0)
 
 
 def test_draining_lets_the_running_end(runtime: Runtime, members: Members) -> None:
