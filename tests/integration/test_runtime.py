@@ -1,0 +1,253 @@
+"""The engine's thread over fake members: every submitted request ends exactly once, whatever happens."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import pytest
+from fakes import FakeMember, byte_vocabulary, fake_config, fake_loaded, pair_vocabulary
+
+from ensemble_core import factory
+from ensemble_core.config import Config
+from ensemble_core.decoding.requests import GenerationRequest, Output
+from ensemble_core.decoding.sampling_params import SamplingParams
+from ensemble_core.errors import (
+    CheckpointError,
+    InvalidRequestError,
+    ModelNotFoundError,
+    NotReadyError,
+    QueueFullError,
+)
+from ensemble_core.factory import Loaded
+from ensemble_core.runtime import Runtime
+from ensemble_core.stats import StatsSink
+
+Members = dict[str, FakeMember]
+
+
+@pytest.fixture
+def members() -> Members:
+    return {
+        "alpha": FakeMember("alpha", byte_vocabulary(), seed=1),
+        "beta": FakeMember("beta", pair_vocabulary(), seed=2),
+    }
+
+
+@pytest.fixture
+def runtime(members: Members, monkeypatch: pytest.MonkeyPatch) -> Iterator[Runtime]:
+    with started(members, monkeypatch) as made:
+        made.wait_ready()
+        yield made
+
+
+@contextmanager
+def started(members: Members, monkeypatch: pytest.MonkeyPatch, **sections: object) -> Iterator[Runtime]:
+    def load(config: Config, sink: StatsSink) -> Loaded:
+        return fake_loaded(config, members, sink)
+
+    monkeypatch.setattr(factory, "load", load)
+    made = Runtime(fake_config(**sections))  # type: ignore[arg-type]
+    made.start()
+    try:
+        yield made
+    finally:
+        for member in members.values():
+            member.gate.set()
+        made.stop()
+
+
+def request(max_tokens: int = 12, prompt: str = "abc", model: str = "duo") -> GenerationRequest:
+    return GenerationRequest("r", model, prompt, SamplingParams(max_tokens=max_tokens, temperature=0.0))
+
+
+async def read(runtime: Runtime, *requests: GenerationRequest) -> dict[int, list[Output]]:
+    outputs: dict[int, list[Output]] = {index: [] for index in range(len(requests))}
+    async for index, output in await runtime.submit(requests):
+        outputs[index].append(output)
+    return outputs
+
+
+def reasons(outputs: dict[int, list[Output]]) -> list[str | None]:
+    """Each request's end; exactly its last output has one."""
+    assert all(output.finish_reason is None for each in outputs.values() for output in each[:-1])
+    return [each[-1].finish_reason for each in outputs.values()]
+
+
+def wait_empty(members: Members) -> None:
+    wait(lambda: all(member.is_empty for member in members.values()))
+
+
+def wait(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 5.0
+    while not condition():
+        assert time.monotonic() < deadline, "it never came about"
+        time.sleep(0.005)
+
+
+def test_a_batch_streams_to_its_ends(runtime: Runtime, members: Members) -> None:
+    outputs = asyncio.run(read(runtime, request(5), request(9, "de"), request(3, model="beta")))
+    assert reasons(outputs) == ["length"] * 3
+    assert [outputs[i][-1].num_completion_tokens for i in range(3)] == [5, 9, 3]
+    wait_empty(members)
+    assert [model.name for model in runtime.models()] == ["duo", "alpha", "beta"]
+    assert runtime.models()[0].max_model_len == 256
+
+
+def test_many_clients_get_what_one_gets(runtime: Runtime) -> None:
+    async def together() -> list[dict[int, list[Output]]]:
+        return await asyncio.gather(*(read(runtime, request(4 + i)) for i in range(12)))
+
+    for i, outputs in enumerate(asyncio.run(together())):
+        text = "".join(output.text for output in asyncio.run(read(runtime, request(4 + i)))[0])
+        assert "".join(output.text for output in outputs[0]) == text
+
+
+@pytest.mark.parametrize("num_read", [0, 3])
+def test_a_closed_stream_is_aborted(runtime: Runtime, members: Members, num_read: int) -> None:
+    async def leave() -> None:
+        stream = await runtime.submit([request(200), request(200)])
+        for _ in range(num_read):
+            await anext(stream)
+        await stream.aclose()
+
+    started_at = len(members["alpha"].calls)
+    asyncio.run(leave())
+    wait_empty(members)
+    assert len(members["alpha"].calls) - started_at < 190
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error"),
+    [(request(model="nobody"), ModelNotFoundError), (request(prompt=""), InvalidRequestError)],
+)
+def test_refusals_come_before_the_stream(
+    runtime: Runtime, wrong: GenerationRequest, error: type[Exception]
+) -> None:
+    with pytest.raises(error):
+        asyncio.run(read(runtime, request(), wrong))
+    assert reasons(asyncio.run(read(runtime, request()))) == ["length"]
+
+
+def test_a_full_queue_refuses_all_of_a_batch(members: Members, monkeypatch: pytest.MonkeyPatch) -> None:
+    with started(members, monkeypatch, scheduler={"max_waiting": 2, "max_running": 1}) as runtime:
+        runtime.wait_ready()
+        with pytest.raises(QueueFullError):
+            asyncio.run(read(runtime, request(), request(), request()))
+        assert reasons(asyncio.run(read(runtime, request(), request()))) == ["length"] * 2
+        wait_empty(members)
+
+
+def test_nothing_is_taken_while_loading(members: Members, monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime = Runtime(fake_config())
+    assert runtime.status().state == "loading"
+    assert [model.name for model in runtime.models()] == ["duo", "alpha", "beta"]
+    with pytest.raises(NotReadyError, match="loading"):
+        asyncio.run(read(runtime, request()))
+    runtime.stop()
+
+
+def test_a_failure_to_load_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(config: Config, sink: StatsSink) -> Loaded:
+        raise CheckpointError("no weights here")
+
+    monkeypatch.setattr(factory, "load", load)
+    runtime = Runtime(fake_config())
+    runtime.start()
+    with pytest.raises(CheckpointError, match="no weights here"):
+        runtime.wait_ready()
+    assert runtime.status().state == "dead"
+    assert "no weights here" in runtime.status().reason
+    with pytest.raises(NotReadyError, match="no weights here"):
+        asyncio.run(read(runtime, request()))
+    runtime.stop()
+
+
+def test_a_member_that_fails_ends_its_requests_alone(runtime: Runtime, members: Members) -> None:
+    members["beta"].fails_on = {0}
+    outputs = asyncio.run(read(runtime, request(), request(model="alpha")))
+    assert reasons(outputs) == ["error", "length"]
+    assert runtime.status().state == "ready"
+    wait_empty(members)
+
+
+def test_an_engine_that_breaks_ends_every_stream(runtime: Runtime, members: Members) -> None:
+    async def both() -> dict[int, list[Output]]:
+        first = await runtime.submit([request(240), request(240)])
+        second = await runtime.submit([request(240)])
+        members["alpha"].breaks = ZeroDivisionError("a bug")
+        outputs: dict[int, list[Output]] = {0: [], 1: []}
+        async for index, output in first:
+            outputs[index].append(output)
+        return outputs | {2: [output async for _, output in second]}
+
+    outputs = asyncio.run(asyncio.wait_for(both(), 10.0))
+    assert reasons(outputs) == ["error"] * 3
+    assert all("a bug" in (each[-1].error or "") for each in outputs.values())
+    assert runtime.status().state == "dead"
+    assert "a bug" in runtime.status().reason
+    with pytest.raises(NotReadyError, match="a bug"):
+        asyncio.run(read(runtime, request()))
+
+
+def test_draining_lets_the_running_end(runtime: Runtime, members: Members) -> None:
+    async def drain() -> dict[int, list[Output]]:
+        stream = await runtime.submit([request(40)])
+        draining = asyncio.create_task(runtime.drain(10.0))
+        await asyncio.sleep(0)
+        assert runtime.status().state == "draining"
+        with pytest.raises(NotReadyError, match="draining"):
+            await runtime.submit([request()])
+        outputs = {0: [output async for _, output in stream]}
+        await draining
+        return outputs
+
+    assert reasons(asyncio.run(drain())) == ["length"]
+    wait_empty(members)
+
+
+@pytest.mark.parametrize("how", ["drain", "stop"])
+def test_what_runs_too_long_is_aborted(runtime: Runtime, members: Members, how: str) -> None:
+    async def cut() -> dict[int, list[Output]]:
+        members["alpha"].gate.clear()
+        stream = await runtime.submit([request(250 - 3)])
+        members["alpha"].entered.wait(5.0)
+        if how == "drain":
+            await runtime.drain(0.0)
+            members["alpha"].gate.set()
+        else:
+            asyncio.get_running_loop().call_later(0.05, members["alpha"].gate.set)
+            await asyncio.to_thread(runtime.stop)
+        return {0: [output async for _, output in stream]}
+
+    outputs = asyncio.run(cut())
+    assert reasons(outputs) == ["abort"]
+    wait_empty(members)
+
+
+def test_a_cancelled_submit_leaks_nothing(runtime: Runtime, members: Members) -> None:
+    async def cancel() -> None:
+        members["alpha"].gate.clear()
+        first = await runtime.submit([request(3)])
+        await asyncio.to_thread(members["alpha"].entered.wait, 5.0)
+        late = asyncio.create_task(runtime.submit([request(200)]))
+        await asyncio.sleep(0.05)  # the engine is busy: the command waits
+        late.cancel()
+        members["alpha"].gate.set()
+        with pytest.raises(asyncio.CancelledError):
+            await late
+        assert [output.finish_reason async for _, output in first][-1] == "length"
+
+    asyncio.run(cancel())
+    wait_empty(members)
+    wait(lambda: not runtime._listeners)
+
+
+def test_stop_is_final(runtime: Runtime) -> None:
+    runtime.stop()
+    runtime.stop()
+    assert runtime.status().state == "dead"
+    with pytest.raises(NotReadyError, match="stopped"):
+        asyncio.run(read(runtime, request()))

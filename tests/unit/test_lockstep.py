@@ -1,0 +1,96 @@
+"""The decision of a step: rows are grouped as they are fused, and each gets what it would get alone."""
+
+from __future__ import annotations
+
+import torch
+from fakes import FakeMember, byte_vocabulary, ensemble, pair_vocabulary, sequence
+
+from ensemble_core.decoding.lockstep import Outcome, Row, decide
+from ensemble_core.decoding.sampling_params import SamplingParams
+from ensemble_core.decoding.sequence import Recipe
+from ensemble_core.members.base import Candidates, Feed
+
+ALPHA = FakeMember("alpha", byte_vocabulary(), seed=1)
+BETA = FakeMember("beta", pair_vocabulary(), seed=2)
+GREEDY = SamplingParams(temperature=0.0)
+DUO = ensemble([ALPHA, BETA])
+TURNED = ensemble([BETA, ALPHA])
+CLOSED = ensemble([ALPHA, BETA], support="closed")
+ALONE = ensemble([ALPHA])
+MEMBERS = {"alpha": ALPHA, "beta": BETA}
+
+
+def rows(recipes: list[Recipe], prompts: list[str]) -> tuple[list[Row], dict[str, Candidates]]:
+    """Prefilled sequences, one a recipe, and the members' answers for all of them in one forward each."""
+    feeds: dict[str, list[Feed]] = {}
+    made = []
+    for seq_id, (recipe, prompt) in enumerate(zip(recipes, prompts, strict=True)):
+        each = sequence(seq_id, prompt, [MEMBERS[name] for name in recipe.members], recipe, GREEDY)
+        places = {}
+        for name in recipe.members:
+            places[name] = len(feeds.setdefault(name, []))
+            feeds[name].append(Feed(seq_id, each.tracks[name].prompt_ids))
+        made.append(Row(each, places))
+    answers = {name: MEMBERS[name].forward(own, 10**6) for name, own in feeds.items()}
+    for name, own in feeds.items():
+        for feed in own:
+            MEMBERS[name].release(feed.seq_id)
+    return made, answers
+
+
+def tokens(outcome: Outcome) -> dict[int, int]:
+    return {decision.sequence.seq_id: decision.token_id for decision in outcome.decisions}
+
+
+def test_rows_of_different_recipes_get_what_they_get_alone() -> None:
+    recipes = [DUO, ALONE, TURNED, DUO, CLOSED, ALONE, TURNED]
+    prompts = ["a", "ab", "abc", "d\n", "ee", "c", "bad"]
+    outcome = decide(*rows(recipes, prompts), num_candidates=32)
+    found = tokens(outcome)
+    for seq_id, (recipe, prompt) in enumerate(zip(recipes, prompts, strict=True)):
+        single = decide(*rows([recipe], [prompt]), num_candidates=32)
+        assert found[seq_id] == tokens(single)[0]
+    assert len(outcome.fusions) == 4  # one for each recipe
+
+
+def test_weights_are_each_rows_own() -> None:
+    def weighted(share: float) -> Recipe:
+        return Recipe("m", DUO.members, (share, 1 - share), DUO.fusion, "relative")
+
+    outcome = decide(*rows([weighted(1.0), weighted(0.5), weighted(0.0)], ["ab"] * 3), num_candidates=32)
+    (group,) = outcome.fusions
+    assert group.agreed.keys() == {"beta"}
+    found = tokens(outcome)
+    assert found[0] == int(ALPHA.next_logits(list(b"ab")).argmax())
+    # All weight on the assistant: the byte that begins most of its mass.
+    probs = BETA.next_logits(BETA.vocabulary.encode("ab")).softmax(dim=0)
+    mass = torch.zeros(256)
+    for token, p in zip(BETA.vocabulary.tokens[:-1], probs, strict=False):
+        mass[token[0]] += p
+    assert found[2] == int(mass.argmax())
+
+
+def test_a_row_that_is_not_finite_counts_nowhere() -> None:
+    made, answers = rows([DUO, DUO, DUO], ["a", "b", "c"])
+    clean = tokens(decide(made, answers, num_candidates=32))
+    answers["beta"].logprobs[1] = torch.nan
+    outcome = decide(made, answers, num_candidates=32)
+    assert tokens(outcome) == {**clean, 1: -1}
+    (group,) = outcome.fusions
+    assert sum(group.agreed["beta"]) == 2
+    assert [len(masses) for masses in group.unmapped.values()] == [2, 2]
+
+
+def test_agreement_is_of_bytes() -> None:
+    made, answers = rows([DUO], ["ab"])
+    for name, byte in (("alpha", ord("c")), ("beta", ord("c"))):
+        logits = torch.full((1, len(MEMBERS[name].vocabulary)), -20.0)
+        logits[0, byte] = 0.0
+        answers[name].logprobs.copy_(logits.log_softmax(dim=1))
+    (group,) = decide(made, answers, num_candidates=32).fusions
+    assert (group.agreed, group.overruled) == ({"beta": (1, 0)}, 0)
+    logits = torch.full((1, len(BETA.vocabulary)), -20.0)
+    logits[0, BETA.vocabulary.ids_by_bytes[b"cd"]] = 0.0
+    answers["beta"].logprobs.copy_(logits.log_softmax(dim=1))
+    (group,) = decide(made, answers, num_candidates=32).fusions
+    assert (group.agreed, group.overruled) == ({"beta": (0, 1)}, 0)

@@ -1,0 +1,172 @@
+"""Recipes: what a request may override, and what is refused, with the field's name."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from fakes import FakeMember, fake_config, space_of
+
+from ensemble_core.config import Config
+from ensemble_core.decoding.requests import Overrides
+from ensemble_core.errors import ConfigError, InvalidRequestError, ModelNotFoundError, TransferMatrixError
+from ensemble_core.fusion.base import FusionSpace
+from ensemble_core.recipes import _MAX_FUSIONS, RecipeBook, check_fusions, list_models
+
+MEMBERS = {name: FakeMember(name) for name in ("alpha", "beta", "gamma")}
+TRIO = {
+    "members": {"beta": 1.0, "alpha": 2.0, "gamma": 1.0},
+    "main": "alpha",
+    "fusion": {"name": "relative", "options": {"solver": "em", "steps": 2}},
+}
+
+
+def config() -> Config:
+    return fake_config(tuple(MEMBERS), ensembles={"trio": TRIO})
+
+
+def book() -> RecipeBook:
+    return RecipeBook(config(), lambda names, _: space_of([MEMBERS[name] for name in names]))
+
+
+def refused(overrides: Overrides) -> InvalidRequestError:
+    with pytest.raises(InvalidRequestError) as caught:
+        book().resolve("trio", overrides)
+    return caught.value
+
+
+def test_the_configured_recipe_has_main_first() -> None:
+    recipe = book().resolve("trio", Overrides())
+    assert recipe.members == ("alpha", "beta", "gamma")
+    assert recipe.weights == (0.5, 0.25, 0.25)
+    assert (recipe.model, recipe.main, recipe.fusion_name, recipe.mode) == (
+        "trio",
+        "alpha",
+        "relative",
+        "lockstep",
+    )
+
+
+def test_a_member_answers_alone() -> None:
+    recipe = book().resolve("beta", Overrides())
+    assert (recipe.members, recipe.weights, recipe.fusion) == (("beta",), (1.0,), None)
+
+
+def test_a_subset_keeps_its_configured_shares() -> None:
+    recipe = book().resolve("trio", Overrides(members=("gamma", "alpha")))
+    assert recipe.members == ("alpha", "gamma")
+    assert recipe.weights == pytest.approx((2 / 3, 1 / 3))
+
+
+def test_main_alone_needs_no_fusion() -> None:
+    recipe = book().resolve("trio", Overrides(members=("alpha",)))
+    assert (recipe.members, recipe.fusion, recipe.fusion_name) == (("alpha",), None, "single")
+
+
+def test_weights_override_those_they_name() -> None:
+    recipe = book().resolve("trio", Overrides(weights={"gamma": 5.0}))
+    assert recipe.weights == pytest.approx((2 / 8, 1 / 8, 5 / 8))
+    zero = book().resolve("trio", Overrides(weights={"alpha": 0.0}))
+    assert zero.weights == (0.0, 0.5, 0.5)
+
+
+def test_mode_may_name_what_there_is() -> None:
+    assert book().resolve("trio", Overrides(mode="lockstep")).mode == "lockstep"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "param", "says"),
+    [
+        (Overrides(members=("alpha", "delta")), "ensemble.members", "delta"),
+        (Overrides(members=("beta",)), "ensemble.members", "alpha"),
+        (Overrides(members=()), "ensemble.members", "alpha"),
+        (Overrides(members=("alpha", "alpha")), "ensemble.members", "twice"),
+        (Overrides(weights={"delta": 1.0}), "ensemble.weights", "delta"),
+        (Overrides(weights={"beta": -0.1}), "ensemble.weights", "-0.1"),
+        (Overrides(weights={"beta": float("nan")}), "ensemble.weights", "nan"),
+        (Overrides(weights={"beta": float("inf")}), "ensemble.weights", "inf"),
+        (Overrides(weights=dict.fromkeys(MEMBERS, 0.0)), "ensemble.weights", "greater than 0"),
+        (Overrides(weights=dict.fromkeys(MEMBERS, 1e308)), "ensemble.weights", "finite"),
+        (Overrides(members=("alpha",), weights={"beta": 1.0}), "ensemble.weights", "in use"),
+        (Overrides(fusion="magic"), "ensemble.fusion", "relative"),
+        (Overrides(members=("alpha",), fusion="magic"), "ensemble.fusion", "relative"),
+        (Overrides(fusion_options={"steps": 0}), "ensemble.fusion", "steps"),
+        (Overrides(fusion_options={"colour": "red"}), "ensemble.fusion", "colour"),
+        (Overrides(fusion="relative", fusion_options={"solver": "x"}), "ensemble.fusion", "solver"),
+        (Overrides(mode="warp"), "ensemble.mode", "lockstep"),
+    ],
+)
+def test_wrong_overrides_name_their_field(overrides: Overrides, param: str, says: str) -> None:
+    error = refused(overrides)
+    assert error.param == param
+    assert says in str(error)
+
+
+@pytest.mark.parametrize(
+    "overrides", [Overrides(weights={"beta": 1.0}), Overrides(mode="lockstep"), Overrides(members=())]
+)
+def test_a_member_has_nothing_to_override(overrides: Overrides) -> None:
+    with pytest.raises(InvalidRequestError, match="trio") as caught:
+        book().resolve("beta", overrides)
+    assert caught.value.param == "ensemble"
+
+
+def test_an_unknown_model_is_told_what_there_is() -> None:
+    with pytest.raises(ModelNotFoundError, match="trio, alpha, beta, gamma"):
+        book().resolve("nobody", Overrides())
+
+
+def test_the_same_request_shares_a_fusion() -> None:
+    shared = book()
+    first = shared.resolve("trio", Overrides())
+    assert shared.resolve("trio", Overrides(weights={"beta": 3.0})).fusion is first.fusion
+    assert shared.resolve("trio", Overrides(fusion_options={"solver": "em", "steps": 2})).fusion is first.fusion
+    assert shared.resolve("trio", Overrides(fusion_options={"steps": 4})).fusion is not first.fusion
+    assert shared.resolve("trio", Overrides(members=("alpha", "beta"))).fusion is not first.fusion
+    # A fusion named anew has its own defaults, not the configured options.
+    assert shared.resolve("trio", Overrides(fusion="relative")).fusion is not first.fusion
+
+
+def test_what_clients_ask_for_is_not_kept_for_ever() -> None:
+    shared = book()
+    for step in range(3 * _MAX_FUSIONS):
+        shared.resolve("trio", Overrides(fusion_options={"solver": "search", "eta": 0.1 + step / 1000}))
+    assert len(shared._fusions) == _MAX_FUSIONS
+
+
+def test_missing_matrices_are_found_at_start_or_told_to_the_client() -> None:
+    def missing(names: tuple[str, ...], whole: tuple[str, ...]) -> FusionSpace:
+        raise TransferMatrixError(f"no matrix for {names} of {whole}")
+
+    without = RecipeBook(config(), missing)
+    with pytest.raises(TransferMatrixError, match="no matrix for"):
+        without.warm()
+    with pytest.raises(InvalidRequestError, match="not prepared") as caught:
+        without.resolve("trio", Overrides(fusion="relative"))
+    assert caught.value.param == "ensemble.fusion"
+
+
+@pytest.mark.parametrize(
+    ("fusion", "says"), [({"name": "magic"}, "relative"), ({"options": {"steps": -1}}, "steps")]
+)
+def test_configured_fusions_are_checked_with_their_path(fusion: dict[str, object], says: str) -> None:
+    wrong = fake_config(tuple(MEMBERS), ensembles={"trio": {**TRIO, "fusion": fusion}})
+    with pytest.raises(ConfigError, match=r"ensembles\.trio\.fusion") as caught:
+        check_fusions(wrong)
+    assert says in str(caught.value)
+    check_fusions(config())
+
+
+def test_models_are_ensembles_then_members() -> None:
+    models = list_models(config(), {"alpha": 10, "beta": 20, "gamma": 30})
+    assert [(m.name, m.kind, m.max_model_len) for m in models] == [
+        ("trio", "ensemble", 10),
+        ("alpha", "member", 10),
+        ("beta", "member", 20),
+        ("gamma", "member", 30),
+    ]
+    assert models[0].recipe is not None
+    assert models[0].recipe["members"] == {"alpha": 0.5, "beta": 0.25, "gamma": 0.25}
+    assert models[0].recipe["main"] == "alpha"
+    json.dumps(models[0].recipe)
+    assert models[1].recipe is None
