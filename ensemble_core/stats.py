@@ -33,9 +33,7 @@ class FusionStats:
     fusion: str
     seconds: float
     unmapped: dict[str, list[float]]  # member -> mass per row that found no place in main's vocabulary
-    agreed: dict[
-        str, tuple[int, int]
-    ]  # member -> rows whose top token (has, has not) the bytes of the chosen
+    agreed: dict[str, tuple[int, int]]  # member -> rows whose top token (has, has not) the bytes of the chosen
     overruled: int  # rows where the chosen token is not main's own likeliest
 
 
