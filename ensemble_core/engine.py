@@ -71,7 +71,6 @@ class Engine:
 
     def step(self) -> list[News]:
         """One step of everything that runs; the news of every sequence that moved."""
-        self.scheduler.admit()
         self._fork()
         step = _Step(self.scheduler.schedule())
         if step.shares:

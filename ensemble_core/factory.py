@@ -11,7 +11,6 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
 from tqdm import tqdm
 
 from ensemble_core.admission import Admission, Speaker
@@ -122,10 +121,3 @@ class _Spaces:
             rebuild=config.build_command,
             origin=origin_of(config.members[name]),
         )
-
-
-def describe_devices() -> str:
-    """One line about what this process computes on."""
-    if torch.cuda.is_available():
-        return f"{torch.cuda.device_count()} CUDA devices, torch {torch.__version__}"
-    return f"CPU, {torch.get_num_threads()} threads, torch {torch.__version__}"

@@ -19,7 +19,6 @@ from tqdm import tqdm
 from ensemble_core import factory
 from ensemble_core.config import Config, load_config
 from ensemble_core.decoding.requests import (
-    Conversation,
     FinishReason,
     GenerationRequest,
     Output,

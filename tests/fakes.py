@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ensemble_core.admission import Admission, Speaker
 from ensemble_core.config import Config
+from ensemble_core.decoding.guidance import Grammars
 from ensemble_core.decoding.requests import GenerationRequest
 from ensemble_core.decoding.sampling_params import SamplingParams
 from ensemble_core.decoding.scheduler import Limits
@@ -43,7 +44,6 @@ from ensemble_core.stats import (
     TokenStats,
 )
 from ensemble_core.text.alignment import Track
-from ensemble_core.text.detokenizer import Detokenizer
 from ensemble_core.text.prompt import PromptEncoder
 from ensemble_core.text.vocabulary import Vocabulary
 from ensemble_core.transfer.matrix import Anchors, TransferMatrix, common_anchors
@@ -98,6 +98,7 @@ class FakeMember:
         self.calls: list[list[Feed]] = []
         self.threads: set[str] = set()  # names of the threads that forwards ran in
         self.rollbacks: list[tuple[int, int]] = []
+        self.forks: list[tuple[int, int, int]] = []
         self.fails_on: set[int] = set()  # sequences that make a forward raise
         self.nan_on: set[int] = set()  # sequences whose rows are NaN
         self.breaks: Exception | None = None  # raised by the next forward: a bug, not a MemberError
@@ -133,6 +134,12 @@ class FakeMember:
         assert 0 <= length <= len(self.cached[seq_id])
         self.rollbacks.append((seq_id, len(self.cached[seq_id]) - length))
         del self.cached[seq_id][length:]
+
+    def fork(self, source: int, seq_id: int, length: int) -> None:
+        assert not self.cached.get(seq_id), "a fork begins a sequence"
+        assert length <= len(self.cached[source])
+        self.forks.append((source, seq_id, length))
+        self.cached[seq_id] = self.cached[source][:length]
 
     def release(self, seq_id: int) -> None:
         self.cached.pop(seq_id, None)
@@ -224,7 +231,7 @@ def sequence(
     """A request in flight, its prompt spelt by each member's own vocabulary."""
     request = GenerationRequest(f"request-{seq_id}", recipe.model, prompt, params)
     tracks = {member.name: Track(member.vocabulary, member.vocabulary.encode(prompt)) for member in members}
-    return Request(seq_id, request, recipe, tracks, Detokenizer(params.stop))
+    return Request(seq_id, request, recipe, tracks)
 
 
 @dataclass
@@ -301,7 +308,9 @@ def fake_loaded(config: Config, members: Mapping[str, FakeMember], sink: StatsSi
     )
     book = RecipeBook(config, lambda names, _: space_of([members[name] for name in names]))
     speakers = {
-        name: Speaker(m.vocabulary, PromptEncoder(name, FakeTokenizer(m.vocabulary)), m.max_len)
+        name: Speaker(
+            m.vocabulary, PromptEncoder(name, FakeTokenizer(m.vocabulary)), m.max_len, Grammars(m.vocabulary)
+        )
         for name, m in members.items()
     }
     max_len = {name: member.max_len for name, member in members.items()}

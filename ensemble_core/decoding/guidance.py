@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Sequence
 from functools import cached_property
 
 import numpy as np
@@ -88,15 +87,6 @@ class Constraint:
         """Move on over a token that `allowed` let through."""
         if token_id not in self._stop_ids:
             self._matcher.consume_token(token_id)
-
-
-def allowed_rows(token_ids: Tensor, masks: Sequence[Tensor | None]) -> Tensor:
-    """(B, S) bool: which of each row's ids its mask lets through; no mask lets all."""
-    rows = [
-        torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.to(ids.device)[ids]
-        for ids, mask in zip(token_ids, masks, strict=True)
-    ]
-    return torch.stack(rows)
 
 
 def _refusal(reason: str) -> InvalidRequestError:

@@ -78,8 +78,8 @@ def decide(rows: Rows[Row], answers: Mapping[str, Candidates], num_candidates: i
         fused = _fuse(group, candidates)
         fused_at = time.perf_counter()
         sequences = [row.sequence for row in group]
-        shaped = shape(fused.token_ids, fused.logprobs, sequences, [row.mask for row in group])
-        tokens = sample(fused.token_ids, shaped, sequences)
+        drawn = sample(shape(fused, sequences, [row.mask for row in group]), sequences)
+        tokens = [t if sound else -1 for t, sound in zip(drawn, _sound(candidates), strict=True)]
         decisions += _decisions(group, candidates, fused, tokens)
         sampling += time.perf_counter() - fused_at
         fusions.append(_stats(group, candidates, fused, tokens, fused_at - started))
@@ -131,6 +131,12 @@ def _fuse(group: Rows[Row], candidates: list[Candidates]) -> Fused:
     return fusion.fuse(candidates, weights)
 
 
+def _sound(candidates: Rows[Candidates]) -> list[bool]:
+    """For each row whether every member's numbers are finite."""
+    peaks = torch.stack([part.logprobs.amax(dim=1) for part in candidates])  # (M, B)
+    return peaks.isfinite().all(dim=0).tolist()
+
+
 def _fusion(group: Rows[Row]) -> Fusion | None:
     """The group's fusion; None where main decides alone."""
     return group[0].sequence.recipe.fusion if len(group[0].places) > 1 else None
@@ -152,17 +158,19 @@ def _decisions(group: Rows[Row], candidates: list[Candidates], fused: Fused, tok
 def _stats(
     group: Rows[Row], candidates: list[Candidates], fused: Fused, tokens: list[int], seconds: float
 ) -> FusionStats:
-    recipe = group[0].sequence.recipe
-    tracks = group[0].sequence.tracks
+    """The numbers of a group's sound rows; rows that failed count nowhere."""
+    recipe, tracks = group[0].sequence.recipe, group[0].sequence.tracks
     members = list(group[0].places)
-    chosen = [tracks[recipe.main].vocabulary.text_bytes(token) for token in tokens]
+    sound = [i for i, token in enumerate(tokens) if token >= 0]
+    chosen = {i: tracks[recipe.main].vocabulary.text_bytes(tokens[i]) for i in sound}
     agreed = {}
     for member, part in zip(members[1:], candidates[1:], strict=True):
-        spell = tracks[member].vocabulary.text_bytes
-        hits = sum(spell(t) == c for t, c in zip(_top(part), chosen, strict=True))
-        agreed[member] = (hits, len(tokens) - hits)
-    overruled = sum(a != b for a, b in zip(_top(candidates[0]), tokens, strict=True)) if agreed else 0
-    unmapped = dict(zip(members, fused.unmapped.t().tolist(), strict=True))
+        spell, top = tracks[member].vocabulary.text_bytes, _top(part)
+        hits = sum(spell(top[i]) == chosen[i] for i in sound)
+        agreed[member] = (hits, len(sound) - hits)
+    top = _top(candidates[0])
+    overruled = sum(top[i] != tokens[i] for i in sound) if agreed else 0
+    unmapped = dict(zip(members, fused.unmapped[sound].t().tolist(), strict=True))
     name = recipe.fusion_name if agreed else "single"
     return FusionStats(recipe.model, name, seconds, unmapped, agreed, overruled)
 

@@ -19,10 +19,12 @@ from torch import Tensor
 
 from ensemble_core.decoding.sampling_params import SamplingParams
 from ensemble_core.decoding.sequence import Sequence
+from ensemble_core.fusion.base import Fused
 
 
-def sample(token_ids: Tensor, logprobs: Tensor, sequences: Rows[Sequence]) -> list[int]:
-    """An id for each row of (B, S) ids and log-probabilities; -1 where a row is not finite."""
+def sample(fused: Fused, sequences: Rows[Sequence]) -> list[int]:
+    """A token id of main's vocabulary for each of B rows; -1 where a row is not finite."""
+    token_ids, logprobs = fused.token_ids, fused.logprobs
     tokens = greedy(token_ids, logprobs)
     rows = [i for i, sequence in enumerate(sequences) if not sequence.request.params.greedy]
     if rows:
@@ -49,7 +51,8 @@ def _draw(token_ids: Tensor, logprobs: Tensor, sequences: Rows[Sequence]) -> Ten
     probs = torch.where(_in_reach(probs, params), probs, 0.0)
     mass = probs.cumsum(dim=1)
     place = torch.searchsorted(mass, uniform * mass[:, -1:], right=True)
-    place = place.clamp_max((probs > 0).sum(dim=1, keepdim=True) - 1)
+    last = (probs > 0).sum(dim=1, keepdim=True) - 1  # -1 in a row that is not finite
+    place = place.minimum(last).clamp_min(0)
     return token_ids.gather(1, order.gather(1, place)).squeeze(1)
 
 

@@ -79,7 +79,8 @@ class Scheduler:
         self.waiting.extend(sequences)
 
     def schedule(self) -> list[Share]:
-        """The shares of the next step: what decodes, then what of prompts the budget allows."""
+        """The shares of the next step: admit, then decode, then prefill what the budget allows."""
+        self._admit()
         left = dict.fromkeys(self._capacities, self._limits.token_budget)
         shares = [_decode_share(s) for s in self.running if s.phase is Phase.DECODE]
         for share in shares:
@@ -97,8 +98,7 @@ class Scheduler:
         pairs = [(s, self._leader(s)) for s in self.running if _untouched(s)]
         return [(s, leader) for s, leader in pairs if leader is not None and leader.phase is Phase.DECODE]
 
-    def admit(self) -> None:
-        """Let waiting sequences in while there is room for the first of them."""
+    def _admit(self) -> None:
         while self.waiting and len(self.running) < self._limits.max_running:
             sequence = self.waiting[0]
             pages = self._pages(sequence)

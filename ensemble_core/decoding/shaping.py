@@ -10,31 +10,34 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence as Rows
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from ensemble_core.decoding.guidance import allowed_rows
 from ensemble_core.decoding.sequence import Sequence
+from ensemble_core.fusion.base import Fused
 
 
-def shape(token_ids: Tensor, logprobs: Tensor, sequences: Rows[Sequence], masks: Rows[Tensor | None]) -> Tensor:
-    """Shaped log-probabilities (B, S), not normalised; the input itself where nobody asks for anything.
+def shape(fused: Fused, sequences: Rows[Sequence], masks: Rows[Tensor | None]) -> Fused:
+    """The same support with shaped log-probabilities, not normalised; `fused` itself where nobody asks for anything.
 
     masks: for each row, which of main's ids its constraint allows (V,) bool, or None.
     """
-    shaped = logprobs
-    for row, sequence in enumerate(sequences):
+    asked = [i for i, s in enumerate(sequences) if s.request.params.shapes_logits or _banned(s)]
+    if not asked and all(mask is None for mask in masks):
+        return fused
+    token_ids, shaped = fused.token_ids, fused.logprobs.clone()
+    for row in asked:
+        sequence = sequences[row]
         if sequence.request.params.shapes_logits:
-            shaped = shaped.clone() if shaped is logprobs else shaped
-            shaped[row] = _penalised(token_ids[row], logprobs[row], sequence)
-        if banned := _banned(sequence):
-            forbidden = torch.isin(token_ids[row], torch.tensor(banned, device=token_ids.device))
-            shaped = shaped.clone() if shaped is logprobs else shaped
-            shaped[row, forbidden] = -torch.inf
-    if any(mask is not None for mask in masks):
-        shaped = shaped.masked_fill(~allowed_rows(token_ids, masks), -torch.inf)
-    return shaped
+            shaped[row] = _penalised(token_ids[row], shaped[row], sequence)
+        banned = torch.tensor(_banned(sequence), dtype=torch.long, device=token_ids.device)
+        shaped[row, torch.isin(token_ids[row], banned)] = -torch.inf
+    for row, mask in enumerate(masks):
+        if mask is not None:
+            shaped[row, ~mask.to(token_ids.device)[token_ids[row]]] = -torch.inf
+    return replace(fused, logprobs=shaped)
 
 
 def _penalised(token_ids: Tensor, logprobs: Tensor, sequence: Sequence) -> Tensor:

@@ -27,9 +27,10 @@ class PromptEncoder:
         self._tokenizer = tokenizer
         self._template = template
 
-    def encode(self, text: str) -> list[int]:
-        """Ids of a plain prompt, with what the tokenizer puts in front (BOS)."""
-        return self._required(self._tokenizer(text, verbose=False)["input_ids"], "prompt")
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Ids of a plain prompt, with what the tokenizer puts in front (BOS) unless that is switched off."""
+        ids = self._tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
+        return self._required(ids, "prompt")
 
     def encode_chat(self, messages: Sequence[Message], continue_final: bool = False) -> list[int]:
         """Ids of a conversation through the template.
@@ -52,7 +53,16 @@ class PromptEncoder:
             raise InvalidRequestError(
                 f"messages: the chat template of member {self._member!r} refuses them: {error}", "messages"
             ) from error
-        return list(self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        ids = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return self._required(ids, "messages")
+
+    def _required(self, ids: list[int], param: str) -> list[int]:
+        if not ids:
+            raise InvalidRequestError(
+                f"{param} is empty for member {self._member!r}, which adds nothing of its own; send some text",
+                param,
+            )
+        return ids
 
     def describe(self) -> dict[str, object]:
         """The tokenizer as clients ask for it: name, special tokens, chat template."""

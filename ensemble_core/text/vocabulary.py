@@ -69,7 +69,7 @@ class Vocabulary:
         return self.tokens[token_id]
 
     def name_of(self, token_id: int) -> str:
-        """A token for people to read: its text, or `bytes:\\xf0\\x9f` for bytes that are no text by themselves."""
+        """A token for people to read: its text, or its bytes in hex where they are no text by themselves."""
         token = self.tokens[token_id]
         try:
             return token.decode()

@@ -6,7 +6,7 @@ import pytest
 from fakes import FakeMember, byte_vocabulary, fake_config, fake_loaded, pair_vocabulary
 
 from ensemble_core.admission import Admission
-from ensemble_core.decoding.requests import GenerationRequest, Overrides
+from ensemble_core.decoding.requests import Conversation, GenerationRequest, Overrides
 from ensemble_core.decoding.sampling_params import SamplingParams
 from ensemble_core.decoding.sequence import Phase
 from ensemble_core.errors import InvalidRequestError, ModelNotFoundError
@@ -41,8 +41,8 @@ def test_every_member_gets_its_own_prompt() -> None:
     assert len(made.main.prompt_ids) < 5
     assert made.phase is Phase.WAITING
     assert all(track.num_cached == 0 and not track.completion_ids for track in made.tracks.values())
-    made.detokenizer.feed(b"ax")
-    assert made.detokenizer.stop == "x"
+    made.shown.feed(b"ax")
+    assert made.shown.stop == "x"
 
 
 def test_sequences_have_ids_of_their_own() -> None:
@@ -56,7 +56,7 @@ def test_members_left_out_are_not_asked() -> None:
 
 
 def test_a_conversation_becomes_lines_without_a_template() -> None:
-    made = admission().admit(request(({"role": "user", "content": "a"},)))
+    made = admission().admit(request(Conversation(({"role": "user", "content": "a"},))))
     assert bytes(made.tracks["beta"].prompt_ids) == b"user: a\nassistant:"
 
 

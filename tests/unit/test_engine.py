@@ -111,7 +111,7 @@ def test_a_request_is_the_same_alone_and_among_sixteen(num_members: int) -> None
     for seq_id, (prompt, params) in enumerate(cases):
         reference = alone(members, prompt, params)
         text, tokens, reason = folded(outputs[seq_id])
-        assert (text, list(tokens)) == (reference.detokenizer.text, reference.main.completion_ids), seq_id
+        assert (text, list(tokens)) == (reference.shown.text, reference.main.completion_ids), seq_id
         assert reason == reference.finish_reason
 
 
@@ -125,7 +125,7 @@ def test_chunked_prefill_is_the_whole_prefill(prompt: str, budget: int) -> None:
     assert all(len(feed.token_ids) <= budget for feed in prefills)
     whole = alone(members, prompt, params, token_budget=4096)
     assert chunked.main.completion_ids == whole.main.completion_ids
-    assert chunked.detokenizer.text == whole.detokenizer.text
+    assert chunked.shown.text == whole.shown.text
 
 
 def test_a_single_member_writes_its_own_greedy_text() -> None:
@@ -142,7 +142,7 @@ def test_two_identical_members_are_one() -> None:
     one = alone([FakeMember("alpha", pair_vocabulary())], "abc", params)
     twins = [FakeMember("alpha", pair_vocabulary()), FakeMember("beta", pair_vocabulary())]
     two = alone(twins, "abc", params)
-    assert two.detokenizer.text == one.detokenizer.text
+    assert two.shown.text == one.shown.text
 
 
 def test_the_assistant_counts() -> None:
@@ -161,8 +161,8 @@ def test_an_assistant_sees_its_own_spelling_of_the_text() -> None:
     track = request.tracks["beta"]
     while engine.has_work:
         engine.step()
-        if request.phase is Phase.DECODE and not request.detokenizer.mid_character:
-            assert track.completion_ids == track.vocabulary.encode(request.detokenizer.text)
+        if request.phase is Phase.DECODE and not request.spelt.mid_character:
+            assert track.completion_ids == track.vocabulary.encode(request.spelt.text)
             assert members[1].cached[0] == (track.prompt_ids + track.completion_ids)[: track.num_cached]
     assert members[1].rollbacks, "no token of the assistant ever ran over main's boundaries"
 
@@ -251,7 +251,7 @@ def test_nan_fails_one_request_alone(num_members: int, broken: int, temperature:
 
 def test_a_stop_string_ends_before_itself() -> None:
     member = FakeMember()
-    free = alone([member], "abc", SamplingParams(max_tokens=40, temperature=0.0)).detokenizer.text
+    free = alone([member], "abc", SamplingParams(max_tokens=40, temperature=0.0)).shown.text
     stop = free[11:14]
     engine, request = fake_engine([member]), None
     params = SamplingParams(max_tokens=40, temperature=0.0, stop=("zzz", stop))
@@ -316,7 +316,7 @@ def test_main_decides_alone_within_a_character() -> None:
     engine.add([request])
     num_alone = 0
     while engine.has_work:
-        within = request.phase is Phase.DECODE and request.detokenizer.mid_character
+        within = request.phase is Phase.DECODE and request.spelt.mid_character
         before = len(members[1].calls)
         cached = list(members[1].cached.get(0, []))
         engine.step()
@@ -329,7 +329,7 @@ def test_main_decides_alone_within_a_character() -> None:
             assert sink.steps[-1].fusions[0].fusion == "relative"
     assert num_alone > 10
     text = bytes(b for t in request.main.completion_ids for b in members[0].vocabulary.text_bytes(t))
-    assert request.detokenizer.text == text.decode("utf-8", "replace")
+    assert request.shown.text == text.decode("utf-8", "replace")
 
 
 def test_the_numbers_of_a_step_are_sane() -> None:

@@ -16,7 +16,6 @@ from ensemble_core.decoding.scheduler import Capacity, Limits, Scheduler, Share
 from ensemble_core.decoding.sequence import Phase, Recipe, Sequence
 from ensemble_core.errors import QueueFullError
 from ensemble_core.text.alignment import Track
-from ensemble_core.text.detokenizer import Detokenizer
 
 VOCABULARY = byte_vocabulary()
 CAPACITIES = {"alpha": Capacity(16, 24, 128), "beta": Capacity(32, 11, 96)}
@@ -28,7 +27,7 @@ def make(seq_id: int, lengths: Mapping[str, int], max_tokens: int) -> Sequence:
     recipe = Recipe("m", members, (1 / len(members),) * len(members), None, "none")
     request = GenerationRequest(f"r{seq_id}", "m", "", SamplingParams(max_tokens=max_tokens))
     tracks = {member: Track(VOCABULARY, [97] * length) for member, length in lengths.items()}
-    return Sequence(seq_id, request, recipe, tracks, Detokenizer())
+    return Sequence(seq_id, request, recipe, tracks)
 
 
 def feed(share: Share, rng: random.Random) -> None:
@@ -39,9 +38,9 @@ def feed(share: Share, rng: random.Random) -> None:
         assert sequence.tracks[member].num_uncached >= 0
     if share.decides:
         sequence.append(rng.choice([97, 98, 32, 0xC3, 0xA9]))
-        if sequence.phase is not Phase.FINISHED and not sequence.detokenizer.mid_character:
+        if sequence.phase is not Phase.FINISHED and not sequence.spelt.mid_character:
             for member in sequence.recipe.members[1:]:
-                sequence.tracks[member].respell(sequence.detokenizer.text)
+                sequence.tracks[member].respell(sequence.spelt.text)
                 if len(sequence.tracks[member]) > CAPACITIES[member].max_len:
                     sequence.finish("length")
 
