@@ -59,6 +59,17 @@ test: models ## set up everything and run the fast tests, those on the demo pair
 test-slow: models ## the slow tests: minutes rather than seconds
 	@$(BIN)/python -m pytest -q -m "slow and not gpu"
 
+HARNESS := .venv-lm-eval/bin/python
+
+$(HARNESS):
+	@echo "eval: lm-evaluation-harness in a venv of its own"
+	@$(PYTHON) -m venv .venv-lm-eval
+	@$(HARNESS) -m pip install -qq 'lm_eval[api]==0.4.13' transformers==5.23.0
+
+.PHONY: eval-demo
+eval-demo: models $(HARNESS) ## lm-evaluation-harness against a running server (minutes)
+	@$(BIN)/python benchmarks/lm_eval/run.py --harness $(HARNESS)
+
 .PHONY: lint
 lint: $(INSTALLED) ## ruff (rules and format) and mypy
 	@echo "lint: ruff check"
@@ -84,6 +95,6 @@ lock: ## remake constraints.txt from the newest versions that pyproject.toml all
 
 .PHONY: clean
 clean: ## remove .venv, caches and built matrices; fetched models stay
-	@rm -rf .venv .venv-lock .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist
+	@rm -rf .venv .venv-lock .venv-lm-eval .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 	@find matrices -name '*.safetensors' -delete
