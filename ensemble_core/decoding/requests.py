@@ -26,22 +26,73 @@ class Overrides:
 
 
 @dataclass(frozen=True, slots=True)
+class Conversation:
+    """Messages for each member's own chat template.
+
+    messages: role and content. continue_final: the last message is the beginning of the answer, which goes on
+    from it; otherwise the template opens the assistant's turn.
+    """
+
+    messages: tuple[Mapping[str, str], ...]
+    continue_final: bool = False
+
+
+Prompt = str | tuple[int, ...] | Conversation  # ids are the main member's, taken as they are
+
+
+@dataclass(frozen=True, slots=True)
 class GenerationRequest:
-    """One prompt for one model (an ensemble or a member)."""
+    """One prompt for one model (an ensemble or a member).
+
+    add_special_tokens: let tokenizers put their BOS in front of a text; ids and conversations get none. trace:
+    report what every member proposed at each token. group: requests with the same group have the same prompt and
+    share its prefill.
+    """
 
     request_id: str
     model: str
-    prompt: str | tuple[Mapping[str, str], ...]  # plain text, or a conversation (role, content)
+    prompt: Prompt
     params: SamplingParams
     overrides: Overrides = field(default_factory=Overrides)
+    add_special_tokens: bool = True
+    trace: bool = False
+    group: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """One token with its fused log-probability, before temperature, penalties and bias.
+
+    text_offset: where its text begins, in characters of prompt (with echo) and completion. top: the likeliest
+    alternatives, the token itself among them with the identical number; (id, text, log-probability). The prompt's
+    first token has no log-probability and no alternatives.
+    """
+
+    token_id: int
+    text: str
+    logprob: float | None
+    text_offset: int
+    top: tuple[tuple[int, str, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """What the members proposed for one emitted token: member -> (text, probability), best first."""
+
+    token: str
+    consulted: bool  # False: main decided alone
+    members: Mapping[str, tuple[tuple[str, float], ...]]
+    fused: tuple[tuple[str, float], ...]
+    agreed: Mapping[str, bool]  # assistant -> its best token spells the same
 
 
 @dataclass(frozen=True, slots=True)
 class Output:
     """One step's news of one request. The last one has a `finish_reason`.
 
-    text: whole characters, stop strings already cut; may be empty. token_ids: main's, emitted since the last
-    output. Counts are main's tokens so far.
+    text: whole characters, stop strings already cut; may be empty. token_ids, logprobs, traces: of main's tokens
+    emitted since the last output (logprobs and traces only where asked for). prompt_logprobs: with echo and
+    logprobs, once, in the first output. Counts are main's tokens so far.
     """
 
     text: str
@@ -51,3 +102,8 @@ class Output:
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None  # the stop string, or the id of a stop token other than the default
     error: str | None = None  # for finish_reason "error"
+    logprobs: tuple[TokenLogprob, ...] = ()
+    traces: tuple[Trace, ...] = ()
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
+    prompt_text: str = ""  # with echo, once, in the first output
+    prompt_token_ids: tuple[int, ...] = ()  # once, in the first output
