@@ -17,7 +17,7 @@ from server import errors, routes, routes_tokenizer
 from server.auth import Gate, KeyRing, load_keys
 from server.edge import Edge
 from server.metrics import PrometheusSink
-from server.middleware import BodyLimit, RequestContext
+from server.middleware import BodyLimit, RequestContext, RootPath
 from server.openapi import require_key
 
 if TYPE_CHECKING:
@@ -47,7 +47,6 @@ def create_app(runtime: Runtime, config: ServerConfig, metrics: PrometheusSink) 
         lifespan=lifespan,
         redoc_url=None,
         redirect_slashes=False,
-        root_path=config.root_path,
     )
     app.state.edge = Edge(runtime, config, metrics, created=int(time.time()))
     app.include_router(routes.router)
@@ -72,3 +71,5 @@ def _add_middleware(app: FastAPI, config: ServerConfig, keys: KeyRing, metrics: 
             expose_headers=["X-Request-Id", "Retry-After"],
         )
     app.add_middleware(RequestContext)
+    if config.root_path:
+        app.add_middleware(RootPath, root_path=config.root_path)

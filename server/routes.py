@@ -45,9 +45,9 @@ async def create_chat_completion(body: ChatRequest, request: Request, edge: Edge
 
     With `stream` the answer is server-sent events of `chat.completion.chunk` objects, then `[DONE]`.
     """
+    prompt = chat.conversation(body)
+    limit = chat.length_limit(body)
     with chat.chat_words(body):
-        prompt = chat.conversation(body)
-        limit = chat.length_limit(body)
         if limit is None:
             found = await edge.runtime.tokenize(body.model, prompt)
             limit = chat.room_left(len(found.token_ids), found.max_model_len)
