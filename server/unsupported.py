@@ -17,13 +17,16 @@ Neutral = Mapping[str, tuple[Any, ...]]  # parameter -> the values that change n
 _BOTH: dict[str, tuple[Any, ...]] = {
     "allowed_token_ids": (),
     "bad_words": ([],),
+    "cache_salt": (),
     "guided_choice": (),
     "guided_grammar": (),
     "guided_json": (),
     "guided_regex": (),
     "length_penalty": (1,),
+    "logprob_token_ids": ([],),
     "logits_processors": ([],),
     "prompt_logprobs": (),
+    "repetition_detection": (),
     "return_tokens_as_token_ids": (False,),
     "spaces_between_special_tokens": (True,),
     "structured_outputs": (),
@@ -57,7 +60,17 @@ CHAT_NEUTRAL: Neutral = _BOTH | {
     "web_search_options": (),
 }
 # Known, accepted, and without effect on the answer.
-_BOTH_IGNORED = frozenset({"cache_salt", "kv_transfer_params", "priority", "request_id", "vllm_xargs"})
+_BOTH_IGNORED = frozenset(
+    {
+        "ec_transfer_params",
+        "kv_transfer_params",
+        "priority",
+        "request_id",
+        "return_token_offsets",
+        "truncation_side",
+        "vllm_xargs",
+    }
+)
 COMPLETION_IGNORED = _BOTH_IGNORED
 CHAT_IGNORED = _BOTH_IGNORED | {
     "include_reasoning",
