@@ -58,14 +58,13 @@ async def create_chat_completion(body: ChatRequest, request: Request, edge: Edge
 async def _run(job: Job, stream: bool, request: Request, edge: Edge) -> Response:
     """The whole answer, or a stream whose first chunk is there: until then errors are real statuses."""
     outputs = await edge.runtime.submit(job.ticket.requests)
-    chunks = job.chunks(outputs)
     try:
         if stream:
+            chunks = job.chunks(outputs)
             return EventStream(await unless_gone(request.receive, anext(chunks)), chunks)
         answer = await unless_gone(request.receive, job.answer(outputs))
         return Response(answer.model_dump_json(exclude_unset=True), media_type="application/json")
     except BaseException:
-        await chunks.aclose()
         await outputs.aclose()
         raise
 
