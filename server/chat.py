@@ -44,10 +44,13 @@ def chat_words(body: ChatRequest) -> Generator[None]:
     try:
         yield
     except InvalidRequestError as error:
-        name = names.get(error.param or "")
-        if name is None:
+        param = error.param or ""
+        if param not in names:
             raise
-        raise InvalidRequestError(str(error).replace(str(error.param), name, 1), name) from error
+        message = str(error)
+        if message.startswith(param):
+            message = names[param] + message.removeprefix(param)
+        raise InvalidRequestError(message, names[param]) from error
 
 
 def conversation(body: ChatRequest) -> Conversation:

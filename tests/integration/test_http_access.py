@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import shutil
 import ssl
 import subprocess
@@ -93,6 +94,13 @@ def test_the_sdk_with_and_without_a_key() -> None:
         ):
             client.completions.create(model="duo", prompt="p")
         assert caught.value.code == "invalid_api_key"
+
+        async def refused() -> None:
+            async with openai.AsyncOpenAI(base_url=f"{base}/v1", api_key="sk-wrong", max_retries=0) as client:
+                with pytest.raises(openai.AuthenticationError):
+                    await client.models.list()
+
+        asyncio.run(refused())
 
 
 ORIGIN = "https://page.example"

@@ -141,6 +141,12 @@ def test_the_engines_refusals_name_the_fields_of_this_endpoint(
     assert str(caught.value) == f"{named} is wrong"
 
 
+def test_the_engines_own_words_stay_where_they_do_not_begin_with_the_field() -> None:
+    with pytest.raises(InvalidRequestError, match=r"^the prompt has 600") as caught, chat_words(body_of()):
+        raise InvalidRequestError("the prompt has 600 tokens", "prompt")
+    assert caught.value.param == "messages"
+
+
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
