@@ -12,12 +12,22 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    SecretStr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from ensemble_core.errors import ConfigError
 
 _SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*(B|KB|MB|GB|TB|KIB|MIB|GIB|TIB)\s*$", re.IGNORECASE)
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_SECRET = "api_keys"  # the field whose value no message quotes
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
@@ -136,6 +146,21 @@ class ServerConfig(_Section):
 
     host: str = Field("127.0.0.1", description="Address to listen on; 0.0.0.0 for all.")
     port: int = Field(8000, ge=0, le=65535, description="0 picks a free one.")
+    root_path: str = Field(
+        "", pattern=r"^(/[^/?#\s]+)*$", description="Where a proxy has put the server, for example /llm."
+    )
+    api_keys: tuple[SecretStr, ...] = Field((), description="Any of these lets a client in; none set: everybody.")
+    api_key_env: str | None = Field(
+        None, min_length=1, description="Environment variable with more keys, comma separated."
+    )
+    api_key_file: Path | None = Field(None, description="File with more keys, a line each; # begins a comment.")
+    protect_metrics: bool = Field(True, description="Whether /metrics needs a key, too, where keys are set.")
+    cors_origins: tuple[str, ...] = Field((), description="Web pages that may call: https://a.org, or * for all.")
+    tls_cert_file: Path | None = Field(None, description="PEM certificate chain; with tls_key_file: HTTPS.")
+    tls_key_file: Path | None = Field(None, description="PEM private key.")
+    tls_key_password_env: str | None = Field(
+        None, min_length=1, description="Environment variable with the private key's password."
+    )
     max_body_bytes: int = Field(4 * 2**20, ge=1024, description="Larger bodies get a 413.")
     max_choices: int = Field(128, ge=1, description="Most prompts x n of one request.")
     drain_seconds: float = Field(30.0, ge=0.0, description="At shutdown running requests get this long.")
@@ -145,6 +170,21 @@ class ServerConfig(_Section):
     @classmethod
     def _size(cls, value: str | int) -> int:
         return parse_size(value)
+
+    @model_validator(mode="after")
+    def _tls_pair(self) -> ServerConfig:
+        if (self.tls_cert_file is None) != (self.tls_key_file is None):
+            raise ValueError("tls_cert_file and tls_key_file go together; set both or neither")
+        if self.tls_key_password_env is not None and self.tls_key_file is None:
+            raise ValueError("tls_key_password_env only acts with tls_key_file; set it or drop it")
+        return self
+
+    def replaced(self, **chosen: object) -> ServerConfig:
+        """The section with some fields set anew, and checked. Raises ConfigError as `load_config` does."""
+        try:
+            return ServerConfig.model_validate({**dict(self), **chosen})
+        except ValidationError as error:
+            raise ConfigError("; ".join(_lines(error, "server"))) from error
 
 
 class Config(_Section):
@@ -188,7 +228,7 @@ def load_config(path: str | Path) -> Config:
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from error
     except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {error}") from error
+        raise ConfigError(f"{path}: not valid YAML: {_yaml_line(error)}") from error
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: expected sections (members, ensembles, ...), found {type(raw).__name__}")
     try:
@@ -200,14 +240,24 @@ def load_config(path: str | Path) -> Config:
     return config
 
 
-def _lines(error: ValidationError) -> list[str]:
-    return [_line(item["loc"], item["msg"], item["input"]) for item in error.errors(include_url=False)]
+def _yaml_line(error: yaml.YAMLError) -> str:
+    """What is wrong and where; not the line itself, which may hold a key."""
+    if not isinstance(error, yaml.MarkedYAMLError) or error.problem_mark is None:
+        return " ".join(str(error).split())
+    mark = error.problem_mark
+    return f"{error.problem} in line {mark.line + 1}, column {mark.column + 1}"
+
+
+def _lines(error: ValidationError, *parents: str) -> list[str]:
+    return [
+        _line((*parents, *item["loc"]), item["msg"], item["input"]) for item in error.errors(include_url=False)
+    ]
 
 
 def _line(location: tuple[int | str, ...], message: str, given: object) -> str:
     where = ".".join(str(part) for part in location) or "(top level)"
     message = message.removeprefix("Value error, ")
-    if isinstance(given, dict | list):
+    if isinstance(given, BaseModel | dict | list) or _SECRET in location:
         return f"{where}: {message}"
     return f"{where}: {message} (given: {given!r})"
 
@@ -223,7 +273,13 @@ def _resolve_paths(config: Config, folder: Path) -> Config:
         )
         for name, member in config.members.items()
     }
-    return config.model_copy(update={"matrices": matrices, "members": members})
+    server = config.server.model_copy(update=_resolve_server_files(config.server, folder))
+    return config.model_copy(update={"matrices": matrices, "members": members, "server": server})
+
+
+def _resolve_server_files(server: ServerConfig, folder: Path) -> dict[str, Path]:
+    files = {name: getattr(server, name) for name in ("api_key_file", "tls_cert_file", "tls_key_file")}
+    return {name: (folder / file.expanduser()).resolve() for name, file in files.items() if file is not None}
 
 
 def _resolve_model(model: str, folder: Path) -> str:

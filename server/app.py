@@ -10,19 +10,26 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 from fastapi import FastAPI
+from starlette.middleware.cors import CORSMiddleware
 
 from ensemble_core.config import ServerConfig
-from server import errors
+from server import errors, routes, routes_tokenizer
+from server.auth import Gate, KeyRing, load_keys
+from server.edge import Edge
 from server.metrics import PrometheusSink
-from server.middleware import BodyLimit, RequestContext
-from server.routes import Edge, router
+from server.middleware import BodyLimit, RequestContext, RootPath
+from server.openapi import require_key
 
 if TYPE_CHECKING:
     from ensemble_core.runtime import Runtime
 
 
 def create_app(runtime: Runtime, config: ServerConfig, metrics: PrometheusSink) -> FastAPI:
-    """An app that serves `runtime`: its lifespan starts the runtime, and drains and stops it at shutdown."""
+    """An app that serves `runtime`: its lifespan starts the runtime, and drains and stops it at shutdown.
+
+    Raises ConfigError where the API keys cannot be had.
+    """
+    keys = load_keys(config)
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncGenerator[None]:
@@ -42,9 +49,27 @@ def create_app(runtime: Runtime, config: ServerConfig, metrics: PrometheusSink) 
         redirect_slashes=False,
     )
     app.state.edge = Edge(runtime, config, metrics, created=int(time.time()))
-    app.include_router(router)
-    # The one added last is the outermost.
-    app.add_middleware(BodyLimit, max_bytes=config.max_body_bytes)
-    app.add_middleware(RequestContext)
+    app.include_router(routes.router)
+    app.include_router(routes_tokenizer.router)
+    _add_middleware(app, config, keys, metrics)
     errors.install(app, metrics)
     return app
+
+
+def _add_middleware(app: FastAPI, config: ServerConfig, keys: KeyRing, metrics: PrometheusSink) -> None:
+    """The one added last is the outermost: a preflight carries no key, and a web page may read a 401."""
+    app.add_middleware(BodyLimit, max_bytes=config.max_body_bytes)
+    if keys:
+        app.add_middleware(Gate, keys=keys, protect_metrics=config.protect_metrics, metrics=metrics)
+        require_key(app)
+    if config.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=config.cors_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=["X-Request-Id", "Retry-After"],
+        )
+    app.add_middleware(RequestContext)
+    if config.root_path:
+        app.add_middleware(RootPath, root_path=config.root_path)

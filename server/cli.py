@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ensemble_core.config import Config, load_config
+from ensemble_core.config import Config, ServerConfig, load_config
 from ensemble_core.errors import UnisonoError
 
 if TYPE_CHECKING:
@@ -90,21 +90,63 @@ def serve(
     port: Annotated[
         int | None, typer.Option(min=0, max=65535, help="In place of server.port; 0 picks a free one.")
     ] = None,
+    root_path: Annotated[str | None, typer.Option(help="In place of server.root_path.")] = None,
+    api_key: Annotated[
+        list[str] | None,
+        typer.Option(
+            envvar="UNISONO_API_KEYS",
+            show_default=False,
+            help="One more key that lets clients in; may be repeated, or hold several with commas.",
+        ),
+    ] = None,
+    api_key_file: Annotated[Path | None, typer.Option(help="In place of server.api_key_file.")] = None,
+    cors_origin: Annotated[
+        list[str] | None, typer.Option(help="In place of server.cors_origins; may be repeated.")
+    ] = None,
+    tls_cert_file: Annotated[Path | None, typer.Option(help="In place of server.tls_cert_file.")] = None,
+    tls_key_file: Annotated[Path | None, typer.Option(help="In place of server.tls_key_file.")] = None,
+    tls_key_password_env: Annotated[
+        str | None, typer.Option(help="In place of server.tls_key_password_env.")
+    ] = None,
 ) -> None:
     """Load the models and serve them over HTTP until a signal comes."""
     with _one_line_errors():
         settings = _load(config)
-        chosen = {name: value for name, value in (("host", host), ("port", port)) if value is not None}
-        server = settings.server.model_copy(update=chosen)
+        server = _chosen(
+            settings.server,
+            host=host,
+            port=port,
+            root_path=root_path,
+            api_keys=_all_keys(settings.server, api_key),
+            api_key_file=api_key_file,
+            cors_origins=cors_origin or None,
+            tls_cert_file=tls_cert_file,
+            tls_key_file=tls_key_file,
+            tls_key_password_env=tls_key_password_env,
+        )
+        _serve(settings.model_copy(update={"server": server}))
 
-        from ensemble_core.runtime import Runtime
-        from server.app import create_app
-        from server.metrics import PrometheusSink
-        from server.serving import serve as serve_app
 
-        metrics = PrometheusSink()
-        runtime = Runtime(settings.model_copy(update={"server": server}), metrics)
-        serve_app(create_app(runtime, server, metrics), runtime, server, _say)
+def _chosen(server: ServerConfig, **options: object) -> ServerConfig:
+    """The server's section with the options that were given in place of its fields."""
+    return server.replaced(**{name: value for name, value in options.items() if value is not None})
+
+
+def _all_keys(server: ServerConfig, given: list[str] | None) -> list[object] | None:
+    """The file's keys and those of the command line, each of which may hold several."""
+    more = [key.strip() for keys in given or [] for key in keys.split(",") if key.strip()]
+    return [*server.api_keys, *more] if more else None
+
+
+def _serve(settings: Config) -> None:
+    from ensemble_core.runtime import Runtime
+    from server.app import create_app
+    from server.metrics import PrometheusSink
+    from server.serving import serve as serve_app
+
+    metrics = PrometheusSink()
+    runtime = Runtime(settings, metrics)
+    serve_app(create_app(runtime, settings.server, metrics), runtime, settings.server, _say)
 
 
 @app.command()
@@ -157,7 +199,7 @@ def generate(
         from ensemble_core.decoding.sampling_params import SamplingParams
         from server import logs
 
-        params = SamplingParams(max_tokens, temperature, stop=tuple(stop or ()), seed=seed)
+        params = SamplingParams(max_tokens=max_tokens, temperature=temperature, stop=tuple(stop or ()), seed=seed)
         logs.configure("warning")
 
         from ensemble_core.llm import LLM

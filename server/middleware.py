@@ -109,6 +109,18 @@ class BodyLimit:
             raise HTTPException(413, message)
 
 
+class RootPath:
+    """Tells the router where a proxy has put the server; paths with and without that prefix then both work."""
+
+    def __init__(self, app: ASGIApp, root_path: str) -> None:
+        self._app = app
+        self._root_path = root_path
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one connection."""
+        await self._app({**scope, "root_path": self._root_path}, receive, send)
+
+
 def choose_request_id(sent: str | None) -> str:
     """The client's own id if it is 1 to 128 visible ASCII characters, else a new one."""
     if sent is not None and _VISIBLE.fullmatch(sent):

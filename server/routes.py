@@ -2,76 +2,71 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
-from dataclasses import dataclass
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Any
 
-from fastapi import APIRouter, Depends, Request, Response
+from fastapi import APIRouter, Request, Response
 
-from ensemble_core.config import ServerConfig
 from ensemble_core.errors import ModelNotFoundError, NotReadyError
-from server.completions import Job, chunks, fold, plan
-from server.metrics import CONTENT_TYPE, PrometheusSink
-from server.schemas import Completion, CompletionRequest, ErrorBody, ModelCard, ModelList
+from server import chat, completions
+from server.edge import REFUSALS, Edge, EdgeOf
+from server.generation import Job
+from server.metrics import CONTENT_TYPE
+from server.schemas_answer import ModelCard, ModelList
+from server.schemas_chat import ChatCompletion, ChatRequest
+from server.schemas_completion import Completion, CompletionRequest
 from server.sse import EventStream, unless_gone
 
 if TYPE_CHECKING:
-    from ensemble_core.runtime import ModelInfo, Runtime
+    from ensemble_core.runtime import ModelInfo
 
-
-@dataclass(frozen=True, slots=True)
-class Edge:
-    """What the routes of one app share."""
-
-    runtime: Runtime
-    config: ServerConfig
-    metrics: PrometheusSink
-    created: int  # Unix time of the app's start
-
-
-async def _edge(request: Request) -> Edge:
-    return cast(Edge, request.app.state.edge)
-
-
-EdgeOf = Annotated[Edge, Depends(_edge)]
-_ERRORS: dict[int | str, dict[str, Any]] = {
-    "default": {"model": ErrorBody, "description": "Any refusal, in OpenAI's shape."}
-}
 _STREAM = {"text/event-stream": {"schema": {"type": "string"}}}
 
-router = APIRouter(responses=_ERRORS)
+router = APIRouter(responses=REFUSALS)
 
 
-@router.post(
-    "/v1/completions",
-    response_model=None,
-    responses={200: {"model": Completion, "content": _STREAM, "description": "An answer, or its stream."}},
-)
+def _answers(model: type) -> dict[int | str, dict[str, Any]]:
+    return {200: {"model": model, "content": _STREAM, "description": "An answer, or its stream."}}
+
+
+@router.post("/v1/completions", response_model=None, responses=_answers(Completion))
 async def create_completion(body: CompletionRequest, request: Request, edge: EdgeOf) -> Response:
     """Continue one or several prompts.
 
     With `stream` the answer is server-sent events, each a chunk of the same object, then `[DONE]`.
     """
-    job = plan(body, edge.config.max_choices)
-    outputs = await edge.runtime.submit(job.requests)
-    stream = chunks(job, outputs)
+    job = completions.plan(body, edge.config.max_choices)
+    return await _run(job, bool(body.stream), request, edge)
+
+
+@router.post("/v1/chat/completions", response_model=None, responses=_answers(ChatCompletion))
+async def create_chat_completion(body: ChatRequest, request: Request, edge: EdgeOf) -> Response:
+    """Answer a conversation; each member reads it through its own chat template.
+
+    With `stream` the answer is server-sent events of `chat.completion.chunk` objects, then `[DONE]`.
+    """
+    prompt = chat.conversation(body)
+    limit = chat.length_limit(body)
+    with chat.chat_words(body):
+        if limit is None:
+            found = await edge.runtime.tokenize(body.model, prompt)
+            limit = chat.room_left(len(found.token_ids), found.max_model_len)
+        job = chat.plan(body, prompt, limit, edge.config.max_choices)
+        return await _run(job, bool(body.stream), request, edge)
+
+
+async def _run(job: Job, stream: bool, request: Request, edge: Edge) -> Response:
+    """The whole answer, or a stream whose first chunk is there: until then errors are real statuses."""
+    outputs = await edge.runtime.submit(job.ticket.requests)
     try:
-        return await _respond(body, request, job, stream)
+        if stream:
+            chunks = job.chunks(outputs)
+            return EventStream(await unless_gone(request.receive, anext(chunks)), chunks)
+        answer = await unless_gone(request.receive, job.answer(outputs))
+        return Response(answer.model_dump_json(exclude_unset=True), media_type="application/json")
     except BaseException:
-        await stream.aclose()
         await outputs.aclose()
         raise
-
-
-async def _respond(
-    body: CompletionRequest, request: Request, job: Job, stream: AsyncGenerator[Completion]
-) -> Response:
-    """The whole answer, or a stream whose first chunk is there: until then errors are real statuses."""
-    if body.stream:
-        return EventStream(await unless_gone(request.receive, anext(stream)), stream)
-    answer = await unless_gone(request.receive, fold(job, stream))
-    return Response(answer.model_dump_json(), media_type="application/json")
 
 
 @router.get("/v1/models")

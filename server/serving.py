@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import signal
 import socket
+import ssl
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -19,6 +21,7 @@ from fastapi import FastAPI
 
 from ensemble_core.config import ServerConfig
 from ensemble_core.errors import ConfigError
+from server.auth import load_keys
 
 if TYPE_CHECKING:
     from ensemble_core.runtime import Runtime
@@ -78,38 +81,64 @@ def listen(config: ServerConfig) -> socket.socket:
         ) from error
 
 
-def url(host: str, port: int) -> str:
+def check_tls(config: ServerConfig) -> str | None:
+    """The private key's password, if it has one, once the files are known to fit. Raises ConfigError."""
+    if config.tls_cert_file is None or config.tls_key_file is None:
+        return None
+    password = _tls_password(config.tls_key_password_env)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    try:
+        for file in (config.tls_cert_file, config.tls_key_file):
+            file.open("rb").close()  # ssl does not say which file it is
+        context.load_cert_chain(config.tls_cert_file, config.tls_key_file, lambda: password or "")
+    except ssl.SSLError as error:
+        raise ConfigError(
+            f"server.tls_cert_file, server.tls_key_file: {config.tls_cert_file} and {config.tls_key_file} cannot "
+            f"be used ({error.reason or error.strerror or 'not PEM'}); give a PEM certificate and its own private "
+            "key, and tls_key_password_env if the key is encrypted"
+        ) from error
+    except OSError as error:
+        raise ConfigError(
+            f"server.tls_cert_file, server.tls_key_file: {error.filename} cannot be read ({error.strerror})"
+        ) from error
+    return password
+
+
+def _tls_password(variable: str | None) -> str | None:
+    if variable is None:
+        return None
+    if not os.environ.get(variable):
+        raise ConfigError(f"server.tls_key_password_env: the environment variable {variable} is not set")
+    return os.environ[variable]
+
+
+def url(host: str, port: int, scheme: str = "http") -> str:
     """Where a client on this machine finds the server."""
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 
 
-def curl_line(base: str, model: str) -> str:
-    """A request to try."""
+def curl_line(base: str, model: str, keyed: bool = False) -> str:
+    """A request to try. keyed: the client must put its key into the environment first."""
     body = {"model": model, "prompt": "The capital of France is", "max_tokens": 32, "temperature": 0}
-    return f"curl {base}/v1/completions -H 'Content-Type: application/json' -d '{json.dumps(body)}'"
+    key = ' -H "Authorization: Bearer $UNISONO_API_KEY"' if keyed else ""
+    return f"curl {base}/v1/completions{key} -H 'Content-Type: application/json' -d '{json.dumps(body)}'"
 
 
 def serve(app: FastAPI, runtime: Runtime, config: ServerConfig, say: Callable[[str], None]) -> None:
     """Serve until a signal comes; returns after a graceful shutdown.
 
-    say: takes the lines for whoever started the server. Raises ConfigError for the address, and what loading
-    raised.
+    say: takes the lines for whoever started the server. Raises ConfigError for the address and the TLS files, and
+    what loading raised.
     """
+    settings = _settings(app, config)
     listener = listen(config)
-    base = url(config.host, listener.getsockname()[1])
+    base = url(config.host, listener.getsockname()[1], "https" if settings.is_ssl else "http")
 
     def announce() -> None:
         say(f"ready at {base}; try:")
-        say(curl_line(base, runtime.models()[0].name))
+        say(curl_line(base, runtime.models()[0].name, keyed=bool(load_keys(config))))
 
-    settings = uvicorn.Config(
-        app,
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        timeout_graceful_shutdown=_FLUSH_SECONDS,
-    )
     server = DrainingServer(settings, runtime, config.drain_seconds, announce)
     say(f"listening on {base}; loading")
     _run(server, listener)
@@ -117,6 +146,20 @@ def serve(app: FastAPI, runtime: Runtime, config: ServerConfig, say: Callable[[s
         runtime.stop()
     if server.failure is not None:
         raise server.failure
+
+
+def _settings(app: FastAPI, config: ServerConfig) -> uvicorn.Config:
+    password = check_tls(config)
+    return uvicorn.Config(
+        app,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=_FLUSH_SECONDS,
+        ssl_certfile=config.tls_cert_file,
+        ssl_keyfile=config.tls_key_file,
+        ssl_keyfile_password=password,
+    )
 
 
 def _run(server: uvicorn.Server, listener: socket.socket) -> None:

@@ -1,27 +1,33 @@
 """A scripted runtime: what the HTTP edge sees of the engine, without an engine.
 
-Each request answers with the pieces of `script` (or its own, by prompt), one word a token; the prompt counts
-one token a word. It records what it was asked for, what was aborted, and whether it was drained and stopped.
+Each request answers with the pieces of `script` (or its own, by prompt), one piece a token; a prompt counts one
+token a word. Log-probabilities, traces and echoes are filled where they were asked for, as an engine does. It
+records what it was asked for, what was aborted, and whether it was drained and stopped.
 """
 
 from __future__ import annotations
 
 import asyncio
+import re
 import socket
 import threading
 import time
+import zlib
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import uvicorn
 
 from ensemble_core.config import ServerConfig
-from ensemble_core.decoding.requests import GenerationRequest, Output
-from ensemble_core.errors import ModelNotFoundError, NotReadyError
+from ensemble_core.decoding.requests import Conversation, GenerationRequest, Output, Prompt, TokenLogprob, Trace
+from ensemble_core.errors import InvalidRequestError, ModelNotFoundError, NotReadyError
 from server.app import create_app
 from server.metrics import PrometheusSink
+from server.serving import check_tls
+
+VOCAB_SIZE = 10_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +44,13 @@ class FakeModel:
     recipe: dict[str, Any] | None
 
 
+@dataclass(frozen=True, slots=True)
+class FakeTokenized:
+    token_ids: tuple[int, ...]
+    tokens: tuple[str, ...]
+    max_model_len: int
+
+
 RECIPE = {
     "members": {"a": 0.5, "b": 0.5},
     "main": "a",
@@ -51,9 +64,24 @@ MODELS = [
 ]
 
 
-def outputs_of(pieces: Sequence[str], prompt: str, finish: str = "stop") -> list[Output]:
+def words_of(prompt: Prompt) -> list[str]:
+    """The prompt's tokens: words with the space before them; ids are words that spell the id."""
+    if isinstance(prompt, Conversation):
+        turns = [f"<{message['role']}>{message['content']}" for message in prompt.messages]
+        return words_of("\n".join(turns if prompt.continue_final else [*turns, "<assistant>"]))
+    if isinstance(prompt, tuple):
+        return [f" t{token_id}" for token_id in prompt]
+    return re.findall(r"\s*\S+|\s+$", prompt)
+
+
+def id_of(word: str) -> int:
+    named = re.fullmatch(r" t(\d+)", word)
+    return int(named[1]) if named else zlib.crc32(word.encode()) % VOCAB_SIZE
+
+
+def outputs_of(pieces: Sequence[str], prompt: Prompt, finish: str = "stop") -> list[Output]:
     """One output a piece; the last has the finish reason."""
-    words = len(prompt.split())
+    words = len(words_of(prompt))
     last = len(pieces) - 1
     return [
         Output(piece, (rank,), words, rank + 1, finish if rank == last else None)  # type: ignore[arg-type]
@@ -61,11 +89,28 @@ def outputs_of(pieces: Sequence[str], prompt: str, finish: str = "stop") -> list
     ]
 
 
+def logprob_of(token_id: int, seed: int | None) -> float:
+    """Some exact number that depends on the token and the seed."""
+    return -((token_id * 7 + (seed or 0) * 3) % 16 + 1) / 8
+
+
+def entry(token_id: int, text: str, offset: int, num_top: int, seed: int | None) -> TokenLogprob:
+    logprob = logprob_of(token_id, seed)
+    others = [(token_id + k, f"alt{k}", logprob - k / 4) for k in range(1, num_top)]
+    return TokenLogprob(token_id, text, logprob, offset, ((token_id, text, logprob), *others))
+
+
+def trace_of(text: str) -> Trace:
+    proposed = {"a": ((text, 0.5), ("x", 0.25)), "b": (("y", 0.75),)}
+    return Trace(text, True, proposed, ((text, 0.375),), {"b": False})
+
+
 @dataclass
 class FakeRuntime:
     script: Sequence[str] = (" Hello", " wörld", " 😀", "!")
-    outputs: dict[str, list[Output]] = field(default_factory=dict)  # prompt -> its own outputs
+    outputs: dict[Any, list[Output]] = field(default_factory=dict)  # prompt -> its own outputs
     refuse: Exception | None = None  # raised by submit
+    refuse_once: list[Exception] = field(default_factory=list)  # raised by the first submits
     breaks: Exception | None = None  # raised in place of the last output
     endless: bool = False  # repeats the script until it is closed
     delay: float = 0.0  # seconds before each output
@@ -91,16 +136,67 @@ class FakeRuntime:
     def models(self) -> list[FakeModel]:
         return MODELS
 
-    async def submit(self, requests: Sequence[GenerationRequest]) -> AsyncGenerator[tuple[int, Output], None]:
-        if self.refuse is not None:
-            raise self.refuse
+    def _model(self, name: str) -> FakeModel:
         if self.state != "ready":
             raise NotReadyError(f"the engine is {self.state}")
+        for model in MODELS:
+            if model.name == name:
+                return model
+        raise ModelNotFoundError(f"model {name!r} is unknown; there are duo, a, b")
+
+    async def tokenize(self, model: str, prompt: Any, add_special_tokens: bool = True) -> FakeTokenized:
+        words = words_of(prompt)
+        if add_special_tokens and isinstance(prompt, str):
+            words = ["<s>", *words]
+        return FakeTokenized(tuple(map(id_of, words)), tuple(words), self._model(model).max_model_len)
+
+    async def detokenize(self, model: str, token_ids: Sequence[int]) -> str:
+        self._model(model)
+        self._check_ids(token_ids, "tokens")
+        return "".join(words_of(tuple(token_ids)))
+
+    def tokenizer_info(self, model: str) -> dict[str, Any]:
+        found = self._model(model)
+        return {
+            "name": "a" if found.name == "duo" else found.name,
+            "vocab_size": VOCAB_SIZE,
+            "bos_token": "<s>",
+            "bos_token_id": id_of("<s>"),
+            "eos_token": "</s>",
+            "eos_token_id": id_of("</s>"),
+            "pad_token": None,
+            "pad_token_id": None,
+            "stop_ids": [id_of("</s>")],
+            "chat_template": None,
+            "max_model_len": found.max_model_len,
+            "fingerprint": "0" * 16,
+        }
+
+    @staticmethod
+    def _check_ids(token_ids: Sequence[int], param: str) -> None:
+        for token_id in token_ids:
+            if not 0 <= token_id < VOCAB_SIZE:
+                raise InvalidRequestError(f"{param}: token id {token_id} is not in 0..{VOCAB_SIZE - 1}", param)
+
+    async def submit(self, requests: Sequence[GenerationRequest]) -> AsyncGenerator[tuple[int, Output], None]:
+        if self.refuse_once:
+            raise self.refuse_once.pop(0)
+        if self.refuse is not None:
+            raise self.refuse
         for request in requests:
-            if request.model not in {model.name for model in MODELS}:
-                raise ModelNotFoundError(f"model {request.model!r} is unknown; there are duo, a, b")
+            self._check(request)
         self.seen.extend(requests)
         return self._run(list(requests))
+
+    def _check(self, request: GenerationRequest) -> None:
+        room = self._model(request.model).max_model_len - len(words_of(request.prompt))
+        if isinstance(request.prompt, tuple):
+            self._check_ids(request.prompt, "prompt")
+        self._check_ids(request.params.stop_token_ids, "stop_token_ids")
+        self._check_ids([token_id for token_id, _ in request.params.logit_bias], "logit_bias")
+        if room < request.params.max_tokens:
+            param = "prompt" if room < 1 else "max_tokens"
+            raise InvalidRequestError(f"{param}: the context has room for {room} tokens", param)
 
     async def _run(self, requests: list[GenerationRequest]) -> AsyncGenerator[tuple[int, Output], None]:
         open_ids = {request.request_id for request in requests}
@@ -137,7 +233,13 @@ class FakeRuntime:
         return Output(script[step % len(script)].text, (step,), 1, step + 1)
 
     def _outputs(self, request: GenerationRequest) -> list[Output]:
-        return self.outputs.get(request.prompt) or outputs_of(self.script, request.prompt)
+        own = None if isinstance(request.prompt, Conversation) else self.outputs.get(request.prompt)
+        if own:
+            return own
+        outputs = outputs_of(self.script, request.prompt)
+        if request.params.max_tokens == 0:
+            outputs = [replace(outputs[0], text="", token_ids=(), num_completion_tokens=0, finish_reason="length")]
+        return _with_extras(request, outputs)
 
     async def drain(self, seconds: float) -> None:
         self.state = "draining"
@@ -152,16 +254,59 @@ class FakeRuntime:
         self.log.append("stop")
 
 
+def _with_extras(request: GenerationRequest, outputs: list[Output]) -> list[Output]:
+    """What was asked for beside text."""
+    params, words = request.params, words_of(request.prompt)
+    offset = sum(map(len, words)) if params.echo else 0
+    filled = []
+    for output in outputs:
+        fields: dict[str, Any] = {}
+        if params.logprobs is not None and output.token_ids:
+            told = entry(output.token_ids[0], output.text, offset, params.logprobs, params.seed)
+            fields["logprobs"] = (told,)
+        if request.trace and output.token_ids:
+            fields["traces"] = (trace_of(output.text),)
+        offset += len(output.text)
+        filled.append(replace(output, **fields))
+    filled[0] = replace(filled[0], prompt_token_ids=tuple(map(id_of, words)), **_echo(request, words))
+    return filled
+
+
+def _echo(request: GenerationRequest, words: list[str]) -> dict[str, Any]:
+    if not request.params.echo:
+        return {}
+    if request.params.logprobs is None:
+        return {"prompt_text": "".join(words)}
+    entries, offset = [], 0
+    for rank, word in enumerate(words):
+        if rank == 0:
+            entries.append(TokenLogprob(id_of(word), word, None, 0))
+        else:
+            entries.append(entry(id_of(word), word, offset, request.params.logprobs, None))
+        offset += len(word)
+    return {"prompt_text": "".join(words), "prompt_logprobs": tuple(entries)}
+
+
 @contextmanager
 def live_server(runtime: FakeRuntime, config: ServerConfig | None = None) -> Iterator[str]:
     """A real server on a free loopback port, in a thread; yields its address."""
+    config = config or ServerConfig()
     listener = socket.create_server(("127.0.0.1", 0))
-    app = create_app(runtime, config or ServerConfig(), PrometheusSink())  # type: ignore[arg-type]
-    server = uvicorn.Server(uvicorn.Config(app, log_config=None))
+    app = create_app(runtime, config, PrometheusSink())  # type: ignore[arg-type]
+    server = uvicorn.Server(
+        uvicorn.Config(
+            app,
+            log_config=None,
+            ssl_certfile=config.tls_cert_file,
+            ssl_keyfile=config.tls_key_file,
+            ssl_keyfile_password=check_tls(config),
+        )
+    )
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     try:
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        scheme = "http" if config.tls_cert_file is None else "https"
+        yield f"{scheme}://127.0.0.1:{listener.getsockname()[1]}"
     finally:
         server.should_exit = True
         thread.join(timeout=30)

@@ -83,7 +83,10 @@ def test_version(client: TestClient) -> None:
     ("method", "path", "status"),
     [
         ("GET", "/nope", 404),
-        ("POST", "/v1/chat/completions", 404),
+        ("POST", "/v1/embeddings", 404),
+        ("GET", "/v1/chat/completions", 405),
+        ("GET", "/tokenize", 405),
+        ("POST", "/tokenizer_info", 405),
         ("POST", "/v1/completions/", 404),
         ("GET", "/v1/completions", 405),
         ("DELETE", "/v1/models", 405),
@@ -112,9 +115,12 @@ def test_the_documentation_describes_the_api(client: TestClient) -> None:
     completions = api["paths"]["/v1/completions"]["post"]
     assert "422" not in completions["responses"]
     assert "text/event-stream" in completions["responses"]["200"]["content"]
+    assert "text/event-stream" in api["paths"]["/v1/chat/completions"]["post"]["responses"]["200"]["content"]
+    assert {"/tokenize", "/detokenize", "/tokenizer_info"} <= set(api["paths"])
     schemas = api["components"]["schemas"]
-    assert {"CompletionRequest", "EnsembleOptions", "StreamOptions", "Completion", "ErrorBody"} <= set(schemas)
-    assert {"members", "weights", "fusion", "mode"} == set(schemas["EnsembleOptions"]["properties"])
+    assert {"CompletionRequest", "ChatRequest", "EnsembleOptions", "StreamOptions", "ErrorBody"} <= set(schemas)
+    assert {"members", "weights", "fusion", "mode", "trace"} == set(schemas["EnsembleOptions"]["properties"])
+    assert "securitySchemes" not in api["components"]
 
 
 def test_the_lifespan_starts_drains_and_stops() -> None:

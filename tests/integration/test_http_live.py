@@ -1,4 +1,4 @@
-"""A real server on a loopback port: disconnects, limits on the wire, and OpenAI's own client."""
+"""A real server on a loopback port: disconnects, limits on the wire, many clients at once."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ import pytest
 from fake_runtime import FakeRuntime, live_server
 
 from ensemble_core.config import ServerConfig
-from ensemble_core.errors import NotReadyError, QueueFullError
 
 BASE: dict[str, Any] = {"model": "duo", "prompt": "a b c"}
+CHAT: dict[str, Any] = {"model": "duo", "messages": [{"role": "user", "content": "a b c"}]}
 TEXT = " Hello wörld 😀!"
 
 
@@ -32,12 +32,6 @@ def base(runtime: FakeRuntime) -> Iterator[str]:
         yield base
 
 
-@pytest.fixture
-def client(base: str) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{base}/v1", api_key="none", max_retries=0) as client:
-        yield client
-
-
 def wait_for(condition: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 5.0
     while not condition():
@@ -46,12 +40,14 @@ def wait_for(condition: Callable[[], bool]) -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_client_that_goes_aborts_its_requests(base: str, runtime: FakeRuntime, stream: bool) -> None:
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+def test_a_client_that_goes_aborts_its_requests(base: str, runtime: FakeRuntime, path: str, stream: bool) -> None:
     runtime.endless, runtime.delay = True, 0.005
-    body = json.dumps(BASE | {"stream": stream, "n": 2}).encode()
+    fields = BASE if path == "/v1/completions" else CHAT
+    body = json.dumps(fields | {"stream": stream, "n": 2}).encode()
     host, _, port = base.removeprefix("http://").partition(":")
     with socket.create_connection((host, int(port))) as connection:
-        head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+        head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
         connection.sendall(head.encode() + body)
         if stream:
             assert b"200 OK" in connection.recv(4096)
@@ -98,63 +94,6 @@ def test_large_bodies_get_their_413_on_the_wire(base: str, num_bytes: int) -> No
         answer = httpx.post(f"{base}/v1/completions", content=content)
         assert answer.status_code == 413
     assert httpx.post(f"{base}/v1/completions", json=BASE).status_code == 200
-
-
-def test_the_sdk_completes(client: openai.OpenAI, runtime: FakeRuntime) -> None:
-    answer = client.completions.create(
-        model="duo", prompt=["p", "q"], n=2, seed=1, extra_body={"ensemble": {"members": ["a"]}}
-    )
-    assert [choice.text for choice in answer.choices] == [TEXT] * 4
-    assert answer.usage is not None
-    assert answer.usage.completion_tokens == 16
-    assert runtime.seen[0].overrides.members == ("a",)
-
-
-def test_the_sdk_streams(client: openai.OpenAI) -> None:
-    stream = client.completions.create(
-        model="duo", prompt="p", stream=True, stream_options={"include_usage": True}
-    )
-    *texts, last = list(stream)
-    assert "".join(chunk.choices[0].text for chunk in texts) == TEXT
-    assert texts[-1].choices[0].finish_reason == "stop"
-    assert last.usage is not None
-    assert last.usage.total_tokens == 5
-
-
-def test_the_sdk_lists_models(client: openai.OpenAI) -> None:
-    assert [model.id for model in client.models.list()] == ["duo", "a", "b"]
-    assert client.models.retrieve("a").id == "a"
-
-
-@pytest.mark.parametrize(
-    ("fields", "refuse", "error"),
-    [
-        ({"temperature": 3}, None, openai.BadRequestError),
-        ({"model": "nope"}, None, openai.NotFoundError),
-        ({}, QueueFullError("full"), openai.RateLimitError),
-        ({}, NotReadyError("loading"), openai.InternalServerError),
-        ({}, RuntimeError("a bug"), openai.InternalServerError),
-    ],
-)
-def test_the_sdk_raises_its_error_classes(
-    client: openai.OpenAI,
-    runtime: FakeRuntime,
-    fields: dict[str, Any],
-    refuse: Exception | None,
-    error: type[openai.APIStatusError],
-) -> None:
-    runtime.refuse = refuse
-    with pytest.raises(error) as caught:
-        client.completions.create(**(BASE | fields))
-    assert caught.value.request_id
-    if "temperature" in fields:
-        assert caught.value.param == "temperature"
-
-
-def test_the_sdk_raises_a_failure_in_a_stream(client: openai.OpenAI, runtime: FakeRuntime) -> None:
-    runtime.breaks = NotReadyError("stopping")
-    with pytest.raises(openai.APIError, match="stopping"):
-        list(client.completions.create(model="duo", prompt="p", stream=True))
 
 
 def test_many_async_clients_at_once(base: str, runtime: FakeRuntime) -> None:

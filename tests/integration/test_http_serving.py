@@ -35,7 +35,7 @@ class Runtime(FakeRuntime):
 
 sys.modules["ensemble_core.runtime"] = types.SimpleNamespace(Runtime=Runtime)
 from server.cli import main
-sys.argv = ["unisono", "serve", "--config", {config!r}, "--port", "{port}"]
+sys.argv = ["unisono", "serve", "--config", {config!r}, "--port", "{port}", *{arguments!r}]
 main()
 """
 
@@ -52,8 +52,10 @@ def config(tmp_path: Path) -> str:
 
 
 @contextmanager
-def serving(config: str, options: str = "", port: int = 0) -> Iterator[subprocess.Popen[str]]:
-    program = PROGRAM.format(tests=str(TESTS), config=config, options=options, port=port)
+def serving(
+    config: str, options: str = "", port: int = 0, arguments: tuple[str, ...] = ()
+) -> Iterator[subprocess.Popen[str]]:
+    program = PROGRAM.format(tests=str(TESTS), config=config, options=options, port=port, arguments=arguments)
     process = subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.PIPE, text=True)
     watchdog = threading.Timer(30, process.kill)
     watchdog.start()
@@ -136,6 +138,26 @@ def test_loading_that_fails_is_one_line_and_a_failure(config: str) -> None:
         assert process.returncode == 1
         assert err.splitlines()[-1] == "unisono: member b: no files; run unisono pull"
         assert "Traceback" not in err
+
+
+def test_with_keys_the_printed_line_asks_for_one_and_shows_none(config: str) -> None:
+    with serving(config, arguments=("--api-key", "sk-secret")) as process:
+        base = address(process)
+        line = read_until(process, "curl")
+        assert "Bearer $UNISONO_API_KEY" in line
+        assert "sk-secret" not in line
+        assert httpx.post(f"{base}/v1/completions", json=BASE).status_code == 401
+        headers = {"Authorization": "Bearer sk-secret"}
+        assert httpx.post(f"{base}/v1/completions", json=BASE, headers=headers).status_code == 200
+
+
+def test_wrong_tls_files_are_one_line_and_a_failure(config: str) -> None:
+    files = ("--tls-cert-file", "nowhere/cert.pem", "--tls-key-file", "nowhere/key.pem")
+    with serving(config, arguments=files) as process:
+        _out, err = process.communicate(timeout=20)
+        assert process.returncode == 1
+        (line,) = err.splitlines()
+        assert "nowhere/cert.pem cannot be read" in line
 
 
 def test_an_address_in_use_is_one_line_and_a_failure(config: str) -> None:

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import yaml
+from pydantic import SecretStr
 
-from ensemble_core.config import Config, EnsembleConfig, MemberConfig, load_config, parse_size
+from ensemble_core.config import Config, EnsembleConfig, MemberConfig, ServerConfig, load_config, parse_size
 from ensemble_core.errors import ConfigError
 from ensemble_core.fusion import relative  # noqa: F401  (registers the fusion that configs/ name)
 from ensemble_core.fusion.base import parse_options
@@ -113,6 +114,12 @@ def test_weights_sum_to_one_with_main_first(tmp_path: Path) -> None:
         ("scheduler.max_running", 0, "scheduler.max_running: "),
         ("server.port", 70000, "server.port: Input should be less than or equal to 65535 (given: 70000)"),
         ("server.max_body_bytes", "4 parsecs", "server.max_body_bytes: '4 parsecs' is not a size"),
+        ("server.root_path", "llm", "server.root_path: String should match"),
+        ("server.root_path", "/llm/", "server.root_path: String should match"),
+        ("server.api_key_env", "", "server.api_key_env: "),
+        ("server.tls_cert_file", "cert.pem", "server: tls_cert_file and tls_key_file go together"),
+        ("server.tls_key_password_env", "X", "server: tls_key_password_env only acts with tls_key_file"),
+        ("server.cors_origins", "https://a.org", "server.cors_origins: "),
     ],
 )
 def test_a_wrong_field_is_named_by_its_path(tmp_path: Path, path: str, value: object, expected: str) -> None:
@@ -165,6 +172,45 @@ def test_relative_paths_start_at_the_file(tmp_path: Path) -> None:
     assert config.matrices.folder == (tmp_path / "built").resolve()
     assert config.members["a"].model == str((tmp_path / "sub/models/a").resolve())
     assert config.members["b"].model == str(Path.home() / "b")
+
+
+def test_the_servers_files_start_at_the_file(tmp_path: Path) -> None:
+    files = {"api_key_file": "keys", "tls_cert_file": "../cert.pem", "tls_key_file": "/etc/key.pem"}
+    (tmp_path / "sub").mkdir()
+    server = load_config(written(tmp_path / "sub", SMALL | {"server": files})).server
+    assert server.api_key_file == (tmp_path / "sub/keys").resolve()
+    assert server.tls_cert_file == (tmp_path / "cert.pem").resolve()
+    assert server.tls_key_file == Path("/etc/key.pem")
+
+
+@pytest.mark.parametrize("keys", ["sk-secret", {"a": "sk-secret"}, [{"key": "sk-secret"}], ["ok", ["sk-secret"]]])
+def test_a_wrong_key_is_named_and_not_quoted(tmp_path: Path, keys: object) -> None:
+    text = message(tmp_path, changed("server.api_keys", keys))
+    assert "server.api_keys" in text
+    assert "sk-secret" not in text
+
+
+def test_a_key_in_broken_yaml_is_not_quoted(tmp_path: Path) -> None:
+    text = message(tmp_path, "server:\n  api_keys: [sk-secret, }\n")
+    assert "line 2" in text
+    assert "sk-secret" not in text
+
+
+def test_keys_are_hidden_in_the_configuration(tmp_path: Path) -> None:
+    config = load_config(written(tmp_path, changed("server.api_keys", ["sk-secret"])))
+    assert config.server.api_keys[0].get_secret_value() == "sk-secret"
+    assert "sk-secret" not in f"{config} {config!r} {config.model_dump()}"
+
+
+def test_replaced_fields_are_checked() -> None:
+    server = ServerConfig(port=5, api_keys=(SecretStr("x"),))
+    assert server.replaced(host="h") == ServerConfig(host="h", port=5, api_keys=(SecretStr("x"),))
+    with pytest.raises(
+        ConfigError, match=r"^server\.root_path: .*; server\.port: |^server\.port: .*; server\.root_path: "
+    ):
+        server.replaced(port=-1, root_path="x")
+    with pytest.raises(ConfigError, match=r"^server: tls_cert_file and tls_key_file go together"):
+        server.replaced(tls_key_file="key.pem")
 
 
 @pytest.mark.parametrize("model", ["org/name", "gpt2", "demo:gemma-3-270m", "/abs/folder"])

@@ -8,8 +8,10 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+from fake_runtime import FakeRuntime
 from typer.testing import CliRunner
 
+from ensemble_core.config import ServerConfig
 from ensemble_core.decoding.sampling_params import SamplingParams
 from ensemble_core.errors import CheckpointError
 from server.cli import app
@@ -121,6 +123,83 @@ def test_build_reports_each_matrix(
         f"a: m/a.safetensors ({mass}) built in 12 s",
         f"b: m/a.safetensors ({mass}) fits, left alone",
     ]
+
+
+@pytest.fixture
+def served(monkeypatch: pytest.MonkeyPatch) -> list[ServerConfig]:
+    """What `unisono serve` would have served; loading and serving are left out."""
+    found: list[ServerConfig] = []
+    stand_in(monkeypatch, "ensemble_core.runtime", Runtime=lambda _config, _sink: FakeRuntime())
+
+    def serve(_app: Any, _runtime: Any, config: ServerConfig, _say: Any) -> None:
+        found.append(config)
+
+    monkeypatch.setattr("server.serving.serve", serve)
+    monkeypatch.delenv("UNISONO_API_KEYS", raising=False)
+    return found
+
+
+def keys_of(config: ServerConfig) -> list[str]:
+    return [key.get_secret_value() for key in config.api_keys]
+
+
+def test_serve_options_take_the_place_of_fields(config: str, served: list[ServerConfig]) -> None:
+    options = ["--host", "h", "--port", "5", "--root-path", "/llm", "--cors-origin", "https://a.org"]
+    options += ["--cors-origin", "https://b.org", "--tls-cert-file", "c.pem", "--tls-key-file", "k.pem"]
+    options += ["--tls-key-password-env", "PW"]
+    assert invoke("serve", "--config", config, *options).exit_code == 0
+    assert served == [
+        ServerConfig(
+            host="h",
+            port=5,
+            root_path="/llm",
+            cors_origins=("https://a.org", "https://b.org"),
+            tls_cert_file=Path("c.pem"),
+            tls_key_file=Path("k.pem"),
+            tls_key_password_env="PW",
+        )
+    ]
+
+
+def test_without_options_the_file_says_it_all(config: str, served: list[ServerConfig]) -> None:
+    assert invoke("serve", "--config", config).exit_code == 0
+    assert served == [ServerConfig()]
+
+
+def test_keys_of_the_file_and_of_the_options_add_up(
+    config: str, served: list[ServerConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path(config).write_text(CONFIG + "server: {api_keys: [own]}\n")
+    assert invoke("serve", "--config", config, "--api-key", "one", "--api-key", "two,three").exit_code == 0
+    assert keys_of(served[0]) == ["own", "one", "two", "three"]
+    monkeypatch.setenv("UNISONO_API_KEYS", "env-one, env-two")
+    assert invoke("serve", "--config", config).exit_code == 0
+    assert keys_of(served[1]) == ["own", "env-one", "env-two"]
+
+
+def test_no_help_shows_a_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("UNISONO_API_KEYS", "sk-secret")
+    assert "sk-secret" not in invoke("serve", "--help").output
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--root-path", "llm"], "server.root_path: "),
+        (["--tls-cert-file", "c.pem"], "server: tls_cert_file and tls_key_file go together"),
+        (["--api-key-file", "nowhere/keys"], "server.api_key_file: nowhere/keys cannot be read"),
+        (["--api-key", "sk secret"], "server.api_keys: a key must be visible ASCII"),
+    ],
+)
+def test_wrong_serve_options_are_one_line(
+    config: str, served: list[ServerConfig], options: list[str], words: str
+) -> None:
+    result = invoke("serve", "--config", config, *options)
+    assert result.exit_code == 1
+    (line,) = result.stderr.splitlines()
+    assert words in line
+    assert "secret" not in line
+    assert served == []
 
 
 class FakeLLM:

@@ -1,13 +1,17 @@
 from __future__ import annotations
 
 import logging
+import re
 from typing import Any
 
 import pytest
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from ensemble_core.errors import InvalidRequestError
-from server.schemas import NEUTRAL, CompletionRequest
+from server.schemas_chat import ChatRequest
+from server.schemas_completion import CompletionRequest
+from server.schemas_sampling import SamplingFields
+from server.schemas_tokenizer import TokenizeRequest
 
 BASE: dict[str, Any] = {"model": "duo", "prompt": "x"}
 
@@ -16,28 +20,35 @@ def parse(**fields: Any) -> CompletionRequest:
     return CompletionRequest.model_validate(BASE | fields)
 
 
-@pytest.mark.parametrize("name", sorted(NEUTRAL))
-def test_unsupported_parameters_pass_only_with_neutral_values(name: str) -> None:
-    parse(**{name: None})
-    for value in NEUTRAL[name]:
-        parse(**{name: value})
+CHAT: dict[str, Any] = {"model": "duo", "messages": [{"role": "user", "content": "x"}]}
+REFUSED = [(kind, name) for kind in (CompletionRequest, ChatRequest) for name in sorted(kind.neutral)]
+
+
+def base_of(kind: type[SamplingFields]) -> dict[str, Any]:
+    return BASE if kind is CompletionRequest else CHAT
+
+
+def chat(**fields: Any) -> ChatRequest:
+    return ChatRequest.model_validate(CHAT | fields)
+
+
+@pytest.mark.parametrize(("kind", "name"), REFUSED)
+def test_unsupported_parameters_pass_only_with_neutral_values(kind: type[SamplingFields], name: str) -> None:
+    kind.model_validate(base_of(kind) | {name: None})
+    for value in kind.neutral[name]:
+        kind.model_validate(base_of(kind) | {name: value})
     with pytest.raises(InvalidRequestError, match=rf"^{name} is not supported") as caught:
-        parse(**{name: "something else"})
+        kind.model_validate(base_of(kind) | {name: "something else"})
     assert caught.value.param == name
 
 
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("presence_penalty", 0.5),
-        ("presence_penalty", False),  # JSON's false is no 0
-        ("presence_penalty", "0"),
-        ("echo", 0),
-        ("echo", True),
-        ("logprobs", 0),
-        ("top_k", 40),
-        ("best_of", 2),
-        ("logit_bias", {"5": 1}),
+        ("suffix", "x"),
+        ("prompt_logprobs", 0),
+        ("use_beam_search", 0),  # JSON's 0 is no false
+        ("length_penalty", True),
         ("response_format", {"type": "json_object"}),
     ],
 )
@@ -47,26 +58,21 @@ def test_values_that_would_change_the_answer_are_refused(name: str, value: objec
     assert caught.value.param == name
 
 
-def test_a_float_zero_is_as_neutral_as_an_integer() -> None:
-    parse(presence_penalty=0.0, repetition_penalty=1.0, min_p=0.0)
+def test_a_float_is_as_neutral_as_an_integer() -> None:
+    parse(length_penalty=1.0)
 
 
-@pytest.mark.parametrize("n", [None, 1, 3])
-def test_best_of_is_neutral_where_it_equals_n(n: int | None) -> None:
-    parse(n=n, best_of=n or 1)
-    with pytest.raises(InvalidRequestError, match="best_of"):
-        parse(n=n, best_of=4)
-
-
-def test_table_and_fields_do_not_overlap() -> None:
-    assert not NEUTRAL.keys() & CompletionRequest.model_fields.keys()
+@pytest.mark.parametrize("kind", [CompletionRequest, ChatRequest])
+def test_what_is_supported_refused_and_ignored_does_not_overlap(kind: type[SamplingFields]) -> None:
+    assert not kind.neutral.keys() & kind.model_fields.keys()
+    assert not kind.ignored & (kind.model_fields.keys() | kind.neutral.keys())
 
 
 def test_unknown_fields_are_ignored_with_a_debug_line(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.DEBUG, logger="server.schemas"):
-        parse(priority=3, suffix=None, secret="not to be logged")
+    with caplog.at_level(logging.DEBUG, logger="server.schemas_sampling"):
+        parse(colour=3, priority=1, suffix=None, secret="not to be logged")
     assert [record.levelname for record in caplog.records] == ["DEBUG"]
-    assert "['priority', 'secret']" in caplog.text
+    assert "['colour', 'secret']" in caplog.text
     assert "not to be logged" not in caplog.text
 
 
@@ -92,6 +98,43 @@ def test_unknown_fields_are_ignored_with_a_debug_line(caplog: pytest.LogCaptureF
         ("prompt", True),
         ("prompt", {"text": "x"}),
         ("prompt", ["x", None]),
+        ("prompt", [1, "x"]),
+        ("prompt", [1, True]),
+        ("prompt", [1.0]),
+        ("prompt", [[1], "x"]),
+        ("prompt", [[1], ["x"]]),
+        ("prompt", [["x"]]),
+        ("prompt", [-1]),
+        ("prompt", [2**31]),
+        ("best_of", 1.0),
+        ("echo", "yes"),
+        ("echo", 1),
+        ("logprobs", True),
+        ("logprobs", 1.5),
+        ("presence_penalty", "1"),
+        ("frequency_penalty", False),
+        ("top_k", 1.5),
+        ("min_p", "0"),
+        ("min_tokens", True),
+        ("ignore_eos", 1),
+        ("stop_token_ids", 5),
+        ("stop_token_ids", ["5"]),
+        ("stop_token_ids", [-1]),
+        ("stop_token_ids", [1] * 65),
+        ("include_stop_str_in_output", "no"),
+        ("skip_special_tokens", 0),
+        ("add_special_tokens", 0),
+        ("return_token_ids", "true"),
+        ("logit_bias", []),
+        ("logit_bias", {"x": 1}),
+        ("logit_bias", {"-1": 1}),
+        ("logit_bias", {"05": 1}),
+        ("logit_bias", {"5": "1"}),
+        ("logit_bias", {"5": True}),
+        ("logit_bias", {"5": 101}),
+        ("logit_bias", {"5": float("nan")}),
+        ("logit_bias", {"9" * 5000: 1}),
+        ("logit_bias", {str(token_id): 0 for token_id in range(1025)}),
     ],
 )
 def test_types_are_strict(name: str, value: object) -> None:
@@ -111,6 +154,8 @@ def test_null_means_the_default() -> None:
 
 def test_one_and_many_prompts_and_stops() -> None:
     assert parse(prompt="a").prompts == ["a"]
+    assert parse(prompt=[0]).prompts == [(0,)]
+    assert parse(prompt=[[0], [1, 2]]).prompts == [(0,), (1, 2)]
     assert parse(prompt=["a", "b"]).prompts == ["a", "b"]
     assert parse(stop="a").stops == ("a",)
     assert parse(stop=["a", "b"]).stops == ("a", "b")
@@ -123,18 +168,91 @@ def test_fusion_by_name_is_short_for_an_object() -> None:
 
 
 @pytest.mark.parametrize("value", [None, False])
-def test_no_trace_is_neutral(value: object) -> None:
-    assert parse(ensemble={"trace": value}) == parse(ensemble={})
+def test_no_trace_is_the_default(value: object) -> None:
+    ensemble = parse(ensemble={"trace": value}).ensemble
+    assert ensemble is not None
+    assert not ensemble.trace
 
 
 def test_a_body_of_bytes_is_read_as_json() -> None:
     assert CompletionRequest.model_validate(b'{"model": "duo", "prompt": "x"}') == parse()
 
 
-def test_the_openapi_schema_names_every_parameter_and_ours() -> None:
-    schema = CompletionRequest.model_json_schema()
-    assert set(schema["properties"]) == set(CompletionRequest.model_fields)
+@pytest.mark.parametrize("kind", [CompletionRequest, ChatRequest, TokenizeRequest])
+def test_the_openapi_schema_describes_every_parameter_and_ours(kind: type[BaseModel]) -> None:
+    schema = kind.model_json_schema()
+    assert set(schema["properties"]) == set(kind.model_fields)
     undescribed = [name for name, each in schema["properties"].items() if not each.get("description")]
     assert undescribed == []
-    assert set(schema["$defs"]["EnsembleOptions"]["properties"]) == {"members", "weights", "fusion", "mode"}
-    assert schema["properties"]["temperature"]["maximum"] == 2
+    if kind is not TokenizeRequest:
+        ours = schema["$defs"]["EnsembleOptions"]["properties"]
+        assert set(ours) == {"members", "weights", "fusion", "mode", "trace"}
+        assert schema["properties"]["temperature"]["maximum"] == 2
+
+
+def content(message: dict[str, Any]) -> str:
+    return chat(messages=[{"role": "user"} | message]).messages[0].content
+
+
+def test_content_is_text_or_text_parts() -> None:
+    assert content({"content": "a"}) == "a"
+    assert content({"content": ""}) == ""
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    assert content({"content": parts}) == "a\nb"
+
+
+@pytest.mark.parametrize(
+    ("message", "words"),
+    [
+        ({"content": None}, "string or a list of text parts"),
+        ({"content": []}, "string or a list of text parts"),
+        ({"content": 5}, "string or a list of text parts"),
+        ({"content": "\ud800"}, "surrogates"),
+        ({"content": [5]}, "object with a type"),
+        ({"content": [{"text": "a"}]}, "object with a type"),
+        ({"content": [{"type": "text"}]}, "must be a string"),
+        ({"content": [{"type": "image_url", "image_url": {"url": "x"}}]}, "'image_url' are not supported"),
+        ({"content": [{"type": "input_audio"}]}, "'input_audio' are not supported"),
+        ({"content": "a", "role": "tool"}, "'system', 'developer', 'user' or 'assistant'"),
+        ({"content": "a", "role": "assistant", "tool_calls": [{"id": "x"}]}, "tool_calls is not supported"),
+        ({"content": "a", "role": "assistant", "audio": {"id": "x"}}, "audio is not supported"),
+        ({"content": "a", "name": 5}, "valid string"),
+    ],
+)
+def test_messages_that_are_none(message: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValidationError, match=re.escape(words)) as caught:
+        content(message)
+    assert caught.value.errors()[0]["loc"][:2] == ("messages", 0)
+
+
+def test_neutral_fields_of_messages_pass() -> None:
+    content({"content": "a", "tool_calls": [], "audio": None, "refusal": None, "name": "Ada"})
+
+
+def test_the_developer_speaks_as_the_system() -> None:
+    parsed = chat(messages=[{"role": "developer", "content": "x"}])
+    assert parsed.messages[0].flat() == {"role": "system", "content": "x"}
+
+
+@pytest.mark.parametrize(
+    ("value", "path"),
+    [
+        ("json", ("response_format",)),
+        ({"type": "grammar"}, ("response_format", "type")),
+        ({}, ("response_format", "type")),
+        ({"type": "json_schema"}, ("response_format",)),
+        ({"type": "text", "json_schema": {"schema": {}}}, ("response_format",)),
+        ({"type": "json_schema", "json_schema": {"name": "x"}}, ("response_format", "json_schema", "schema")),
+        ({"type": "json_schema", "json_schema": {"schema": 5}}, ("response_format", "json_schema", "schema")),
+    ],
+)
+def test_response_formats_that_are_none(value: object, path: tuple[str, ...]) -> None:
+    with pytest.raises(ValidationError) as caught:
+        chat(response_format=value)
+    assert caught.value.errors()[0]["loc"] == path
+
+
+@pytest.mark.parametrize("fields", [{}, {"prompt": "a", "messages": CHAT["messages"]}, {"prompt": None}])
+def test_tokenize_takes_either_a_text_or_messages(fields: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError, match="either prompt or messages"):
+        TokenizeRequest.model_validate(fields)

@@ -1,0 +1,137 @@
+"""JSON values as fields take them: strict types, text that UTF-8 can spell, token ids, one line for each mistake.
+
+Invariants: JSON types are strict (a string is no number, a bool no integer; an integer is a fine float); null
+means the default. Ranges that `SamplingParams` checks are not checked here. It does not know which endpoint asks.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from typing import Annotated, Any, TypeAlias
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainValidator
+
+from ensemble_core.decoding.sampling_params import MAX_BIASES, MAX_STOP_TOKENS, MAX_STOPS
+
+MAX_TOKEN_ID = 2**31 - 1
+_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+_TOKEN_ID = re.compile(r"0|[1-9][0-9]{0,9}")
+
+
+class Strict(BaseModel):
+    """A JSON object whose values are not converted."""
+
+    model_config = ConfigDict(strict=True, protected_namespaces=())
+
+
+def decoded(body: object) -> object:
+    """A body whose content type is not JSON arrives as bytes; clients that send one mean JSON all the same."""
+    if not isinstance(body, bytes):
+        return body
+    try:
+        return json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"not valid JSON: {error}") from error
+
+
+def text(value: object) -> str:
+    """A string that UTF-8 can spell: JSON can write half a surrogate pair, no tokenizer can read it."""
+    if not isinstance(value, str):
+        raise ValueError("must be a string")
+    if _LONE_SURROGATE.search(value):
+        raise ValueError("must be valid Unicode, without lone surrogates")
+    return value
+
+
+def _texts(value: object) -> str | list[str]:
+    if isinstance(value, list):
+        return [text(item) for item in value]
+    if isinstance(value, str):
+        return text(value)
+    raise ValueError("must be a string or a list of strings")
+
+
+def _token_id(value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError("a token id must be a valid integer")
+    if not 0 <= value <= MAX_TOKEN_ID:
+        raise ValueError(f"a token id must be an integer from 0 to {MAX_TOKEN_ID}")
+    return value
+
+
+def token_ids(value: object) -> list[int]:
+    """A list of ids that some vocabulary could have."""
+    if not isinstance(value, list):
+        raise ValueError("must be a list of token ids")
+    return [_token_id(item) for item in value]
+
+
+def _prompt(value: object) -> str | list[str] | list[int] | list[list[int]]:
+    """Text or ids, one prompt or several; lists are of one kind."""
+    if not value or (isinstance(value, list) and any(item in ("", []) for item in value)):
+        raise ValueError("must be a string, a list of strings, token ids or a list of lists of them; none empty")
+    if isinstance(value, list) and isinstance(value[0], list):
+        return [token_ids(item) for item in value]
+    if isinstance(value, list) and isinstance(value[0], int):
+        return token_ids(value)
+    return _texts(value)
+
+
+def _stop(value: object) -> str | list[str]:
+    if isinstance(value, list) and len(value) > MAX_STOPS:
+        raise ValueError(f"takes up to {MAX_STOPS} strings, got {len(value)}")
+    return _texts(value)
+
+
+def _stop_token_ids(value: object) -> list[int]:
+    if isinstance(value, list) and len(value) > MAX_STOP_TOKENS:
+        raise ValueError(f"takes up to {MAX_STOP_TOKENS} entries, got {len(value)}")
+    return token_ids(value)
+
+
+def _logit_bias(value: object) -> dict[int, float]:
+    """Token id -> bias. JSON's keys are strings, so ids come as their decimal digits."""
+    if not isinstance(value, dict):
+        raise ValueError("must be an object of token id -> bias")
+    if len(value) > MAX_BIASES:
+        raise ValueError(f"takes up to {MAX_BIASES} entries, got {len(value)}")
+    return {_key_id(key): _bias(bias) for key, bias in value.items()}
+
+
+def _key_id(key: object) -> int:
+    if not isinstance(key, str) or not _TOKEN_ID.fullmatch(key):
+        raise ValueError('its keys must be token ids as decimal digits, for example "50256"')
+    return _token_id(int(key))
+
+
+def _bias(value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError("each bias must be a valid number")
+    if not -100 <= value <= 100:
+        raise ValueError("each bias must be a number from -100 to 100")
+    return float(value)
+
+
+def optional(check: Callable[[object], Any]) -> Callable[[object], Any]:
+    """`check`, but null passes."""
+    return lambda value: None if value is None else check(value)
+
+
+Text: TypeAlias = Annotated[str, BeforeValidator(text)]
+TokenIds: TypeAlias = Annotated[list[int], PlainValidator(token_ids, json_schema_input_type=list[int])]
+Prompts: TypeAlias = Annotated[
+    str | list[str] | list[int] | list[list[int]],
+    PlainValidator(_prompt, json_schema_input_type=str | list[str] | list[int] | list[list[int]]),
+]
+Stop: TypeAlias = Annotated[
+    str | list[str] | None, PlainValidator(optional(_stop), json_schema_input_type=str | list[str] | None)
+]
+StopTokenIds: TypeAlias = Annotated[
+    list[int] | None, PlainValidator(optional(_stop_token_ids), json_schema_input_type=list[int] | None)
+]
+LogitBias: TypeAlias = Annotated[
+    dict[int, float] | None,
+    PlainValidator(optional(_logit_bias), json_schema_input_type=dict[str, float] | None),
+]

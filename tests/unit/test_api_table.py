@@ -1,0 +1,140 @@
+"""docs/api.md holds every parameter, and each row's status is what the schema does with the row's example."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import pytest
+from openai.types import completion_create_params as completion_params
+from openai.types.chat import completion_create_params as chat_params
+from pydantic import ValidationError
+
+from ensemble_core.errors import InvalidRequestError
+from server import chat, completions
+from server.generation import Job
+from server.schemas_chat import ChatRequest
+from server.schemas_completion import CompletionRequest
+from server.schemas_sampling import SamplingFields
+
+DOCUMENT = (Path(__file__).parents[2] / "docs" / "api.md").read_text(encoding="utf-8")
+ROW = re.compile(r"^\| `(\w+)` \| (supported|400|no effect) \| `(.+?)` \|", re.MULTILINE)
+KINDS: dict[str, type[SamplingFields]] = {"completions": CompletionRequest, "chat": ChatRequest}
+
+# The parameters of vLLM's completions; best_of is of its older releases.
+VLLM = """
+    model prompt echo frequency_penalty logit_bias logprobs max_tokens n presence_penalty seed stop stream
+    stream_options suffix temperature top_p user use_beam_search top_k min_p repetition_penalty length_penalty
+    stop_token_ids include_stop_str_in_output ignore_eos min_tokens skip_special_tokens
+    spaces_between_special_tokens truncate_prompt_tokens truncation_side allowed_token_ids prompt_logprobs
+    logprob_token_ids bad_words prompt_embeds add_special_tokens response_format structured_outputs priority
+    request_id return_tokens_as_token_ids return_token_ids return_token_offsets cache_salt kv_transfer_params
+    ec_transfer_params vllm_xargs repetition_detection thinking_token_budget best_of
+    """
+TURNS = [{"role": "user", "content": "Hi!"}, {"role": "assistant", "content": "Well,"}]
+BASES: dict[str, dict[str, Any]] = {
+    "completions": {"model": "duo", "prompt": "Hi!"},
+    "chat": {"model": "duo", "messages": TURNS},
+}
+# What a parameter needs beside it.
+COMPANIONS: dict[str, dict[str, Any]] = {
+    "stream_options": {"stream": True},
+    "top_logprobs": {"logprobs": True},
+    "add_generation_prompt": {"continue_final_message": True},
+    "continue_final_message": {"add_generation_prompt": False},
+}
+ALONE = ("stream_options", "top_logprobs")  # whose companions can be sent without them
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    table: str
+    name: str
+    status: str
+    example: Any
+
+    @property
+    def base(self) -> dict[str, Any]:
+        return BASES[self.table] | (COMPANIONS.get(self.name, {}) if self.name in ALONE else {})
+
+
+def rows() -> list[Row]:
+    found = []
+    for table in KINDS:
+        text = DOCUMENT.partition(f"<!-- {table}: begin -->")[2].partition(f"<!-- {table}: end -->")[0]
+        lines = [line for line in text.strip().splitlines()[2:] if line]
+        matches = ROW.findall(text)
+        assert len(matches) == len(lines), f"{table}: a row does not have the form of the others"
+        found += [Row(table, name, status, json.loads(example)) for name, status, example in matches]
+    return found
+
+
+ROWS = rows()
+
+
+def job_of(table: str, body: dict[str, Any]) -> tuple[Job, bool]:
+    """The job that a body asks for, and whether its answer is a stream."""
+    if table == "completions":
+        completion = CompletionRequest.model_validate(body)
+        return completions.plan(completion, 128), bool(completion.stream)
+    talk = ChatRequest.model_validate(body)
+    return chat.plan(talk, chat.conversation(talk), chat.length_limit(talk) or 100, 128), bool(talk.stream)
+
+
+def effect(table: str, body: dict[str, Any]) -> object:
+    """All that a body can change: what the engine is asked for, and what the answer carries."""
+    job, stream = job_of(table, body)
+    ticket = job.ticket
+    requests = [replace(request, request_id="", group=None) for request in ticket.requests]
+    told = {name: value for name, value in vars(job).items() if name != "ticket"}
+    counts = (ticket.num_choices, ticket.num_sampled, ticket.final_usage, ticket.running_usage)
+    return requests, told, counts, stream
+
+
+@pytest.mark.parametrize("table", KINDS)
+def test_the_table_and_the_schema_name_the_same_parameters(table: str) -> None:
+    names = [row.name for row in ROWS if row.table == table]
+    assert len(names) == len(set(names))
+    kind = KINDS[table]
+    assert set(names) == kind.model_fields.keys() | kind.neutral.keys() | kind.ignored
+
+
+def test_no_parameter_of_the_sdk_or_of_vllm_is_left_out() -> None:
+    of_completions = {row.name for row in ROWS if row.table == "completions"}
+    of_chat = {row.name for row in ROWS if row.table == "chat"}
+    assert set(get_type_hints(completion_params.CompletionCreateParamsBase)) | set(VLLM.split()) <= of_completions
+    assert set(get_type_hints(chat_params.CompletionCreateParamsBase)) <= of_chat
+
+
+@pytest.mark.parametrize("row", [row for row in ROWS if row.status == "supported"], ids=str)
+def test_what_is_supported_has_an_effect(row: Row) -> None:
+    body = BASES[row.table] | COMPANIONS.get(row.name, {}) | {row.name: row.example}
+    assert row.name in KINDS[row.table].model_fields
+    assert effect(row.table, body) != effect(row.table, row.base)
+
+
+@pytest.mark.parametrize("row", [row for row in ROWS if row.status == "no effect"], ids=str)
+def test_what_has_no_effect_has_none(row: Row) -> None:
+    assert effect(row.table, row.base | {row.name: row.example}) == effect(row.table, row.base)
+
+
+@pytest.mark.parametrize("row", [row for row in ROWS if row.status == "400"], ids=str)
+def test_what_is_a_400_is_refused_by_name(row: Row) -> None:
+    with pytest.raises((InvalidRequestError, ValidationError)) as caught:
+        effect(row.table, row.base | {row.name: row.example})
+    assert isinstance(caught.value, InvalidRequestError)
+    assert caught.value.param == row.name
+
+
+@pytest.mark.parametrize("row", [row for row in ROWS if row.status == "400"], ids=str)
+def test_the_neutral_values_of_a_row_are_those_that_pass(row: Row) -> None:
+    line = next(each for each in table_lines(row.table) if each.startswith(f"| `{row.name}` |"))
+    told = re.findall(r"`(.+?)`", line.partition("neutral: ")[2])
+    assert [json.loads(value) for value in told] == list(KINDS[row.table].neutral[row.name])
+
+
+def table_lines(table: str) -> list[str]:
+    return DOCUMENT.partition(f"<!-- {table}: begin -->")[2].partition("<!-- ")[0].splitlines()
