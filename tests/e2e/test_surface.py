@@ -120,7 +120,7 @@ def test_a_trace_names_every_member(client: openai.OpenAI) -> None:
     trace = answer.choices[0].model_extra["trace"]  # type: ignore[index]
     assert len(trace) == 3
     assert set(trace[0]["members"]) == {"gemma3", "smollm2"}
-    assert all(0 <= proposal["probability"] <= 1 for proposal in trace[0]["fused"])
+    assert all(0 <= proposal["prob"] <= 1 for proposal in trace[0]["fused"])
 
 
 def test_an_invalid_schema_is_a_bad_request(client: openai.OpenAI) -> None:
