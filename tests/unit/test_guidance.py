@@ -134,3 +134,14 @@ def test_a_member_that_cannot_stop_is_refused() -> None:
     with pytest.raises(InvalidRequestError, match="no stop token") as caught:
         Grammars(byte_vocabulary(eos=False)).compile("")
     assert caught.value.param == "response_format"
+
+
+def test_white_space_comes_to_an_end() -> None:
+    constraint = Grammars(byte_vocabulary()).compile('{"type": "array"}')
+    constraint.accept(ord("["))
+    written = 0
+    while constraint.allowed()[[ord(" "), ord("\n")]].any():
+        constraint.accept(ord("\n") if constraint.allowed()[ord("\n")] else ord(" "))
+        written += 1
+        assert written < 50
+    assert constraint.allowed()[ord("]")]
