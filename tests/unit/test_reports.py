@@ -20,7 +20,7 @@ LOGPROBS = torch.tensor([-1.1, -0.7, -2.3, -9.5, -torch.inf])
 def test_the_token_is_among_the_best(token_id: int, num_top: int, best: list[int]) -> None:
     found = score(IDS, LOGPROBS, token_id, num_top)
     assert [other for other, _ in found.top] == best
-    assert dict(found.top)[token_id] == found.logprob == LOGPROBS[IDS == token_id].max().item()
+    assert dict(found.top)[token_id] == found.logprob == LOGPROBS[token_id == IDS].max().item()
     assert (found.logprob == max(p for _, p in found.top)) == (token_id == 9)
 
 

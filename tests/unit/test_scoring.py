@@ -126,7 +126,7 @@ def test_the_best_have_the_token_among_them(num_top: int) -> None:
         best = own[row].max().item()
         assert len(entry.top) == num_top + (num_top > 0 and entry.token_id not in own[row].topk(num_top).indices)
         if num_top:
-            assert dict((i, p) for i, _, p in entry.top)[entry.token_id] == entry.logprob
+            assert {i: p for i, _, p in entry.top}[entry.token_id] == entry.logprob
             assert max(p for _, _, p in entry.top) == best
             assert (entry.logprob == best) == (int(own[row].argmax()) == entry.token_id)
 
