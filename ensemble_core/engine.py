@@ -176,7 +176,7 @@ class Engine:
     def _row(self, sequence: Sequence, places: dict[str, int]) -> Row:
         """A deciding sequence. Its prompt is cached now: score it, and end it if the prompt is all that is asked."""
         if sequence.scores is not None and not sequence.scores.described:
-            sequence.scores.finish(sequence.recipe, sequence.tracks)
+            sequence.scores.finish(sequence.recipe, sequence.tracks, sequence.prompt_text)
         if sequence.request.params.max_tokens == 0:
             sequence.finish("length")
         mask = sequence.constraint.allowed() if sequence.constraint is not None else None

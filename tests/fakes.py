@@ -128,7 +128,8 @@ class FakeMember:
         rows = [row for feed in feeds for row in self._extend(feed)]
         assert self.free_pages >= 0, "more pages are used than there are"
         logits = torch.stack(rows) if rows else torch.empty(0, len(self.vocabulary))
-        return top_candidates(logits, top_k)
+        also = [ids for feed in feeds for ids in feed.also or ((),) * feed.wanted]
+        return top_candidates(logits, top_k, also)
 
     def rollback(self, seq_id: int, length: int) -> None:
         assert 0 <= length <= len(self.cached[seq_id])
@@ -280,6 +281,9 @@ class FakeTokenizer:
     def __init__(self, vocabulary: Vocabulary) -> None:
         self._vocabulary = vocabulary
         self.chat_template: str | None = None
+        self.bos_token = self.bos_token_id = self.pad_token = self.pad_token_id = None
+        self.eos_token_id = min(vocabulary.stop_ids, default=None)
+        self.eos_token = None if self.eos_token_id is None else vocabulary.name_of(self.eos_token_id)
 
     def __call__(self, text: str, **_: object) -> dict[str, list[int]]:
         return {"input_ids": self._vocabulary.encode(text)}

@@ -20,6 +20,9 @@ from ensemble_core.errors import InvalidRequestError
 from ensemble_core.text.vocabulary import Vocabulary
 
 ANY_OBJECT = json.dumps({"type": "object"})
+# Between the parts of a value: a space, or a new line with its indentation. Free white space would let a model that
+# likes it write nothing else until its tokens are used up. A schema's own `x-guidance` may say otherwise.
+_LAYOUT = r" |\n {0,16}"
 
 
 class _Spelling:
@@ -54,7 +57,9 @@ class Grammars:
         with self._lock:
             tokenizer = self._tokenizer
         try:
-            grammar = LLMatcher.grammar_from_json_schema(schema or ANY_OBJECT)
+            grammar = LLMatcher.grammar_from_json_schema(
+                schema or ANY_OBJECT, defaults={"whitespace_pattern": _LAYOUT}
+            )
         except ValueError as error:
             raise _refusal(str(error)) from error
         matcher = LLMatcher(tokenizer, grammar, log_level=0)

@@ -16,18 +16,20 @@ from ensemble_core.fusion.base import Fused
 from ensemble_core.members.base import Candidates
 
 NUM_TRACED = 5  # candidates of each member in a trace
+_NEVER = -9999.0
 
 
 def score(token_ids: Tensor, logprobs: Tensor, token_id: int, num_top: int) -> Scored:
     """A token's log-probability in one row (S,), and the `num_top` likeliest with the token itself among them.
 
-    An id may stand twice in a row; the likelier entry counts.
+    An id may stand twice in a row; the likelier entry counts. A token without any mass gets the number that vLLM
+    gives it, since JSON has no infinity.
     """
-    own = logprobs[token_ids == token_id].amax()
+    own = max(logprobs[token_ids == token_id].amax().item(), _NEVER)
     best = _best(token_ids, logprobs, num_top)
     if num_top and token_id not in (other for other, _ in best):
-        best = (*best, (token_id, own.item()))
-    return Scored(own.item(), best)
+        best = (*best, (token_id, own))
+    return Scored(own, best)
 
 
 def trace(

@@ -119,6 +119,8 @@ def _check_ids(name: str, ids: tuple[int, ...], most: int) -> None:
 
 
 def _check_stops(stops: tuple[str, ...]) -> None:
+    if isinstance(stops, str):
+        raise InvalidRequestError(f"stop must be a tuple of strings, got the string {stops!r}", "stop")
     if len(stops) > MAX_STOPS:
         raise InvalidRequestError(f"stop takes up to {MAX_STOPS} strings, got {len(stops)}", "stop")
     for stop in stops:

@@ -128,9 +128,9 @@ class Scheduler:
             assert self._reserved[member] == needed <= capacity.num_pages
 
     def _leader(self, sequence: Sequence) -> Sequence | None:
-        """The first running sequence with the same prompt, if it is another one."""
+        """The first running sequence with the same prompt, if it is another one and has something to hand over."""
         group = sequence.request.group
-        if group is None:
+        if group is None or all(len(track.prompt_ids) == 1 for track in sequence.tracks.values()):
             return None
         first = next(s for s in self.running if s.request.group == group and s.phase is not Phase.FINISHED)
         return None if first is sequence else first

@@ -3,14 +3,15 @@
 While a prompt is prefilled every member answers at every position. When all of it is cached, main's answer at each
 position is fused with the assistants' answers at the same place of the text, where every assistant has a token
 boundary there (a shared position); elsewhere main speaks alone. Places are counted in bytes of the text without
-control tokens; where the members do not spell the same bytes (a control token that one of them reads as text) main
-speaks alone everywhere.
+control tokens, from its end, since some tokenizers put a space in front of it; where the members otherwise do not
+spell the same bytes (a control token that one of them reads as text) main speaks alone everywhere.
 
 Knows candidates and recipes; does not know schedules, engines or outputs.
 """
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Iterator
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass, field
@@ -43,15 +44,15 @@ class PromptScores:
         """A member's answers for the next positions of its prompt."""
         self._answers.setdefault(member, []).append(candidates)
 
-    def finish(self, recipe: Recipe, tracks: dict[str, Track]) -> None:
-        """Fuse all positions; the prompts must be cached as a whole."""
+    def finish(self, recipe: Recipe, tracks: dict[str, Track], text: str) -> None:
+        """Fuse all positions; the prompts must be cached as a whole. text: what offsets are counted in."""
         answers = {member: _joined(parts) for member, parts in self._answers.items()}
         main = tracks[recipe.main]
         scored: dict[int, Scored] = {}
         for places in _runs(recipe, tracks):
             for block in (places[i : i + _BLOCK] for i in range(0, len(places), _BLOCK)):
                 scored |= self._fuse(recipe, answers, main.prompt_ids, block)
-        self.described = tuple(_described(main, scored))
+        self.described = tuple(_described(main, scored, text))
         self._answers.clear()
 
     def _fuse(
@@ -76,12 +77,12 @@ def _runs(recipe: Recipe, tracks: dict[str, Track]) -> tuple[list[dict[str, int]
 
     A position is member -> row of that member's answers.
     """
-    ends = {member: _ends(track) for member, track in tracks.items()}
-    rows = {member: {end: row for row, end in enumerate(places)} for member, places in ends.items()}
-    same = len({_text(track) for track in tracks.values()}) == 1
+    rests = {member: _rests(track) for member, track in tracks.items()}
+    rows = {member: {rest: row for row, rest in enumerate(places)} for member, places in rests.items()}
+    same = len({_text(track).removeprefix(b" ") for track in tracks.values()}) == 1
     shared, alone = [], []
-    for row, end in enumerate(ends[recipe.main][:-1]):
-        place = {member: rows[member].get(end, -1) for member in recipe.members[1:]}
+    for row, rest in enumerate(rests[recipe.main][:-1]):
+        place = {member: rows[member].get(rest, -1) for member in recipe.members[1:]}
         if same and place and min(place.values()) >= 0:
             shared.append({recipe.main: row} | place)
         else:
@@ -89,9 +90,10 @@ def _runs(recipe: Recipe, tracks: dict[str, Track]) -> tuple[list[dict[str, int]
     return shared, alone
 
 
-def _ends(track: Track) -> list[int]:
-    """Where each prompt token ends, in bytes of the text without control tokens."""
-    return list(accumulate(len(track.vocabulary.text_bytes(token_id)) for token_id in track.prompt_ids))
+def _rests(track: Track) -> list[int]:
+    """How much of the text follows each prompt token, in bytes without control tokens."""
+    ends = list(accumulate(len(track.vocabulary.text_bytes(token_id)) for token_id in track.prompt_ids))
+    return [ends[-1] - end for end in ends]
 
 
 def _text(track: Track) -> bytes:
@@ -106,12 +108,26 @@ def _joined(parts: list[Candidates]) -> Candidates:
     )
 
 
-def _described(main: Track, scored: dict[int, Scored]) -> Iterator[TokenLogprob]:
-    offset = 0
-    for row, token_id in enumerate(main.prompt_ids):
-        text = main.vocabulary.name_of(token_id)
+def _described(main: Track, scored: dict[int, Scored], text: str) -> Iterator[TokenLogprob]:
+    for row, (token_id, offset) in enumerate(zip(main.prompt_ids, _offsets(main, text), strict=True)):
         if row == 0:
-            yield TokenLogprob(token_id, text, None, 0)
+            yield TokenLogprob(token_id, main.vocabulary.name_of(token_id), None, offset)
         else:
             yield describe_token(main, token_id, scored[row - 1], offset)
-        offset += len(main.vocabulary.text_bytes(token_id).decode("utf-8", "replace"))
+
+
+def _offsets(main: Track, text: str) -> list[int]:
+    """Where each prompt token begins in the text, in whole characters.
+
+    A control token counts where the text spells its name; a space that the tokenizer put in front does not.
+    """
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    at = -1 if _text(main).startswith(b" ") and not text.startswith(" ") else 0
+    offsets = []
+    for token_id in main.prompt_ids:
+        offsets.append(max(at, 0))
+        name = main.vocabulary.name_of(token_id)
+        plain = decoder.decode(main.vocabulary.text_bytes(token_id))
+        named = token_id in main.vocabulary.special_ids and text.startswith(name, max(at, 0))
+        at += len(name if named else plain)
+    return offsets

@@ -83,7 +83,7 @@ class KVCache:
         start, goal = old.index * self.row_len, new.index * self.row_len
         for tensor in (*self.keys, *self.values):
             tensor[goal : goal + length] = tensor[start : start + length]
-        new.length = new.written = length
+        new.length, new.written = length, max(new.written, length)
 
     def release(self, seq_id: int) -> None:
         """Give a row back, wiped; an unknown sequence is fine."""

@@ -80,7 +80,16 @@ class PromptEncoder:
 
 
 def plain_chat(messages: Sequence[Message], continue_final: bool = False) -> str:
-    """The fallback for models without a chat template: a line a message, and the assistant's turn left open."""
+    """The fallback for models without a chat template: a line a message, and the assistant's turn left open.
+
+    Raises InvalidRequestError for a message without a role or content.
+    """
+    for index, message in enumerate(messages):
+        if missing := {"role", "content"} - message.keys():
+            raise InvalidRequestError(
+                f"messages: message {index} has no {' and no '.join(sorted(missing))}; give every message both",
+                "messages",
+            )
     lines = [f"{message['role']}: {message['content']}" for message in messages]
     return "\n".join(lines if continue_final else [*lines, "assistant:"])
 

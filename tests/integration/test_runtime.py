@@ -12,7 +12,7 @@ from fakes import FakeMember, byte_vocabulary, fake_config, fake_loaded, pair_vo
 
 from ensemble_core import factory
 from ensemble_core.config import Config
-from ensemble_core.decoding.requests import GenerationRequest, Output
+from ensemble_core.decoding.requests import Conversation, GenerationRequest, Output
 from ensemble_core.decoding.sampling_params import SamplingParams
 from ensemble_core.errors import (
     CheckpointError,
@@ -251,3 +251,48 @@ def test_stop_is_final(runtime: Runtime) -> None:
     assert runtime.status().state == "dead"
     with pytest.raises(NotReadyError, match="stopped"):
         asyncio.run(read(runtime, request()))
+
+
+def test_tokens_of_a_prompt_and_back(runtime: Runtime) -> None:
+    text = "abc é"
+    for model, vocabulary in (("duo", byte_vocabulary()), ("beta", pair_vocabulary())):
+        made = asyncio.run(runtime.tokenize(model, text))
+        assert list(made.token_ids) == vocabulary.encode(text)
+        assert made.tokens == tuple(vocabulary.name_of(i) for i in made.token_ids)
+        assert made.max_model_len == 256
+        assert asyncio.run(runtime.detokenize(model, made.token_ids)) == text
+    assert asyncio.run(runtime.detokenize("duo", [97, 256])) == "a<eos>"
+    chat = asyncio.run(runtime.tokenize("duo", Conversation(({"role": "user", "content": "a"},))))
+    assert bytes(chat.token_ids) == b"user: a\nassistant:"
+
+
+def test_a_tokenizer_is_described(runtime: Runtime) -> None:
+    info = runtime.tokenizer_info("duo")
+    assert (info["member"], info["vocab_size"], info["stop_token_ids"]) == ("alpha", 257, [256])
+    assert (info["eos_token"], info["eos_token_id"], info["bos_token"]) == ("<eos>", 256, None)
+    assert info["fingerprint"] == byte_vocabulary().fingerprint
+    assert info["tokenizer_class"] == "FakeTokenizer"
+    assert runtime.tokenizer_info("beta")["vocab_size"] == len(pair_vocabulary())
+
+
+def test_wrong_questions_about_tokens_are_refused(runtime: Runtime) -> None:
+    for wrong in ([257], [-1]):
+        with pytest.raises(InvalidRequestError, match="vocabulary"):
+            asyncio.run(runtime.detokenize("duo", wrong))
+    with pytest.raises(InvalidRequestError):
+        asyncio.run(runtime.tokenize("duo", ""))
+    with pytest.raises(ModelNotFoundError):
+        asyncio.run(runtime.tokenize("nobody", "a"))
+    with pytest.raises(ModelNotFoundError):
+        asyncio.run(runtime.detokenize("nobody", [97]))
+    with pytest.raises(ModelNotFoundError):
+        runtime.tokenizer_info("nobody")
+
+
+def test_tokens_wait_for_the_vocabulary() -> None:
+    runtime = Runtime(fake_config())
+    with pytest.raises(NotReadyError, match="loading"):
+        asyncio.run(runtime.tokenize("duo", "a"))
+    with pytest.raises(NotReadyError, match="loading"):
+        runtime.tokenizer_info("duo")
+    runtime.stop()

@@ -97,3 +97,65 @@ def test_unknown_models_and_wrong_overrides_come_first() -> None:
     with pytest.raises(ModelNotFoundError, match="duo"):
         admission().admit(request("", model="nobody"))
     assert refused(request("", weights={"beta": -1.0})).param == "ensemble.weights"
+
+
+def with_params(prompt: object = "ab", model: str = "duo", **params: object) -> GenerationRequest:
+    return GenerationRequest("r", model, prompt, SamplingParams(**{"max_tokens": 4} | params))  # type: ignore[arg-type]
+
+
+SIZE = len(pair_vocabulary())
+
+
+@pytest.mark.parametrize(
+    ("wrong", "param"),
+    [
+        (with_params((97, SIZE)), "prompt"),
+        (with_params((-1,)), "prompt"),
+        (with_params(()), "prompt"),
+        (with_params(logit_bias=((SIZE, 1.0),)), "logit_bias"),
+        (with_params(stop_token_ids=(SIZE,)), "stop_token_ids"),
+        (with_params(json_schema="{"), "response_format"),
+    ],
+)
+def test_ids_and_schemas_are_checked_against_main(wrong: GenerationRequest, param: str) -> None:
+    assert refused(wrong).param == param
+
+
+def test_the_last_id_of_main_is_fine() -> None:
+    made = admission().admit(
+        with_params((97, SIZE - 1), logit_bias=((SIZE - 1, 1.0),), stop_token_ids=(SIZE - 1,))
+    )
+    assert made.main.prompt_ids == [97, SIZE - 1]
+    assert made.biased == (SIZE - 1,)
+
+
+def test_assistants_read_the_text_of_ids_without_control_tokens() -> None:
+    (end,) = pair_vocabulary().stop_ids
+    ids = (end, *pair_vocabulary().encode("abc é"), end)
+    made = admission().admit(with_params(ids))
+    assert made.main.prompt_ids == list(ids)
+    assert bytes(made.tracks["beta"].prompt_ids) == "abc é".encode()
+    assert made.prompt_text == "abc é"
+
+
+def test_a_conversation_can_go_on_from_its_last_message() -> None:
+    turns = ({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"})
+    made = admission().admit(with_params(Conversation(turns, continue_final=True)))
+    assert bytes(made.tracks["beta"].prompt_ids) == b"user: a\nassistant: b"
+    wrong = refused(with_params(Conversation(({"role": "user"},))))
+    assert wrong.param == "messages"
+
+
+def test_scores_are_kept_only_where_they_are_asked_for() -> None:
+    shared = admission()
+    assert shared.admit(with_params(echo=True, logprobs=0)).scores is not None
+    assert shared.admit(with_params(echo=True)).scores is None
+    assert shared.admit(with_params(logprobs=3)).scores is None
+    full = GenerationRequest(
+        "r",
+        "duo",
+        "ab",
+        SamplingParams(echo=True, logprobs=1, max_tokens=1),
+        Overrides(fusion="relative", fusion_options={"support": "full"}),
+    )
+    assert refused(full).param == "echo"

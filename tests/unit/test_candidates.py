@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ensemble_core.members import candidates as module
 from ensemble_core.members.base import Candidates
-from ensemble_core.members.candidates import log_normaliser, top_candidates
+from ensemble_core.members.candidates import log_normaliser, narrow, top_candidates
 
 CLOSE = {"atol": 2e-6, "rtol": 1e-6}
 
@@ -148,3 +148,28 @@ def test_rows_are_picked_in_order(indices: list[int]) -> None:
         assert torch.equal(picked.token_ids[place], found.token_ids[index])
         assert torch.equal(picked.logprobs[place], found.logprobs[index])
         assert torch.equal(picked.tail[place], found.tail[index])
+
+
+@pytest.mark.parametrize("wide", [40, 500])
+def test_narrow_is_what_a_narrow_question_would_have_got(wide: int) -> None:
+    logits = random_logits(4, 400, seed=9)
+    order = logits.argsort(dim=1, descending=True)
+    keep = [(int(order[0, 30]), int(order[0, 2])), (), (int(order[2, 38]),), (int(order[3, 9]),)]
+    found, expected = narrow(top_candidates(logits, wide), 10, keep), top_candidates(logits, 10, keep)
+    assert torch.equal(found.token_ids, expected.token_ids)
+    torch.testing.assert_close(found.logprobs, expected.logprobs)
+    check_tail(found, reference(logits))
+
+
+def test_narrow_to_all_there_is_changes_nothing() -> None:
+    found = top_candidates(random_logits(2, 60), 8)
+    assert narrow(found, 8, [(int(found.token_ids[0, 3]),), ()]) is found
+    assert torch.equal(narrow(found, 3, [(), ()]).logprobs, found.best(3).logprobs)
+
+
+def test_narrow_keeps_a_broken_row_apart() -> None:
+    logits = random_logits(2, 60)
+    logits[0, 3] = torch.nan
+    found = narrow(top_candidates(logits, 60), 5, [(7,), (9,)])
+    assert found.logprobs[0].isnan().all()
+    assert torch.equal(found.token_ids[1], top_candidates(logits[1:], 5, [(9,)]).token_ids[0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 from itertools import pairwise
 
 import pytest
@@ -89,3 +90,45 @@ def test_nothing_comes_after_a_stop() -> None:
     assert detokenizer.feed(b"more") == ""
     assert detokenizer.flush() == ""
     assert (detokenizer.text, detokenizer.stop) == ("a", "b")
+
+
+def shown_by_reference(chunks: list[tuple[bytes, bool]], stop_strings: tuple[str, ...], include: bool) -> str:
+    """The whole text; stop strings count where they begin in text that came armed."""
+    whole = b"".join(piece for piece, _ in chunks).decode("utf-8", "replace")
+    early = b"".join(piece for piece, armed in chunks if not armed)
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    begin = len(decoder.decode(early))
+    text, stop = reference(whole[begin:].encode("utf-8", "surrogatepass"), stop_strings)
+    return whole[:begin] + text + (stop or "" if include else "")
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    raw=texts.map(str.encode),
+    stop_strings=stops,
+    cuts=st.lists(st.integers(0, 200), max_size=30),
+    num_early=st.integers(0, 10),
+    include=st.booleans(),
+)
+@example(raw=b"abab", stop_strings=("ab",), cuts=[1, 2, 3], num_early=2, include=True)
+@example(raw=b"aabab", stop_strings=("aab", "ab"), cuts=[1, 2, 3], num_early=1, include=False)
+def test_stops_that_begin_early_do_not_count_and_hold_nothing_back(
+    raw: bytes, stop_strings: tuple[str, ...], cuts: list[int], num_early: int, include: bool
+) -> None:
+    chunks = [(piece, i >= num_early) for i, piece in enumerate(pieces(raw, cuts))]
+    detokenizer = Detokenizer(stop_strings, include_stop=include)
+    shown = ""
+    for piece, armed in chunks:
+        shown += detokenizer.feed(piece, armed=armed)
+        if not armed:
+            assert shown == detokenizer.text
+            assert detokenizer.stop is None
+    shown += detokenizer.flush()
+    assert shown == detokenizer.text == shown_by_reference(chunks, stop_strings, include)
+
+
+def test_the_stop_string_is_shown_where_it_is_asked_for() -> None:
+    detokenizer = Detokenizer(("bc", "c"), include_stop=True)
+    assert detokenizer.feed(b"ab") == "a"
+    assert detokenizer.feed(b"cd") == "bc"
+    assert (detokenizer.text, detokenizer.stop, detokenizer.flush()) == ("abc", "bc", "")

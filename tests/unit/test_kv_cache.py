@@ -111,3 +111,45 @@ def test_sizes(dtype: torch.dtype) -> None:
     assert pool.num_bytes() == {"cpu": per_token * 5 * 12}
     assert [tuple(tensor.shape) for tensor in pool.keys] == [(60, 2, 4), (60, 1, 8)]
     assert all(tensor.dtype is dtype for tensor in (*pool.keys, *pool.values))
+
+
+@pytest.mark.parametrize("length", [0, 1, 5, 9])
+def test_a_fork_copies_exactly_so_much(length: int) -> None:
+    pool = cache()
+    write(pool, 1, 2)
+    for step in range(9):
+        write(pool, 7, 1, float(step + 1))
+    before = [tensor.clone() for tensor in (*pool.keys, *pool.values)]
+    pool.fork(7, 3, length)
+    pool.check()
+    source, goal = (pool.row(seq_id).index * pool.row_len for seq_id in (7, 3))
+    for tensor, old in zip((*pool.keys, *pool.values), before, strict=True):
+        assert torch.equal(tensor[goal : goal + length], old[source : source + length])
+        assert not tensor[goal + length : goal + pool.row_len].any()
+        assert torch.equal(tensor[:goal], old[:goal])
+    write(pool, 3, 2, 99.0)
+    assert all(not (tensor[source : source + 12] == 99.0).any() for tensor in (*pool.keys, *pool.values))
+    pool.release(7)
+    assert (pool.row(3).length, pool.num_free) == (length + 2, 3)
+    pool.release(3)
+    assert all(not tensor[goal : goal + pool.row_len].any() for tensor in (*pool.keys, *pool.values))
+
+
+def test_a_fork_into_a_row_that_was_rolled_back_is_wiped_in_whole() -> None:
+    pool = cache()
+    write(pool, 1, 3)
+    write(pool, 2, 8)
+    pool.rollback(2, 0)
+    pool.fork(1, 2, 3)
+    pool.release(2)
+    assert all(not tensor[pool.row_len :].any() for tensor in (*pool.keys, *pool.values))
+
+
+def test_wrong_forks_trip_an_assertion() -> None:
+    pool = cache()
+    write(pool, 1, 3)
+    write(pool, 2, 1)
+    with pytest.raises(AssertionError, match="begins a sequence"):
+        pool.fork(1, 2, 1)
+    with pytest.raises(AssertionError, match="fork of 4 tokens from 3"):
+        pool.fork(1, 3, 4)

@@ -86,3 +86,18 @@ def test_threads_share_a_tokenizer() -> None:
 
     with ThreadPoolExecutor(8) as pool:
         assert list(pool.map(both, texts)) == [both(text) for text in texts]
+
+
+@pytest.mark.parametrize(
+    ("message", "missing"), [({"content": "hi"}, "no role"), ({"role": "user"}, "no content"), ({}, "no content")]
+)
+def test_a_message_without_its_parts_is_refused(message: dict[str, str], missing: str) -> None:
+    with pytest.raises(InvalidRequestError, match=f"message 1 has {missing}") as caught:
+        plain_chat([MESSAGES[0], message])
+    assert caught.value.param == "messages"
+
+
+def test_the_last_message_can_be_left_open() -> None:
+    assert plain_chat(MESSAGES, continue_final=True) == "system: be short\nuser: hi 😀"
+    ids = PromptEncoder("m", BYTE_LEVEL, CHATML).encode_chat(MESSAGES, continue_final=True)
+    assert BYTE_LEVEL.decode(ids) == "<|im_start|>system\nbe short<|im_end|>\n<|im_start|>user\nhi 😀"

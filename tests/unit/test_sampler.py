@@ -127,3 +127,67 @@ def test_extreme_temperatures() -> None:
 def test_a_token_without_mass_is_never_drawn() -> None:
     logits = torch.tensor([[-torch.inf, 0.0, -torch.inf, 0.0]]).expand(300, 4)
     assert set(sample(fused(logits), [request(2.0, seed=i) for i in range(300)])) == {1, 3}
+
+
+def filtered(probs: list[float], top_k: int, top_p: float, min_p: float) -> dict[int, float]:
+    """top-k, then top-p of what is left, then min-p, each on the distribution made anew."""
+    order = sorted(range(len(probs)), key=lambda i: -probs[i])[: top_k or len(probs)]
+    total = math.fsum(probs[i] for i in order)
+    left = [(i, probs[i] / total) for i in order]
+    kept, mass = [], 0.0
+    for index, p in left:
+        if mass >= top_p:
+            break
+        kept.append((index, p))
+        mass += p
+    return {index: p for index, p in kept if p >= min_p * kept[0][1]}
+
+
+def test_top_k_top_p_and_min_p_act_in_this_order() -> None:
+    rng = random.Random(1)
+    for trial in range(150):
+        size = rng.randrange(2, 25)
+        logits = torch.randn(1, size, generator=torch.Generator().manual_seed(trial)) * 2
+        options = {
+            "top_k": rng.choice([0, 1, 3, 10]),
+            "top_p": rng.choice([0.3, 0.8, 1.0]),
+            "min_p": rng.choice([0.0, 0.1, 0.6]),
+        }
+        params = SamplingParams(seed=trial, **options)  # type: ignore[arg-type]
+        kept = filtered(logits.double().softmax(dim=1)[0].tolist(), **options)  # type: ignore[arg-type]
+        uniform, walked = random.Random(trial).random() * math.fsum(kept.values()), 0.0
+        expected = -1
+        for token_id, p in kept.items():
+            if walked <= uniform:
+                expected = token_id
+            walked += p
+        assert sample(fused(logits), [sequence(0, "a", [MEMBER], RECIPE, params)]) == [expected], options
+
+
+def test_one_candidate_is_greedy_at_any_temperature() -> None:
+    logits = torch.randn(50, 30, generator=torch.Generator().manual_seed(3))
+    for options in ({"top_k": 1}, {"min_p": 1.0}):
+        rows = [
+            sequence(0, "a", [MEMBER], RECIPE, SamplingParams(seed=i, **options))  # type: ignore[arg-type]
+            for i in range(50)
+        ]
+        assert sample(fused(logits), rows) == logits.argmax(dim=1).tolist()
+
+
+def test_each_row_has_its_own_reach() -> None:
+    logits = torch.randn(6, 40, generator=torch.Generator().manual_seed(4))
+    options: list[dict[str, float]] = [
+        {"top_k": 2},
+        {},
+        {"min_p": 0.3},
+        {"top_p": 0.4},
+        {"top_k": 1},
+        {"top_k": 99},
+    ]
+
+    def row(i: int) -> Request:
+        params = SamplingParams(seed=i, temperature=1.5, **options[i])  # type: ignore[arg-type]
+        return sequence(i, "a", [MEMBER], RECIPE, params)
+
+    alone = [sample(fused(logits[i : i + 1]), [row(i)])[0] for i in range(6)]
+    assert sample(fused(logits), [row(i) for i in range(6)]) == alone

@@ -1,0 +1,151 @@
+"""A prompt's log-probabilities: shared places against a slow reference on bytes, and offsets in characters."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from fakes import FakeMember, byte_vocabulary, ensemble, pair_vocabulary
+
+from ensemble_core.decoding.requests import TokenLogprob
+from ensemble_core.decoding.scoring import PromptScores
+from ensemble_core.decoding.sequence import Recipe
+from ensemble_core.members.base import Candidates, Feed
+from ensemble_core.text.alignment import Track
+from ensemble_core.text.vocabulary import Vocabulary
+
+K = 300  # more than either vocabulary has
+ALPHA = FakeMember("alpha", byte_vocabulary(), seed=1)
+BETA = FakeMember("beta", pair_vocabulary(), seed=2)
+TEXTS = ["abc de", "deed 中文 bad", "cab cab\n\nbe 😀", "aé", "a"]
+
+
+def answer(member: FakeMember, ids: list[int]) -> Candidates:
+    """At every position of a prompt."""
+    try:
+        return member.forward([Feed(0, ids, len(ids))], K)
+    finally:
+        member.release(0)
+
+
+def scored(
+    recipe: Recipe, members: list[FakeMember], prompts: list[list[int]], text: str, num_top: int = 3
+) -> tuple[TokenLogprob, ...]:
+    scores = PromptScores(num_top)
+    tracks = {m.name: Track(m.vocabulary, ids) for m, ids in zip(members, prompts, strict=True)}
+    for member, ids in zip(members, prompts, strict=True):
+        scores.add(member.name, answer(member, ids))
+    scores.finish(recipe, tracks, text)
+    return scores.described
+
+
+def text_before(vocabulary: Vocabulary, ids: list[int]) -> bytes:
+    return b"".join(vocabulary.text_bytes(token_id) for token_id in ids)
+
+
+def reference(recipe: Recipe, members: list[FakeMember], prompts: list[list[int]]) -> list[float]:
+    """Position by position: the assistants' prompts cut where their bytes are main's, fused; else main alone."""
+    main, *others = members
+    found = []
+    for end in range(1, len(prompts[0])):
+        text = text_before(main.vocabulary, prompts[0][:end])
+        parts = [answer(main, prompts[0][:end]).rows([end - 1])]
+        for other, ids in zip(others, prompts[1:], strict=True):
+            cuts = [n for n in range(1, len(ids) + 1) if text_before(other.vocabulary, ids[:n]) == text]
+            parts += [answer(other, ids[:n]).rows([n - 1]) for n in cuts[-1:]]
+        if len(parts) == len(members) and recipe.fusion is not None:
+            fused = recipe.fusion.fuse(parts, torch.tensor([recipe.weights]))
+            hits = fused.logprobs[0][fused.token_ids[0] == prompts[0][end]]
+            found.append(max(hits.amax().item(), -9999.0))
+        else:
+            found.append(parts[0].logprobs[0, prompts[0][end]].item())
+    return found
+
+
+@pytest.mark.parametrize("text", TEXTS)
+@pytest.mark.parametrize("turned", [False, True])
+def test_shared_places_are_those_of_the_bytes(text: str, turned: bool) -> None:
+    members = [BETA, ALPHA] if turned else [ALPHA, BETA]
+    recipe = ensemble(members, support="closed")
+    prompts = [member.vocabulary.encode(text) for member in members]
+    found = scored(recipe, members, prompts, text)
+    assert [entry.token_id for entry in found] == prompts[0]
+    assert (found[0].logprob, found[0].top) == (None, ())
+    expected = reference(recipe, members, prompts)
+    assert [entry.logprob for entry in found[1:]] == pytest.approx(expected, abs=1e-5)
+    lonely = [answer(members[0], prompts[0]).logprobs[i, prompts[0][i + 1]].item() for i in range(len(found) - 1)]
+    if len(text) > 2:
+        assert expected != pytest.approx(lonely, abs=1e-3), "the assistant is never heard"
+
+
+def test_where_an_assistant_has_no_boundary_main_is_alone() -> None:
+    members, text = [ALPHA, BETA], "abab"  # the assistant has b"ab" b"ab": one place is shared
+    recipe = ensemble(members, support="closed")
+    prompts = [member.vocabulary.encode(text) for member in members]
+    assert len(prompts[1]) == 2
+    found = scored(recipe, members, prompts, text)
+    alone = [answer(ALPHA, prompts[0]).logprobs[i, prompts[0][i + 1]].item() for i in range(3)]
+    assert [found[1].logprob, found[3].logprob] == [alone[0], alone[2]]
+    assert found[2].logprob != pytest.approx(alone[1], abs=1e-6)
+
+
+def test_a_control_token_that_another_member_reads_as_text_leaves_main_alone() -> None:
+    members = [ALPHA, BETA]
+    (end,) = ALPHA.vocabulary.stop_ids
+    prompts = [[*b"ab", end, *b"cd"], BETA.vocabulary.encode("ab<eos>cd")]
+    found = scored(ensemble(members, support="closed"), members, prompts, "ab<eos>cd")
+    own = answer(ALPHA, prompts[0])
+    assert [e.logprob for e in found[1:]] == [own.logprobs[i, prompts[0][i + 1]].item() for i in range(4)]
+    assert [e.text_offset for e in found] == [0, 1, 2, 7, 8]
+
+
+def test_a_space_that_a_tokenizer_puts_in_front_moves_nothing() -> None:
+    members, text = [ALPHA, BETA], "abc de"
+    recipe = ensemble(members, support="closed")
+    plain = [member.vocabulary.encode(text) for member in members]
+    led = [BETA.vocabulary.encode(" " + text), ALPHA.vocabulary.encode(text)]
+    turned = scored(ensemble([BETA, ALPHA], support="closed"), [BETA, ALPHA], led, text)
+    assert turned[1].text_offset == len(BETA.vocabulary.tokens[led[0][0]]) - 1
+    assert turned[0].text_offset == 0
+    with_lead = scored(recipe, members, [plain[0], [ord(" "), *plain[1]]], text)
+    lonely = scored(ensemble([ALPHA]), [ALPHA], plain[:1], text)
+    assert [e.logprob for e in with_lead] != [e.logprob for e in lonely]
+
+
+def test_offsets_count_whole_characters() -> None:
+    text = "aé中😀b"
+    found = scored(ensemble([ALPHA]), [ALPHA], [list(text.encode())], text)
+    assert [e.text_offset for e in found] == [0, 1, 1, 2, 2, 2, 3, 3, 3, 3, 4]
+
+
+@pytest.mark.parametrize("num_top", [0, 1, 5])
+def test_the_best_have_the_token_among_them(num_top: int) -> None:
+    text = "deed bad"
+    found = scored(ensemble([ALPHA]), [ALPHA], [list(text.encode())], text, num_top)
+    own = answer(ALPHA, list(text.encode())).logprobs
+    for row, entry in enumerate(found[1:]):
+        best = own[row].max().item()
+        assert len(entry.top) == num_top + (num_top > 0 and entry.token_id not in own[row].topk(num_top).indices)
+        if num_top:
+            assert {i: p for i, _, p in entry.top}[entry.token_id] == entry.logprob
+            assert max(p for _, _, p in entry.top) == best
+            assert (entry.logprob == best) == (int(own[row].argmax()) == entry.token_id)
+
+
+def test_pieces_of_a_prompt_are_the_whole() -> None:
+    ids = list(b"deed bad cab")
+    whole = scored(ensemble([ALPHA]), [ALPHA], [ids], "deed bad cab")
+    scores, answers = PromptScores(3), answer(ALPHA, ids)
+    for a, b in ((0, 1), (1, 7), (7, len(ids))):
+        scores.add("alpha", answers.rows(range(a, b)))
+    scores.finish(ensemble([ALPHA]), {"alpha": Track(ALPHA.vocabulary, ids)}, "deed bad cab")
+    assert scores.described == whole
+
+
+def test_long_prompts_are_fused_in_blocks() -> None:
+    text = "cab de " * 30
+    members = [ALPHA, BETA]
+    recipe = ensemble(members, support="closed")
+    prompts = [member.vocabulary.encode(text) for member in members]
+    found = scored(recipe, members, prompts, text)
+    expected = reference(recipe, members, prompts)
+    assert [entry.logprob for entry in found[1:]] == pytest.approx(expected, abs=1e-5)
