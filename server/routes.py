@@ -20,7 +20,8 @@ from server.sse import EventStream, unless_gone
 if TYPE_CHECKING:
     from ensemble_core.runtime import ModelInfo
 
-_STREAM = {"text/event-stream": {"schema": {"type": "string"}}}
+_EVENTS = "Events: the data of each is a chunk of the same object, of the last `[DONE]`."
+_STREAM = {"text/event-stream": {"schema": {"description": _EVENTS}}}
 
 router = APIRouter(responses=REFUSALS)
 

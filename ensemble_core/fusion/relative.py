@@ -24,8 +24,9 @@ from ensemble_core.fusion.base import Fused, FusionSpace, register
 from ensemble_core.members.base import Candidates
 from ensemble_core.transfer.matrix import TransferMatrix
 
-NUM_REACHED = 64  # main tokens that join the support through the best anchors of r
+NUM_REACHED = 64  # main tokens that join the support through anchors of r
 _TINY = 1e-30
+_ROUNDING = 1e-6  # a gap between projections that may be rounding
 
 
 class RelativeOptions(BaseModel):
@@ -122,18 +123,19 @@ class RelativeFusion:
         projections = [_relative(c, m) for c, m in zip(candidates, self._matrices, strict=True)]
         shares = torch.stack([weights[:, i : i + 1] * p for i, (p, _) in enumerate(projections)])
         target = _normalised(shares.sum(dim=0))  # (B, A)
-        support = self._support(candidates[0], target)
+        support = self._support(candidates[0], target - projections[0][0])
         p = self._solve(self._problem(support, target))
         mass = torch.where(support.mapped, support.prior, 0.0).sum(dim=1, keepdim=True)
         fused = torch.where(support.mapped, p * mass, support.prior)
         unmapped = torch.stack([u for _, u in projections], dim=1)
         return Fused(support.token_ids, fused.log(), support.tail.log(), unmapped)
 
-    def _support(self, main: Candidates, target: Tensor) -> _Support:
+    def _support(self, main: Candidates, gap: Tensor) -> _Support:
+        """The tokens to solve for; gap: (B, A) what r asks of each anchor beyond main's own projection."""
         prior, tail = main.logprobs.exp(), main.tail.exp()
         token_ids = main.token_ids
         if not self.full_vocabulary:
-            token_ids, prior, tail = _extend(main, target, self._matrices[0].anchor_ids)
+            token_ids, prior, tail = _extend(main, gap, self._matrices[0].anchor_ids)
         mapped = (self._matrices[0].row_mass[token_ids] > 0) & (prior > 0)
         return _Support(token_ids, prior, tail, mapped)
 
@@ -173,16 +175,17 @@ def _rows(matrix: TransferMatrix, token_ids: Tensor) -> tuple[Tensor, Tensor]:
     return columns, values / values.sum(dim=2, keepdim=True).clamp_min(_TINY)
 
 
-def _extend(main: Candidates, target: Tensor, anchor_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Main's candidates and main's own tokens of the best anchors of r: ids, prior (B, S), tail (B,).
+def _extend(main: Candidates, gap: Tensor, anchor_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Main's candidates and main's own tokens of the anchors with the largest gap: ids, prior (B, S), tail (B,).
 
+    Where the assistants ask for nothing beyond main's own projection nothing joins, so two identical members are one.
     What main gives a token outside its candidates is unknown, but bounded by its least candidate and, together,
     by its tail: the smaller of the two is taken. The last eighth of a row does not count as least, since ids asked
     for by `also` stand there whatever their rank. A token that is a candidate already gets 0.
     """
-    best = target.topk(min(NUM_REACHED, target.shape[1]), dim=1).indices
+    gaps, best = gap.topk(min(NUM_REACHED, gap.shape[1]), dim=1)
     extra = anchor_ids[best]  # (B, M)
-    known = (extra.unsqueeze(2) == main.token_ids.unsqueeze(1)).any(dim=2) | (extra < 0)
+    known = (extra.unsqueeze(2) == main.token_ids.unsqueeze(1)).any(dim=2) | (extra < 0) | (gaps <= _ROUNDING)
     tail = main.tail.exp()
     fresh = (~known).sum(dim=1).clamp_min(1)
     num_candidates = main.logprobs.shape[1]

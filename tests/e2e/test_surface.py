@@ -11,7 +11,10 @@ import pytest
 
 SCHEMA = {
     "type": "object",
-    "properties": {"city": {"type": "string", "maxLength": 12}, "inhabitants": {"type": "integer", "maximum": 99999999}},
+    "properties": {
+        "city": {"type": "string", "maxLength": 12},
+        "inhabitants": {"type": "integer", "maximum": 99999999},
+    },
     "required": ["city", "inhabitants"],
     "additionalProperties": False,
 }

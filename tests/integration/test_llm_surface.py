@@ -51,7 +51,7 @@ def llm(tiny_checkpoints: dict[Kind, Path], tmp_path_factory: pytest.TempPathFac
 @pytest.fixture(scope="module")
 def wide(llm: LLM) -> Iterator[LLM]:
     """The same on whole vocabularies: what a closed support does not hold is a matter of the fusion."""
-    scheduler = llm._config.scheduler.model_copy(update={"num_candidates": 1000})
+    scheduler = llm._config.scheduler.model_copy(update={"num_candidates": 64})
     made = LLM(llm._config.model_copy(update={"scheduler": scheduler}))
     yield made
     made.close()
