@@ -49,15 +49,6 @@ def llm(tiny_checkpoints: dict[Kind, Path], tmp_path_factory: pytest.TempPathFac
 
 
 @pytest.fixture(scope="module")
-def wide(llm: LLM) -> Iterator[LLM]:
-    """The same on whole vocabularies: what a closed support does not hold is a matter of the fusion."""
-    scheduler = llm._config.scheduler.model_copy(update={"num_candidates": 64})
-    made = LLM(llm._config.model_copy(update={"scheduler": scheduler}))
-    yield made
-    made.close()
-
-
-@pytest.fixture(scope="module")
 def originals(tiny_checkpoints: dict[Kind, Path]) -> dict[Kind, Any]:
     return {
         kind: AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
@@ -104,8 +95,8 @@ def test_ids_are_scored_as_they_are(kind: Kind, llm: LLM, originals: dict[Kind, 
     assert numbers(completion)[1:] == pytest.approx(expected, **CLOSE)
 
 
-def test_two_identical_members_score_as_one(wide: LLM) -> None:
-    both, one = (wide.generate(PROMPTS, ECHO, model) for model in ("twins", "llama"))
+def test_two_identical_members_score_as_one(llm: LLM) -> None:
+    both, one = (llm.generate(PROMPTS, ECHO, model) for model in ("twins", "llama"))
     for left, right in zip(both, one, strict=True):
         assert numbers(left)[1:] == pytest.approx(numbers(right)[1:], **CLOSE)
 
