@@ -85,6 +85,7 @@ class Scheduler:
         shares = [_decode_share(s) for s in self.running if s.phase is Phase.DECODE]
         for share in shares:
             _spend(left, share.counts)
+        left = {member: max(tokens, 1) for member, tokens in left.items()}  # prompts go on, however slowly
         for sequence in self.running:
             if sequence.phase is not Phase.PREFILL or self._awaits_leader(sequence):
                 continue

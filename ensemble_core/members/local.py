@@ -32,6 +32,8 @@ logger = logging.getLogger(__name__)
 
 _SURVEY = "unisono_survey"
 _MAX_ROWS = 4096
+_PROVED = 12  # positions compared in the proof at load
+_MAX_PROVED_WINDOW = 1024  # a longer sliding window is not filled for the proof
 _LAYER_TYPES = {"full_attention", "sliding_attention", "attention"}
 _STATEFUL_ROPE = {"dynamic", "longrope"}  # frequencies that depend on the longest sequence of a pass
 
@@ -190,17 +192,17 @@ def prove(member: LocalMember) -> None:
     the packed forward may differ by a few times that, in total variation averaged over positions.
     """
     model = member._model
-    size = min(24, member.max_len)
+    size = _proof_length(model, member.max_len)
+    wanted = size // 2 if size < 2 * _PROVED else _PROVED
     ids = torch.randint(0, len(member.vocabulary), (size,), generator=torch.Generator().manual_seed(0)).tolist()
-    cut = size // 2
     with torch.inference_mode():
-        own = _own_probabilities(model, ids)[cut:]
+        own = _own_probabilities(model, ids, wanted)
         with _Attention(model, "eager"):
-            noise = _total_variation(own, _own_probabilities(model, ids)[cut:])
+            noise = _total_variation(own, _own_probabilities(model, ids, wanted))
         model.set_attn_implementation(NAME)
         try:
-            member.forward([Feed(-1, ids[:cut], 0)], 2)
-            packed = member.forward([Feed(-1, ids[cut:], size - cut)], len(member.vocabulary))
+            member.forward([Feed(-1, ids[:-wanted], 0)], 2)
+            packed = member.forward([Feed(-1, ids[-wanted:], wanted)], len(member.vocabulary))
         except MemberError as error:
             raise UnsupportedModelError(f"{error}; it cannot be a member") from error
     member.release(-1)
@@ -213,9 +215,17 @@ def prove(member: LocalMember) -> None:
     logger.debug("%s: packed forward differs by %.2g, rounding by %.2g", member.name, difference, noise)
 
 
-def _own_probabilities(model: Any, ids: list[int]) -> Tensor:
-    device = model.get_input_embeddings().weight.device
-    logits = model(input_ids=torch.tensor([ids], device=device), use_cache=False).logits[0]
+def _proof_length(model: Any, max_len: int) -> int:
+    """Tokens that reach past a sliding window, if there is one that a quick proof can afford."""
+    window = getattr(model.config.get_text_config(), "sliding_window", None) or 0
+    longest = window + _PROVED if window <= _MAX_PROVED_WINDOW else 0
+    return int(min(max(2 * _PROVED, longest), max_len))
+
+
+def _own_probabilities(model: Any, ids: list[int], wanted: int) -> Tensor:
+    """Of the last `wanted` positions, through the model's own forward: (wanted, V) float32."""
+    inputs = torch.tensor([ids], device=model.get_input_embeddings().weight.device)
+    logits = model(input_ids=inputs, use_cache=False, logits_to_keep=wanted).logits[0]
     return logits.float().softmax(dim=1)  # type: ignore[no-any-return]
 
 

@@ -110,9 +110,16 @@ class Walk:
         for member in CAPACITIES:
             decode = sum(share.counts.get(member, 0) for share in shares if not share.prefill)
             prefill = sum(share.counts.get(member, 0) for share in shares if share.prefill)
-            assert prefill <= max(0, self.limits.token_budget - decode)
+            # What decoding leaves, and one token where it leaves nothing: a prompt never stands still.
+            assert prefill <= max(1, self.limits.token_budget - decode)
+            assert decode < self.limits.token_budget or not self.prefilling(member) or prefill == 1
         for share in shares:
             self.check_share(share)
+
+    def prefilling(self, member: str) -> bool:
+        """Whether the first prompt that is not cached yet has more than its last token to go in this member."""
+        first = next((s for s in self.scheduler.running if s.phase is Phase.PREFILL), None)
+        return first is not None and member in first.tracks and first.tracks[member].num_uncached > 1
 
     def check_share(self, share: Share) -> None:
         tracks = share.sequence.tracks
