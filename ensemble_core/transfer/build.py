@@ -111,6 +111,8 @@ def _tasks_of(members: tuple[str, ...], vocabularies: Mapping[str, Vocabulary], 
 
 def _standing(task: _Task) -> BuildReport | None:
     """A report on the matrix that is there, or None where it is missing or does not fit."""
+    if not task.path.exists():
+        return None
     start = time.perf_counter()
     try:
         load_matrix(
