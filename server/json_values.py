@@ -70,7 +70,8 @@ def token_ids(value: object) -> list[int]:
 
 def _prompt(value: object) -> str | list[str] | list[int] | list[list[int]]:
     """Text or ids, one prompt or several; lists are of one kind."""
-    if not value or (isinstance(value, list) and any(item in ("", []) for item in value)):
+    empty = not value or (isinstance(value, list) and any(item in ("", []) for item in value))
+    if empty or not isinstance(value, str | list):
         raise ValueError("must be a string, a list of strings, token ids or a list of lists of them; none empty")
     if isinstance(value, list) and isinstance(value[0], list):
         return [token_ids(item) for item in value]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from pydantic import BaseModel, Field
@@ -19,8 +20,10 @@ class Answer(BaseModel):
     """What completions, chat completions and their chunks have in common."""
 
     id: str
+    object: str
     created: int
     model: str
+    choices: Sequence[BaseModel]
     usage: Usage | None = None
 
 
