@@ -64,9 +64,7 @@ _REGISTRY: dict[str, tuple[type[BaseModel], _Factory]] = {}
 def register(name: str, options: type[Options]) -> Callable[[_Typed[Options]], _Typed[Options]]:
     """Class decorator: make a fusion known under `name`, with its pydantic model of options."""
 
-    def decorate(
-        factory: Callable[[FusionSpace, Options], Fusion],
-    ) -> Callable[[FusionSpace, Options], Fusion]:
+    def decorate(factory: _Typed[Options]) -> _Typed[Options]:
         _REGISTRY[name] = (options, factory)
         return factory
 

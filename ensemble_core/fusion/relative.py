@@ -143,8 +143,7 @@ class RelativeFusion:
     def _problem(self, support: _Support, target: Tensor) -> Problem:
         columns, values = _rows(self._matrices[0], support.token_ids)
         prior = _normalised(torch.where(support.mapped, support.prior, 0.0))
-        open_problem = Problem(prior, columns, values, target, target.shape[1])
-        reached = target.mul_(open_problem.project(prior) > _TINY)
+        reached = target.mul_(_scatter(prior.unsqueeze(2) * values, columns, target.shape[1]) > _TINY)
         return Problem(prior, columns, values, _normalised(reached), target.shape[1])
 
     def _solve(self, problem: Problem) -> Tensor:

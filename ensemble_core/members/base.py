@@ -60,12 +60,20 @@ class Candidates:
         if self.token_ids.shape[1] <= num:
             return self
         logprobs, places = self.logprobs.topk(num, dim=1)
-        rest = (1.0 - logprobs.double().exp().sum(dim=1)).clamp_min(0.0).log().float()
-        return Candidates(self.token_ids.gather(1, places), logprobs, rest)
+        return Candidates(self.token_ids.gather(1, places), logprobs, log_rest(logprobs))
 
     def to(self, device: torch.device) -> Candidates:
         """The same candidates on `device`: a few KB a row."""
         return Candidates(self.token_ids.to(device), self.logprobs.to(device), self.tail.to(device))
+
+
+def log_rest(logprobs: Tensor) -> Tensor:
+    """Log of the mass outside (N, K) log-probabilities, (N,) float32; NaN for a row that is not finite.
+
+    Summed in float64, since it is a small difference.
+    """
+    rest = 1.0 - logprobs.double().exp().sum(dim=1)
+    return torch.where(rest.isnan(), rest, rest.clamp_min(0.0)).log().float()
 
 
 class Member(Protocol):

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ensemble_core.members.base import Candidates
+from ensemble_core.members.base import Candidates, log_rest
 
 _CHUNK = 16_384  # columns; a chunk of 32 rows in float32 stays in the L2 cache
 
@@ -42,7 +42,7 @@ def top_candidates(logits: Tensor, top_k: int, also: Sequence[tuple[int, ...]] =
     for row, wanted in enumerate(also):
         _force(token_ids[row], wanted)
     logprobs = logits.gather(1, token_ids).float() - normaliser.unsqueeze(1)
-    return Candidates(token_ids, logprobs, _log_rest(logprobs))
+    return Candidates(token_ids, logprobs, log_rest(logprobs))
 
 
 def narrow(candidates: Candidates, num: int, keep: Sequence[tuple[int, ...]]) -> Candidates:
@@ -59,7 +59,7 @@ def narrow(candidates: Candidates, num: int, keep: Sequence[tuple[int, ...]]) ->
             _force(token_ids[row], wanted)
             columns = _columns(candidates.token_ids[row], token_ids[row])
             logprobs[row] = candidates.logprobs[row, columns]
-    return Candidates(token_ids, logprobs, _log_rest(logprobs))
+    return Candidates(token_ids, logprobs, log_rest(logprobs))
 
 
 def _columns(have: Tensor, wanted: Tensor) -> Tensor:
@@ -79,9 +79,3 @@ def _force(token_ids: Tensor, wanted: tuple[int, ...]) -> None:
         row = [token_id for token_id in ids if token_id not in dropped] + missing
         assert len(row) == len(ids), "more ids are asked for than there are candidates"
         token_ids.copy_(torch.tensor(row))
-
-
-def _log_rest(logprobs: Tensor) -> Tensor:
-    """Log of the mass outside (N, K) log-probabilities; summed in float64, since it is a small difference."""
-    rest = 1.0 - logprobs.double().exp().sum(dim=1)
-    return torch.where(rest.isnan(), rest, rest.clamp_min(0.0)).log().float()

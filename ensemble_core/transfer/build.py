@@ -59,7 +59,7 @@ def build_matrices(config: Config, *, force: bool, only_missing: bool) -> list[B
     """
     reports = []
     for task in _tasks(config):
-        report = _standing(task) if only_missing else None
+        report = _standing(task, config.build_command) if only_missing else None
         reports.append(report or _build(task, config, force))
     return reports
 
@@ -78,11 +78,6 @@ def recipe_of(matrices: MatricesConfig) -> Recipe:
 def origin_of(member: MemberConfig) -> Origin:
     """Which weights a member is configured to have."""
     return Origin(member.model, member.revision or "")
-
-
-def rebuild_command(source: Path | str = "FILE") -> str:
-    """What a user types to build the matrices of the configuration file `source` anew; for messages."""
-    return f"unisono build --config {source}"
 
 
 def _tasks(config: Config) -> list[_Task]:
@@ -109,7 +104,7 @@ def _tasks_of(members: tuple[str, ...], vocabularies: Mapping[str, Vocabulary], 
     ]
 
 
-def _standing(task: _Task) -> BuildReport | None:
+def _standing(task: _Task, rebuild: str) -> BuildReport | None:
     """A report on the matrix that is there, or None where it is missing or does not fit."""
     if not task.path.exists():
         return None
@@ -121,7 +116,7 @@ def _standing(task: _Task) -> BuildReport | None:
             vocabulary=task.vocabulary,
             anchors=task.anchors,
             recipe=task.recipe,
-            rebuild=rebuild_command(),
+            rebuild=rebuild,
             origin=task.origin,
         )
         quality = read_metadata(task.path).quality

@@ -72,7 +72,9 @@ class TransferMatrix:
         return self.columns[token_ids].long(), self.values[token_ids].float()
 
     def to(self, device: torch.device) -> TransferMatrix:
-        """The same matrix on `device`."""
+        """The same matrix on `device`; itself where it is there already, with what it has worked out."""
+        if self.columns.device == device:
+            return self
         return TransferMatrix(self.columns.to(device), self.values.to(device), self.anchor_ids.to(device))
 
     @cached_property

@@ -92,7 +92,7 @@ def test_a_refusal_names_the_command_with_the_file(tmp_path):
             vocabulary=VOCABULARIES["a"],
             anchors=common_anchors([VOCABULARIES["a"]]),
             recipe=build.recipe_of(config.matrices),
-            rebuild=build.rebuild_command("c.yaml"),
+            rebuild="unisono build --config c.yaml",
         )
 
 
