@@ -97,6 +97,13 @@ def test_the_text_is_the_bytes_of_mains_tokens(llm: LLM) -> None:
     assert joined.decode("utf-8", "replace") == completion.text
 
 
+def test_the_transfer_matrices_are_small_on_disk(demo_config: Config) -> None:
+    pair = demo_config.matrices.folder / "gemma3+smollm2"
+    sizes = [file.stat().st_size for file in pair.glob("*.centred.safetensors")]
+    assert len(sizes) == 2
+    assert sum(sizes) < 120e6
+
+
 def assert_all_free(llm: LLM) -> None:
     for member in llm._engine.members.values():
         assert isinstance(member, LocalMember)
