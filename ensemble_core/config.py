@@ -67,6 +67,9 @@ class MemberConfig(_Section):
     max_len: int = Field(
         2048, ge=16, description="Longest sequence (prompt + completion) in this member's tokens."
     )
+    forward: Literal["auto", "transformers"] = Field(
+        "auto", description="auto: flat layers where the family is known; transformers: its own code in any case."
+    )
     chat_template: str | None = Field(
         None, description="Jinja text, or a path to a .jinja file, in place of the tokenizer's own template."
     )

@@ -137,17 +137,30 @@ def packed_attention(
     _refuse_unknown(module, kwargs)
     run: PackedPass = kwargs["unisono"]
     layer: int = module.layer_idx  # type: ignore[assignment]
+    query, key, value = (part[0].transpose(0, 1) for part in (query, key, value))  # (N, heads, D)
+    return attend(run, layer, query, key, value, scaling, sliding_window).unsqueeze(0), None
+
+
+def attend(
+    run: PackedPass,
+    layer: int,
+    query: Tensor,  # (N, H, D)
+    key: Tensor,  # (N, Hkv, D)
+    value: Tensor,  # (N, Hkv, D)
+    scaling: float | None,
+    window: int | None,
+) -> Tensor:
+    """Write the new keys and values of a layer, and attend to all that is cached: (N, H, D)."""
     keys, values = run.cache.keys[layer], run.cache.values[layer]
     slots = run.slots_on(query.device)
-    keys.index_copy_(0, slots, key[0].transpose(0, 1))
-    values.index_copy_(0, slots, value[0].transpose(0, 1))
-    tokens = query[0].transpose(0, 1)  # (N, H, D)
-    windows = run.windows(sliding_window, query.device)
+    keys.index_copy_(0, slots, key)
+    values.index_copy_(0, slots, value)
+    windows = run.windows(window, query.device)
     parts = [
-        _attend(tokens[group.start : group.stop], keys, values, run.cache.row_len, group, window, scaling)
-        for group, window in zip(run.groups, windows, strict=True)
+        _attend(query[group.start : group.stop], keys, values, run.cache.row_len, group, seen, scaling)
+        for group, seen in zip(run.groups, windows, strict=True)
     ]
-    return (parts[0] if len(parts) == 1 else torch.cat(parts)).unsqueeze(0), None
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _attend(
@@ -163,7 +176,7 @@ def _attend(
     heads, size = query.shape[1], query.shape[2]
     kv_heads = keys.shape[1]
     fold = heads // kv_heads
-    folded = query.reshape(rows, new, kv_heads, fold, size).permute(0, 2, 3, 1, 4)
+    folded = query.reshape(rows, new, kv_heads, fold, size).permute(0, 2, 3, 1, 4)  # no copy where new is 1
     folded = folded.reshape(rows, kv_heads, fold * new, size)
     out = scaled_dot_product_attention(
         folded,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,9 +22,11 @@ from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
 from ensemble_core.config import MemberConfig
 from ensemble_core.errors import CheckpointError, ConfigError, MemberError, UnsupportedModelError
-from ensemble_core.members.attention import NAME, PackedPass, pack
+from ensemble_core.members.attention import PackedPass, pack
 from ensemble_core.members.base import Candidates, Feed
+from ensemble_core.members.body import Body, TransformersBody
 from ensemble_core.members.candidates import top_candidates
+from ensemble_core.members.flat import flatten
 from ensemble_core.members.kv_cache import KVCache, LayerShape, bytes_per_token
 from ensemble_core.members.placement import DTYPES, resolve_device
 from ensemble_core.text.vocabulary import Vocabulary
@@ -44,15 +47,18 @@ class LocalMember:
     def __init__(self, name: str, model: Any, vocabulary: Vocabulary, config: MemberConfig) -> None:
         self.name = name
         self.vocabulary = vocabulary
-        self._model = model
         layers = survey(name, model)
         self.device = layers[-1].device
         self.max_len = min(config.max_len, _longest(model))
         dtype = model.dtype
         num_rows = _num_rows(name, config.kv_memory, self.max_len * bytes_per_token(layers, dtype))
         self._cache = KVCache(layers, num_rows, self.max_len, dtype)
-        self._memory = _memory_bytes(model, self._cache)
-        prove(self)
+        with torch.inference_mode():
+            proof = Proof(name, model, len(vocabulary), self.max_len)
+            flat = flatten(model, self.max_len) if config.forward == "auto" else None
+        self._body: Body = flat or TransformersBody(model, self.device)
+        self._memory = _sum_bytes(self._body.num_bytes(), self._cache.num_bytes())
+        proof.check(self)
 
     @property
     def page_size(self) -> int:
@@ -103,7 +109,7 @@ class LocalMember:
     def _forward(self, feeds: Sequence[Feed], top_k: int) -> Candidates:
         run, order = self._pack(feeds)
         token_ids = [token_id for i in order for token_id in feeds[i].token_ids]
-        logits = self._logits(run, token_ids, _wanted(feeds, order))
+        logits = self._body(run, torch.tensor(token_ids), _wanted(feeds, order))
         also = [ids for feed in feeds for ids in feed.also or ((),) * feed.wanted]
         return top_candidates(logits, top_k, also)
 
@@ -112,18 +118,6 @@ class LocalMember:
         counts = [len(feed.token_ids) for feed in feeds]
         rows = [self._cache.reserve(feed.seq_id, count) for feed, count in zip(feeds, counts, strict=True)]
         return pack(self._cache, rows, counts)
-
-    def _logits(self, run: PackedPass, token_ids: list[int], wanted: Tensor) -> Tensor:
-        """(N_wanted, V): the logits at the wanted places of the pass."""
-        device = self._model.get_input_embeddings().weight.device
-        output = self._model(
-            input_ids=torch.tensor([token_ids], device=device),
-            position_ids=run.positions.unsqueeze(0).to(device),
-            use_cache=False,
-            logits_to_keep=wanted.to(self.device),
-            unisono=run,
-        )
-        return output.logits[0]  # type: ignore[no-any-return]
 
 
 def load_member(name: str, config: MemberConfig, folder: Path, vocabulary: Vocabulary) -> LocalMember:
@@ -185,34 +179,39 @@ def survey(name: str, model: Any) -> list[LayerShape]:
     return [shape for _, shape in found]
 
 
-def prove(member: LocalMember) -> None:
-    """Compare a packed pass in chunks with the model's own forward; raises UnsupportedModelError.
+class Proof:
+    """What a model's own forward says, kept to be compared with the member that is made of it.
 
     What rounding does to this model is measured on the spot, between its own eager and its own default attention:
     the packed forward may differ by a few times that, in total variation averaged over positions.
     """
-    model = member._model
-    size = _proof_length(model, member.max_len)
-    wanted = size // 2 if size < 2 * _PROVED else _PROVED
-    ids = torch.randint(0, len(member.vocabulary), (size,), generator=torch.Generator().manual_seed(0)).tolist()
-    with torch.inference_mode():
-        own = _own_probabilities(model, ids, wanted)
-        with _Attention(model, "eager"):
-            noise = _total_variation(own, _own_probabilities(model, ids, wanted))
-        model.set_attn_implementation(NAME)
+
+    def __init__(self, name: str, model: Any, vocabulary_size: int, max_len: int) -> None:
+        self._kind, size = type(model).__name__, _proof_length(model, max_len)
+        self._wanted = size // 2 if size < 2 * _PROVED else _PROVED
+        ids = torch.randint(0, vocabulary_size, (size,), generator=torch.Generator().manual_seed(0))
+        self._ids: list[int] = ids.tolist()
+        with torch.inference_mode():
+            self._own = _own_probabilities(model, self._ids, self._wanted)
+            with _Attention(model, "eager"):
+                self._noise = _total_variation(self._own, _own_probabilities(model, self._ids, self._wanted))
+
+    def check(self, member: LocalMember) -> None:
+        """A packed pass in chunks against the model's own forward; raises UnsupportedModelError."""
+        rest, last = self._ids[: -self._wanted], self._ids[-self._wanted :]
         try:
-            member.forward([Feed(-1, ids[:-wanted], 0)], 2)
-            packed = member.forward([Feed(-1, ids[-wanted:], wanted)], len(member.vocabulary))
+            member.forward([Feed(-1, rest, 0)], 2)
+            packed = member.forward([Feed(-1, last, self._wanted)], len(member.vocabulary))
         except MemberError as error:
             raise UnsupportedModelError(f"{error}; it cannot be a member") from error
-    member.release(-1)
-    difference, allowed = _total_variation(own, packed.logprobs.exp()), 5 * noise + 1e-4
-    if not difference <= allowed:
-        raise UnsupportedModelError(
-            f"member {member.name!r}: {type(model).__name__} answers differently through the packed forward "
-            f"(total variation {difference:.3g}, allowed {allowed:.3g}); it cannot be a member"
-        )
-    logger.debug("%s: packed forward differs by %.2g, rounding by %.2g", member.name, difference, noise)
+        member.release(-1)
+        difference, allowed = _total_variation(self._own, packed.logprobs.exp()), 5 * self._noise + 1e-4
+        if not difference <= allowed:
+            raise UnsupportedModelError(
+                f"member {member.name!r}: {self._kind} answers differently through the packed forward (total "
+                f"variation {difference:.3g}, allowed {allowed:.3g}); try `forward: transformers`"
+            )
+        logger.debug("%s: packed forward differs by %.2g, rounding by %.2g", member.name, difference, self._noise)
 
 
 def _proof_length(model: Any, max_len: int) -> int:
@@ -309,12 +308,8 @@ def _longest(model: Any) -> int:
     return int(limit) if limit else 2**31
 
 
-def _memory_bytes(model: Any, cache: KVCache) -> dict[str, int]:
-    sizes = cache.num_bytes()
-    for parameter in model.parameters():  # a tied head counts once
-        device = str(parameter.device)
-        sizes[device] = sizes.get(device, 0) + parameter.numel() * parameter.element_size()
-    return sizes
+def _sum_bytes(*sizes: dict[str, int]) -> dict[str, int]:
+    return dict(sum((Counter(size) for size in sizes), Counter()))
 
 
 def _num_rows(name: str, memory: int, row_bytes: int) -> int:

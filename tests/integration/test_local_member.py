@@ -17,6 +17,7 @@ from ensemble_core.config import MemberConfig
 from ensemble_core.errors import MemberError
 from ensemble_core.members.base import Feed
 from ensemble_core.members.checkpoints import load_vocabulary
+from ensemble_core.members.flat import FlatBody
 from ensemble_core.members.local import LocalMember, load_member
 
 EXACT = {"atol": 2e-5, "rtol": 1e-5}
@@ -34,9 +35,10 @@ def load(folder: Path, name: str = "tiny", **options: Any) -> LocalMember:
     return load_member(name, config, folder, load_vocabulary(name, config))
 
 
-@pytest.fixture(scope="module")
-def loaded(tiny_checkpoints: dict[Kind, Path]) -> dict[Kind, LocalMember]:
-    return {kind: load(folder, kind) for kind, folder in tiny_checkpoints.items()}
+@pytest.fixture(scope="module", params=["auto", "transformers"])
+def loaded(tiny_checkpoints: dict[Kind, Path], request: pytest.FixtureRequest) -> dict[Kind, LocalMember]:
+    """Every kind through its flat layers, where it has them, and through transformers' own code."""
+    return {kind: load(folder, kind, forward=request.param) for kind, folder in tiny_checkpoints.items()}
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +95,12 @@ def own_logprobs(original: Any, ids: list[int]) -> Tensor:
 def whole(member: LocalMember, feeds: list[Feed]) -> Tensor:
     """(N, V) log-probabilities of every wanted position."""
     return member.forward(feeds, WHOLE).logprobs
+
+
+def test_known_families_are_flat(loaded: dict[Kind, LocalMember], request: pytest.FixtureRequest) -> None:
+    flat = {kind for kind, member in loaded.items() if isinstance(member._body, FlatBody)}
+    auto = "auto" in request.node.name
+    assert flat == ({"llama", "gemma3", "qwen3"} if auto else set())
 
 
 def fragment(member: LocalMember, first: int = 50) -> None:
@@ -237,12 +245,13 @@ def test_ids_asked_for_are_in_their_own_row(member: LocalMember, original: Any) 
 def test_a_failed_forward_advances_nothing(
     member: LocalMember, original: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It dies in the last layer, after the first have written; then the same feeds go through."""
+    """It dies after all layers have written; then the same feeds go through."""
     ids = random_ids(member, 30, seed=6)
     member.forward([Feed(1, ids[:20], 0)], 1)
     feeds = [Feed(1, ids[20:], 10), Feed(2, ids[:10], 10)]
+    body = member._body
     with monkeypatch.context() as patch:
-        patch.setattr(member._model.get_output_embeddings(), "forward", failing)
+        patch.setattr(member, "_body", lambda *pass_: failing(body(*pass_)))
         with pytest.raises(
             MemberError, match=f"member '{member.name}': forward failed: RuntimeError: out of luck"
         ):
@@ -260,7 +269,7 @@ def failing(*_: object, **__: object) -> None:
 @pytest.fixture
 def poisoned(member: LocalMember) -> Iterator[int]:
     """A token whose embedding is not a number."""
-    weight, token = member._model.get_input_embeddings().weight.data, 7
+    weight, token = member._body.embedding.weight.data, 7
     saved = weight[token].clone()
     weight[token] = torch.nan
     yield token

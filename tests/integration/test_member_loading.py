@@ -18,7 +18,9 @@ from ensemble_core.config import MemberConfig
 from ensemble_core.errors import CheckpointError, ConfigError, UnisonoError, UnsupportedModelError
 from ensemble_core.members import attention
 from ensemble_core.members.base import Feed
+from ensemble_core.members.body import TransformersBody
 from ensemble_core.members.checkpoints import resolve_folder
+from ensemble_core.members.flat import FlatBody
 from ensemble_core.members.local import LocalMember, load_member, survey
 from ensemble_core.text.vocabulary import Vocabulary
 
@@ -266,15 +268,19 @@ def test_positions_off_by_one_are_caught(
     tiny_checkpoints: dict[Kind, Path], kind: Kind, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rotary positions are relative, so the second chunk alone is shifted against the first."""
-    own = LocalMember._logits
 
-    def shifted(self: LocalMember, run: attention.PackedPass, *rest: Any) -> Any:
-        run.positions += run.positions.min().clamp_max(1)
-        return own(self, run, *rest)
+    def shifted(own: Callable[..., Any]) -> Callable[..., Any]:
+        def call(self: Any, run: attention.PackedPass, *rest: Any) -> Any:
+            run.positions += run.positions.min().clamp_max(1)
+            return own(self, run, *rest)
 
-    monkeypatch.setattr(LocalMember, "_logits", shifted)
-    with pytest.raises(UnsupportedModelError, match="answers differently"):
-        load(tiny_checkpoints[kind], size=VOCAB_SIZES[kind])
+        return call
+
+    monkeypatch.setattr(FlatBody, "__call__", shifted(FlatBody.__call__))
+    monkeypatch.setattr(TransformersBody, "__call__", shifted(TransformersBody.__call__))
+    for forward in ("auto", "transformers"):
+        with pytest.raises(UnsupportedModelError, match=r"answers differently.*try `forward: transformers`"):
+            load(tiny_checkpoints[kind], size=VOCAB_SIZES[kind], forward=forward)
 
 
 @pytest.mark.parametrize(("kind", "heads"), [("llama", 2), ("gemma3", 1), ("qwen3", 2), ("gpt2", 4)])
@@ -332,10 +338,15 @@ def test_accelerate_hooks_pass_the_packed_forward_through(tmp_path: Path) -> Non
 
 def test_sizes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """64 tokens of 2 layers with one head of 16: 16 KiB a row."""
+    member_folder = saved(tmp_path, llama())
     with caplog.at_level(logging.DEBUG, "ensemble_core.members.local"):
-        member = load(saved(tmp_path, llama()), max_len=1000)
+        member = load(member_folder, max_len=1000)
     assert member.max_len == member.page_size == 64  # the model's own limit
     assert member.num_pages == member.free_pages == 2**20 // (64 * 2 * 2 * 16 * 4)
-    weights = sum(p.numel() * 4 for p in member._model.parameters())
-    assert member.memory_bytes() == {"cpu": weights + 2**20}
+    model = transformers.LlamaForCausalLM(llama())
+    weights = sum(p.numel() * 4 for p in model.parameters())
+    angles = 64 * 16 * 2 * 4  # the table of a flat body
+    assert member.memory_bytes() == {"cpu": weights + angles + 2**20}
+    plain = load(member_folder, max_len=1000, forward="transformers")
+    assert plain.memory_bytes() == {"cpu": weights + 2**20}
     assert "packed forward differs by" in caplog.text
