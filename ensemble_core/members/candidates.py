@@ -1,7 +1,8 @@
 """From logits to candidates: the K likeliest ids of each row with exact log-probabilities, and the tail.
 
 Large vocabularies make this a cost of its own, so the normaliser runs over column chunks with a float32 sum and
-no float copy of the logits. Knows no model and no cache.
+no float copy of the logits, and the likeliest are found through the peaks of stripes of columns. Knows no model and
+no cache.
 """
 
 from __future__ import annotations
@@ -13,17 +14,39 @@ from torch import Tensor
 
 from ensemble_core.members.base import Candidates, log_rest
 
-_CHUNK = 16_384  # columns; a chunk of 32 rows in float32 stays in the L2 cache
+_CHUNK = 65_536  # columns that the normaliser takes at once
+_STRIPE = 16  # columns that the search for the likeliest takes together
 
 
 def log_normaliser(logits: Tensor) -> Tensor:
     """Log of the sum of exp over columns, (N, V) any float dtype -> (N,) float32."""
     peak = logits.amax(dim=1, keepdim=True).float()
     total = torch.zeros_like(peak)
-    for start in range(0, logits.shape[1], _CHUNK):
-        chunk = logits[:, start : start + _CHUNK]
-        total += (chunk.float() - peak).exp_().sum(dim=1, keepdim=True)
+    buffer = torch.empty(len(logits), min(_CHUNK, logits.shape[1]), device=logits.device)
+    for chunk in logits.split(_CHUNK, dim=1):
+        part = buffer[:, : chunk.shape[1]]
+        total += part.copy_(chunk).sub_(peak).exp_().sum(dim=1, keepdim=True)
     return (peak + total.log()).squeeze(1)
+
+
+def likeliest(logits: Tensor, num: int) -> Tensor:
+    """Columns of the `num` largest of each row, largest first: (N, V) -> (N, num) int64.
+
+    A stripe is every n-th column. The largest stand in the `num` stripes with the largest peaks, since each of those
+    holds a number that is no smaller than anything in the others. One pass over the logits finds the peaks, and the
+    search goes on in a few thousand columns.
+    """
+    num_stripes = logits.shape[1] // _STRIPE
+    if num_stripes < 4 * num:
+        return logits.topk(num, dim=1).indices
+    whole = num_stripes * _STRIPE
+    peaks = logits[:, :whole].view(-1, _STRIPE, num_stripes).amax(dim=1)  # (N, n)
+    stripes = peaks.topk(num, dim=1, sorted=False).indices
+    offsets = torch.arange(0, whole, num_stripes, device=logits.device)
+    columns = (stripes.unsqueeze(2) + offsets).flatten(1)
+    rest = torch.arange(whole, logits.shape[1], device=logits.device).expand(len(logits), -1)
+    columns = torch.cat([columns, rest], dim=1)
+    return columns.gather(1, logits.gather(1, columns).topk(num, dim=1).indices)
 
 
 def top_candidates(logits: Tensor, top_k: int, also: Sequence[tuple[int, ...]] = ()) -> Candidates:
@@ -38,7 +61,7 @@ def top_candidates(logits: Tensor, top_k: int, also: Sequence[tuple[int, ...]] =
         token_ids = torch.arange(vocabulary, device=logits.device).expand(num_rows, vocabulary)
         whole = logits.float() - normaliser.unsqueeze(1)
         return Candidates(token_ids, whole, torch.full_like(normaliser, -torch.inf))
-    token_ids = logits.topk(top_k, dim=1).indices
+    token_ids = likeliest(logits, top_k)
     for row, wanted in enumerate(also):
         _force(token_ids[row], wanted)
     logprobs = logits.gather(1, token_ids).float() - normaliser.unsqueeze(1)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ensemble_core.members import candidates as module
 from ensemble_core.members.base import Candidates
-from ensemble_core.members.candidates import log_normaliser, narrow, top_candidates
+from ensemble_core.members.candidates import likeliest, log_normaliser, narrow, top_candidates
 
 CLOSE = {"atol": 2e-6, "rtol": 1e-6}
 
@@ -173,3 +173,17 @@ def test_narrow_keeps_a_broken_row_apart() -> None:
     found = narrow(top_candidates(logits, 60), 5, [(7,), (9,)])
     assert found.logprobs[0].isnan().all()
     assert torch.equal(found.token_ids[1], top_candidates(logits[1:], 5, [(9,)]).token_ids[0])
+
+
+@pytest.mark.parametrize(("num_rows", "vocabulary"), [(1, 20_000), (5, 4096 + 7), (3, 262_144), (2, 1000)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_likeliest_are_those_of_a_full_search(num_rows: int, vocabulary: int, dtype: torch.dtype) -> None:
+    """Also where many are equal, where they lie side by side, and where a row is not finite."""
+    logits = torch.randn(num_rows, vocabulary, generator=torch.Generator().manual_seed(vocabulary)).to(dtype)
+    logits[0, 5:70] = 9.0
+    logits[-1, -40:] += 5.0
+    columns = likeliest(logits, 60)
+    assert torch.equal(logits.gather(1, columns), logits.topk(60, dim=1).values)
+    assert all(len(set(row)) == 60 for row in columns.tolist())
+    logits[-1, 17] = torch.nan
+    assert logits[-1, likeliest(logits, 60)[-1]].isnan().any()
