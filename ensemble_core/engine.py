@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from ensemble_core.decoding.lockstep import Outcome, Row, decide
+from ensemble_core.decoding.pace import SCORING, Kind, Work
 from ensemble_core.decoding.requests import Output
 from ensemble_core.decoding.scheduler import Capacity, Limits, Scheduler, Share
 from ensemble_core.decoding.sequence import Phase, Sequence
@@ -44,6 +45,9 @@ class _Step:
     outcome: Outcome | None = None
     alignment_seconds: float = 0.0
     rollbacks: dict[str, int] = field(default_factory=dict)
+    scoring: bool = False  # a part of a scored prompt is fed
+    scoring_seconds: float = 0.0
+    num_scored: int = 0  # positions of prompts that were fused
 
 
 class Engine:
@@ -119,6 +123,7 @@ class Engine:
             for member, count in share.counts.items():
                 feeds.setdefault(member, []).append(self._feed(share, member, count))
                 top_k[member] = max(top_k.get(member, 0), self._top_k(share.sequence, member))
+        step.scoring = any(share.sequence.scoring for share in step.shares if share.prefill)
         step.feeds, step.answers = feeds, self._pool.forward(feeds, top_k)
         for share in step.shares:
             for member, count in share.counts.items():
@@ -133,7 +138,7 @@ class Engine:
         track = sequence.tracks[member]
         is_main = member == sequence.recipe.main
         last = sequence.biased if is_main and share.decides else ()
-        if sequence.scores is None or sequence.scores.described:
+        if not sequence.scoring:
             also = (last,) if last else ()
             return Feed(sequence.seq_id, track.uncached(count), int(share.decides), also)
         following = track.prompt_ids[track.num_cached + 1 : track.num_cached + 1 + count]
@@ -162,21 +167,20 @@ class Engine:
                 turns[member], seen[member] = turns.get(member, 0) + 1, start + feed.wanted
                 places[member] = seen[member] - 1
                 self._score(share.sequence, member, feed, step.answers[member], start)
+            if share.sequence.scoring and share.sequence.phase is not Phase.FINISHED:
+                _advance_scores(step, share)
             if share.decides and share.sequence.phase is not Phase.FINISHED:
                 rows.append(self._row(share.sequence, places))
         return [row for row in rows if row.sequence.phase is not Phase.FINISHED]
 
     def _score(self, sequence: Sequence, member: str, feed: Feed, answer: Answer, start: int) -> None:
-        scores = sequence.scores
-        if scores is None or scores.described or answer.candidates is None or not feed.wanted:
+        if sequence.scores is None or not sequence.scoring or answer.candidates is None or not feed.wanted:
             return
         part = answer.candidates.rows(range(start, start + feed.wanted))
-        scores.add(member, narrow(part, self._num_candidates, feed.also))
+        sequence.scores.add(member, narrow(part, self._num_candidates, feed.also))
 
     def _row(self, sequence: Sequence, places: dict[str, int]) -> Row:
-        """A deciding sequence. Its prompt is cached now: score it, and end it if the prompt is all that is asked."""
-        if sequence.scores is not None and not sequence.scores.described:
-            sequence.scores.finish(sequence.recipe, sequence.tracks, sequence.prompt_text)
+        """A deciding sequence. Its prompt is cached now: end it if the prompt is all that is asked."""
         if sequence.request.params.max_tokens == 0:
             sequence.finish("length")
         mask = sequence.constraint.allowed() if sequence.constraint is not None else None
@@ -249,9 +253,23 @@ class Engine:
             )
         )
 
+    def _pace(self, step: _Step) -> None:
+        """Let the scheduler learn what the step cost."""
+        parts: dict[Kind, Work] = {}
+        if step.num_scored:
+            parts[SCORING] = Work(step.scoring_seconds, step.num_scored, False)
+        for name, answer in step.answers.items():
+            counts = [(share.prefill, share.counts[name]) for share in step.shares if name in share.counts]
+            num_tokens = sum(count for prefill, count in counts if prefill)
+            decoded = not all(prefill for prefill, _ in counts)
+            parts[name, step.scoring] = Work(answer.ended - answer.started, num_tokens, decoded)
+        num_decoding = sum(not share.prefill for share in step.shares)
+        self.scheduler.pace.record(num_decoding, time.perf_counter() - step.started, parts)
+
     def _report_step(self, step: _Step) -> None:
         assert step.outcome is not None
-        last = max(answer.ended for answer in step.answers.values())
+        self._pace(step)
+        last = max((answer.ended for answer in step.answers.values()), default=0.0)
         self._sink.step(
             StepStats(
                 mode="lockstep",
@@ -264,6 +282,18 @@ class Engine:
             )
         )
         self._report_queue()
+
+
+def _advance_scores(step: _Step, share: Share) -> None:
+    """Go on with a prompt's scores, as far as its share allows; to the end where it decides a token."""
+    sequence, started = share.sequence, time.perf_counter()
+    assert sequence.scores is not None
+    recipe, tracks = sequence.recipe, sequence.tracks
+    if share.decides:
+        step.num_scored += sequence.scores.finish(recipe, tracks, sequence.prompt_text)
+    else:
+        step.num_scored += sequence.scores.advance(recipe, tracks, share.scores)
+    step.scoring_seconds += time.perf_counter() - started
 
 
 def _candidates(answers: Mapping[str, Answer]) -> dict[str, Candidates]:

@@ -222,6 +222,33 @@ def test_numbers_are_before_temperature_and_bias() -> None:
     assert entry.logprob == pytest.approx(plain.top[3][2], abs=1e-4)
 
 
+def test_a_scored_prompt_beside_a_stream_is_fused_bit_by_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No step fuses more than it is granted and what it feeds; the stream gets a token in each; numbers are the same."""
+    prompt, apart = "cab de deed bad 中文 " * 6, Bench()
+    expected = apart.add(prompt, echo=True, logprobs=2, max_tokens=3, **GREEDY)
+    apart.run()
+    bench = Bench()
+    monkeypatch.setattr(bench.engine.scheduler.pace, "grant", lambda kinds, num: 16 if num else None)
+    stream = bench.add("abc", max_tokens=200, **GREEDY)
+    bench.step()
+    scored = bench.add(prompt, echo=True, logprobs=2, max_tokens=3, **GREEDY)
+    assert scored.scores is not None
+    steps = fused = 0
+    while scored.phase is not Phase.DECODE:
+        bench.step()
+        steps += 1
+        now = len(scored.scores._scored) or fused
+        assert now - fused <= 16
+        fused = now
+        assert stream.num_completion_tokens == steps + 1
+    assert fused >= len(scored.main.prompt_ids) - 40
+    assert steps >= fused / 16
+    bench.run()
+    found, own = ([e for o in each for e in o.prompt_logprobs] for each in (bench.of(scored), apart.of(expected)))
+    assert [e.logprob for e in found[1:]] == pytest.approx([e.logprob for e in own[1:]], abs=1e-4)
+    assert text(bench.of(scored)) == text(apart.of(expected))
+
+
 # Groups
 
 
