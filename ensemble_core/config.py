@@ -141,6 +141,7 @@ class SchedulerConfig(_Section):
     max_stretch: float = Field(
         2.0, gt=1.0, description="While streams run: the longest step with prefill over one without; .inf: any."
     )
+    prefix_reuse: bool = Field(True, description="Begin prompts with what is cached of earlier ones.")
     num_candidates: int = Field(256, ge=2, description="K: candidates that each member answers with.")
 
 

@@ -22,6 +22,7 @@ from ensemble_core.members.parallel import Answer, MemberPool
 from ensemble_core.stats import (
     CacheStats,
     MemberStats,
+    PrefixStats,
     QueueStats,
     RequestStats,
     StatsSink,
@@ -54,11 +55,19 @@ class Engine:
     """Members, sequences and the loop's body."""
 
     def __init__(
-        self, members: Mapping[str, Member], limits: Limits, num_candidates: int, sink: StatsSink
+        self,
+        members: Mapping[str, Member],
+        limits: Limits,
+        num_candidates: int,
+        sink: StatsSink,
+        *,
+        prefix_reuse: bool = True,
     ) -> None:
+        """prefix_reuse: prompts begin with what is cached of others; choices of one prompt always share it."""
         self.members = dict(members)
         self._pool = MemberPool(members)
         self._num_candidates = num_candidates
+        self._prefix_reuse = prefix_reuse
         self._sink = sink
         capacities = {n: Capacity(m.page_size, m.num_pages, m.max_len) for n, m in members.items()}
         self.scheduler = Scheduler(capacities, limits)
@@ -75,7 +84,8 @@ class Engine:
 
     def step(self) -> list[News]:
         """One step of everything that runs; the news of every sequence that moved."""
-        self._fork()
+        self.scheduler.admit()
+        self._reuse()
         step = _Step(self.scheduler.schedule())
         if step.shares:
             self._forward(step)
@@ -105,15 +115,21 @@ class Engine:
         """End the threads of the members."""
         self._pool.close()
 
-    def _fork(self) -> None:
-        """Let sequences take over a prompt that lies ready in another's cache, all but its last token."""
-        for sequence, leader in self.scheduler.followers():
-            for member, track in sequence.tracks.items():
-                if (length := len(track.prompt_ids) - 1) > 0:
-                    self.members[member].fork(leader.seq_id, sequence.seq_id, length)
-                    track.num_cached = length
-            if sequence.scores is not None and leader.scores is not None:
+    def _reuse(self) -> None:
+        """Let sequences begin with what each member has cached of their prompts, all but the last token.
+
+        A prompt that is scored needs an answer at every position, so it is computed in full.
+        """
+        for sequence, leader in self.scheduler.beginners():
+            if leader is not None and sequence.scores is not None and leader.scores is not None:
                 sequence.scores.described = leader.scores.described
+            if sequence.scoring or not (leader or self._prefix_reuse):
+                continue
+            for member, track in sequence.tracks.items():
+                ids = track.uncached(len(track) - 1)
+                if length := self.members[member].reuse(sequence.seq_id, ids):
+                    track.num_cached = length
+                    self._sink.prefix(PrefixStats(member, length))
 
     def _forward(self, step: _Step) -> None:
         """Feed every member its part of the step; a failure ends the sequences that it was fed."""
@@ -220,8 +236,9 @@ class Engine:
         """Release every finished sequence everywhere; their last news."""
         news = []
         for sequence in self.scheduler.retire():
+            keep = self._prefix_reuse and sequence.finish_reason != "error"
             for member in sequence.tracks:
-                self.members[member].release(sequence.seq_id)
+                self.members[member].release(sequence.seq_id, keep)
             news.append((sequence.seq_id, sequence.take()))
             self._report_request(sequence)
         if news:

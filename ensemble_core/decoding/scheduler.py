@@ -89,7 +89,7 @@ class Scheduler:
 
     def schedule(self) -> list[Share]:
         """The shares of the next step: admit, then decode, then prefill what the budget allows."""
-        self._admit()
+        self.admit()
         left = dict.fromkeys(self._capacities, self._limits.token_budget)
         shares = [_decode_share(s) for s in self.running if s.phase is Phase.DECODE]
         for share in shares:
@@ -102,12 +102,13 @@ class Scheduler:
         left = {member: max(min(tokens, most), 1) for member, tokens in left.items()}  # prompts go on
         return shares + _prefill_shares(prompts, left, math.inf if granted is None else granted)
 
-    def followers(self) -> list[tuple[Sequence, Sequence]]:
-        """(sequence, leader) wherever a prompt that is not begun lies ready in the cache of another sequence."""
+    def beginners(self) -> list[tuple[Sequence, Sequence | None]]:
+        """Admitted sequences that nothing is cached of and that need not wait, each with its leader, if any."""
         pairs = [(s, self._leader(s)) for s in self.running if _untouched(s)]
-        return [(s, leader) for s, leader in pairs if leader is not None and leader.phase is Phase.DECODE]
+        return [(s, leader) for s, leader in pairs if leader is None or leader.phase is Phase.DECODE]
 
-    def _admit(self) -> None:
+    def admit(self) -> None:
+        """Let waiting sequences in, in order, as long as all that they need fits."""
         while self.waiting and len(self.running) < self._limits.max_running:
             sequence = self.waiting[0]
             pages = self._pages(sequence)
