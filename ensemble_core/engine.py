@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from ensemble_core.decoding.lockstep import Outcome, Row, decide
+from ensemble_core.decoding.pace import SCORING, Kind, Work
 from ensemble_core.decoding.requests import Output
 from ensemble_core.decoding.scheduler import Capacity, Limits, Scheduler, Share
 from ensemble_core.decoding.sequence import Phase, Sequence
@@ -21,6 +22,7 @@ from ensemble_core.members.parallel import Answer, MemberPool
 from ensemble_core.stats import (
     CacheStats,
     MemberStats,
+    PrefixStats,
     QueueStats,
     RequestStats,
     StatsSink,
@@ -44,17 +46,28 @@ class _Step:
     outcome: Outcome | None = None
     alignment_seconds: float = 0.0
     rollbacks: dict[str, int] = field(default_factory=dict)
+    scoring: bool = False  # a part of a scored prompt is fed
+    scoring_seconds: float = 0.0
+    num_scored: int = 0  # positions of prompts that were fused
 
 
 class Engine:
     """Members, sequences and the loop's body."""
 
     def __init__(
-        self, members: Mapping[str, Member], limits: Limits, num_candidates: int, sink: StatsSink
+        self,
+        members: Mapping[str, Member],
+        limits: Limits,
+        num_candidates: int,
+        sink: StatsSink,
+        *,
+        prefix_reuse: bool = True,
     ) -> None:
+        """prefix_reuse: prompts begin with what is cached of others; choices of one prompt always share it."""
         self.members = dict(members)
         self._pool = MemberPool(members)
         self._num_candidates = num_candidates
+        self._prefix_reuse = prefix_reuse
         self._sink = sink
         capacities = {n: Capacity(m.page_size, m.num_pages, m.max_len) for n, m in members.items()}
         self.scheduler = Scheduler(capacities, limits)
@@ -71,7 +84,8 @@ class Engine:
 
     def step(self) -> list[News]:
         """One step of everything that runs; the news of every sequence that moved."""
-        self._fork()
+        self.scheduler.admit()
+        self._reuse()
         step = _Step(self.scheduler.schedule())
         if step.shares:
             self._forward(step)
@@ -101,15 +115,21 @@ class Engine:
         """End the threads of the members."""
         self._pool.close()
 
-    def _fork(self) -> None:
-        """Let sequences take over a prompt that lies ready in another's cache, all but its last token."""
-        for sequence, leader in self.scheduler.followers():
-            for member, track in sequence.tracks.items():
-                if (length := len(track.prompt_ids) - 1) > 0:
-                    self.members[member].fork(leader.seq_id, sequence.seq_id, length)
-                    track.num_cached = length
-            if sequence.scores is not None and leader.scores is not None:
+    def _reuse(self) -> None:
+        """Let sequences begin with what each member has cached of their prompts, all but the last token.
+
+        A prompt that is scored needs an answer at every position, so it is computed in full.
+        """
+        for sequence, leader in self.scheduler.beginners():
+            if leader is not None and sequence.scores is not None and leader.scores is not None:
                 sequence.scores.described = leader.scores.described
+            if sequence.scoring or not (leader or self._prefix_reuse):
+                continue
+            for member, track in sequence.tracks.items():
+                ids = track.uncached(len(track) - 1)
+                if length := self.members[member].reuse(sequence.seq_id, ids):
+                    track.num_cached = length
+                    self._sink.prefix(PrefixStats(member, length))
 
     def _forward(self, step: _Step) -> None:
         """Feed every member its part of the step; a failure ends the sequences that it was fed."""
@@ -119,6 +139,7 @@ class Engine:
             for member, count in share.counts.items():
                 feeds.setdefault(member, []).append(self._feed(share, member, count))
                 top_k[member] = max(top_k.get(member, 0), self._top_k(share.sequence, member))
+        step.scoring = any(share.sequence.scoring for share in step.shares if share.prefill)
         step.feeds, step.answers = feeds, self._pool.forward(feeds, top_k)
         for share in step.shares:
             for member, count in share.counts.items():
@@ -133,7 +154,7 @@ class Engine:
         track = sequence.tracks[member]
         is_main = member == sequence.recipe.main
         last = sequence.biased if is_main and share.decides else ()
-        if sequence.scores is None or sequence.scores.described:
+        if not sequence.scoring:
             also = (last,) if last else ()
             return Feed(sequence.seq_id, track.uncached(count), int(share.decides), also)
         following = track.prompt_ids[track.num_cached + 1 : track.num_cached + 1 + count]
@@ -162,21 +183,20 @@ class Engine:
                 turns[member], seen[member] = turns.get(member, 0) + 1, start + feed.wanted
                 places[member] = seen[member] - 1
                 self._score(share.sequence, member, feed, step.answers[member], start)
+            if share.sequence.scoring and share.sequence.phase is not Phase.FINISHED:
+                _advance_scores(step, share)
             if share.decides and share.sequence.phase is not Phase.FINISHED:
                 rows.append(self._row(share.sequence, places))
         return [row for row in rows if row.sequence.phase is not Phase.FINISHED]
 
     def _score(self, sequence: Sequence, member: str, feed: Feed, answer: Answer, start: int) -> None:
-        scores = sequence.scores
-        if scores is None or scores.described or answer.candidates is None or not feed.wanted:
+        if sequence.scores is None or not sequence.scoring or answer.candidates is None or not feed.wanted:
             return
         part = answer.candidates.rows(range(start, start + feed.wanted))
-        scores.add(member, narrow(part, self._num_candidates, feed.also))
+        sequence.scores.add(member, narrow(part, self._num_candidates, feed.also))
 
     def _row(self, sequence: Sequence, places: dict[str, int]) -> Row:
-        """A deciding sequence. Its prompt is cached now: score it, and end it if the prompt is all that is asked."""
-        if sequence.scores is not None and not sequence.scores.described:
-            sequence.scores.finish(sequence.recipe, sequence.tracks, sequence.prompt_text)
+        """A deciding sequence. Its prompt is cached now: end it if the prompt is all that is asked."""
         if sequence.request.params.max_tokens == 0:
             sequence.finish("length")
         mask = sequence.constraint.allowed() if sequence.constraint is not None else None
@@ -216,8 +236,9 @@ class Engine:
         """Release every finished sequence everywhere; their last news."""
         news = []
         for sequence in self.scheduler.retire():
+            keep = self._prefix_reuse and sequence.finish_reason != "error"
             for member in sequence.tracks:
-                self.members[member].release(sequence.seq_id)
+                self.members[member].release(sequence.seq_id, keep)
             news.append((sequence.seq_id, sequence.take()))
             self._report_request(sequence)
         if news:
@@ -249,9 +270,23 @@ class Engine:
             )
         )
 
+    def _pace(self, step: _Step) -> None:
+        """Let the scheduler learn what the step cost."""
+        parts: dict[Kind, Work] = {}
+        if step.num_scored:
+            parts[SCORING] = Work(step.scoring_seconds, step.num_scored, False)
+        for name, answer in step.answers.items():
+            counts = [(share.prefill, share.counts[name]) for share in step.shares if name in share.counts]
+            num_tokens = sum(count for prefill, count in counts if prefill)
+            decoded = not all(prefill for prefill, _ in counts)
+            parts[name, step.scoring] = Work(answer.ended - answer.started, num_tokens, decoded)
+        num_decoding = sum(not share.prefill for share in step.shares)
+        self.scheduler.pace.record(num_decoding, time.perf_counter() - step.started, parts)
+
     def _report_step(self, step: _Step) -> None:
         assert step.outcome is not None
-        last = max(answer.ended for answer in step.answers.values())
+        self._pace(step)
+        last = max((answer.ended for answer in step.answers.values()), default=0.0)
         self._sink.step(
             StepStats(
                 mode="lockstep",
@@ -264,6 +299,18 @@ class Engine:
             )
         )
         self._report_queue()
+
+
+def _advance_scores(step: _Step, share: Share) -> None:
+    """Go on with a prompt's scores, as far as its share allows; to the end where it decides a token."""
+    sequence, started = share.sequence, time.perf_counter()
+    assert sequence.scores is not None
+    recipe, tracks = sequence.recipe, sequence.tracks
+    if share.decides:
+        step.num_scored += sequence.scores.finish(recipe, tracks, sequence.prompt_text)
+    else:
+        step.num_scored += sequence.scores.advance(recipe, tracks, share.scores)
+    step.scoring_seconds += time.perf_counter() - started
 
 
 def _candidates(answers: Mapping[str, Answer]) -> dict[str, Candidates]:

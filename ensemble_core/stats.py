@@ -82,6 +82,14 @@ class CacheStats:
 
 
 @dataclass(frozen=True, slots=True)
+class PrefixStats:
+    """Prompt tokens of one sequence that a member had cached already."""
+
+    member: str
+    num_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
 class QueueStats:
     """How many sequences run and wait."""
 
@@ -107,6 +115,9 @@ class StatsSink(Protocol):
     def cache(self, stats: CacheStats) -> None:
         """Take in one member's cache usage."""
 
+    def prefix(self, stats: PrefixStats) -> None:
+        """Take in one reused prefix."""
+
 
 class NullSink:
     """Drops everything; the offline API uses it."""
@@ -124,4 +135,7 @@ class NullSink:
         """Drop it."""
 
     def cache(self, stats: CacheStats) -> None:
+        """Drop it."""
+
+    def prefix(self, stats: PrefixStats) -> None:
         """Drop it."""

@@ -17,6 +17,7 @@ from ensemble_core.stats import (
     CacheStats,
     FusionStats,
     MemberStats,
+    PrefixStats,
     QueueStats,
     RequestStats,
     StepStats,
@@ -68,6 +69,10 @@ class PrometheusSink:
     def cache(self, stats: CacheStats) -> None:
         """Take in one member's cache usage."""
         self._members.cache(stats)
+
+    def prefix(self, stats: PrefixStats) -> None:
+        """Take in one reused prefix."""
+        self._members.prefix_hits.labels(stats.member).inc(stats.num_tokens)
 
     def rejected(self, reason: str) -> None:
         """Count one refused request of the HTTP edge."""
@@ -168,6 +173,9 @@ class _MemberMetrics(_Family):
         self.tokens = self._counter("member_tokens_total", "Tokens fed to a member.", "member", "phase")
         self.rollback = self._counter(
             "member_rollback_tokens_total", "Cached tokens that retokenisation took back.", "member"
+        )
+        self.prefix_hits = self._counter(
+            "prefix_cache_hit_tokens_total", "Prompt tokens that a member had cached already.", "member"
         )
         self.kv_usage = self._gauge("member_kv_usage_ratio", "Used share of the cache's pages.", "member")
         self.memory = self._gauge("member_memory_bytes", "Weights and cache.", "member", "device")

@@ -37,6 +37,7 @@ from ensemble_core.recipes import RecipeBook, list_models
 from ensemble_core.stats import (
     CacheStats,
     NullSink,
+    PrefixStats,
     QueueStats,
     RequestStats,
     StatsSink,
@@ -98,7 +99,8 @@ class FakeMember:
         self.calls: list[list[Feed]] = []
         self.threads: set[str] = set()  # names of the threads that forwards ran in
         self.rollbacks: list[tuple[int, int]] = []
-        self.forks: list[tuple[int, int, int]] = []
+        self.kept: list[list[int]] = []  # prefixes of sequences that are gone, least recently used first
+        self.reuses: list[tuple[int, int]] = []  # seq_id, tokens that it began with
         self.fails_on: set[int] = set()  # sequences that make a forward raise
         self.nan_on: set[int] = set()  # sequences whose rows are NaN
         self.breaks: Exception | None = None  # raised by the next forward: a bug, not a MemberError
@@ -127,6 +129,7 @@ class FakeMember:
             raise MemberError(self.name, f"told to fail on {sorted(failing)}")
         rows = [row for feed in feeds for row in self._extend(feed)]
         assert self.free_pages >= 0, "more pages are used than there are"
+        self._make_way()
         logits = torch.stack(rows) if rows else torch.empty(0, len(self.vocabulary))
         also = [ids for feed in feeds for ids in feed.also or ((),) * feed.wanted]
         return top_candidates(logits, top_k, also)
@@ -136,14 +139,30 @@ class FakeMember:
         self.rollbacks.append((seq_id, len(self.cached[seq_id]) - length))
         del self.cached[seq_id][length:]
 
-    def fork(self, source: int, seq_id: int, length: int) -> None:
-        assert not self.cached.get(seq_id), "a fork begins a sequence"
-        assert length <= len(self.cached[source])
-        self.forks.append((source, seq_id, length))
-        self.cached[seq_id] = self.cached[source][:length]
+    def reuse(self, seq_id: int, token_ids: Sequence[int]) -> int:
+        assert seq_id not in self.cached, "a prefix begins a sequence"
+        rows = [*self.cached.values(), *self.kept]
+        best = max(rows, key=lambda ids: _num_shared(ids, token_ids), default=[])
+        length = _num_shared(best, token_ids)
+        if length:
+            self.reuses.append((seq_id, length))
+            self.cached[seq_id] = list(token_ids[:length])
+            if best in self.kept:
+                self.kept.append(self.kept.pop(self.kept.index(best)))
+        self._make_way()
+        return length
 
-    def release(self, seq_id: int) -> None:
-        self.cached.pop(seq_id, None)
+    def release(self, seq_id: int, keep: bool = False) -> None:
+        ids = self.cached.pop(seq_id, None)
+        if ids and keep:
+            assert seq_id not in self.fails_on | self.nan_on, "what failed is to be kept"
+            self.kept.append(ids)
+            self._make_way()
+
+    def _make_way(self) -> None:
+        """Prefixes have what running sequences leave."""
+        while self.kept and sum(-(-len(ids) // self.page_size) for ids in self.kept) > self.free_pages:
+            self.kept.pop(0)
 
     def memory_bytes(self) -> dict[str, int]:
         return {str(self.device): 1024}
@@ -182,6 +201,12 @@ class FakeMember:
         if mid_character(text[-4:]):
             bias[0x90:0xC0] = 60.0  # after F0 the lower ones are no UTF-8
         return bias
+
+
+def _num_shared(left: Sequence[int], right: Sequence[int]) -> int:
+    return next(
+        (i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right))
+    )
 
 
 def mid_character(end: bytes) -> bool:
@@ -244,6 +269,7 @@ class ListSink(NullSink):
     requests: list[RequestStats] = field(default_factory=list)
     queues: list[QueueStats] = field(default_factory=list)
     caches: list[CacheStats] = field(default_factory=list)
+    prefixes: list[PrefixStats] = field(default_factory=list)
 
     def step(self, stats: StepStats) -> None:
         self.steps.append(stats)
@@ -260,6 +286,9 @@ class ListSink(NullSink):
     def cache(self, stats: CacheStats) -> None:
         self.caches.append(stats)
 
+    def prefix(self, stats: PrefixStats) -> None:
+        self.prefixes.append(stats)
+
 
 def fake_engine(
     members: Sequence[Member],
@@ -269,10 +298,12 @@ def fake_engine(
     max_waiting: int = 64,
     token_budget: int = 64,
     num_candidates: int = 64,
+    prefix_reuse: bool = False,
 ) -> Engine:
     """An engine over fake members."""
     limits = Limits(max_running, max_waiting, token_budget)
-    return Engine({member.name: member for member in members}, limits, num_candidates, sink or NullSink())
+    by_name = {member.name: member for member in members}
+    return Engine(by_name, limits, num_candidates, sink or NullSink(), prefix_reuse=prefix_reuse)
 
 
 class FakeTokenizer:
@@ -309,6 +340,7 @@ def fake_loaded(config: Config, members: Mapping[str, FakeMember], sink: StatsSi
         max_waiting=scheduler.max_waiting,
         token_budget=scheduler.token_budget,
         num_candidates=scheduler.num_candidates,
+        prefix_reuse=scheduler.prefix_reuse,
     )
     book = RecipeBook(config, lambda names, _: space_of([members[name] for name in names]))
     speakers = {

@@ -2,9 +2,10 @@
 
 A sequence is admitted in all its members at once, first come, first served, and reserves every page that it can
 ever need: so nothing that runs can run out. Decoding sequences go first in every step; what is left of the token
-budget is prefilled in chunks, so that long prompts do not stall running streams. The last piece of a prompt is
-fed to all members in one step, which is the first step that decides a token. Sequences of one group have the same
-prompt: one of them leads, the others wait until its prompt is cached and take it over.
+budget is prefilled in chunks, beside running streams no more than `Pace` grants. The last piece of a prompt is fed
+to all members in one step, which is the first step that decides a token; a scored prompt waits with it until its
+scores are nearly done. Sequences of one group have the same prompt: one of them leads, the others wait until its
+prompt is cached and take it over.
 
 Invariants: reserved pages never exceed a member's; every admitted sequence is on `running` until `retire`; nobody
 overtakes the head of the queue. Does not know tensors, forwards or fusion.
@@ -12,11 +13,13 @@ overtakes the head of the queue. Does not know tensors, forwards or fusion.
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from ensemble_core.decoding.pace import LEAST, SCORING, Kind, Pace
 from ensemble_core.decoding.sequence import Phase, Sequence
 from ensemble_core.errors import QueueFullError
 
@@ -32,12 +35,16 @@ class Capacity:
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """One sequence's part of a step: tokens to feed per member, and whether a token is decided."""
+    """One sequence's part of a step: tokens to feed per member, and whether a token is decided.
+
+    scores: positions of a scored prompt that may be fused.
+    """
 
     sequence: Sequence
     counts: dict[str, int]
     decides: bool
     prefill: bool  # the tokens are a part of the prompt
+    scores: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +54,7 @@ class Limits:
     max_running: int
     max_waiting: int
     token_budget: int  # tokens a member is fed in one step
+    max_stretch: float = math.inf  # a step with prefill over one without, while streams run
 
 
 class Scheduler:
@@ -57,6 +65,7 @@ class Scheduler:
         self.running: list[Sequence] = []
         self._capacities = dict(capacities)
         self._limits = limits
+        self.pace = Pace(limits.max_stretch)
         self._reserved = dict.fromkeys(capacities, 0)
 
     @property
@@ -80,26 +89,26 @@ class Scheduler:
 
     def schedule(self) -> list[Share]:
         """The shares of the next step: admit, then decode, then prefill what the budget allows."""
-        self._admit()
+        self.admit()
         left = dict.fromkeys(self._capacities, self._limits.token_budget)
         shares = [_decode_share(s) for s in self.running if s.phase is Phase.DECODE]
         for share in shares:
             _spend(left, share.counts)
-        left = {member: max(tokens, 1) for member, tokens in left.items()}  # prompts go on, however slowly
-        for sequence in self.running:
-            if sequence.phase is not Phase.PREFILL or self._awaits_leader(sequence):
-                continue
-            if (share := _prefill_share(sequence, left)).counts:
-                _spend(left, share.counts)
-                shares.append(share)
-        return shares
+        prompts = [s for s in self.running if s.phase is Phase.PREFILL and not self._awaits_leader(s)]
+        granted = self.pace.grant(_kinds(prompts), len(shares))
+        if granted == 0:
+            return shares
+        most = self._limits.token_budget if granted is None else granted
+        left = {member: max(min(tokens, most), 1) for member, tokens in left.items()}  # prompts go on
+        return shares + _prefill_shares(prompts, left, math.inf if granted is None else granted)
 
-    def followers(self) -> list[tuple[Sequence, Sequence]]:
-        """(sequence, leader) wherever a prompt that is not begun lies ready in the cache of another sequence."""
+    def beginners(self) -> list[tuple[Sequence, Sequence | None]]:
+        """Admitted sequences that nothing is cached of and that need not wait, each with its leader, if any."""
         pairs = [(s, self._leader(s)) for s in self.running if _untouched(s)]
-        return [(s, leader) for s, leader in pairs if leader is not None and leader.phase is Phase.DECODE]
+        return [(s, leader) for s, leader in pairs if leader is None or leader.phase is Phase.DECODE]
 
-    def _admit(self) -> None:
+    def admit(self) -> None:
+        """Let waiting sequences in, in order, as long as all that they need fits."""
         while self.waiting and len(self.running) < self._limits.max_running:
             sequence = self.waiting[0]
             pages = self._pages(sequence)
@@ -164,14 +173,38 @@ def _decode_share(sequence: Sequence) -> Share:
     return Share(sequence, counts, decides=True, prefill=False)
 
 
-def _prefill_share(sequence: Sequence, left: Mapping[str, int]) -> Share:
+def _kinds(prompts: list[Sequence]) -> set[Kind]:
+    """What prefilling these prompts will cost: members with more than a last token to go, and scoring."""
+    scoring = any(s.scoring for s in prompts)
+    kinds = {(member, scoring) for s in prompts for member, track in s.tracks.items() if track.num_uncached > 1}
+    return kinds | {SCORING} if scoring else kinds
+
+
+def _prefill_shares(prompts: list[Sequence], left: dict[str, int], positions: float) -> list[Share]:
+    """Chunks of prompts, in order. left: tokens for each member, spent here; positions: that may be fused."""
+    shares = []
+    for sequence in prompts:
+        share = _prefill_share(sequence, left, positions)
+        if share.counts or share.scores:
+            _spend(left, share.counts)
+            positions -= share.scores
+            shares.append(share)
+    return shares
+
+
+def _prefill_share(sequence: Sequence, left: Mapping[str, int], positions: float) -> Share:
     """All that is left of every member's prompt if it fits, else a chunk that leaves each its last token."""
     rest = {member: track.num_uncached for member, track in sequence.tracks.items()}
-    if all(count <= left[member] for member, count in rest.items()):
+    ready = sequence.scores.num_ready if sequence.scores is not None and sequence.scoring else 0
+    fits = all(count <= left[member] for member, count in rest.items())
+    if fits and ready + sequence.scoring * rest[sequence.recipe.main] <= max(positions, LEAST):
         return Share(sequence, rest, decides=True, prefill=True)
     chunks = {member: min(count - 1, left[member]) for member, count in rest.items()}
     counts = {member: count for member, count in chunks.items() if count > 0}
-    return Share(sequence, counts, decides=False, prefill=True)
+    if not sequence.scoring:
+        return Share(sequence, counts, decides=False, prefill=True)
+    scores = int(min(ready + counts.get(sequence.recipe.main, 0), max(positions, 0)))
+    return Share(sequence, counts, decides=False, prefill=True, scores=scores)
 
 
 def _spend(left: dict[str, int], counts: Mapping[str, int]) -> None:

@@ -1,10 +1,11 @@
 """Teacher-forced fused log-probabilities of a prompt: what the ensemble gives each of its tokens.
 
-While a prompt is prefilled every member answers at every position. When all of it is cached, main's answer at each
-position is fused with the assistants' answers at the same place of the text, where every assistant has a token
-boundary there (a shared position); elsewhere main speaks alone. Places are counted in bytes of the text without
-control tokens, from its end, since some tokenizers put a space in front of it; where the members otherwise do not
-spell the same bytes (a control token that one of them reads as text) main speaks alone everywhere.
+While a prompt is prefilled every member answers at every position. Main's answer at each position is fused with the
+assistants' answers at the same place of the text, where every assistant has a token boundary there (a shared
+position); elsewhere main speaks alone. Positions are fused in blocks, as soon as all their answers are there, no
+more at a time than the caller allows; answers that are used up are dropped. Places are counted in bytes of the text
+without control tokens, from its end, since some tokenizers put a space in front of it; where the members otherwise
+do not spell the same bytes (a control token that one of them reads as text) main speaks alone everywhere.
 
 Knows candidates and recipes; does not know schedules, engines or outputs.
 """
@@ -30,37 +31,104 @@ _BLOCK = 64  # positions fused at once
 
 
 @dataclass(slots=True)
+class _Answers:
+    """A member's answers from row `first` of its prompt on."""
+
+    first: int = 0
+    parts: list[Candidates] = field(default_factory=list)
+
+    @property
+    def end(self) -> int:
+        """One past the last row."""
+        return self.first + sum(len(part) for part in self.parts)
+
+    def rows(self, rows: Rows[int]) -> Candidates:
+        """Those of the given rows of the prompt."""
+        if len(self.parts) > 1:
+            self.parts = [_joined(self.parts)]
+        return self.parts[0].rows([row - self.first for row in rows])
+
+    def drop(self, end: int) -> None:
+        """Forget parts that lie before row `end`."""
+        while self.parts and self.first + len(self.parts[0]) <= end:
+            self.first += len(self.parts.pop(0))
+
+
+@dataclass(slots=True)
+class _Run:
+    """Places that consult the same members, in the order of the text: [num_fused, num_ready) can be fused now."""
+
+    places: list[dict[str, int]]
+    num_ready: int = 0
+    num_fused: int = 0
+
+    def look(self, answers: dict[str, _Answers]) -> int:
+        """How many places can be fused now. Rows rise from place to place, so the first that lacks one ends them."""
+        ends = {member: each.end for member, each in answers.items()}
+        for place in self.places[self.num_ready :]:
+            if any(row >= ends.get(member, 0) for member, row in place.items()):
+                break
+            self.num_ready += 1
+        return self.num_ready - self.num_fused
+
+
+@dataclass(slots=True)
 class PromptScores:
     """One sequence's prompt, being scored.
 
-    described: empty until `finish`, then an entry for every prompt token, the first without a number.
+    described: empty until `finish`, then an entry for every prompt token, the first without a number. num_ready:
+    positions that `advance` left, though it could have fused them.
     """
 
     num_top: int
     described: tuple[TokenLogprob, ...] = ()
-    _answers: dict[str, list[Candidates]] = field(default_factory=dict)
+    num_ready: int = 0
+    _answers: dict[str, _Answers] = field(default_factory=dict)
+    _runs: tuple[_Run, ...] = ()
+    _scored: dict[int, Scored] = field(default_factory=dict)
 
     def add(self, member: str, candidates: Candidates) -> None:
         """A member's answers for the next positions of its prompt."""
-        self._answers.setdefault(member, []).append(candidates)
+        self._answers.setdefault(member, _Answers()).parts.append(candidates)
 
-    def finish(self, recipe: Recipe, tracks: dict[str, Track], text: str) -> None:
-        """Fuse all positions; the prompts must be cached as a whole. text: what offsets are counted in."""
-        answers = {member: _joined(parts) for member, parts in self._answers.items()}
-        main = tracks[recipe.main]
-        scored: dict[int, Scored] = {}
-        for places in _runs(recipe, tracks):
-            for block in (places[i : i + _BLOCK] for i in range(0, len(places), _BLOCK)):
-                scored |= self._fuse(recipe, answers, main.prompt_ids, block)
-        self.described = tuple(_described(main, scored, text))
-        self._answers.clear()
+    def advance(self, recipe: Recipe, tracks: dict[str, Track], limit: int | None = None) -> int:
+        """Fuse up to `limit` positions (None: all) of those whose answers are there; returns how many."""
+        before = len(self._scored)
+        if not self._runs:
+            self._runs = tuple(_Run(places) for places in _runs(recipe, tracks))
+        for run in self._runs:
+            stop = run.num_fused + run.look(self._answers)
+            if limit is not None:
+                stop = min(stop, run.num_fused + limit - (len(self._scored) - before))
+            while run.num_fused < stop:
+                block = run.places[run.num_fused : min(run.num_fused + _BLOCK, stop)]
+                self._scored |= self._fuse(recipe, tracks[recipe.main].prompt_ids, block)
+                run.num_fused += len(block)
+        self.num_ready = sum(run.num_ready - run.num_fused for run in self._runs)
+        self._drop_used()
+        return len(self._scored) - before
 
-    def _fuse(
-        self, recipe: Recipe, answers: dict[str, Candidates], ids: list[int], block: Rows[dict[str, int]]
-    ) -> dict[int, Scored]:
+    def finish(self, recipe: Recipe, tracks: dict[str, Track], text: str) -> int:
+        """Fuse what is left; returns how many. The prompts must be cached whole. text: what offsets count in."""
+        num_fused = self.advance(recipe, tracks)
+        self.described = tuple(_described(tracks[recipe.main], self._scored, text))
+        self.reset()
+        return num_fused
+
+    def reset(self) -> None:
+        """Forget all answers: the prompt is computed anew, or it is described."""
+        self._answers, self._runs, self._scored, self.num_ready = {}, (), {}, 0
+
+    def _drop_used(self) -> None:
+        heads = [run.places[run.num_fused] for run in self._runs if run.num_fused < len(run.places)]
+        for member, answers in self._answers.items():
+            answers.drop(min((head[member] for head in heads if member in head), default=answers.end))
+
+    def _fuse(self, recipe: Recipe, ids: list[int], block: Rows[dict[str, int]]) -> dict[int, Scored]:
         """Position -> what the token after it scored; a block consults the same members everywhere."""
-        device = answers[recipe.main].tail.device
-        parts = [answers[m].rows([place[m] for place in block]).to(device) for m in block[0]]
+        parts = [self._answers[member].rows([place[member] for place in block]) for member in block[0]]
+        device = parts[0].tail.device
+        parts = [part.to(device) for part in parts]
         fused = single(parts[0])
         if len(parts) > 1:
             assert recipe.fusion is not None

@@ -117,6 +117,11 @@ class Sequence:
         return len(self.main.completion_ids)
 
     @property
+    def scoring(self) -> bool:
+        """True while log-probabilities of the prompt are asked for and not told yet."""
+        return self.scores is not None and not self.scores.described
+
+    @property
     def consulted(self) -> tuple[str, ...]:
         """The members that answer next: main alone while the last character is incomplete."""
         if self.spelt.mid_character:

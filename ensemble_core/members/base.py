@@ -80,7 +80,8 @@ class Member(Protocol):
     """One resident language model with its own tokenizer and KV cache.
 
     `num_pages` pages of `page_size` tokens hold the cache; a sequence holds whole pages. A forward over more
-    pages than are free is the scheduler's fault and trips an assertion.
+    pages than are free is the scheduler's fault and trips an assertion. Prefixes that are cached beyond the running
+    sequences hold no page: they make way.
     """
 
     name: str
@@ -98,7 +99,7 @@ class Member(Protocol):
 
     @property
     def free_pages(self) -> int:
-        """Pages that no sequence holds."""
+        """Pages that no running sequence holds."""
 
     def forward(self, feeds: Sequence[Feed], top_k: int) -> Candidates:
         """One packed pass over any mix of prefill, decode and verification.
@@ -110,11 +111,19 @@ class Member(Protocol):
     def rollback(self, seq_id: int, length: int) -> None:
         """Keep the first `length` cached tokens of a sequence."""
 
-    def fork(self, source: int, seq_id: int, length: int) -> None:
-        """Begin a sequence with the first `length` cached tokens of another."""
+    def reuse(self, seq_id: int, token_ids: Sequence[int]) -> int:
+        """Begin a sequence with the longest prefix of `token_ids` that a running or kept sequence has cached.
 
-    def release(self, seq_id: int) -> None:
-        """Give back all pages of a sequence; an unknown one is fine."""
+        Returns how many tokens are cached now; 0: nothing has begun. Too short a prefix is not worth it. The answers
+        that follow are those of a sequence that was fed all of it.
+        """
+
+    def release(self, seq_id: int, keep: bool = False) -> None:
+        """Give back all pages of a sequence; an unknown one is fine.
+
+        keep: what is cached of it may serve `reuse` until its place is needed, least recently used first; unless it
+        is not finite. Never for a sequence whose forward failed.
+        """
 
     def memory_bytes(self) -> dict[str, int]:
         """Device -> bytes of weights and cache."""

@@ -2,30 +2,39 @@
 
 A row is contiguous, so that attention reads views and copies nothing; it is one page of the scheduler's
 accounting. Sliding-window layers keep their full length (the window is masked), so rollback is exact: it is a
-change of length. Invariants: a row belongs to one sequence or to none; lengths never exceed the row; a free row
-holds zeros, since masked positions are multiplied by zero and not skipped: a number that is not finite would reach
-the row's next holder.
+change of length. A row that is released may stay as a cached prefix, until its place is needed; the least recently
+used goes first. A sequence begins with the longest prefix that a running or a cached row has in common with it,
+copied into its own row.
 
-Knows shapes and rows; does not know models, tokens or schedules.
+Invariants: a row belongs to one sequence, to one prefix, or to nobody; lengths never exceed the row; a new sequence
+gets the lowest row that no sequence holds (low rows lie together, and attention reads neighbours at once), so
+prefixes make way; every slot past a row's end that no forward has written since holds zeros, and no prefix holds a
+number that is not finite: masked positions are multiplied by zero and not skipped, so such a number would reach the
+row's next holder.
+
+Knows shapes, rows and token ids; does not know models or schedules.
 """
 
 from __future__ import annotations
 
-import heapq
-from dataclasses import dataclass
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
 
+MIN_PREFIX = 16  # tokens; a shorter prefix is computed as fast as it is found and copied
+
 
 @dataclass(slots=True)
 class Row:
-    """One sequence's place in the pool."""
+    """One sequence's place in the pool, or a cached prefix's. token_ids: what the first `length` slots hold."""
 
     index: int
     length: int = 0
-    written: int = 0  # slots that a forward may have touched, failed ones and rolled back ones included
+    token_ids: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,50 +57,79 @@ class KVCache:
         self.keys = [_zeros(layer, num_rows * row_len, dtype) for layer in layers]
         self.values = [_zeros(layer, num_rows * row_len, dtype) for layer in layers]
         self._rows: dict[int, Row] = {}
-        self._free = list(range(num_rows))
+        self._prefixes: list[Row] = []  # least recently used first
+        self._written = [
+            0
+        ] * num_rows  # slots of each row that may hold something: failed and rolled back ones too
 
     @property
     def num_free(self) -> int:
         """Rows that no sequence holds."""
-        return len(self._free)
+        return self.num_rows - len(self._rows)
+
+    @property
+    def prefixes(self) -> list[list[int]]:
+        """The token ids of what is cached beyond the running sequences, least recently used first."""
+        return [list(row.token_ids) for row in self._prefixes]
 
     def row(self, seq_id: int) -> Row:
-        """The row of a sequence; an unknown one gets the lowest free row (low rows lie together)."""
+        """The row of a sequence; an unknown one gets the lowest row that no sequence holds, empty."""
         if seq_id not in self._rows:
-            assert self._free, "no free row: the scheduler admitted more than fits"
-            self._rows[seq_id] = Row(heapq.heappop(self._free))
+            self._begin(seq_id, None, 0)
         return self._rows[seq_id]
+
+    def reuse(self, seq_id: int, token_ids: Sequence[int]) -> int:
+        """Begin a sequence with the longest cached prefix of `token_ids`; returns its length, 0 if nothing began."""
+        assert seq_id not in self._rows, "a prefix begins a sequence"
+        token_ids, rows = list(token_ids), [*self._rows.values(), *self._prefixes]
+        shared = [shared_prefix(row.token_ids, token_ids) for row in rows]
+        length = max(shared, default=0)
+        if length < MIN_PREFIX:
+            return 0
+        source = rows[shared.index(length)]
+        if source in self._prefixes:
+            self._touch(source)
+        elif not self._finite(source, length):
+            return 0
+        self._begin(seq_id, source, length)
+        return length
 
     def reserve(self, seq_id: int, num_new: int) -> Row:
         """The row of a sequence, whose next `num_new` slots are about to be written."""
         row = self.row(seq_id)
         assert 0 < num_new <= self.row_len - row.length, "a feed passes the end of its row"
-        row.written = max(row.written, row.length + num_new)
+        self._written[row.index] = max(self._written[row.index], row.length + num_new)
         return row
+
+    def advance(self, seq_id: int, token_ids: Sequence[int]) -> None:
+        """A forward has written these tokens."""
+        row = self._rows[seq_id]
+        row.token_ids.extend(token_ids)
+        row.length += len(token_ids)
 
     def rollback(self, seq_id: int, length: int) -> None:
         """Keep the first `length` tokens."""
         row = self._rows[seq_id]
         assert 0 <= length <= row.length, f"rollback to {length} of {row.length}"
         row.length = length
+        del row.token_ids[length:]
 
-    def fork(self, source: int, seq_id: int, length: int) -> None:
-        """Copy the first `length` tokens of a row into the empty row of another sequence."""
-        old, new = self._rows[source], self.row(seq_id)
-        assert new.length == 0, "a fork begins a sequence"
-        assert length <= old.length, f"a fork of {length} tokens from {old.length}"
-        start, goal = old.index * self.row_len, new.index * self.row_len
-        for tensor in (*self.keys, *self.values):
-            tensor[goal : goal + length] = tensor[start : start + length]
-        new.length, new.written = length, max(new.written, length)
+    def release(self, seq_id: int, keep: bool = False) -> None:
+        """Give a row back, wiped, or keep it as a cached prefix; an unknown sequence is fine.
 
-    def release(self, seq_id: int) -> None:
-        """Give a row back, wiped; an unknown sequence is fine."""
+        A row that is short, not finite, or begins another one's prefix is not kept.
+        """
         row = self._rows.pop(seq_id, None)
         if row is None:
             return
-        self._wipe(row)
-        heapq.heappush(self._free, row.index)
+        if keep and self._is_worth_keeping(row):
+            for old in [old for old in self._prefixes if _begins(old, row)]:
+                self._prefixes.remove(old)
+                self._wipe(old.index, 0)
+            self._prefixes.append(row)
+            self._wipe(row.index, row.length)
+        else:
+            self._wipe(row.index, 0)
 
     def num_bytes(self) -> dict[str, int]:
         """Device -> bytes of keys and values."""
@@ -102,15 +140,93 @@ class KVCache:
         return sizes
 
     def check(self) -> None:
-        """Integrity: every row is free or held once, and no length passes the row. For tests and debugging."""
-        held = [row.index for row in self._rows.values()]
-        assert sorted(held + self._free) == list(range(self.num_rows)), "a row is lost or held twice"
-        assert all(0 <= row.length <= row.written <= self.row_len for row in self._rows.values())
+        """Integrity: rows, lengths and ids agree. For tests and debugging."""
+        rows = [*self._rows.values(), *self._prefixes]
+        held = {row.index: row.length for row in rows}
+        assert len(held) == len(rows), "a row is lost or held twice"
+        assert set(held) <= set(range(self.num_rows)), "a row is none of the pool's"
+        written = self._written
+        assert all(0 <= held.get(i, 0) <= n <= self.row_len for i, n in enumerate(written)), "a length is too long"
+        assert all(n == 0 for i, n in enumerate(written) if i not in held), "a row is not wiped"
+        assert all(written[row.index] == row.length for row in self._prefixes), (
+            "a prefix is not wiped past its end"
+        )
+        assert all(len(row.token_ids) in (0, row.length) for row in rows), "the ids are not those of the row"
 
-    def _wipe(self, row: Row) -> None:
-        start = row.index * self.row_len
+    def _begin(self, seq_id: int, source: Row | None, length: int) -> None:
+        """Give a sequence its row, with the first `length` tokens of `source`."""
+        assert self.num_free, "no free row: the scheduler admitted more than fits"
+        held = {row.index for row in self._rows.values()}
+        row = Row(next(i for i in range(self.num_rows) if i not in held))
+        origin = source.index if source is not None else row.index  # what stands there is copied, wherever it goes
+        self._make_way(row.index, held)
+        if source is not None:
+            if origin != row.index:
+                self._copy(source.index, row.index, length)
+            row.length, row.token_ids = length, source.token_ids[:length]
+        self._wipe(row.index, length)
+        self._rows[seq_id] = row
+
+    def _make_way(self, index: int, held: set[int]) -> None:
+        """Move the prefix that lies in row `index`, if there is one, to an empty row or to the least used one's."""
+        prefix = next((row for row in self._prefixes if row.index == index), None)
+        if prefix is None:
+            return
+        taken = held | {row.index for row in self._prefixes}
+        goal = next((i for i in range(self.num_rows) if i not in taken), None)
+        if goal is None:
+            goal = self._prefixes.pop(0).index
+        if goal != index:
+            self._copy(index, goal, prefix.length)
+            self._wipe(goal, prefix.length)
+            prefix.index = goal
+
+    def _copy(self, source: int, goal: int, length: int) -> None:
+        start, to = source * self.row_len, goal * self.row_len
         for tensor in (*self.keys, *self.values):
-            tensor[start : start + row.written].zero_()
+            tensor[to : to + length] = tensor[start : start + length]
+        self._written[goal] = max(self._written[goal], length)
+
+    def _wipe(self, index: int, length: int) -> None:
+        """Zero what was written in a row past its first `length` slots."""
+        start, written = index * self.row_len, self._written[index]
+        if written > length:
+            for tensor in (*self.keys, *self.values):
+                tensor[start + length : start + written].zero_()
+        self._written[index] = length
+
+    def _touch(self, prefix: Row) -> None:
+        self._prefixes.remove(prefix)
+        self._prefixes.append(prefix)
+
+    def _is_worth_keeping(self, row: Row) -> bool:
+        known = len(row.token_ids) == row.length >= MIN_PREFIX
+        longer = next((old for old in self._prefixes if known and _begins(row, old)), None)
+        if longer is not None:
+            self._touch(longer)
+        return known and longer is None and self._finite(row, row.length)
+
+    def _finite(self, row: Row, length: int) -> bool:
+        """Whether the first `length` slots hold finite numbers alone; a sum that overflows counts as not."""
+        start = row.index * self.row_len
+        sums = [t[start : start + length].sum(dtype=torch.float32) for t in (*self.keys, *self.values)]
+        return all(math.isfinite(total.item()) for total in sums)
+
+
+def shared_prefix(left: Sequence[int], right: Sequence[int]) -> int:
+    """How many ids two sequences of ids have in common from their beginning; by halves, since slices compare fast."""
+    low, high = 0, min(len(left), len(right))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if left[low:middle] == right[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def _begins(short: Row, long: Row) -> bool:
+    return long.token_ids[: short.length] == short.token_ids
 
 
 def bytes_per_token(layers: list[LayerShape], dtype: torch.dtype) -> int:

@@ -83,20 +83,20 @@ class LocalMember:
         except Exception as error:
             raise MemberError(self.name, f"forward failed: {type(error).__name__}: {error}") from error
         for feed in feeds:
-            self._cache.row(feed.seq_id).length += len(feed.token_ids)
+            self._cache.advance(feed.seq_id, feed.token_ids)
         return candidates
 
     def rollback(self, seq_id: int, length: int) -> None:
         """See `Member.rollback`."""
         self._cache.rollback(seq_id, length)
 
-    def fork(self, source: int, seq_id: int, length: int) -> None:
-        """See `Member.fork`."""
-        self._cache.fork(source, seq_id, length)
+    def reuse(self, seq_id: int, token_ids: Sequence[int]) -> int:
+        """See `Member.reuse`; a shorter prefix than `kv_cache.MIN_PREFIX` is not worth it."""
+        return self._cache.reuse(seq_id, token_ids)
 
-    def release(self, seq_id: int) -> None:
+    def release(self, seq_id: int, keep: bool = False) -> None:
         """See `Member.release`."""
-        self._cache.release(seq_id)
+        self._cache.release(seq_id, keep)
 
     def memory_bytes(self) -> dict[str, int]:
         """See `Member.memory_bytes`."""

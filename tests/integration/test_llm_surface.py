@@ -152,16 +152,16 @@ def test_constrained_text_parses_and_leaves_others_alone(llm: LLM, model: str) -
 
 
 @each_kind
-def test_a_forked_prompt_is_a_fresh_prefill(kind: Kind, llm: LLM) -> None:
+def test_a_reused_prompt_is_a_fresh_prefill(kind: Kind, llm: LLM) -> None:
     member = llm._engine.members[kind]
     ids = [(7 * i) % 250 + 5 for i in range(30)]
     try:
         member.forward([Feed(90_001, ids)], 10_000)
-        member.fork(90_001, 90_002, 29)
-        member.rollback(90_001, 3)  # the fork stands by itself
-        forked = member.forward([Feed(90_002, ids[29:])], 10_000)
+        assert member.reuse(90_002, ids[:29]) == 29
+        member.rollback(90_001, 3)  # the copy stands by itself
+        reused = member.forward([Feed(90_002, ids[29:])], 10_000)
         fresh = member.forward([Feed(90_003, ids)], 10_000)
-        torch.testing.assert_close(forked.logprobs, fresh.logprobs, atol=2e-5, rtol=1e-5)
+        torch.testing.assert_close(reused.logprobs, fresh.logprobs, atol=2e-5, rtol=1e-5)
     finally:
         for seq_id in (90_001, 90_002, 90_003):
             member.release(seq_id)

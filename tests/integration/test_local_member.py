@@ -335,3 +335,59 @@ def test_bfloat16_differs_by_rounding_alone(tiny_checkpoints: dict[Kind, Path], 
 
 def variation(left: Tensor, right: Tensor) -> float:
     return float((left - right).abs().sum(dim=1).mean() / 2)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3"])
+@pytest.mark.parametrize("running", [True, False])
+@pytest.mark.parametrize(("held", "shared"), [(60, 60), (60, 40), (33, 20)])
+def test_reuse_is_a_fresh_prefill(
+    member: LocalMember, original: Any, kind: Kind, running: bool, held: int, shared: int
+) -> None:
+    """From a running sequence and from one that is gone, to its end or before it, past Gemma 3's window of 8."""
+    ids, other = random_ids(member, 60, seed=11), random_ids(member, 20, seed=12)
+    member.forward([Feed(1, ids, 0), Feed(2, other, 0)], 1)
+    member.rollback(1, held)
+    if not running:
+        member.release(1, keep=True)
+    prompt = ids[:shared] + other
+    found = member.reuse(3, prompt[:-1])
+    assert found == shared
+    answer = whole(member, [Feed(2, other[:1]), Feed(3, prompt[found:], len(prompt) - found)])[1:]
+    torch.testing.assert_close(answer, own_logprobs(original, prompt)[found:], **EXACT)
+    member.check_cache()
+    if running:
+        again = whole(member, [Feed(1, other[:3], 3)])
+        torch.testing.assert_close(again, own_logprobs(original, ids[:held] + other[:3])[held:], **EXACT)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3"])
+def test_prefixes_that_make_way_for_each_other_stay_exact(member: LocalMember, original: Any, kind: Kind) -> None:
+    """More prompts than rows, with shared heads, greedy: the texts are those of the model's own `generate`."""
+    heads = [random_ids(member, 30, seed=20 + i) for i in range(3)]
+    rng, reused = random.Random(0), 0
+    for turn in range(3 * member.num_pages):
+        prompt = heads[turn % 3] + random_ids(member, rng.randint(1, 9), seed=turn)
+        found = member.reuse(turn % 5, prompt[:-1])
+        reused += found >= 30
+        feed, text = prompt[found:], []
+        for _ in range(3):
+            feed = [int(member.forward([Feed(turn % 5, feed)], 4).token_ids[0, 0])]
+            text += feed
+        member.check_cache()
+        member.release(turn % 5, keep=True)
+        if turn % 7 == 0:
+            assert text == greedy(original, prompt, 3)
+    assert reused == 3 * member.num_pages - 3
+
+
+@pytest.mark.parametrize("kind", ["llama"])
+def test_a_poisoned_prompt_is_never_reused(member: LocalMember, original: Any, poisoned: int, kind: Kind) -> None:
+    """It is prefilled without an answer, so nobody has seen that it is not finite."""
+    ids = [i if i != poisoned else 8 for i in random_ids(member, 40, seed=7)]
+    sick = [*ids[:20], poisoned, *ids[20:]]
+    member.forward([Feed(1, sick, 0)], 1)
+    assert member.reuse(2, sick) == 0
+    member.release(1, keep=True)
+    assert member.reuse(3, sick) == 0
+    assert member.reuse(4, ids) == 0
+    torch.testing.assert_close(whole(member, [Feed(4, ids, 40)]), own_logprobs(original, ids), **EXACT)

@@ -30,7 +30,9 @@ class Bench:
             "alpha": FakeMember("alpha", byte_vocabulary(), seed=1),
             "beta": FakeMember("beta", second, seed=1 if twins else 2),
         }
-        config = fake_config(scheduler={"num_candidates": K, "token_budget": 64} | scheduler)
+        config = fake_config(
+            scheduler={"num_candidates": K, "token_budget": 64, "prefix_reuse": False} | scheduler
+        )
         self.loaded: Loaded = fake_loaded(config, self.members)
         self.engine: Engine = self.loaded.engine
         self.outputs: dict[int, list[Output]] = {}
@@ -222,6 +224,33 @@ def test_numbers_are_before_temperature_and_bias() -> None:
     assert entry.logprob == pytest.approx(plain.top[3][2], abs=1e-4)
 
 
+def test_a_scored_prompt_beside_a_stream_is_fused_bit_by_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No step fuses more than it is granted; the stream gets a token in each; the numbers are the same."""
+    prompt, apart = "cab de deed bad 中文 " * 6, Bench()
+    expected = apart.add(prompt, echo=True, logprobs=2, max_tokens=3, **GREEDY)
+    apart.run()
+    bench = Bench()
+    monkeypatch.setattr(bench.engine.scheduler.pace, "grant", lambda kinds, num: 16 if num else None)
+    stream = bench.add("abc", max_tokens=200, **GREEDY)
+    bench.step()
+    scored = bench.add(prompt, echo=True, logprobs=2, max_tokens=3, **GREEDY)
+    assert scored.scores is not None
+    steps = fused = 0
+    while scored.phase is not Phase.DECODE:
+        bench.step()
+        steps += 1
+        now = len(scored.scores._scored) or fused
+        assert now - fused <= 16
+        fused = now
+        assert stream.num_completion_tokens == steps + 1
+    assert fused >= len(scored.main.prompt_ids) - 40
+    assert steps >= fused / 16
+    bench.run()
+    found, own = ([e for o in each for e in o.prompt_logprobs] for each in (bench.of(scored), apart.of(expected)))
+    assert [e.logprob for e in found[1:]] == pytest.approx([e.logprob for e in own[1:]], abs=1e-4)
+    assert text(bench.of(scored)) == text(apart.of(expected))
+
+
 # Groups
 
 
@@ -262,7 +291,7 @@ def test_a_prompt_is_prefilled_once_a_member() -> None:
         length = len(member.vocabulary.encode(prompt))
         first = [feed for call in member.calls for feed in call if len(feed.token_ids) > 1]
         assert max(len(feed.token_ids) for feed in first) == length, name
-        assert [(goal, n) for _, goal, n in member.forks] == [(i, length - 1) for i in range(1, 5)]
+        assert member.reuses == [(i, length - 1) for i in range(1, 5)]
     bench.run()
     assert bench.fed("alpha") == len(prompt) + 4 + 5  # the prompt, its last token for four, one more token each
 
@@ -303,13 +332,13 @@ def test_a_late_follower_prefills_by_itself_or_takes_over_who_runs() -> None:
     bench = Bench(max_running=1)
     made = group_of(bench, "cab de", 3)
     bench.run()
-    assert not bench.members["alpha"].forks
+    assert not bench.members["alpha"].reuses
     assert all(len(tokens(bench.of(s))) == 6 for s in made)
     bench = Bench(max_running=2)
     made = group_of(bench, "cab de", 2, max_tokens=20) + group_of(bench, "cab de", 1)
     made[0].finish("abort")
     bench.run()
-    assert len(bench.members["alpha"].forks) == 1
+    assert [goal for goal, _ in bench.members["alpha"].reuses] == [made[1].seq_id, made[2].seq_id]
 
 
 def test_scores_of_a_prompt_are_handed_over() -> None:
@@ -319,7 +348,7 @@ def test_scores_of_a_prompt_are_handed_over() -> None:
     first, *others = ([e for o in bench.of(s) for e in o.prompt_logprobs] for s in made)
     assert len(first) == len("cab de")
     assert others == [first, first]
-    assert len(bench.members["alpha"].forks) == 2
+    assert len(bench.members["alpha"].reuses) == 2
 
 
 # Traces

@@ -48,6 +48,7 @@ TORCHLESS = (
     "ensemble_core/decoding/requests.py",
     "ensemble_core/decoding/sequence.py",
     "ensemble_core/decoding/scheduler.py",
+    "ensemble_core/decoding/pace.py",
 )
 
 

@@ -8,7 +8,7 @@ import random
 import pytest
 import torch
 
-from ensemble_core.members.kv_cache import KVCache, LayerShape, bytes_per_token
+from ensemble_core.members.kv_cache import MIN_PREFIX, KVCache, LayerShape, bytes_per_token
 
 CPU = torch.device("cpu")
 LAYERS = [LayerShape(2, 4, CPU), LayerShape(1, 8, CPU)]
@@ -113,43 +113,219 @@ def test_sizes(dtype: torch.dtype) -> None:
     assert all(tensor.dtype is dtype for tensor in (*pool.keys, *pool.values))
 
 
-@pytest.mark.parametrize("length", [0, 1, 5, 9])
-def test_a_fork_copies_exactly_so_much(length: int) -> None:
-    pool = cache()
-    write(pool, 1, 2)
-    for step in range(9):
-        write(pool, 7, 1, float(step + 1))
-    before = [tensor.clone() for tensor in (*pool.keys, *pool.values)]
-    pool.fork(7, 3, length)
-    pool.check()
-    source, goal = (pool.row(seq_id).index * pool.row_len for seq_id in (7, 3))
-    for tensor, old in zip((*pool.keys, *pool.values), before, strict=True):
-        assert torch.equal(tensor[goal : goal + length], old[source : source + length])
-        assert not tensor[goal + length : goal + pool.row_len].any()
-        assert torch.equal(tensor[:goal], old[:goal])
-    write(pool, 3, 2, 99.0)
-    assert all(not (tensor[source : source + 12] == 99.0).any() for tensor in (*pool.keys, *pool.values))
-    pool.release(7)
-    assert (pool.row(3).length, pool.num_free) == (length + 2, 3)
-    pool.release(3)
-    assert all(not tensor[goal : goal + pool.row_len].any() for tensor in (*pool.keys, *pool.values))
+class Walk:
+    """A pool, and a plain account of it: every slot's token by sequence, and the prefixes in order of their use."""
+
+    def __init__(self, seed: int) -> None:
+        self.rng, self.pool = random.Random(seed), cache(num_rows=self.num_rows(seed), row_len=40)
+        self.running: dict[int, list[int]] = {}
+        self.kept: list[list[int]] = []
+        self.next_id = 0
+
+    @staticmethod
+    def num_rows(seed: int) -> int:
+        return 1 + seed % 5
+
+    def prompt(self) -> list[int]:
+        """Often like one that was there."""
+        known = [*self.running.values(), *self.kept]
+        head = list(self.rng.choice(known)) if known and self.rng.random() < 0.8 else []
+        head = head[: self.rng.randint(0, len(head))]
+        return (head + [self.rng.randint(1, 3) for _ in range(self.rng.randint(1, 30))])[:35]
+
+    def begin(self) -> None:
+        if len(self.running) == self.pool.num_rows:
+            return
+        ids, self.next_id = self.prompt(), self.next_id + 1
+        best = max((shared(ids[:-1], row) for row in (*self.running.values(), *self.kept)), default=0)
+        length = self.pool.reuse(self.next_id, ids[:-1])
+        assert length == (best if best >= MIN_PREFIX else 0)
+        self.running[self.next_id] = ids[:length]
+        if length:
+            self.note_use(ids[:length])
+        self.make_way()
+        write_ids(self.pool, self.next_id, ids[length:])
+        self.running[self.next_id] = ids
+
+    def note_use(self, ids: list[int]) -> None:
+        """A running row serves before a kept one; of equals the one that the pool looks at first."""
+        if any(shared(ids, row) == len(ids) for seq, row in self.running.items() if seq != self.next_id):
+            return
+        used = next(row for row in self.kept if row[: len(ids)] == ids)
+        self.kept.remove(used)
+        self.kept.append(used)
+
+    def make_way(self) -> None:
+        while len(self.running) + len(self.kept) > self.pool.num_rows:
+            self.kept.pop(0)
+
+    def grow(self) -> None:
+        if self.running:
+            seq = self.rng.choice(list(self.running))
+            more = [self.rng.randint(1, 3) for _ in range(self.rng.randint(1, 4))]
+            if len(self.running[seq]) + len(more) <= self.pool.row_len:
+                write_ids(self.pool, seq, more)
+                self.running[seq] = self.running[seq] + more
+
+    def rollback(self) -> None:
+        if self.running:
+            seq = self.rng.choice(list(self.running))
+            self.running[seq] = self.running[seq][: self.rng.randint(0, len(self.running[seq]))]
+            self.pool.rollback(seq, len(self.running[seq]))
+
+    def release(self) -> None:
+        if not self.running:
+            return
+        seq, keep = self.rng.choice(list(self.running)), self.rng.random() < 0.8
+        ids = self.running.pop(seq)
+        self.pool.release(seq, keep)
+        longer = next((row for row in self.kept if row[: len(ids)] == ids), None)
+        if keep and len(ids) >= MIN_PREFIX:
+            if longer is not None:
+                self.kept.remove(longer)
+            self.kept = [row for row in self.kept if ids[: len(row)] != row] + [longer or ids]
+
+    def check(self) -> None:
+        self.pool.check()
+        assert self.pool.num_free == self.pool.num_rows - len(self.running)
+        assert self.pool.prefixes == self.kept
+        rows = {self.pool.row(seq).index: ids for seq, ids in self.running.items()}
+        lowest = min(set(range(self.pool.num_rows)) - set(rows), default=self.pool.num_rows)
+        assert all(self.pool.row(seq).token_ids == ids for seq, ids in self.running.items())
+        contents = [slots(self.pool, index) for index in range(self.pool.num_rows)]
+        for index, ids in rows.items():
+            assert contents[index][: len(ids)] == ids
+        others = [row for index, row in enumerate(contents) if index not in rows and any(row)]
+        assert sorted(others) == sorted([*ids, *[0] * (40 - len(ids))] for ids in self.kept)
+        assert self.next_row() == lowest
+
+    def next_row(self) -> int:
+        held = {self.pool.row(seq).index for seq in self.running}
+        return min(set(range(self.pool.num_rows)) - held, default=self.pool.num_rows)
 
 
-def test_a_fork_into_a_row_that_was_rolled_back_is_wiped_in_whole() -> None:
-    pool = cache()
-    write(pool, 1, 3)
-    write(pool, 2, 8)
-    pool.rollback(2, 0)
-    pool.fork(1, 2, 3)
+def shared(left: list[int], right: list[int]) -> int:
+    return next(
+        (i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right))
+    )
+
+
+def write_ids(pool: KVCache, seq_id: int, ids: list[int]) -> None:
+    """A forward whose keys and values are the ids themselves."""
+    row = pool.reserve(seq_id, len(ids))
+    start = row.index * pool.row_len + row.length
+    for tensor in (*pool.keys, *pool.values):
+        tensor[start : start + len(ids)] = torch.tensor(ids, dtype=tensor.dtype).view(-1, 1, 1)
+    pool.advance(seq_id, ids)
+
+
+def slots(pool: KVCache, index: int) -> list[int]:
+    """What a row holds, which must be the same in every layer, head and column."""
+    place = slice(index * pool.row_len, (index + 1) * pool.row_len)
+    found = [tensor[place].flatten(1) for tensor in (*pool.keys, *pool.values)]
+    assert all((part == part[:, :1]).all() and torch.equal(part[:, 0], found[0][:, 0]) for part in found)
+    return [int(value) for value in found[0][:, 0]]
+
+
+@pytest.mark.parametrize("seed", range(25))
+def test_a_random_walk_with_prefixes(seed: int) -> None:
+    walk = Walk(seed)
+    for _ in range(120):
+        walk.rng.choice([walk.begin, walk.begin, walk.grow, walk.rollback, walk.release])()
+        walk.check()
+    for seq in walk.running:
+        walk.pool.release(seq)
+    assert walk.pool.num_free == walk.pool.num_rows
+
+
+IDS = [1 + i % 7 for i in range(30)]
+
+
+def pool_with(ids: list[int], num_rows: int = 3) -> KVCache:
+    pool = cache(num_rows=num_rows, row_len=40)
+    write_ids(pool, 1, ids)
+    return pool
+
+
+def test_a_new_sequence_takes_the_lowest_row_and_prefixes_make_way() -> None:
+    pool = pool_with(IDS)
+    pool.release(1, keep=True)
+    assert (slots(pool, 0)[:30], pool.num_free) == (IDS, 3)
+    assert pool.reuse(2, IDS[:20]) == 20
+    assert pool.row(2).index == 0
+    assert (slots(pool, 0)[:21], slots(pool, 1)[:30]) == ([*IDS[:20], 0], IDS)
+    write_ids(pool, 3, [9] * 3)
+    assert pool.row(3).index == 1
+    assert slots(pool, 2)[:30] == IDS
+    pool.row(4)
+    assert pool.prefixes == []
+    assert not any(slots(pool, 2))
+
+
+def test_the_least_recently_used_goes_first() -> None:
+    pool = cache(num_rows=3, row_len=40)
+    prompts = [[first, *IDS[:20]] for first in (11, 12, 13)]
+    for seq, ids in enumerate(prompts):
+        write_ids(pool, seq, ids)
+    for seq in range(3):
+        pool.release(seq, keep=True)
+    assert pool.reuse(7, prompts[0]) == 21
+    assert pool.prefixes == [prompts[2], prompts[0]]
+    pool.release(7, keep=True)
+    assert pool.prefixes == [prompts[2], prompts[0]], "a row that is cached already is kept once"
+
+
+def test_a_row_that_goes_on_from_a_prefix_replaces_it() -> None:
+    pool = pool_with(IDS[:20])
+    pool.release(1, keep=True)
+    assert pool.reuse(2, IDS[:20]) == 20
+    write_ids(pool, 2, IDS[20:])
+    pool.release(2, keep=True)
+    assert pool.prefixes == [IDS]
+
+
+@pytest.mark.parametrize("length", [MIN_PREFIX - 1, MIN_PREFIX])
+def test_a_short_prefix_is_not_worth_it(length: int) -> None:
+    pool = pool_with(IDS[:length])
+    assert pool.reuse(2, IDS) == (length if length >= MIN_PREFIX else 0)
+    pool.release(1, keep=True)
+    assert pool.prefixes == ([IDS[:length]] if length >= MIN_PREFIX else [])
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("where", ["key", "value"])
+def test_a_row_that_is_not_finite_is_never_reused(value: float, where: str) -> None:
+    pool = pool_with(IDS)
+    tensor = pool.keys[1] if where == "key" else pool.values[0]
+    tensor[17, 0, 2] = value
+    assert pool.reuse(2, IDS[:17]) == 17, "the part before it is sound"
+    assert pool.reuse(3, IDS) == 0
     pool.release(2)
-    assert all(not tensor[pool.row_len :].any() for tensor in (*pool.keys, *pool.values))
+    pool.release(1, keep=True)
+    assert pool.prefixes == []
+    assert not any(slots(pool, 0))
 
 
-def test_wrong_forks_trip_an_assertion() -> None:
-    pool = cache()
-    write(pool, 1, 3)
-    write(pool, 2, 1)
+def test_a_failed_forward_leaves_nothing_behind_in_a_prefix() -> None:
+    pool = pool_with(IDS)
+    write(pool, 2, 4, 1.0)
+    row = pool.reserve(1, 5)
+    pool.keys[0][row.index * 40 + 30 : row.index * 40 + 35] = torch.nan  # written, not advanced
+    pool.rollback(1, 25)
+    pool.release(1, keep=True)
+    assert slots(pool, 0) == [*IDS[:25], *[0] * 15]
+
+
+def test_a_prefix_begins_a_sequence() -> None:
+    pool = pool_with(IDS)
     with pytest.raises(AssertionError, match="begins a sequence"):
-        pool.fork(1, 2, 1)
-    with pytest.raises(AssertionError, match="fork of 4 tokens from 3"):
-        pool.fork(1, 3, 4)
+        pool.reuse(1, IDS)
+
+
+def test_check_finds_a_prefix_in_a_held_row() -> None:
+    pool = pool_with(IDS)
+    pool.release(1, keep=True)
+    write(pool, 2, 2)
+    pool.row(2).index = 1
+    with pytest.raises(AssertionError, match="lost or held twice"):
+        pool.check()

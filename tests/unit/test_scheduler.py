@@ -10,6 +10,7 @@ from collections.abc import Mapping
 import pytest
 from fakes import byte_vocabulary
 
+from ensemble_core.decoding.pace import Work
 from ensemble_core.decoding.requests import GenerationRequest
 from ensemble_core.decoding.sampling_params import SamplingParams
 from ensemble_core.decoding.scheduler import Capacity, Limits, Scheduler, Share
@@ -184,6 +185,36 @@ def test_a_long_prompt_does_not_stall_streams() -> None:
         assert shares[1].counts["alpha"] <= 7
         for share in shares:
             feed(share, random.Random(0))
+
+
+def test_prefill_beside_streams_takes_what_is_granted_and_all_of_the_budget_without() -> None:
+    """A decode-only step takes 10, a prompt's token 0.5 in each member: 20 more are 20 tokens of each."""
+    scheduler = Scheduler(CAPACITIES, Limits(4, 4, 50, max_stretch=3.0))
+    stream, prompt = make(0, {"alpha": 40, "beta": 40}, 60), make(1, {"alpha": 100, "beta": 60}, 5)
+    scheduler.add([stream])
+    assert run_timed(scheduler)["alpha"] == 40
+    scheduler.add([prompt])
+    fed = []
+    while prompt.phase is not Phase.DECODE:
+        fed.append(run_timed(scheduler))
+    # Two steps tell what decoding costs; alone the prompt's tokens seemed dearer, since each step has a start.
+    assert [each["alpha"] for each in fed[:4]] == [0, 0, 16, 17]
+    assert all(each["alpha"] + each["beta"] <= 40 for each in fed)
+    assert len(fed) <= 8
+
+
+def run_timed(scheduler: Scheduler) -> dict[str, int]:
+    """One step on a machine where it takes 10, and 0.5 a prompt's token; the prompt tokens of each member."""
+    shares = scheduler.schedule()
+    counts = {
+        member: sum(share.counts.get(member, 0) for share in shares if share.prefill) for member in CAPACITIES
+    }
+    decoded = any(not share.prefill for share in shares)
+    parts = {(member, False): Work(5 + 0.5 * count, count, decoded) for member, count in counts.items()}
+    scheduler.pace.record(sum(not s.prefill for s in shares), sum(w.seconds for w in parts.values()), parts)
+    for share in shares:
+        feed(share, random.Random(0))
+    return counts
 
 
 def test_an_assistant_reserves_its_longest() -> None:

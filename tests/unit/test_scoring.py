@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 import torch
 from fakes import FakeMember, byte_vocabulary, ensemble, pair_vocabulary
@@ -139,6 +141,31 @@ def test_pieces_of_a_prompt_are_the_whole() -> None:
         scores.add("alpha", answers.rows(range(a, b)))
     scores.finish(ensemble([ALPHA]), {"alpha": Track(ALPHA.vocabulary, ids)}, "deed bad cab")
     assert scores.described == whole
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_scores_that_are_taken_bit_by_bit_are_the_whole(seed: int) -> None:
+    """Members run ahead of each other; no call fuses more than it may, and nothing is left over or kept."""
+    rng, text = random.Random(seed), "deed 中文 bad cab de ab" * 3
+    members = [ALPHA, BETA] if seed % 2 else [BETA, ALPHA]
+    recipe = ensemble(members, support="closed")
+    tracks = {m.name: Track(m.vocabulary, m.vocabulary.encode(text)) for m in members}
+    whole = scored(recipe, members, [track.prompt_ids for track in tracks.values()], text)
+    answers = {m.name: answer(m, tracks[m.name].prompt_ids) for m in members}
+    scores, told, fused = PromptScores(3), dict.fromkeys(answers, 0), 0
+    while any(told[name] < len(each) for name, each in answers.items()):
+        name = rng.choice([name for name, each in answers.items() if told[name] < len(each)])
+        end = min(len(answers[name]), told[name] + rng.randint(1, 20))
+        scores.add(name, answers[name].rows(range(told[name], end)))
+        told[name], limit = end, rng.choice([0, 1, 7])
+        done = scores.advance(recipe, tracks, limit)
+        assert done <= limit
+        assert done == limit or scores.num_ready == 0
+        fused += done
+    fused += scores.finish(recipe, tracks, text)
+    assert fused == len(tracks[recipe.main].prompt_ids) - 1
+    assert [e.logprob for e in scores.described[1:]] == pytest.approx([e.logprob for e in whole[1:]], abs=1e-5)
+    assert [e.token_id for e in scores.described] == [e.token_id for e in whole]
 
 
 def test_long_prompts_are_fused_in_blocks() -> None:

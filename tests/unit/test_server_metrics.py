@@ -10,6 +10,7 @@ from ensemble_core.stats import (
     CacheStats,
     FusionStats,
     MemberStats,
+    PrefixStats,
     QueueStats,
     RequestStats,
     StatsSink,
@@ -28,6 +29,7 @@ def fed() -> PrometheusSink:
     sink.request(RequestStats("duo", "stop", 5, 9, 0.1, 0.2, 0.5))
     sink.request(RequestStats("duo", "abort", 5, 0, 0.1, None, 0.5))
     sink.queue(QueueStats(2, 1))
+    sink.prefix(PrefixStats("a", 40))
     sink.cache(CacheStats("a", 3, 4, {"cpu": 1000}))
     sink.rejected("queue_full")
     sink.members_up(["a", "b"], True)
@@ -68,6 +70,7 @@ def samples(sink: PrometheusSink) -> dict[tuple[str, ...], float]:
         (("member_tokens_total", "a", "prefill"), 7),
         (("member_tokens_total", "a", "decode"), 2),
         (("member_rollback_tokens_total", "a"), 3),
+        (("prefix_cache_hit_tokens_total", "a"), 40),
         (("member_kv_usage_ratio", "a"), 0.75),
         (("member_memory_bytes", "cpu", "a"), 1000),
         (("member_up", "b"), 1),
