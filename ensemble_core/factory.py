@@ -33,7 +33,8 @@ from ensemble_core.transfer.store import load_matrix, matrix_path
 
 logger = logging.getLogger(__name__)
 
-for _strategy in ("relative",):  # a fusion registers itself when its file is imported
+_STRATEGIES = ("relative", "projection")
+for _strategy in _STRATEGIES:  # a fusion registers itself when its file is imported
     importlib.import_module(f"ensemble_core.fusion.{_strategy}")
 
 
@@ -102,6 +103,7 @@ class _Spaces:
             vocabularies=[self._members[name].vocabulary for name in members],
             matrices=lambda: [self._matrix(name, whole) for name in members],
             device=self._members[members[0]].device,
+            members=members,
         )
 
     def _matrix(self, name: str, whole: tuple[str, ...]) -> TransferMatrix:
