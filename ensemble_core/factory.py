@@ -33,7 +33,7 @@ from ensemble_core.transfer.store import load_matrix, matrix_path
 
 logger = logging.getLogger(__name__)
 
-_STRATEGIES = ("relative", "projection")
+_STRATEGIES = ("relative", "projection", "union", "gac", "eva", "contrastive", "robust", "consistency")
 for _strategy in _STRATEGIES:  # a fusion registers itself when its file is imported
     importlib.import_module(f"ensemble_core.fusion.{_strategy}")
 

@@ -17,6 +17,7 @@ MAIN = byte_vocabulary(("ab", "abc", "cd", " a", " ab", "é", "abcd", "de", " de
 FIRST = byte_vocabulary(("ab", "abcde", "cde", " a", " abba", "éé", "bc"))
 SECOND = byte_vocabulary(("abc", "bcd", " ab", " d", "abba"))
 TRIO = (MAIN, FIRST, SECOND)
+_PLACES: dict[tuple[int, str, str], int] = {}
 
 
 def with_control(vocabulary: Vocabulary, name: bytes) -> Vocabulary:
@@ -54,7 +55,14 @@ def weights_of(rows: int, members: int, seed: int) -> Tensor:
 
 
 def slow_place(token_id: int, source: Vocabulary, target: Vocabulary) -> int:
-    """Where a token goes, by search over all of the target's; -1 for nowhere."""
+    """Where a token goes, by search over all of the target's; -1 for nowhere. Remembered."""
+    key = (token_id, source.fingerprint, target.fingerprint)
+    if key not in _PLACES:
+        _PLACES[key] = _search(token_id, source, target)
+    return _PLACES[key]
+
+
+def _search(token_id: int, source: Vocabulary, target: Vocabulary) -> int:
     if source.tokens == target.tokens:
         return token_id
     if token_id in source.stop_ids:

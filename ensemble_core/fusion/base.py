@@ -110,6 +110,11 @@ def registered() -> list[str]:
     return sorted(_REGISTRY)
 
 
+def pooled_names() -> list[str]:
+    """The names of fusions that are `Pooled`, sorted."""
+    return sorted(name for name, (_, factory) in _REGISTRY.items() if hasattr(factory, "conclude"))
+
+
 def parse_options(name: str, options: dict[str, Any], where: str) -> BaseModel:
     """Check a fusion's options; `where` is the path of the field, for the message.
 

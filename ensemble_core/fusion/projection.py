@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from ensemble_core.fusion.base import Fused, FusionSpace, Views, linear_pool, register
-from ensemble_core.fusion.support import TokenSpace, concluded
+from ensemble_core.fusion.support import TokenPool
 from ensemble_core.members.base import Candidates
 
 
@@ -34,28 +34,19 @@ class ProjectionOptions(BaseModel):
 
 
 @register("projection", ProjectionOptions)
-class ProjectionFusion:
+class ProjectionFusion(TokenPool):
     """Linear or log-linear pool over mapped distributions; see the module."""
 
     name = "projection"
-    full_vocabulary = False
 
     def __init__(self, space: FusionSpace, options: ProjectionOptions) -> None:
-        self._space = TokenSpace(space)
+        super().__init__(space)
         self._linear = options.pool == "linear"
 
     def fuse(self, candidates: Sequence[Candidates], weights: Tensor) -> Fused:
         """See `Fusion.fuse`."""
         views = self.views(candidates, weights)
         return self.conclude(views, linear_pool(views) if self._linear else self._log_linear(views))
-
-    def views(self, candidates: Sequence[Candidates], weights: Tensor) -> Views:
-        """See `Pooled.views`."""
-        return self._space.views(candidates, weights)
-
-    def conclude(self, views: Views, pooled: Tensor) -> Fused:
-        """See `Pooled.conclude`."""
-        return concluded(views, pooled)
 
     def _log_linear(self, views: Views) -> Tensor:
         """(B, S + 1), rows sum to 1."""

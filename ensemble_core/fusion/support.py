@@ -15,11 +15,12 @@ rows do not touch each other. Does not know how shares are pooled.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from ensemble_core.fusion.base import Fused, FusionSpace, Views
+from ensemble_core.fusion.base import Fused, FusionSpace, Views, linear_pool
 from ensemble_core.fusion.mapping import UNMAPPED, token_map
 from ensemble_core.members.base import Candidates
 
@@ -64,6 +65,33 @@ class TokenSpace:
         shares = _filled(known, lacking, candidates)
         shares = shares + unmapped.unsqueeze(2) * shares[:, :1]
         return Views(candidates[0], token_ids, shares, weights, unmapped)
+
+
+class TokenPool:
+    """A linear pool of shares on the closed support; those that gate or filter members override `reweighted`."""
+
+    full_vocabulary = False
+
+    def __init__(self, space: FusionSpace) -> None:
+        self._space = TokenSpace(space)
+
+    def fuse(self, candidates: Sequence[Candidates], weights: Tensor) -> Fused:
+        """See `Fusion.fuse`."""
+        views = self.views(candidates, weights)
+        return self.conclude(views, linear_pool(views))
+
+    def views(self, candidates: Sequence[Candidates], weights: Tensor) -> Views:
+        """See `Pooled.views`."""
+        views = self._space.views(candidates, weights)
+        return replace(views, weights=self.reweighted(views, candidates))
+
+    def conclude(self, views: Views, pooled: Tensor) -> Fused:
+        """See `Pooled.conclude`."""
+        return concluded(views, pooled)
+
+    def reweighted(self, views: Views, candidates: Sequence[Candidates]) -> Tensor:
+        """The weights that count at this step, (B, M), rows sum to 1; unchanged unless overridden."""
+        return views.weights
 
 
 def closed_support(ids: Sequence[Tensor]) -> tuple[Tensor, Tensor, list[Tensor]]:
