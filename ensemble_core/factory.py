@@ -60,7 +60,7 @@ def load(config: Config, sink: StatsSink) -> Loaded:
     log_plan(config.members)
     vocabularies = {name: load_vocabulary(name, member) for name, member in config.members.items()}
     members = _load_members(config, vocabularies)
-    book = RecipeBook(config, _Spaces(config, members).space)
+    book = RecipeBook(config, Spaces(config, members).space)
     book.warm()
     speakers = {name: _speaker(name, config, members[name]) for name in members}
     max_len = {name: member.max_len for name, member in members.items()}
@@ -89,7 +89,7 @@ def _speaker(name: str, config: Config, member: Member) -> Speaker:
     return Speaker(member.vocabulary, prompts, member.max_len, Grammars(member.vocabulary))
 
 
-class _Spaces:
+class Spaces:
     """Fusion spaces of the resident members; each matrix is loaded once for all ensembles over one set."""
 
     def __init__(self, config: Config, members: Mapping[str, Member]) -> None:
