@@ -33,7 +33,8 @@ from ensemble_core.transfer.store import load_matrix, matrix_path
 
 logger = logging.getLogger(__name__)
 
-for _strategy in ("relative",):  # a fusion registers itself when its file is imported
+_STRATEGIES = ("relative", "projection", "union", "gac", "eva", "contrastive", "robust", "consistency")
+for _strategy in _STRATEGIES:  # a fusion registers itself when its file is imported
     importlib.import_module(f"ensemble_core.fusion.{_strategy}")
 
 
@@ -59,7 +60,7 @@ def load(config: Config, sink: StatsSink) -> Loaded:
     log_plan(config.members)
     vocabularies = {name: load_vocabulary(name, member) for name, member in config.members.items()}
     members = _load_members(config, vocabularies)
-    book = RecipeBook(config, _Spaces(config, members).space)
+    book = RecipeBook(config, Spaces(config, members).space)
     book.warm()
     speakers = {name: _speaker(name, config, members[name]) for name in members}
     max_len = {name: member.max_len for name, member in members.items()}
@@ -88,7 +89,7 @@ def _speaker(name: str, config: Config, member: Member) -> Speaker:
     return Speaker(member.vocabulary, prompts, member.max_len, Grammars(member.vocabulary))
 
 
-class _Spaces:
+class Spaces:
     """Fusion spaces of the resident members; each matrix is loaded once for all ensembles over one set."""
 
     def __init__(self, config: Config, members: Mapping[str, Member]) -> None:
@@ -102,6 +103,7 @@ class _Spaces:
             vocabularies=[self._members[name].vocabulary for name in members],
             matrices=lambda: [self._matrix(name, whole) for name in members],
             device=self._members[members[0]].device,
+            members=members,
         )
 
     def _matrix(self, name: str, whole: tuple[str, ...]) -> TransferMatrix:

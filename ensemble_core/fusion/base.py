@@ -33,6 +33,21 @@ class Fused:
     unmapped: Tensor  # (B, M) float32, each member's mass that found no place in the shared space
 
 
+@dataclass(frozen=True, slots=True)
+class Views:
+    """What each member says in the space where all meet, before it is pooled.
+
+    Places are tokens of main's vocabulary (the last place is then the mass outside the support), or anchors. A
+    member's shares sum to 1. A place that no member gives anything is padding.
+    """
+
+    main: Candidates
+    token_ids: Tensor  # (B, S) int64, main's ids that places stand for
+    shares: Tensor  # (B, M, X) float32; X is S + 1 with a place for the mass outside, S for anchors
+    weights: Tensor  # (B, M) float32, after filters and gates; rows sum to 1
+    unmapped: Tensor  # (B, M) float32, as in `Fused`
+
+
 class Fusion(Protocol):
     """`fuse(candidates of main and assistants, weights) -> Fused`."""
 
@@ -46,6 +61,16 @@ class Fusion(Protocol):
         """
 
 
+class Pooled(Fusion, Protocol):
+    """A fusion whose core is a weighted sum: `fuse` is `conclude(views, sum of weights times shares)`."""
+
+    def views(self, candidates: Sequence[Candidates], weights: Tensor) -> Views:
+        """What each member says; arguments as of `fuse`."""
+
+    def conclude(self, views: Views, pooled: Tensor) -> Fused:
+        """The distribution that belongs to pooled shares (B, X), whose rows sum to 1."""
+
+
 @dataclass(frozen=True, slots=True)
 class FusionSpace:
     """What the members of an ensemble look like to a fusion, main first."""
@@ -53,6 +78,15 @@ class FusionSpace:
     vocabularies: Sequence[Vocabulary]
     matrices: Callable[[], Sequence[TransferMatrix]]  # loaded on demand: not every fusion needs them
     device: torch.device
+    members: tuple[str, ...] = ()  # names, for options that name a member
+
+    def index(self, member: str, option: str) -> int:
+        """Where a member named by an option stands. Raises ConfigError."""
+        if member not in self.members:
+            raise ConfigError(
+                f"fusion.options.{option}: {member!r} is no member in use; allowed are {list(self.members)}"
+            )
+        return self.members.index(member)
 
 
 Options = TypeVar("Options", bound=BaseModel)
@@ -76,6 +110,11 @@ def registered() -> list[str]:
     return sorted(_REGISTRY)
 
 
+def pooled_names() -> list[str]:
+    """The names of fusions that are `Pooled`, sorted."""
+    return sorted(name for name, (_, factory) in _REGISTRY.items() if hasattr(factory, "conclude"))
+
+
 def parse_options(name: str, options: dict[str, Any], where: str) -> BaseModel:
     """Check a fusion's options; `where` is the path of the field, for the message.
 
@@ -96,6 +135,11 @@ def parse_options(name: str, options: dict[str, Any], where: str) -> BaseModel:
 def build_fusion(name: str, options: BaseModel, space: FusionSpace) -> Fusion:
     """Instantiate a registered fusion with options from `parse_options`."""
     return _REGISTRY[name][1](space, options)
+
+
+def linear_pool(views: Views) -> Tensor:
+    """The weighted sum of shares, (B, X)."""
+    return torch.einsum("bm,bmx->bx", views.weights, views.shares)
 
 
 def single(candidates: Candidates) -> Fused:

@@ -20,7 +20,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from ensemble_core.fusion.base import Fused, FusionSpace, register
+from ensemble_core.fusion.base import Fused, FusionSpace, Views, register
 from ensemble_core.members.base import Candidates
 from ensemble_core.transfer.matrix import TransferMatrix
 
@@ -51,7 +51,7 @@ class RelativeOptions(BaseModel):
 class Problem:
     """One batch of inverse problems: find p on the support whose projection p R is r.
 
-    An anchor that no token of the support reaches is out of the problem: r is 0 there.
+    An anchor that no token of the support reaches is out of the problem, whatever r says of it.
     """
 
     prior: Tensor  # (B, S) p_main on the support, rows sum to 1
@@ -60,26 +60,31 @@ class Problem:
     target: Tensor  # (B, A) r, rows sum to 1
     num_anchors: int  # A of the whole space
 
-    def project(self, p: Tensor) -> Tensor:
-        """q = p R_main, (B, S) -> (B, A)."""
-        return _scatter(p.unsqueeze(2) * self.values, self.columns, self.num_anchors)
+    def project(self, p: Tensor, out: Tensor | None = None) -> Tensor:
+        """q = p R_main, (B, S) -> (B, A); into `out` where given."""
+        q = p.new_zeros(p.shape[0], self.num_anchors) if out is None else out.zero_()
+        return _add(q, p, self.columns, self.values)
 
-    def pull(self, anchors: Tensor) -> Tensor:
-        """R_main x for an x over anchors, (B, A) -> (B, S)."""
-        rows, width = self.columns.shape[0], self.columns.shape[1] * self.columns.shape[2]
-        gathered = anchors.gather(1, self.columns.view(rows, width)).view_as(self.values)
-        return (gathered * self.values).sum(dim=2)
+    def at(self, anchors: Tensor) -> Tensor:
+        """An x over anchors at the entries of the support's rows, (B, A) -> (B, S, k)."""
+        return anchors.gather(1, self.columns.flatten(1)).view_as(self.values)
 
-    def ratio(self, p: Tensor) -> Tensor:
-        """r / (p R_main), (B, A); 0 where nothing reaches, since r is 0 there."""
-        return self.target / self.project(p).clamp_min_(_TINY)
+    def reached(self) -> Tensor:
+        """r where some token with mass reaches, scaled to sum to 1 there, (B, A)."""
+        return _normalised(self.target * (self.project(self.prior) > _TINY))
 
 
 def solve_em(problem: Problem, steps: int) -> Tensor:
-    """p <- p * (R_main (r / (p R_main))), normalised; lowers KL(r || p R_main) at every step. (B, S)."""
+    """p <- p * (R_main (r / (p R_main))), normalised; lowers KL(r || p R_main) at every step. (B, S).
+
+    Normalising makes it blind to the scale of r, and so to anchors of r that nothing reaches.
+    """
     p = problem.prior
+    wanted = problem.at(problem.target).mul_(problem.values)  # (B, S, k), the part of every step that stays
+    q = torch.empty_like(problem.target)
     for _ in range(steps):
-        step = p * problem.pull(problem.ratio(p))
+        at_rows = problem.at(problem.project(p, out=q)).clamp_min_(_TINY)
+        step = p * torch.div(wanted, at_rows, out=at_rows).sum(dim=2)
         mass = step.sum(dim=1, keepdim=True)
         # Where nothing that r speaks of can be reached, main stays as it is.
         p = torch.where(mass == 0.0, p, step / mass.clamp_min(_TINY))
@@ -94,10 +99,13 @@ def solve_search(problem: Problem, steps: int, eta: float) -> Tensor:
     beta1, beta2, epsilon, decay = 0.9, 0.999, 1e-8, 0.01
     z = problem.prior.log()
     first, second = torch.zeros_like(z), torch.zeros_like(z)
+    wanted = problem.at(problem.reached()).mul_(problem.values)
+    q = torch.empty_like(problem.target)
     for t in range(steps):
         rate = eta / 4 + (eta - eta / 4) * (1 + math.cos(math.pi * t / 10)) / 2
         p = torch.softmax(z, dim=1)
-        g = -problem.pull(problem.ratio(p))
+        at_rows = problem.at(problem.project(p, out=q)).clamp_min_(_TINY)
+        g = -torch.div(wanted, at_rows, out=at_rows).sum(dim=2)
         gradient = p * (g - (p * g).sum(dim=1, keepdim=True)) / problem.num_anchors
         first = beta1 * first + (1 - beta1) * gradient
         second = beta2 * second + (1 - beta2) * gradient**2
@@ -118,21 +126,48 @@ class RelativeFusion:
         self.full_vocabulary = options.support == "full"
 
     def fuse(self, candidates: Sequence[Candidates], weights: Tensor) -> Fused:
-        """See `Fusion.fuse`. float32 throughout."""
-        projections = [_relative(c, m) for c, m in zip(candidates, self._matrices, strict=True)]
-        target = weights[:, :1] * projections[0][0]  # (B, A); in place from here: at B = 32 it is 6 MB a copy
-        for i, (assistant, _) in enumerate(projections[1:], start=1):
-            target.addcmul_(weights[:, i : i + 1], assistant)
-        target = _normalised(target)
-        support = self._support(candidates[0], target - projections[0][0])
+        """See `Fusion.fuse`. float32 throughout.
+
+        What `conclude` makes of the pooled views, without a copy of (B, A) for each member: 6 MB at 32 rows.
+        """
+        main, *others = self._statements(candidates)
+        weights = _heard([main, *others], weights)
+        own = main.project()
+        target = own * weights[:, :1]  # (B, A)
+        for i, other in enumerate(others, start=1):
+            _add(target, other.p * weights[:, i : i + 1], other.columns, other.values)
+        gap = torch.sub(target, own, out=own)
+        return self._carried_back(
+            candidates[0], target, gap, torch.stack([main.unmapped, *(o.unmapped for o in others)], 1)
+        )
+
+    def views(self, candidates: Sequence[Candidates], weights: Tensor) -> Views:
+        """See `Pooled.views`: places are anchors. A member without a word on any has no weight."""
+        statements = self._statements(candidates)
+        return Views(
+            main=candidates[0],
+            token_ids=self._matrices[0].anchor_ids.expand(len(weights), -1),
+            shares=torch.stack([statement.project() for statement in statements], dim=1),
+            weights=_heard(statements, weights),
+            unmapped=torch.stack([statement.unmapped for statement in statements], dim=1),
+        )
+
+    def conclude(self, views: Views, pooled: Tensor) -> Fused:
+        """See `Pooled.conclude`: pooled is r."""
+        return self._carried_back(views.main, pooled, pooled - views.shares[:, 0], views.unmapped)
+
+    def _statements(self, candidates: Sequence[Candidates]) -> list[_Statement]:
+        return [_statement(part, matrix) for part, matrix in zip(candidates, self._matrices, strict=True)]
+
+    def _carried_back(self, main: Candidates, target: Tensor, gap: Tensor, unmapped: Tensor) -> Fused:
+        """r in main's vocabulary; gap: (B, A) what r asks of each anchor beyond main's own projection."""
+        support = self._support(main, gap)
         p = self._solve(self._problem(support, target))
         mass = torch.where(support.mapped, support.prior, 0.0).sum(dim=1, keepdim=True)
         fused = torch.where(support.mapped, p * mass, support.prior)
-        unmapped = torch.stack([u for _, u in projections], dim=1)
         return Fused(support.token_ids, fused.log(), support.tail.log(), unmapped)
 
     def _support(self, main: Candidates, gap: Tensor) -> _Support:
-        """The tokens to solve for; gap: (B, A) what r asks of each anchor beyond main's own projection."""
         prior, tail = main.logprobs.exp(), main.tail.exp()
         token_ids = main.token_ids
         if not self.full_vocabulary:
@@ -143,8 +178,7 @@ class RelativeFusion:
     def _problem(self, support: _Support, target: Tensor) -> Problem:
         columns, values = _rows(self._matrices[0], support.token_ids)
         prior = _normalised(torch.where(support.mapped, support.prior, 0.0))
-        reached = target.mul_(_scatter(prior.unsqueeze(2) * values, columns, target.shape[1]) > _TINY)
-        return Problem(prior, columns, values, _normalised(reached), target.shape[1])
+        return Problem(prior, columns, values, target, target.shape[1])
 
     def _solve(self, problem: Problem) -> Tensor:
         if self._options.solver == "em":
@@ -160,19 +194,37 @@ class _Support:
     mapped: Tensor  # (B, S) bool: has a row and any mass
 
 
-def _relative(candidates: Candidates, matrix: TransferMatrix) -> tuple[Tensor, Tensor]:
-    """r_i on the mass that the candidates hold, scaled to sum to 1 (B, A); and the mass without a row (B,)."""
-    columns, values = _rows(matrix, candidates.token_ids)  # (B, K, k)
-    p = candidates.logprobs.exp()
-    r = _scatter(p.unsqueeze(2) * values, columns, matrix.num_anchors)
-    unmapped = torch.where(matrix.row_mass[candidates.token_ids] > 0, 0.0, p).sum(dim=1)
-    return _normalised(r), unmapped
+@dataclass(frozen=True, slots=True)
+class _Statement:
+    """What a member's candidates say of anchors; r_i is `project()`."""
+
+    p: Tensor  # (B, K) on tokens that have a row, scaled to sum to 1 (0 where there is none)
+    columns: Tensor  # (B, K, k) int64
+    values: Tensor  # (B, K, k)
+    unmapped: Tensor  # (B,) the mass without a row
+    num_anchors: int
+
+    def project(self) -> Tensor:
+        """r_i, (B, A)."""
+        return _add(self.p.new_zeros(self.p.shape[0], self.num_anchors), self.p, self.columns, self.values)
+
+
+def _statement(candidates: Candidates, matrix: TransferMatrix) -> _Statement:
+    columns, values = _rows(matrix, candidates.token_ids)
+    p, mapped = candidates.logprobs.exp(), matrix.row_mass[candidates.token_ids] > 0
+    unmapped = torch.where(mapped, 0.0, p).sum(dim=1)
+    return _Statement(_normalised(torch.where(mapped, p, 0.0)), columns, values, unmapped, matrix.num_anchors)
+
+
+def _heard(statements: Sequence[_Statement], weights: Tensor) -> Tensor:
+    """Weights (B, M) of those who say anything, scaled to sum to 1 (or 0, where nobody does)."""
+    return _normalised(weights * torch.stack([statement.p.sum(dim=1) for statement in statements], dim=1))
 
 
 def _rows(matrix: TransferMatrix, token_ids: Tensor) -> tuple[Tensor, Tensor]:
     """Columns and values (B, N, k) of tokens; float16 rows scaled to sum to 1 exactly, empty ones stay empty."""
     columns, values = matrix.rows(token_ids)
-    return columns, values / values.sum(dim=2, keepdim=True).clamp_min(_TINY)
+    return columns, values / matrix.row_mass[token_ids].clamp_min(_TINY).unsqueeze(2)
 
 
 def _extend(main: Candidates, gap: Tensor, anchor_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -197,11 +249,9 @@ def _extend(main: Candidates, gap: Tensor, anchor_ids: Tensor) -> tuple[Tensor, 
     return token_ids, prior, (tail - added.sum(dim=1)).clamp_min(0.0)
 
 
-def _scatter(shares: Tensor, columns: Tensor, num_anchors: int) -> Tensor:
-    """Sum (B, N, k) shares into their columns: (B, A)."""
-    rows = shares.shape[0]
-    out = shares.new_zeros(rows, num_anchors)
-    return out.scatter_add_(1, columns.reshape(rows, -1), shares.reshape(rows, -1))
+def _add(anchors: Tensor, p: Tensor, columns: Tensor, values: Tensor) -> Tensor:
+    """Add p R to (B, A), in place: (B, N) masses, rows as (B, N, k) columns and values."""
+    return anchors.scatter_add_(1, columns.flatten(1), (p.unsqueeze(2) * values).flatten(1))
 
 
 def _normalised(rows: Tensor) -> Tensor:
