@@ -58,3 +58,7 @@ class TransferMatrixError(UnisonoError):
 
 class UnknownStrategyError(UnisonoError):
     """A name that no registered strategy has; the message lists those that exist."""
+
+
+class EvaluationError(UnisonoError):
+    """A task, a folder of results or a choice of models that cannot be evaluated. Names file, line and field."""

@@ -10,7 +10,9 @@ import importlib
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
+import torch
 from tqdm import tqdm
 
 from ensemble_core.admission import Admission, Speaker
@@ -67,6 +69,17 @@ def load(config: Config, sink: StatsSink) -> Loaded:
     return Loaded(_engine(config, members, sink), Admission(book, speakers), list_models(config, max_len))
 
 
+def load_recipes(config: Config) -> tuple[RecipeBook, dict[str, Vocabulary]]:
+    """Recipes with their fusions, on the CPU, and every member's vocabulary: no model is loaded.
+
+    Raises as `load`; a matrix is read when the first recipe asks for it.
+    """
+    check(config)
+    vocabularies = {name: load_vocabulary(name, member) for name, member in config.members.items()}
+    spoken = {name: _Spoken(vocabulary, torch.device("cpu")) for name, vocabulary in vocabularies.items()}
+    return RecipeBook(config, Spaces(config, spoken).space), vocabularies
+
+
 def _load_members(config: Config, vocabularies: Mapping[str, Vocabulary]) -> dict[str, Member]:
     members: dict[str, Member] = {}
     for name, member in tqdm(config.members.items(), desc="loading members", unit="member", disable=None):
@@ -89,10 +102,28 @@ def _speaker(name: str, config: Config, member: Member) -> Speaker:
     return Speaker(member.vocabulary, prompts, member.max_len, Grammars(member.vocabulary))
 
 
+class _Placed(Protocol):
+    """What a fusion space needs of a member."""
+
+    @property
+    def vocabulary(self) -> Vocabulary: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Spoken:
+    """A member whose model is not there."""
+
+    vocabulary: Vocabulary
+    device: torch.device
+
+
 class Spaces:
     """Fusion spaces of the resident members; each matrix is loaded once for all ensembles over one set."""
 
-    def __init__(self, config: Config, members: Mapping[str, Member]) -> None:
+    def __init__(self, config: Config, members: Mapping[str, _Placed]) -> None:
         self._config = config
         self._members = members
         self._matrices: dict[tuple[frozenset[str], str], TransferMatrix] = {}

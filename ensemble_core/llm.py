@@ -10,7 +10,7 @@ Prompts of one call are batched as the server batches requests. Not thread-safe:
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +29,7 @@ from ensemble_core.decoding.requests import (
 from ensemble_core.decoding.sampling_params import SamplingParams
 from ensemble_core.decoding.sequence import Sequence as Request
 from ensemble_core.errors import InvalidRequestError, QueueFullError, UnisonoError
+from ensemble_core.members.base import Member
 from ensemble_core.recipes import ModelInfo
 from ensemble_core.stats import NullSink, StatsSink
 
@@ -91,6 +92,15 @@ class LLM:
                 raise UnisonoError(output.error)
             if output.text:
                 yield output.text
+
+    @property
+    def members(self) -> Mapping[str, Member]:
+        """The resident members. Who feeds them directly releases what was fed before the next call here."""
+        return self._engine.members
+
+    def encode(self, model: str, text: str) -> list[int]:
+        """Ids of a prompt in a model's main member. Raises ModelNotFoundError, InvalidRequestError."""
+        return self._admission.tokenize(model, text, add_special_tokens=True)[0]
 
     def close(self) -> None:
         """End the engine's threads."""

@@ -1,4 +1,4 @@
-"""The command line: `unisono serve | build | pull | generate`.
+"""The command line: `unisono serve | build | pull | generate | evaluate | tune | inspect`.
 
 Heavy imports wait inside the commands, so that `unisono --help` is instant and so that the switches for
 progress bars are set before the libraries read them. An error of ours is one line on stderr and exit code 1.
@@ -12,7 +12,7 @@ from collections.abc import Generator
 from contextlib import closing, contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -222,3 +222,106 @@ def _print_whole(llm: LLM, prompts: list[str], params: SamplingParams, model: st
     """All prompts in one batch; an empty line between their texts."""
     completions = llm.generate(prompts, params, model=model)
     typer.echo("\n\n".join(completion.text for completion in completions))
+
+
+TaskSpecs = Annotated[
+    list[str],
+    typer.Option(
+        "--task", help="NAME=FILE.jsonl or NAME:KIND=FILE.jsonl (text, choice, number, answer); may be repeated."
+    ),
+]
+SplitChoice = Annotated[
+    Literal["even", "odd", "all"], typer.Option(help="Records with even or odd numbers (from 0), or all.")
+]
+LimitOption = Annotated[int | None, typer.Option(min=1, help="At most so many items of each task.")]
+ShotsOption = Annotated[int, typer.Option(min=0, help="Answered examples before each question.")]
+CacheFolder = Annotated[
+    Path | None, typer.Option("--cache", help="Folder of stored scores; ~/.cache/unisono/scores by default.")
+]
+
+
+@app.command()
+def evaluate(
+    task: TaskSpecs,
+    config: ConfigPath = DEFAULT_CONFIG,
+    model: Annotated[
+        list[str] | None,
+        typer.Option(
+            show_default=False,
+            help="An ensemble or a member, or a variant: 'duet?weights.a=0.7&options.steps=6'. By default all.",
+        ),
+    ] = None,
+    measure: Annotated[
+        list[str] | None,
+        typer.Option(show_default=False, help="bits (per byte) or score (right answers); by default both."),
+    ] = None,
+    split: SplitChoice = "all",
+    limit: LimitOption = None,
+    shots: ShotsOption = 0,
+    out: Annotated[Path | None, typer.Option(help="Folder for items, tables, JSON and a plot.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with what is in --out.")] = False,
+    plot: Annotated[bool, typer.Option(help="Draw results.png.")] = True,
+    cache: CacheFolder = None,
+) -> None:
+    """Compare ensembles and members on tasks, with 95 % intervals."""
+    with _one_line_errors():
+        settings = _load_quietly(config)
+
+        from ensemble_core.evaluation import run
+
+        chosen = run.Chosen(task, split, limit, shots, cache)
+        output = run.Output(out, resume, plot)
+        typer.echo(run.evaluate_models(settings, chosen, model or [], run.parse_measures(measure or []), output))
+
+
+@app.command()
+def tune(
+    ensemble: Annotated[str, typer.Option(help="Whose weights.")],
+    task: TaskSpecs,
+    config: ConfigPath = DEFAULT_CONFIG,
+    method: Annotated[
+        Literal["nll", "score"],
+        typer.Option(help="nll: least negative log-likelihood. score: in proportion to accuracy."),
+    ] = "nll",
+    split: SplitChoice = "even",
+    limit: LimitOption = None,
+    shots: ShotsOption = 0,
+    write: Annotated[bool, typer.Option("--write", help="Put the weights into the configuration file.")] = False,
+    cache: CacheFolder = None,
+) -> None:
+    """Find an ensemble's weights on one half of the tasks, and report on the other."""
+    with _one_line_errors():
+        settings = _load_quietly(config)
+
+        from ensemble_core.evaluation import run
+
+        chosen = run.Chosen(task, split, limit, shots, cache)
+        typer.echo(run.tune_ensemble(settings, chosen, ensemble, method, config if write else None))
+
+
+@app.command()
+def inspect(
+    paths: Annotated[list[Path], typer.Argument(metavar="PATH...", help="Matrix files, or folders of them.")],
+    config: ConfigPath = DEFAULT_CONFIG,
+    token: Annotated[
+        list[str] | None,
+        typer.Option(show_default=False, help="Show this token's nearest anchors; may be repeated."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Report on transfer matrices: recipe, size, retained and self mass, nearest anchors."""
+    with _one_line_errors():
+        settings = _load_quietly(config)
+
+        from ensemble_core.transfer.report import inspect_matrices, shown, shown_as_json
+
+        reports = inspect_matrices(settings, paths, token or [])
+        typer.echo((shown_as_json if as_json else shown)(reports))
+
+
+def _load_quietly(path: Path) -> Config:
+    """The configuration; only warnings are logged, since standard output is the result."""
+    from server import logs
+
+    logs.configure("warning")
+    return load_config(path)

@@ -145,11 +145,11 @@ def _runs(recipe: Recipe, tracks: dict[str, Track]) -> tuple[list[dict[str, int]
 
     A position is member -> row of that member's answers.
     """
-    rests = {member: _rests(track) for member, track in tracks.items()}
-    rows = {member: {rest: row for row, rest in enumerate(places)} for member, places in rests.items()}
-    same = len({_text(track).removeprefix(b" ") for track in tracks.values()}) == 1
+    ends = {member: rests(track) for member, track in tracks.items()}
+    rows = {member: {rest: row for row, rest in enumerate(places)} for member, places in ends.items()}
+    same = len({plain_text(track).removeprefix(b" ") for track in tracks.values()}) == 1
     shared, alone = [], []
-    for row, rest in enumerate(rests[recipe.main][:-1]):
+    for row, rest in enumerate(ends[recipe.main][:-1]):
         place = {member: rows[member].get(rest, -1) for member in recipe.members[1:]}
         if same and place and min(place.values()) >= 0:
             shared.append({recipe.main: row} | place)
@@ -158,13 +158,14 @@ def _runs(recipe: Recipe, tracks: dict[str, Track]) -> tuple[list[dict[str, int]
     return shared, alone
 
 
-def _rests(track: Track) -> list[int]:
-    """How much of the text follows each prompt token, in bytes without control tokens."""
+def rests(track: Track) -> list[int]:
+    """How much of the text follows each prompt token, in bytes without control tokens: its place in the text."""
     ends = list(accumulate(len(track.vocabulary.text_bytes(token_id)) for token_id in track.prompt_ids))
     return [ends[-1] - end for end in ends]
 
 
-def _text(track: Track) -> bytes:
+def plain_text(track: Track) -> bytes:
+    """What a prompt's tokens spell, without control tokens."""
     return b"".join(track.vocabulary.text_bytes(token_id) for token_id in track.prompt_ids)
 
 
@@ -190,7 +191,7 @@ def _offsets(main: Track, text: str) -> list[int]:
     A control token counts where the text spells its name; a space that the tokenizer put in front does not.
     """
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    at = -1 if _text(main).startswith(b" ") and not text.startswith(" ") else 0
+    at = -1 if plain_text(main).startswith(b" ") and not text.startswith(" ") else 0
     offsets = []
     for token_id in main.prompt_ids:
         offsets.append(max(at, 0))

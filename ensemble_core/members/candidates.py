@@ -23,7 +23,7 @@ def log_normaliser(logits: Tensor) -> Tensor:
     peak = logits.amax(dim=1, keepdim=True).float()
     total = torch.zeros_like(peak)
     buffer = torch.empty(len(logits), min(_CHUNK, logits.shape[1]), device=logits.device)
-    for chunk in logits.split(_CHUNK, dim=1):
+    for chunk in torch.split(logits, _CHUNK, dim=1):
         part = buffer[:, : chunk.shape[1]]
         total += part.copy_(chunk).sub_(peak).exp_().sum(dim=1, keepdim=True)
     return (peak + total.log()).squeeze(1)

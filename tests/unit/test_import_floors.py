@@ -16,7 +16,7 @@ FLOORS = (
     ("ensemble_core.text",),
     ("ensemble_core.transfer",),
     ("ensemble_core.members",),
-    ("ensemble_core.transfer.build",),
+    ("ensemble_core.transfer.build", "ensemble_core.transfer.report"),
     ("ensemble_core.fusion",),
     ("ensemble_core.decoding",),
     ("ensemble_core.recipes",),
@@ -38,6 +38,8 @@ EDGE_MAY_IMPORT = {
 CLI_MAY_IMPORT = EDGE_MAY_IMPORT | {
     "ensemble_core.transfer.build",
     "ensemble_core.members.checkpoints",
+    "ensemble_core.transfer.report",
+    "ensemble_core.evaluation.run",
     "ensemble_core.llm",
 }
 TORCHLESS = (

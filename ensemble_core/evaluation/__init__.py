@@ -1,0 +1,1 @@
+"""Scoring ensembles and members on tasks, and tuning weights."""

@@ -1,0 +1,121 @@
+"""What is measured of an item: bits of its document, whether the likeliest option is right, whether a completion is.
+
+Measures: `bits` (every kind: the record as a plain document), `score` (all kinds but text). Every function returns
+index of the record -> plain values, ready for JSON. Does not know files or intervals.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ensemble_core.decoding.sampling_params import SamplingParams
+from ensemble_core.evaluation.answers import exact_match, same_number
+from ensemble_core.evaluation.journal import Values
+from ensemble_core.evaluation.offline import DocumentSums
+from ensemble_core.evaluation.spelling import Document
+from ensemble_core.evaluation.tasks import Item, Split, Task
+from ensemble_core.evaluation.variants import Variant
+from ensemble_core.evaluation.workbench import Workbench
+
+Measure = Literal["bits", "score"]
+
+_BATCH = 32  # prompts generated before they are put down
+_PARAMS = {
+    "answer": SamplingParams(max_tokens=32, temperature=0.0, stop=("\n",)),
+    "number": SamplingParams(max_tokens=320, temperature=0.0, stop=("\n\n", "Question:")),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """Which items of a task are evaluated, and how many others stand as examples before each prompt.
+
+    Examples are the first of the other half; of `all` the first items, which are then not evaluated.
+    """
+
+    split: Split = "all"
+    limit: int | None = None
+    shots: int = 0
+
+    def items(self, task: Task) -> tuple[Item, ...]:
+        """What is evaluated."""
+        if self.split == "all":
+            return task.items[self.shots :][: self.limit]
+        return task.chosen(self.split, self.limit)
+
+    def examples(self, task: Task) -> str:
+        """The text in front of every prompt."""
+        other: dict[Split, Split] = {"even": "odd", "odd": "even", "all": "all"}
+        return "".join(f"{item.document}\n\n" for item in task.chosen(other[self.split], self.shots))
+
+
+def documents(task: Task, items: Sequence[Item]) -> list[Document]:
+    """Records as plain documents."""
+    return [Document(item.document, origin=_origin(task, item)) for item in items]
+
+
+def bits(sums: DocumentSums, items: Sequence[Item]) -> dict[int, Values]:
+    """Sums of every document that can be compared; see `DocumentSums`."""
+    return {item.index: _row(sums, i) for i, item in enumerate(items) if sums.num_bytes[i] > 0}
+
+
+def _row(sums: DocumentSums, document: int) -> dict[str, Any]:
+    def plain(value: Tensor | Mapping[str, Tensor]) -> Any:
+        if isinstance(value, Tensor):
+            return round(float(value[document]), 6)
+        return {name: plain(inner) for name, inner in value.items()}
+
+    return {field.name: plain(getattr(sums, field.name)) for field in fields(sums)}
+
+
+def option_documents(task: Task, items: Sequence[Item], examples: str) -> list[Document]:
+    """Each option behind its question; the option's bytes alone are scored."""
+    found = []
+    for item in items:
+        prompt = examples + item.prompt
+        start = len(prompt.encode())
+        found += [Document(f"{prompt} {option}", start, _origin(task, item)) for option in item.options]
+    return found
+
+
+def choices(sums: DocumentSums, items: Sequence[Item]) -> dict[int, Values]:
+    """Whether the likeliest option is the right one: by its likelihood, and by its likelihood per byte."""
+    found: dict[int, Values] = {}
+    start = 0
+    for item in items:
+        own = slice(start, start + len(item.options))
+        start = own.stop
+        cost, per_byte = sums.bits[own], sums.bits[own] / sums.num_bytes[own]
+        right = [int(torch.argmin(values)) == item.right for values in (cost, per_byte)]
+        found[item.index] = {"correct": int(right[0]), "correct_per_byte": int(right[1])}
+    return found
+
+
+def completions(
+    bench: Workbench, variant: Variant, task: Task, items: Sequence[Item], examples: str
+) -> Iterator[dict[int, Values]]:
+    """Greedy completions and whether they are right, a batch at a time."""
+    with tqdm(total=len(items), desc=f"{variant.label}: {task.name}", unit="item", disable=None) as bar:
+        for start in range(0, len(items), _BATCH):
+            batch = items[start : start + _BATCH]
+            done = bench.llm().generate(
+                [examples + item.prompt for item in batch], _PARAMS[task.kind], variant.model, variant.overrides
+            )
+            texts = {item.index: answer.text.strip() for item, answer in zip(batch, done, strict=True)}
+            yield {item.index: _judged(task, item, texts[item.index]) for item in batch}
+            bar.update(len(batch))
+
+
+def _judged(task: Task, item: Item, text: str) -> Values:
+    right = same_number(text, item.answers[0]) if task.kind == "number" else exact_match(text, item.answers)
+    return {"correct": int(right), "text": text}
+
+
+def _origin(task: Task, item: Item) -> str:
+    return f"{task.path}, line {item.line}"

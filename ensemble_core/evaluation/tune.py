@@ -1,0 +1,122 @@
+"""Finding an ensemble's weights on one half of the tasks, and reporting on the other: what `unisono tune` does.
+
+`nll` minimises the fused negative log-likelihood per byte over the simplex; `score` takes weights in proportion to
+each member's accuracy. Whatever was tuned, the report is in bits per byte on documents that the tuning never saw.
+Does not know the command line or YAML.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from ensemble_core.decoding.requests import Overrides
+from ensemble_core.decoding.sequence import Recipe
+from ensemble_core.errors import EvaluationError
+from ensemble_core.evaluation import measures
+from ensemble_core.evaluation.evaluate import Output, Request, evaluate
+from ensemble_core.evaluation.measures import Selection
+from ensemble_core.evaluation.offline import DocumentSums, document_nats, fuse_positions, shared_positions
+from ensemble_core.evaluation.report import Result, summarise
+from ensemble_core.evaluation.scores import Scores, join_scores
+from ensemble_core.evaluation.tasks import Split, Task
+from ensemble_core.evaluation.variants import Variant
+from ensemble_core.evaluation.weights import Weights, in_proportion, minimise
+from ensemble_core.evaluation.workbench import Workbench
+
+logger = logging.getLogger(__name__)
+
+Method = Literal["nll", "score"]
+BEFORE, AFTER = "before", "after"
+_OTHER: dict[Split, Split] = {"even": "odd", "odd": "even", "all": "all"}
+
+
+@dataclass(frozen=True, slots=True)
+class Tuned:
+    """Weights by member, main first, and what they are worth. results: bits per byte on the held-out half."""
+
+    members: tuple[str, ...]
+    before: Weights
+    after: Weights
+    results: list[Result]
+    held_out: bool  # False: everything was tuned on, and the results are in sample
+
+
+def tune(bench: Workbench, variant: Variant, tasks: Sequence[Task], method: Method, selection: Selection) -> Tuned:
+    """Tune the weights of an ensemble (or a variant of it). Raises EvaluationError for a member alone."""
+    recipe = bench.recipe(variant)
+    if len(recipe.members) < 2:
+        raise EvaluationError(f"--ensemble {variant.label!r}: a member alone has no weights; name an ensemble")
+    if method == "nll":
+        after = _least_nats(bench, recipe, tasks, selection)
+    else:
+        after = _by_score(bench, recipe, tasks, selection)
+    after = rounded(after)
+    other = replace(selection, split=_OTHER[selection.split])
+    results = _judged(bench, recipe, after, tasks, other)
+    return Tuned(recipe.members, recipe.weights, after, results, held_out=selection.split != "all")
+
+
+def rounded(weights: Weights) -> Weights:
+    """Three decimals that sum to 1: the largest weight takes the rest."""
+    parts = [round(weight, 3) for weight in weights]
+    parts[parts.index(max(parts))] += 1.0 - sum(parts)
+    return tuple(round(part, 3) for part in parts)
+
+
+def _least_nats(bench: Workbench, recipe: Recipe, tasks: Sequence[Task], selection: Selection) -> Weights:
+    scores = _documents(bench, recipe, tasks, selection)
+    shared = shared_positions(scores, recipe.members)
+    num_bytes = float(scores.num_bytes.sum())
+
+    def objective(weights: Weights) -> float:
+        fused = fuse_positions(scores, recipe, shared, bench.num_candidates, weights)
+        value = float(document_nats(scores, recipe.main, shared, fused).sum()) / num_bytes / math.log(2)
+        logger.info("%s: %.5f bits per byte", _named(recipe.members, weights), value)
+        return value
+
+    return minimise(objective, recipe.weights)
+
+
+def _by_score(bench: Workbench, recipe: Recipe, tasks: Sequence[Task], selection: Selection) -> Weights:
+    """In proportion to accuracy over all items."""
+    asked = [task for task in tasks if task.kind != "text"]
+    if not asked:
+        raise EvaluationError("--method score needs a task with answers; these are texts alone")
+    members = [Variant(name, name, Overrides()) for name in recipe.members]
+    report = evaluate(bench, Request(asked, members, selection, ("score",)), Output())
+    last = {result.model: result.value.value for result in report.results if result.metric == "accuracy"}
+    return in_proportion({name: last[name] for name in recipe.members})
+
+
+def _judged(
+    bench: Workbench, recipe: Recipe, after: Weights, tasks: Sequence[Task], selection: Selection
+) -> list[Result]:
+    """Bits per byte of every member, of the ensemble before and after; against the best member."""
+    scores = _documents(bench, recipe, tasks, selection)
+    models = {name: Recipe(name, (name,), (1.0,), None, "single") for name in recipe.members}
+    models |= {BEFORE: recipe, AFTER: replace(recipe, weights=after)}
+    items = {label: {"tuning": _rows(bench.sums(scores, model))} for label, model in models.items()}
+    report = summarise(items, recipe.members)
+    return [result for result in report.results if result.metric == "bits_per_byte"]
+
+
+def _rows(sums: DocumentSums) -> dict[int, dict[str, float]]:
+    pairs = zip(sums.bits.tolist(), sums.num_bytes.tolist(), strict=True)
+    return {index: {"bits": bits, "num_bytes": size} for index, (bits, size) in enumerate(pairs) if size > 0}
+
+
+def _documents(bench: Workbench, recipe: Recipe, tasks: Sequence[Task], selection: Selection) -> Scores:
+    return join_scores(
+        [
+            bench.scores(measures.documents(task, selection.items(task)), recipe.members, f"{task.name}: bits")
+            for task in tasks
+        ]
+    )
+
+
+def _named(members: Sequence[str], weights: Sequence[float]) -> str:
+    return ", ".join(f"{name} {weight:.3f}" for name, weight in zip(members, weights, strict=True))
