@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 
 LEAST = 16  # tokens that a step takes at any price, so that prompts go on; fewer teach nothing
+_GRAIN = 8  # grants are multiples, since libraries prepare each new number of tokens anew
 _PROBES = 2  # decode-only steps that must have been seen of a batch size
 _FRESH = 256  # steps after which a batch size is looked at again
 _MEMORY = 8  # observations kept of each cost
@@ -66,8 +67,8 @@ class Pace:
             return 0
         costs = [self._costs.get(kind) for kind in kinds]
         room = (self._max_stretch - 1.0) * _typical(plain.steps)
-        token = sum(median(cost) if cost else math.inf for cost in costs)
-        return max(LEAST, int(room / token))
+        token = sum(_dear(cost) if cost else math.inf for cost in costs)
+        return max(LEAST, int(room / token) // _GRAIN * _GRAIN)
 
     def record(self, num_decoding: int, seconds: float, parts: Mapping[Kind, Work]) -> None:
         """Take in a finished step of `num_decoding` running sequences, and what was done in it."""
@@ -91,6 +92,11 @@ class Pace:
         alone = plain.parts.get((member, False)) if plain is not None and work.decoded else None
         spent = work.seconds - _typical(alone) if alone else work.seconds
         return max(spent, 0.05 * work.seconds, 1e-9) / work.num_tokens
+
+
+def _dear(costs: Sequence[float]) -> float:
+    """The median, of all or of the latest three: what grows dearer is believed sooner than what grows cheaper."""
+    return max(median(costs), median(list(costs)[-3:]))
 
 
 def _typical(seconds: Collection[float]) -> float:
