@@ -61,15 +61,15 @@ class PackedPass:
     cache: KVCache
     groups: list[Group]
     positions: Tensor  # (N,) int64, on the CPU
-    rows: Tensor  # (N,) int64, on the CPU
-    _places: dict[torch.device, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    slots: Tensor  # (N,) int64, on the CPU
+    _slots_on: dict[torch.device, Tensor] = field(default_factory=dict)
     _windows: dict[tuple[int | None, torch.device], list[_Window]] = field(default_factory=dict)
 
-    def places(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Row and position of each token, on a layer's device."""
-        if device not in self._places:
-            self._places[device] = (self.rows.to(device), self.positions.to(device))
-        return self._places[device]
+    def slots_on(self, device: torch.device) -> Tensor:
+        """The slots on a layer's device."""
+        if device not in self._slots_on:
+            self._slots_on[device] = self.slots.to(device)
+        return self._slots_on[device]
 
     def windows(self, size: int | None, device: torch.device) -> list[_Window]:
         """One window a group for layers whose window is `size` (None: everything)."""
@@ -100,13 +100,14 @@ def pack(cache: KVCache, rows: Sequence[Row], counts: Sequence[int]) -> tuple[Pa
     order = sorted(range(len(rows)), key=lambda i: (counts[i], rows[i].index))
     groups: list[Group] = []
     positions: list[int] = []
-    held: list[int] = []
+    slots: list[int] = []
     for i in order:
         row, count = rows[i], counts[i]
         _join(groups, row, count, len(positions))
         positions.extend(range(row.length, row.length + count))
-        held.extend([row.index] * count)
-    return PackedPass(cache, groups, torch.tensor(positions), torch.tensor(held)), order
+        base = row.index * cache.row_len + row.length
+        slots.extend(range(base, base + count))
+    return PackedPass(cache, groups, torch.tensor(positions), torch.tensor(slots)), order
 
 
 def _join(groups: list[Group], row: Row, count: int, start: int) -> None:
@@ -151,12 +152,12 @@ def attend(
 ) -> Tensor:
     """Write the new keys and values of a layer, and attend to all that is cached: (N, H, D)."""
     keys, values = run.cache.keys[layer], run.cache.values[layer]
-    places = run.places(query.device)
-    keys.index_put_(places, key)
-    values.index_put_(places, value)
+    slots = run.slots_on(query.device)
+    keys.index_copy_(0, slots, key)
+    values.index_copy_(0, slots, value)
     windows = run.windows(window, query.device)
     parts = [
-        _attend(query[group.start : group.stop], keys, values, group, seen, scaling)
+        _attend(query[group.start : group.stop], keys, values, run.cache.row_len, group, seen, scaling)
         for group, seen in zip(run.groups, windows, strict=True)
     ]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
@@ -166,20 +167,21 @@ def _attend(
     query: Tensor,  # (B*T, H, D)
     keys: Tensor,
     values: Tensor,
+    row_len: int,
     group: Group,
     window: _Window,
     scaling: float | None,
 ) -> Tensor:
     rows, new = group.num_rows, group.num_new
     heads, size = query.shape[1], query.shape[2]
-    kv_heads = keys.shape[2]
+    kv_heads = keys.shape[1]
     fold = heads // kv_heads
     folded = query.reshape(rows, new, kv_heads, fold, size).permute(0, 2, 3, 1, 4)  # no copy where new is 1
     folded = folded.reshape(rows, kv_heads, fold * new, size)
     out = scaled_dot_product_attention(
         folded,
-        _view(keys, group, window),
-        _view(values, group, window),
+        _view(keys, row_len, group, window),
+        _view(values, row_len, group, window),
         attn_mask=_folded_mask(window.mask, fold),
         scale=scaling,
     )
@@ -187,9 +189,10 @@ def _attend(
     return out.reshape(rows * new, heads, size)
 
 
-def _view(pool: Tensor, group: Group, window: _Window) -> Tensor:
+def _view(pool: Tensor, row_len: int, group: Group, window: _Window) -> Tensor:
     """(B, Hkv, L, D): the group's rows of a pool, without a copy."""
-    part = pool[group.first_row : group.first_row + group.num_rows, window.begin : window.end]
+    rows = pool.view(-1, row_len, *pool.shape[1:])
+    part = rows[group.first_row : group.first_row + group.num_rows, window.begin : window.end]
     return part.transpose(1, 2)
 
 

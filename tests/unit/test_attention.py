@@ -29,12 +29,12 @@ def filled_cache(num_rows: int, seed: int) -> KVCache:
 def plain(query: Tensor, cache: KVCache, row: int, position: int, window: int | None, scale: float) -> Tensor:
     """(H, D): one token's attention, head by head."""
     begin = 0 if window is None else max(0, position - window + 1)
-    seen = slice(begin, position + 1)
+    seen = slice(row * ROW_LEN + begin, row * ROW_LEN + position + 1)
     fold = query.shape[0] // KV_HEADS
     heads = []
     for head, q in enumerate(query.double()):
-        keys = cache.keys[0][row, seen, head // fold].double()
-        values = cache.values[0][row, seen, head // fold].double()
+        keys = cache.keys[0][seen, head // fold].double()
+        values = cache.values[0][seen, head // fold].double()
         heads.append(torch.softmax(keys @ q * scale, dim=0) @ values)
     return torch.stack(heads)
 
@@ -71,8 +71,9 @@ def test_any_mix_of_rows_and_counts(seed: int, heads: int, window: int | None) -
         row = cache.row(seqs[i])
         for offset in range(counts[i]):
             position = row.length + offset
-            assert torch.equal(cache.keys[0][row.index, position], done.key[0, :, place])
-            assert torch.equal(cache.values[0][row.index, position], done.value[0, :, place])
+            slot = row.index * ROW_LEN + position
+            assert torch.equal(cache.keys[0][slot], done.key[0, :, place])
+            assert torch.equal(cache.values[0][slot], done.value[0, :, place])
             place += 1
     place = 0
     for i in done.order:

@@ -21,8 +21,9 @@ def cache(num_rows: int = 5, row_len: int = 12, dtype: torch.dtype = torch.float
 def write(pool: KVCache, seq_id: int, count: int, value: float = 1.0) -> None:
     """What a forward does: reserve, write every layer, advance."""
     row = pool.reserve(seq_id, count)
+    start = row.index * pool.row_len + row.length
     for tensor in (*pool.keys, *pool.values):
-        tensor[row.index, row.length : row.length + count] = value
+        tensor[start : start + count] = value
     row.length += count
 
 
@@ -56,7 +57,8 @@ def test_random_operations_keep_the_accounts(seed: int) -> None:
             s: (rows[s], lengths[s]) for s in rows
         }
         for index in free:
-            assert all(not tensor[index].any() for tensor in (*pool.keys, *pool.values))
+            place = slice(index * pool.row_len, (index + 1) * pool.row_len)
+            assert all(not tensor[place].any() for tensor in (*pool.keys, *pool.values))
 
 
 @pytest.mark.parametrize("value", [1.0, torch.nan, torch.inf])
@@ -67,8 +69,8 @@ def test_a_released_row_is_wiped_even_where_it_was_rolled_back(value: float) -> 
     pool.rollback(2, 4)
     pool.reserve(2, 2)  # a forward that failed: written, not advanced
     pool.release(2)
-    assert all(not tensor[1:].any() for tensor in (*pool.keys, *pool.values))
-    assert all((tensor[0, :3] == 1.0).all() for tensor in (*pool.keys, *pool.values))
+    assert all(not tensor[pool.row_len :].any() for tensor in (*pool.keys, *pool.values))
+    assert all((tensor[:3] == 1.0).all() for tensor in (*pool.keys, *pool.values))
 
 
 def test_misuse_trips_an_assertion() -> None:
@@ -107,7 +109,7 @@ def test_sizes(dtype: torch.dtype) -> None:
     per_token = bytes_per_token(LAYERS, dtype)
     assert per_token == 2 * (2 * 4 + 1 * 8) * dtype.itemsize
     assert pool.num_bytes() == {"cpu": per_token * 5 * 12}
-    assert [tuple(tensor.shape) for tensor in pool.keys] == [(5, 12, 2, 4), (5, 12, 1, 8)]
+    assert [tuple(tensor.shape) for tensor in pool.keys] == [(60, 2, 4), (60, 1, 8)]
     assert all(tensor.dtype is dtype for tensor in (*pool.keys, *pool.values))
 
 
@@ -211,16 +213,16 @@ def shared(left: list[int], right: list[int]) -> int:
 def write_ids(pool: KVCache, seq_id: int, ids: list[int]) -> None:
     """A forward whose keys and values are the ids themselves."""
     row = pool.reserve(seq_id, len(ids))
+    start = row.index * pool.row_len + row.length
     for tensor in (*pool.keys, *pool.values):
-        tensor[row.index, row.length : row.length + len(ids)] = torch.tensor(ids, dtype=tensor.dtype).view(
-            -1, 1, 1
-        )
+        tensor[start : start + len(ids)] = torch.tensor(ids, dtype=tensor.dtype).view(-1, 1, 1)
     pool.advance(seq_id, ids)
 
 
 def slots(pool: KVCache, index: int) -> list[int]:
     """What a row holds, which must be the same in every layer, head and column."""
-    found = [tensor[index].flatten(1) for tensor in (*pool.keys, *pool.values)]
+    place = slice(index * pool.row_len, (index + 1) * pool.row_len)
+    found = [tensor[place].flatten(1) for tensor in (*pool.keys, *pool.values)]
     assert all((part == part[:, :1]).all() and torch.equal(part[:, 0], found[0][:, 0]) for part in found)
     return [int(value) for value in found[0][:, 0]]
 
@@ -295,7 +297,7 @@ def test_a_short_prefix_is_not_worth_it(length: int) -> None:
 def test_a_row_that_is_not_finite_is_never_reused(value: float, where: str) -> None:
     pool = pool_with(IDS)
     tensor = pool.keys[1] if where == "key" else pool.values[0]
-    tensor[0, 17, 0, 2] = value
+    tensor[17, 0, 2] = value
     assert pool.reuse(2, IDS[:17]) == 17, "the part before it is sound"
     assert pool.reuse(3, IDS) == 0
     pool.release(2)
@@ -308,7 +310,7 @@ def test_a_failed_forward_leaves_nothing_behind_in_a_prefix() -> None:
     pool = pool_with(IDS)
     write(pool, 2, 4, 1.0)
     row = pool.reserve(1, 5)
-    pool.keys[0][row.index, 30:35] = torch.nan  # written, not advanced
+    pool.keys[0][row.index * 40 + 30 : row.index * 40 + 35] = torch.nan  # written, not advanced
     pool.rollback(1, 25)
     pool.release(1, keep=True)
     assert slots(pool, 0) == [*IDS[:25], *[0] * 15]
