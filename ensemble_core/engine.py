@@ -84,7 +84,9 @@ class Engine:
 
     def step(self) -> list[News]:
         """One step of everything that runs; the news of every sequence that moved."""
-        self.scheduler.admit()
+        for sequence in self.scheduler.admit():
+            logger.info("request %s is preempted: a member's cache is full", sequence.request.request_id)
+            self._release(sequence)
         self._reuse()
         step = _Step(self.scheduler.schedule())
         if step.shares:
@@ -236,14 +238,18 @@ class Engine:
         """Release every finished sequence everywhere; their last news."""
         news = []
         for sequence in self.scheduler.retire():
-            keep = self._prefix_reuse and sequence.finish_reason != "error"
-            for member in sequence.tracks:
-                self.members[member].release(sequence.seq_id, keep)
+            self._release(sequence)
             news.append((sequence.seq_id, sequence.take()))
             self._report_request(sequence)
         if news:
             self._report_queue()
         return news
+
+    def _release(self, sequence: Sequence) -> None:
+        """Give back its pages everywhere; what is sound of them may serve others."""
+        keep = self._prefix_reuse and sequence.finish_reason != "error"
+        for member in sequence.tracks:
+            self.members[member].release(sequence.seq_id, keep)
 
     def _time_token(self, sequence: Sequence) -> None:
         now = time.perf_counter()

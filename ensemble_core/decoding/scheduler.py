@@ -1,14 +1,17 @@
 """Who runs in the next step, and with how many tokens. No torch.
 
-A sequence is admitted in all its members at once, first come, first served, and reserves every page that it can
-ever need: so nothing that runs can run out. Decoding sequences go first in every step; what is left of the token
+A sequence is admitted in all its members at once, first come, first served, and holds the pages that its tokens need
+now. It grows page by page; where a member runs out, the youngest sequence there is preempted: it goes back to the
+head of the queue and is computed anew later, text and all. Newcomers leave everybody who runs a page to grow into.
+Decoding sequences go first in every step; what is left of the token
 budget is prefilled in chunks, beside running streams no more than `Pace` grants. The last piece of a prompt is fed
 to all members in one step, which is the first step that decides a token; a scored prompt waits with it until its
 scores are nearly done. Sequences of one group have the same prompt: one of them leads, the others wait until its
 prompt is cached and take it over.
 
-Invariants: reserved pages never exceed a member's; every admitted sequence is on `running` until `retire`; nobody
-overtakes the head of the queue. Does not know tensors, forwards or fusion.
+Invariants: a step never feeds more than a member's pages hold; every admitted sequence is on `running` until it is
+preempted or retired; nobody overtakes the head of the queue; the oldest sequence is never preempted, so all come to
+their end. Does not know tensors, forwards or fusion.
 """
 
 from __future__ import annotations
@@ -66,7 +69,8 @@ class Scheduler:
         self._capacities = dict(capacities)
         self._limits = limits
         self.pace = Pace(limits.max_stretch)
-        self._reserved = dict.fromkeys(capacities, 0)
+        for name, capacity in capacities.items():
+            assert capacity.page_size * capacity.num_pages >= capacity.max_len, f"{name}: too few pages for one"
 
     @property
     def has_work(self) -> bool:
@@ -74,8 +78,8 @@ class Scheduler:
         return bool(self.running or self.waiting)
 
     def reserved(self, member: str) -> int:
-        """Pages of a member that running sequences have reserved."""
-        return self._reserved[member]
+        """Pages of a member that running sequences need for the tokens that they have now."""
+        return sum(self._pages(s, member) for s in self.running if member in s.tracks)
 
     def add(self, sequences: list[Sequence]) -> None:
         """Queue sequences, all or none. Raises QueueFullError."""
@@ -107,35 +111,55 @@ class Scheduler:
         pairs = [(s, self._leader(s)) for s in self.running if _untouched(s)]
         return [(s, leader) for s, leader in pairs if leader is None or leader.phase is Phase.DECODE]
 
-    def admit(self) -> None:
-        """Let waiting sequences in, in order, as long as all that they need fits."""
-        while self.waiting and len(self.running) < self._limits.max_running:
-            sequence = self.waiting[0]
-            pages = self._pages(sequence)
-            if any(self._reserved[m] + n > self._capacities[m].num_pages for m, n in pages.items()):
-                return
-            for member, count in pages.items():
-                self._reserved[member] += count
-            self.running.append(self.waiting.popleft())
-            sequence.phase, sequence.admitted = Phase.PREFILL, time.perf_counter()
+    def admit(self) -> list[Sequence]:
+        """Make room for what runs, then let waiting sequences in, in order.
+
+        Returns those that were preempted, youngest first: the caller gives back their pages in every member.
+        """
+        preempted = self._make_room()
+        while self.waiting and len(self.running) < self._limits.max_running and self._fits(self.waiting[0]):
+            sequence = self.waiting.popleft()
+            self.running.append(sequence)
+            sequence.phase, sequence.admitted = Phase.PREFILL, sequence.admitted or time.perf_counter()
+        return preempted
+
+    def _make_room(self) -> list[Sequence]:
+        preempted = []
+        for member, capacity in self._capacities.items():
+            while self.reserved(member) > capacity.num_pages:
+                youngest = next(s for s in reversed(self.running) if member in s.tracks)
+                self.running.remove(youngest)
+                youngest.preempt()
+                preempted.append(youngest)
+        # Back to the head of the queue, the oldest first.
+        self.waiting.extendleft(sorted(preempted, key=lambda s: s.admitted or 0.0, reverse=True))
+        return preempted
+
+    def _fits(self, sequence: Sequence) -> bool:
+        """Whether the tokens that it has now fit, and leave everybody who can grow a page to do so."""
+        if not self.running:
+            return True
+        for member in sequence.tracks:
+            spare = sum(self._can_grow(s, member) for s in (*self.running, sequence) if member in s.tracks)
+            needed = self.reserved(member) + self._pages(sequence, member) + spare
+            if needed > self._capacities[member].num_pages:
+                return False
+        return True
 
     def retire(self) -> list[Sequence]:
-        """Take finished sequences off all lists and free what they reserved."""
+        """Take finished sequences off all lists."""
         finished = [s for s in (*self.running, *self.waiting) if s.phase is Phase.FINISHED]
-        for sequence in finished:
-            if sequence.admitted is not None:
-                for member, pages in self._pages(sequence).items():
-                    self._reserved[member] -= pages
         if finished:
             self.running = [s for s in self.running if s.phase is not Phase.FINISHED]
             self.waiting = deque(s for s in self.waiting if s.phase is not Phase.FINISHED)
         return finished
 
     def check(self) -> None:
-        """Integrity: what is reserved is what the running sequences need, and it fits."""
+        """Integrity: what is cached fits, and only of those that run. For tests and debugging."""
         for member, capacity in self._capacities.items():
-            needed = sum(self._pages(s).get(member, 0) for s in self.running)
-            assert self._reserved[member] == needed <= capacity.num_pages
+            cached = [s.tracks[member].num_cached for s in self.running if member in s.tracks]
+            assert sum(-(-tokens // capacity.page_size) for tokens in cached) <= capacity.num_pages
+        assert not any(track.num_cached for s in self.waiting for track in s.tracks.values())
 
     def _leader(self, sequence: Sequence) -> Sequence | None:
         """The first running sequence with the same prompt, if it is another one and has something to hand over."""
@@ -148,20 +172,21 @@ class Scheduler:
     def _awaits_leader(self, sequence: Sequence) -> bool:
         return _untouched(sequence) and self._leader(sequence) is not None
 
-    def _pages(self, sequence: Sequence) -> dict[str, int]:
-        """Pages for the longest that the sequence can become in each member.
+    def _pages(self, sequence: Sequence, member: str) -> int:
+        """Pages for the tokens that the sequence has now."""
+        return -(-len(sequence.tracks[member]) // self._capacities[member].page_size)
+
+    def _can_grow(self, sequence: Sequence, member: str) -> bool:
+        """Whether the sequence may come to need more pages than now.
 
         Main's completion is at most max_tokens; an assistant may need more tokens for the same text, up to its
         own max_len.
         """
-        pages = {}
-        for member, track in sequence.tracks.items():
-            capacity = self._capacities[member]
-            longest = capacity.max_len
-            if member == sequence.recipe.main:
-                longest = min(longest, len(track.prompt_ids) + sequence.request.params.max_tokens)
-            pages[member] = -(-longest // capacity.page_size)
-        return pages
+        capacity, track = self._capacities[member], sequence.tracks[member]
+        longest = capacity.max_len
+        if member == sequence.recipe.main:
+            longest = min(longest, len(track.prompt_ids) + sequence.request.params.max_tokens)
+        return -(-longest // capacity.page_size) > self._pages(sequence, member)
 
 
 def _untouched(sequence: Sequence) -> bool:
@@ -193,12 +218,16 @@ def _prefill_shares(prompts: list[Sequence], left: dict[str, int], positions: fl
 
 
 def _prefill_share(sequence: Sequence, left: Mapping[str, int], positions: float) -> Share:
-    """All that is left of every member's prompt if it fits, else a chunk that leaves each its last token."""
+    """All that is left of every member's prompt if it fits, else a chunk that leaves each its last token.
+
+    A sequence that was preempted within a character decides by main alone; the others are fed all but the last token.
+    """
     rest = {member: track.num_uncached for member, track in sequence.tracks.items()}
+    last = {member: rest[member] for member in sequence.consulted}
     ready = sequence.scores.num_ready if sequence.scores is not None and sequence.scoring else 0
-    fits = all(count <= left[member] for member, count in rest.items())
+    fits = all(count <= (left[member] if member in last else 1) for member, count in rest.items())
     if fits and ready + sequence.scoring * rest[sequence.recipe.main] <= max(positions, LEAST):
-        return Share(sequence, rest, decides=True, prefill=True)
+        return Share(sequence, last, decides=True, prefill=True)
     chunks = {member: min(count - 1, left[member]) for member, count in rest.items()}
     counts = {member: count for member, count in chunks.items() if count > 0}
     if not sequence.scoring:

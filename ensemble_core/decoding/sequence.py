@@ -169,6 +169,14 @@ class Sequence:
         """The end; the scheduler takes it off its lists at the next turn."""
         self.phase, self.finish_reason, self.stop_reason, self.error = Phase.FINISHED, reason, stop, error
 
+    def preempt(self) -> None:
+        """Back to the queue with nothing cached; the text and the state of sampling stay."""
+        self.phase = Phase.WAITING
+        for track in self.tracks.values():
+            track.num_cached = 0
+        if self.scores is not None and self.scoring:
+            self.scores.reset()
+
     def _spell(self, token_id: int) -> None:
         """Add a token's bytes to the text."""
         params, vocabulary = self.request.params, self.main.vocabulary

@@ -78,6 +78,7 @@ class Walk:
         shares = self.scheduler.schedule()
         self.note_admitted()
         self.check_shares(shares)
+        assert all(self.scheduler.reserved(member) <= CAPACITIES[member].num_pages for member in CAPACITIES)
         for share in shares:
             feed(share, self.rng)
         self.retire()
@@ -137,8 +138,8 @@ class Walk:
             used = 0
             for sequence in self.scheduler.running:
                 if member in sequence.tracks:
-                    used += -(-len(sequence.tracks[member]) // capacity.page_size)
-            assert used <= self.scheduler.reserved(member) <= capacity.num_pages
+                    used += -(-sequence.tracks[member].num_cached // capacity.page_size)
+            assert used <= min(self.scheduler.reserved(member), capacity.num_pages)
 
 
 @pytest.mark.parametrize("seed", range(25))
@@ -216,11 +217,55 @@ def run_timed(scheduler: Scheduler) -> dict[str, int]:
     return counts
 
 
-def test_an_assistant_reserves_its_longest() -> None:
+def test_pages_are_reserved_as_they_are_needed() -> None:
     scheduler = Scheduler(CAPACITIES, Limits(4, 4, 64))
-    scheduler.add([make(0, {"alpha": 10, "beta": 10}, 7)])
+    sequence = make(0, {"alpha": 10, "beta": 20}, 30)
+    scheduler.add([sequence])
+    seen = []
+    for _ in range(8):
+        (share,) = scheduler.schedule()
+        seen.append((scheduler.reserved("alpha"), scheduler.reserved("beta")))
+        feed(share, random.Random(0))
+    assert seen[0] == (1, 1)
+    assert seen[-1] == (2, 1)
+
+
+SMALL = {"alpha": Capacity(4, 8, 24)}
+
+
+def test_the_youngest_makes_room_and_comes_back_first() -> None:
+    scheduler = Scheduler(SMALL, Limits(4, 9, 64))
+    made = [make(i, {"alpha": 4}, 20) for i in range(4)]
+    scheduler.add(made)
+    preempted: list[int] = []
+    for _ in range(200):
+        gone = scheduler.admit()
+        preempted += [s.seq_id for s in gone]
+        assert all(s.phase is Phase.WAITING and s.main.num_cached == 0 for s in gone)
+        waiting = [s.seq_id for s in scheduler.waiting]
+        assert waiting == sorted(waiting)
+        assert scheduler.running[:1] == [s for s in made if s.phase is not Phase.FINISHED][:1], "not the oldest"
+        for share in scheduler.schedule():
+            feed(share, random.Random(0))
+        scheduler.retire()
+        if not scheduler.has_work:
+            break
+    assert preempted
+    assert 0 not in preempted
+    assert [s.num_completion_tokens for s in made] == [20] * 4
+
+
+def test_newcomers_leave_a_page_to_grow_into() -> None:
+    scheduler = Scheduler(SMALL, Limits(4, 9, 64))
+    made = [make(i, {"alpha": 8}, 10) for i in range(3)]
+    scheduler.add(made)
     scheduler.schedule()
-    assert (scheduler.reserved("alpha"), scheduler.reserved("beta")) == (2, 3)
+    assert scheduler.running == made[:2], "two pages each, and one each to grow into"
+    whole_rows = Scheduler({"alpha": Capacity(24, 3, 24)}, Limits(4, 9, 64))
+    made = [make(i, {"alpha": 8}, 10) for i in range(3)]
+    whole_rows.add(made)
+    whole_rows.schedule()
+    assert whole_rows.running == made, "a row holds all that a sequence can become"
 
 
 def test_it_needs_no_torch() -> None:
