@@ -30,6 +30,8 @@ _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _SECRET = "api_keys"  # the field whose value no message quotes
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
+AUTO: Literal["auto"] = "auto"
+_LEAST_CACHE = 2**20
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 Weight = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 
@@ -63,7 +65,9 @@ class MemberConfig(_Section):
     max_memory: dict[int | str, str | int] | None = Field(
         None, description="Device -> size for device_map: {0: 20GiB, cpu: 32GiB}."
     )
-    kv_memory: int = Field(2 * 2**30, ge=2**20, description="Size of this member's KV cache, for example 2GiB.")
+    kv_memory: int | Literal["auto"] = Field(
+        AUTO, description="This member's KV cache, for example 2GiB. auto: a share of what weights leave."
+    )
     max_len: int = Field(
         2048, ge=16, description="Longest sequence (prompt + completion) in this member's tokens."
     )
@@ -77,8 +81,18 @@ class MemberConfig(_Section):
 
     @field_validator("kv_memory", mode="before")
     @classmethod
-    def _size(cls, value: str | int) -> int:
-        return parse_size(value)
+    def _size(cls, value: str | int) -> str | int:
+        if value == AUTO:
+            return value
+        if (size := parse_size(value)) < _LEAST_CACHE:
+            raise ValueError(f"Input should be greater than or equal to {_LEAST_CACHE} bytes, or auto")
+        return size
+
+    @property
+    def cache_bytes(self) -> int:
+        """Size of the cache, once it is planned."""
+        assert isinstance(self.kv_memory, int), "the cache is not planned"
+        return self.kv_memory
 
     @model_validator(mode="after")
     def _placement(self) -> MemberConfig:

@@ -24,6 +24,7 @@ from ensemble_core.fusion.base import FusionSpace
 from ensemble_core.members.base import Member
 from ensemble_core.members.checkpoints import load_tokenizer, load_vocabulary, resolve_folder
 from ensemble_core.members.local import load_member
+from ensemble_core.members.memory import plan_caches
 from ensemble_core.members.placement import log_plan
 from ensemble_core.recipes import ModelInfo, RecipeBook, check_fusions, list_models
 from ensemble_core.stats import StatsSink
@@ -82,8 +83,10 @@ def load_recipes(config: Config) -> tuple[RecipeBook, dict[str, Vocabulary]]:
 
 def _load_members(config: Config, vocabularies: Mapping[str, Vocabulary]) -> dict[str, Member]:
     members: dict[str, Member] = {}
-    for name, member in tqdm(config.members.items(), desc="loading members", unit="member", disable=None):
-        loaded = load_member(name, member, resolve_folder(member), vocabularies[name])
+    folders = {name: resolve_folder(member) for name, member in config.members.items()}
+    planned = plan_caches(config.members, folders, config.scheduler.max_running)
+    for name, member in tqdm(planned.items(), desc="loading members", unit="member", disable=None):
+        loaded = load_member(name, member, folders[name], vocabularies[name])
         logger.info("%s: ready, cache for %d sequences of %d tokens", name, loaded.num_pages, loaded.max_len)
         members[name] = loaded
     return members

@@ -51,7 +51,7 @@ class LocalMember:
         self.device = layers[-1].device
         self.max_len = min(config.max_len, _longest(model))
         dtype = model.dtype
-        num_rows = _num_rows(name, config.kv_memory, self.max_len * bytes_per_token(layers, dtype))
+        num_rows = _num_rows(name, config.cache_bytes, self.max_len * bytes_per_token(layers, dtype))
         self._cache = KVCache(layers, num_rows, self.max_len, dtype)
         with torch.inference_mode():
             proof = Proof(name, model, len(vocabulary), self.max_len)

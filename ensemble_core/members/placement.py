@@ -47,11 +47,11 @@ def log_plan(members: Mapping[str, MemberConfig]) -> None:
     for name, member in members.items():
         where = f"device_map {member.device_map}" if member.device_map else resolve_device(name, member)
         logger.info(
-            "plan: %s = %s on %s, dtype %s, cache %.2f GiB, up to %d tokens a sequence",
+            "plan: %s = %s on %s, dtype %s, cache %s, up to %d tokens a sequence",
             name,
             member.model,
             where,
             member.dtype,
-            member.kv_memory / 2**30,
+            f"{member.kv_memory / 2**30:.2f} GiB" if isinstance(member.kv_memory, int) else member.kv_memory,
             member.max_len,
         )
