@@ -137,9 +137,8 @@ class RelativeFusion:
         for i, other in enumerate(others, start=1):
             _add(target, other.p * weights[:, i : i + 1], other.columns, other.values)
         gap = torch.sub(target, own, out=own)
-        return self._carried_back(
-            candidates[0], target, gap, torch.stack([main.unmapped, *(o.unmapped for o in others)], 1)
-        )
+        unmapped = torch.stack([main.unmapped, *(other.unmapped for other in others)], dim=1)
+        return self._carried_back(main, target, gap, unmapped)
 
     def views(self, candidates: Sequence[Candidates], weights: Tensor) -> Views:
         """See `Pooled.views`: places are anchors. A member without a word on any has no weight."""
@@ -154,15 +153,16 @@ class RelativeFusion:
 
     def conclude(self, views: Views, pooled: Tensor) -> Fused:
         """See `Pooled.conclude`: pooled is r."""
-        return self._carried_back(views.main, pooled, pooled - views.shares[:, 0], views.unmapped)
+        main = _statement(views.main, self._matrices[0])
+        return self._carried_back(main, pooled, pooled - views.shares[:, 0], views.unmapped)
 
     def _statements(self, candidates: Sequence[Candidates]) -> list[_Statement]:
         return [_statement(part, matrix) for part, matrix in zip(candidates, self._matrices, strict=True)]
 
-    def _carried_back(self, main: Candidates, target: Tensor, gap: Tensor, unmapped: Tensor) -> Fused:
+    def _carried_back(self, main: _Statement, target: Tensor, gap: Tensor, unmapped: Tensor) -> Fused:
         """r in main's vocabulary; gap: (B, A) what r asks of each anchor beyond main's own projection."""
-        support = self._support(main, gap)
-        p = self._solve(self._problem(support, target))
+        support = self._support(main.candidates, gap)
+        p = self._solve(self._problem(support, target, main))
         mass = torch.where(support.mapped, support.prior, 0.0).sum(dim=1, keepdim=True)
         fused = torch.where(support.mapped, p * mass, support.prior)
         return Fused(support.token_ids, fused.log(), support.tail.log(), unmapped)
@@ -175,8 +175,9 @@ class RelativeFusion:
         mapped = (self._matrices[0].row_mass[token_ids] > 0) & (prior > 0)
         return _Support(token_ids, prior, tail, mapped)
 
-    def _problem(self, support: _Support, target: Tensor) -> Problem:
-        columns, values = _rows(self._matrices[0], support.token_ids)
+    def _problem(self, support: _Support, target: Tensor, main: _Statement) -> Problem:
+        columns, values = _rows(self._matrices[0], support.token_ids[:, main.columns.shape[1] :])
+        columns, values = torch.cat([main.columns, columns], dim=1), torch.cat([main.values, values], dim=1)
         prior = _normalised(torch.where(support.mapped, support.prior, 0.0))
         return Problem(prior, columns, values, target, target.shape[1])
 
@@ -198,6 +199,7 @@ class _Support:
 class _Statement:
     """What a member's candidates say of anchors; r_i is `project()`."""
 
+    candidates: Candidates
     p: Tensor  # (B, K) on tokens that have a row, scaled to sum to 1 (0 where there is none)
     columns: Tensor  # (B, K, k) int64
     values: Tensor  # (B, K, k)
@@ -213,7 +215,8 @@ def _statement(candidates: Candidates, matrix: TransferMatrix) -> _Statement:
     columns, values = _rows(matrix, candidates.token_ids)
     p, mapped = candidates.logprobs.exp(), matrix.row_mass[candidates.token_ids] > 0
     unmapped = torch.where(mapped, 0.0, p).sum(dim=1)
-    return _Statement(_normalised(torch.where(mapped, p, 0.0)), columns, values, unmapped, matrix.num_anchors)
+    p = _normalised(torch.where(mapped, p, 0.0))
+    return _Statement(candidates, p, columns, values, unmapped, matrix.num_anchors)
 
 
 def _heard(statements: Sequence[_Statement], weights: Tensor) -> Tensor:

@@ -69,7 +69,9 @@ class TransferMatrix:
 
     def rows(self, token_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Columns (..., k) int64 and values (..., k) float32 of the given tokens (...)."""
-        return self.columns[token_ids].long(), self.values[token_ids].float()
+        flat, shape = token_ids.flatten(), (*token_ids.shape, self.columns.shape[1])
+        columns, values = self.columns.index_select(0, flat), self.values.index_select(0, flat)
+        return columns.long().view(shape), values.float().view(shape)
 
     def to(self, device: torch.device) -> TransferMatrix:
         """The same matrix on `device`; itself where it is there already, with what it has worked out."""

@@ -9,9 +9,9 @@ import pytest
 import yaml
 from pydantic import SecretStr
 
+from ensemble_core import factory  # noqa: F401  (registers the fusions that configs/ name)
 from ensemble_core.config import Config, EnsembleConfig, MemberConfig, ServerConfig, load_config, parse_size
 from ensemble_core.errors import ConfigError
-from ensemble_core.fusion import relative  # noqa: F401  (registers the fusion that configs/ name)
 from ensemble_core.fusion.base import parse_options
 from ensemble_core.members.demo_models import demo_model
 
@@ -48,7 +48,7 @@ def message(tmp_path: Path, raw: object) -> str:
 
 
 def test_every_scenario_is_found() -> None:
-    assert {file.stem for file in FILES} >= {"demo", "one-gpu", "two-gpus", "folders"}
+    assert {file.stem for file in FILES} >= {"demo", "one-gpu", "two-gpus", "folders", "family", "trio"}
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
