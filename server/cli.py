@@ -235,6 +235,7 @@ SplitChoice = Annotated[
 ]
 LimitOption = Annotated[int | None, typer.Option(min=1, help="At most so many items of each task.")]
 ShotsOption = Annotated[int, typer.Option(min=0, help="Answered examples before each question.")]
+SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave out records that do not fit, with a warning.")]
 CacheFolder = Annotated[
     Path | None, typer.Option("--cache", help="Folder of stored scores; ~/.cache/unisono/scores by default.")
 ]
@@ -261,6 +262,7 @@ def evaluate(
     out: Annotated[Path | None, typer.Option(help="Folder for items, tables, JSON and a plot.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with what is in --out.")] = False,
     plot: Annotated[bool, typer.Option(help="Draw results.png.")] = True,
+    skip_bad: SkipBad = False,
     cache: CacheFolder = None,
 ) -> None:
     """Compare ensembles and members on tasks, with 95 % intervals."""
@@ -269,7 +271,7 @@ def evaluate(
 
         from ensemble_core.evaluation import run
 
-        chosen = run.Chosen(task, split, limit, shots, cache)
+        chosen = run.Chosen(task, split, limit, shots, cache, skip_bad)
         output = run.Output(out, resume, plot)
         typer.echo(run.evaluate_models(settings, chosen, model or [], run.parse_measures(measure or []), output))
 
@@ -287,6 +289,7 @@ def tune(
     limit: LimitOption = None,
     shots: ShotsOption = 0,
     write: Annotated[bool, typer.Option("--write", help="Put the weights into the configuration file.")] = False,
+    skip_bad: SkipBad = False,
     cache: CacheFolder = None,
 ) -> None:
     """Find an ensemble's weights on one half of the tasks, and report on the other."""
@@ -295,7 +298,7 @@ def tune(
 
         from ensemble_core.evaluation import run
 
-        chosen = run.Chosen(task, split, limit, shots, cache)
+        chosen = run.Chosen(task, split, limit, shots, cache, skip_bad)
         typer.echo(run.tune_ensemble(settings, chosen, ensemble, method, config if write else None))
 
 

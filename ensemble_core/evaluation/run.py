@@ -23,13 +23,18 @@ __all__ = ["Chosen", "Output", "evaluate_models", "parse_measures", "tune_ensemb
 
 @dataclass(frozen=True, slots=True)
 class Chosen:
-    """What both commands choose. tasks: `NAME=FILE`; cache: folder of stored scores, None for the default one."""
+    """What both commands choose.
+
+    tasks: `NAME=FILE`. cache: folder of stored scores, None for the default one. skip_bad: leave out records that
+    do not fit.
+    """
 
     tasks: Sequence[str]
     split: Split
     limit: int | None
     shots: int
     cache: Path | None
+    skip_bad: bool = False
 
     @property
     def selection(self) -> Selection:
@@ -38,7 +43,7 @@ class Chosen:
 
     def parsed_tasks(self) -> list[Task]:
         """The tasks, read. Raises EvaluationError, also where two have one name."""
-        tasks = [parse_task(spec) for spec in self.tasks]
+        tasks = [parse_task(spec, self.skip_bad) for spec in self.tasks]
         if len({task.name for task in tasks}) < len(tasks):
             raise EvaluationError(f"--task: two have the same name, among {', '.join(t.name for t in tasks)}")
         return tasks

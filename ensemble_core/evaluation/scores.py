@@ -9,6 +9,7 @@ tokenizers, models or fusions.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,8 +58,9 @@ class Scores:
 
     @property
     def num_candidates(self) -> int:
-        """K; the least of all members'."""
-        return min(part.candidates.token_ids.shape[1] for part in self.members.values())
+        """K; the least of all members', where whole vocabularies are no bound."""
+        parts = [part.candidates for part in self.members.values() if bool(part.candidates.tail.isfinite().any())]
+        return min((part.token_ids.shape[1] for part in parts), default=sys.maxsize)
 
 
 def save_scores(path: Path, scores: Scores) -> None:

@@ -9,22 +9,25 @@ A record's fields say what kind it is:
 | number | question, answer: ends with "the answer is N" or "#### N" | the last number of a completion |
 | answer | question, answer: a text or a list of accepted ones | exact match of a greedy completion |
 
-Invariants: all records of a file are of one kind; other fields are ignored; a record that does not fit is refused
-with file, line and field. As a document a record reads `Question: ...\nAnswer: ...`, with the first accepted answer
-or the right option. Does not know models.
+Invariants: all records of a file are of one kind; other fields and empty options are ignored; a record that does not
+fit is refused with file, line and field, or left out with a warning where that is asked for. As a document a record
+reads `Question: ...\nAnswer: ...`, with the first accepted answer or the right option. Does not know models.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from ensemble_core.errors import EvaluationError
+
+logger = logging.getLogger(__name__)
 
 Kind = Literal["text", "choice", "number", "answer"]
 Split = Literal["all", "even", "odd"]
@@ -73,8 +76,8 @@ class Task:
         return tuple(item for item in self.items if item.index % 2 in rest)[:limit]
 
 
-def parse_task(spec: str) -> Task:
-    """Read the task that `NAME=FILE` or `NAME:KIND=FILE` names. Raises EvaluationError."""
+def parse_task(spec: str, skip_bad: bool = False) -> Task:
+    """Read the task that `NAME=FILE` or `NAME:KIND=FILE` names. See `load_task`."""
     match = _SPEC.match(spec)
     kinds: tuple[Kind, ...] = get_args(Kind)
     if match is None or match["kind"] not in (None, *kinds):
@@ -82,11 +85,15 @@ def parse_task(spec: str) -> Task:
             f"--task {spec!r}: write NAME=FILE.jsonl or NAME:KIND=FILE.jsonl, where KIND is one of {', '.join(kinds)}"
         )
     kind = next((kind for kind in kinds if kind == match["kind"]), None)
-    return load_task(match["name"], Path(match["path"]), kind)
+    return load_task(match["name"], Path(match["path"]), kind, skip_bad)
 
 
-def load_task(name: str, path: Path, kind: Kind | None = None) -> Task:
-    """Read a JSONL file; kind: None takes what the first record's fields say. Raises EvaluationError."""
+def load_task(name: str, path: Path, kind: Kind | None = None, skip_bad: bool = False) -> Task:
+    """Read a JSONL file; kind: None takes what the first record's fields say.
+
+    skip_bad: leave out records that do not fit, each with a warning; the others keep their index. Raises
+    EvaluationError.
+    """
     try:
         data = path.read_bytes()
         lines = data.decode("utf-8").splitlines()
@@ -98,9 +105,18 @@ def load_task(name: str, path: Path, kind: Kind | None = None) -> Task:
     if not numbered:
         raise EvaluationError(f"task {name!r}: {path} has no records")
     records = [_Record(path, number, _parsed(path, number, line)) for number, line in numbered]
-    kind = kind or records[0].kind()
-    items = tuple(record.item(index, kind) for index, record in enumerate(records))
-    return Task(name, kind, path, hashlib.sha256(data).hexdigest(), items)
+    items = tuple(_items(records, kind or records[0].kind(), skip_bad))
+    return Task(name, kind or records[0].kind(), path, hashlib.sha256(data).hexdigest(), items)
+
+
+def _items(records: Sequence[_Record], kind: Kind, skip_bad: bool) -> Iterator[Item]:
+    for index, record in enumerate(records):
+        try:
+            yield record.item(index, kind)
+        except EvaluationError as error:
+            if not skip_bad:
+                raise EvaluationError(f"{error}; mend the record, or pass --skip-bad to leave it out") from error
+            logger.warning("left out: %s", error)
 
 
 def _parsed(path: Path, line: int, text: str) -> Mapping[str, Any]:
@@ -143,7 +159,7 @@ class _Record:
         return [label for label in self.fields if _LABEL.match(label)]
 
     def _options(self) -> tuple[tuple[str, ...], int]:
-        labels = self._labels()
+        labels = [label for label in self._labels() if self.fields[label] not in ("", None)]
         if len(labels) < 2:
             raise self._wrong("A, B, ...", f"expected two options or more, found {labels}")
         answer = self.fields.get("answer")

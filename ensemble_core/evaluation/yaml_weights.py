@@ -33,18 +33,26 @@ def write_weights(path: Path, ensemble: str, weights: Mapping[str, float]) -> No
 def replaced(text: str, ensemble: str, weights: Mapping[str, float]) -> str:
     """The text of a configuration with other weights. Raises EvaluationError."""
     members = _at(yaml.compose(text), ("ensembles", ensemble, "members"))
+    before = yaml.safe_load(text)
     spans = []
     for name, weight in weights.items():
         node = _at(members, (name,), f"ensembles.{ensemble}.members.")
         spans.append((node.start_mark.index, node.end_mark.index, f"{weight:g}"))
     for start, end, number in sorted(spans, reverse=True):
         text = text[:start] + number + text[end:]
-    found = yaml.safe_load(text)["ensembles"][ensemble]["members"]
-    if found != dict(found) | {name: float(f"{weight:g}") for name, weight in weights.items()}:
+    if yaml.safe_load(text) != _meant(before, ensemble, weights):
         raise EvaluationError(
-            f"ensembles.{ensemble}.members: the weights cannot be put in place; write them by hand"
+            f"ensembles.{ensemble}.members: the file cannot be changed there alone (others share the weights by an "
+            "alias); write them by hand"
         )
     return text
+
+
+def _meant(before: dict[str, Any], ensemble: str, weights: Mapping[str, float]) -> dict[str, Any]:
+    """The configuration as it should read; nothing that an alias shares is changed in it."""
+    own = before["ensembles"][ensemble]
+    members = own["members"] | {name: float(f"{weight:g}") for name, weight in weights.items()}
+    return before | {"ensembles": before["ensembles"] | {ensemble: own | {"members": members}}}
 
 
 def _at(node: yaml.Node | None, path: tuple[str, ...], prefix: str = "") -> yaml.Node:
