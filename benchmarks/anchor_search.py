@@ -88,7 +88,7 @@ def uncentred(search: Search, embeddings: Tensor) -> Search:
     ordinary = search.logits.isfinite().sum(dim=1) > 1
     logits = search.logits.clone()
     anchors = F.normalize(embeddings[search.anchor_ids.clamp_min(0)].float(), dim=1)  # (A, d)
-    for rows in ordinary.nonzero().squeeze(1).split(_ROWS):
+    for rows in torch.split(ordinary.nonzero().squeeze(1), _ROWS):
         tokens = F.normalize(embeddings[rows].float(), dim=1)  # (R, d)
         cosines = torch.bmm(anchors[search.columns[rows].long()], tokens.unsqueeze(2)).squeeze(2)
         logits[rows] = cosines.masked_fill(search.logits[rows].isneginf(), -torch.inf)

@@ -286,7 +286,7 @@ class Figures:
 
     def against_projection(self) -> list[dict[str, Value]]:
         """Fusions in relative space minus the linear projection of the same ensemble."""
-        rows = []
+        rows: list[dict[str, Value]] = []
         for ensemble in ENSEMBLES:
             own = {e.fusion: e for e in self.entries if e.label.startswith(f"{ensemble}: ")}
             other = self.table.items(own[PROJECTION])
@@ -335,7 +335,8 @@ def main() -> None:
     with Workbench(load_config(args.config)) as bench:
         made_from = {"limit": limit, "fusions": FUSIONS, "tuned on": NUM_TUNED_ON}
         table = Table(bench, tasks, journal_of(args.cache, "fusion_table", bench, tasks, made_from), limit)
-        entries, said = [table.measured(entry) for entry in alone(bench)], []
+        entries = [table.measured(entry) for entry in alone(bench)]
+        said: list[str] = []
         for ensemble in ENSEMBLES:
             paper, said = papers_own(bench, ensemble, args.cache)
             entries += [table.measured(entry) for entry in [*fusions(table, ensemble), paper]]
@@ -347,7 +348,7 @@ def main() -> None:
             "weights tuned on": f"{NUM_TUNED_ON} shared positions of the even documents",
             "K": bench.num_candidates,
         }
-        tables = {
+        tables: dict[str, Sequence[Mapping[str, Value]]] = {
             "fusions": figures.main_rows(),
             "by task": figures.task_rows(),
             "against projection": figures.against_projection(),

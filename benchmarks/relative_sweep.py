@@ -3,10 +3,10 @@
     python -m benchmarks.relative_sweep [--config configs/demo.yaml] [--data ../shared/data] [--quick]
 
 The demo pair both ways, on a fixed spread of shared positions: each point's weight of main is the best of a short
-grid on even documents, its nats per position are of odd ones, with 95 % intervals over documents of the difference to
-main alone, and of that to the linear projection with a weight found in the same way. One search for the nearest anchors a
-member and similarity is kept in the cache (minutes the first time); every matrix follows from it. Finished points are
-kept there, too, so a sweep that was cut off goes on. Prints tables and then one JSON line; writes
+grid on even documents, its nats per position are of odd ones, with 95 % intervals over documents of the difference
+to main alone, and of that to the linear projection with a weight found in the same way. One search for the nearest
+anchors a member and similarity is kept in the cache (minutes the first time); every matrix follows from it. Finished
+points are kept there, too, so a sweep that was cut off goes on. Prints tables and then one JSON line; writes
 benchmarks/results/relative_sweep.png.
 """
 
@@ -176,7 +176,7 @@ def difference(seen: Positions, nats: Tensor, other: Tensor) -> Interval:
 
 
 def _per_document(seen: Positions, nats: Tensor) -> Ratio:
-    _, place = seen.documents.unique(return_inverse=True)
+    place = torch.unique(seen.documents, return_inverse=True)[1]
     empty = torch.zeros(int(place.max()) + 1, dtype=torch.float64)
     return Ratio(empty.index_add(0, place, nats), empty.index_add(0, place, torch.ones_like(nats)))
 
