@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from benchmarks.anchor_search import Search, Searcher, Similarity, fewer
@@ -118,10 +117,8 @@ def positions(
     """All scored shared positions, or `limit` of them, evenly spread."""
     shared = shared_positions(scores, members)
     kept = scores.members[members[0]].scored[shared.rows].nonzero().squeeze(1)
-    if limit is not None and limit < len(kept):
-        kept = kept[torch.linspace(0, len(kept) - 1, limit).long()]
     chosen = SharedPositions(shared.rows[kept], [slots[kept] for slots in shared.slots])
-    return Positions(scores, members, chosen, num_candidates)
+    return Positions(scores, members, chosen.spread(limit or len(kept)), num_candidates)
 
 
 def over_simplex(start: Weights) -> Callable[[Callable[[Weights], float]], Weights]:
