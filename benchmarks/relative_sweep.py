@@ -38,7 +38,7 @@ ENSEMBLES = ("duet", "duet-smollm2")
 WEIGHTS = {"gemma3": (0.95, 0.9, 0.8, 0.7, 0.6), "smollm2": (0.7, 0.55, 0.4, 0.3, 0.2)}  # of main, by main
 TEMPERATURES = (5.0, 10.0, 20.0, 40.0, 80.0)
 WIDTHS = (8, 16, 32, 64, 128)
-NUM_TUNED_ON, NUM_POSITIONS = 1500, 3000
+NUM_TUNED_ON, NUM_POSITIONS = 1000, 3000
 
 
 @dataclass(frozen=True, slots=True)
