@@ -30,7 +30,10 @@ NAMES = (
     "against_vllm",
     "build_matrices",
 )
+# What fusions are worth: they need ../shared/data and run only when named; their tables stand in docs/methods.md.
+STUDIES = ("fusion_table", "relative_sweep")
 DOCUMENT = ROOT / "docs" / "performance.md"
+METHODS = ROOT / "docs" / "methods.md"
 
 Record = Mapping[str, Any]
 
@@ -56,8 +59,8 @@ def run(name: str, options: Sequence[str], folder: Path) -> bool:
 
 
 def results(folder: Path) -> dict[str, Record]:
-    """Name -> what was kept of it, in the order of NAMES."""
-    paths = {name: folder / f"{name}.json" for name in NAMES}
+    """Name -> what was kept of it, in the order of NAMES and STUDIES."""
+    paths = {name: folder / f"{name}.json" for name in NAMES + STUDIES}
     return {name: json.loads(path.read_text()) for name, path in paths.items() if path.exists()}
 
 
@@ -81,16 +84,30 @@ def fill(text: str, records: Mapping[str, Record]) -> str:
     return put_between(text, "bounds", f"\n{markdown(checks(records))}\n")
 
 
+def fill_studies(text: str, records: Mapping[str, Record]) -> str:
+    """The document of methods with each table of these results between marks of its own."""
+    for name, record in records.items():
+        text = put_between(text, name, section({**record, "tables": {}}))
+        for title, rows in record["tables"].items():
+            text = put_between(text, f"{name}: {title}", f"\n{markdown(rows)}\n")
+    return text
+
+
 def main() -> None:
     """Run what is named, or everything."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(NAMES)}; all if none is named")
+    parser.add_argument(
+        "names",
+        nargs="*",
+        metavar="NAME",
+        help=f"of {', '.join(NAMES + STUDIES)}; none: all but the last {len(STUDIES)}",
+    )
     parser.add_argument("--quick", action="store_true", help="few rounds: whether it runs, not what it costs")
     parser.add_argument("--no-run", action="store_true", help="take the results that are there")
     parser.add_argument("--document", action="store_true", help="fill the tables of docs/performance.md")
     args = parser.parse_args()
-    if unknown := set(args.names) - set(NAMES):
-        parser.error(f"unknown: {', '.join(sorted(unknown))}; there are {', '.join(NAMES)}")
+    if unknown := set(args.names) - {*NAMES, *STUDIES}:
+        parser.error(f"unknown: {', '.join(sorted(unknown))}; there are {', '.join(NAMES + STUDIES)}")
     if args.quick and args.document:
         parser.error("--quick measures nothing that a document should hold")
     folder = RESULTS / "quick" if args.quick else RESULTS
@@ -99,7 +116,10 @@ def main() -> None:
     records = results(folder)
     print("\n" + table(checks(records)))
     if args.document:
-        DOCUMENT.write_text(fill(DOCUMENT.read_text(), records))
+        studies = {name: record for name, record in records.items() if name in STUDIES}
+        own = {name: record for name, record in records.items() if name not in studies}
+        DOCUMENT.write_text(fill(DOCUMENT.read_text(), own))
+        METHODS.write_text(fill_studies(METHODS.read_text(), studies))
     if failed:
         raise SystemExit(f"failed: {', '.join(failed)}")
 

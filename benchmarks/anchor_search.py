@@ -15,7 +15,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -56,29 +56,44 @@ class Search:
 
 @dataclass(frozen=True, slots=True)
 class Searcher:
-    """Searches of one member, from files where they are there. embeddings: read only where something is missing."""
+    """Searches of one member, from files where they are there.
+
+    embeddings: read only where something is missing. wanted: tokens whose rows are looked for, besides the anchors';
+    other rows stay empty. None: all.
+    """
 
     member: str
     vocabulary: Vocabulary
     embeddings: Callable[[], Tensor]
     folder: Path
+    wanted: Tensor | None = None  # (W,)
 
     def search(self, similarity: Similarity, anchors: Anchors) -> Search:
         """The nearest anchors of every token; minutes the first time."""
-        made_from = [similarity, WIDEST, self.vocabulary.fingerprint, anchors.fingerprint]
+        vocabulary = self._searched(anchors)
+        made_from = [similarity, WIDEST, vocabulary.fingerprint, anchors.fingerprint]
         digest = hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:12]
         path = self.folder / f"{self.member}.{similarity}.{len(anchors.tokens)}.{digest}.safetensors"
         if not path.exists():
             logger.info("%s: searching %s", self.member, path.name)
-            _save(path, self._made(similarity, anchors))
+            _save(path, self._made(similarity, vocabulary, anchors))
         return _load(path)
 
-    def _made(self, similarity: Similarity, anchors: Anchors) -> Search:
+    def _searched(self, anchors: Anchors) -> Vocabulary:
+        """The vocabulary, without the bytes of tokens whose rows are not looked for."""
+        if self.wanted is None:
+            return self.vocabulary
+        kept = {*self.wanted.tolist(), *anchors.ids(self.vocabulary).tolist()}
+        silent = self.vocabulary.special_ids | self.vocabulary.stop_ids
+        tokens = [t if i in kept or i in silent else b"" for i, t in enumerate(self.vocabulary.tokens)]
+        return replace(self.vocabulary, tokens=tokens)
+
+    def _made(self, similarity: Similarity, vocabulary: Vocabulary, anchors: Anchors) -> Search:
         if similarity == "uncentred":
             return uncentred(self.search("deepen", anchors), self.embeddings())
         recipe = Recipe(similarity, WIDEST, 1.0)
         matrix, quality = build_matrix(
-            self.vocabulary, self.embeddings(), anchors, recipe, value_dtype=torch.float32, label=self.member
+            vocabulary, self.embeddings(), anchors, recipe, value_dtype=torch.float32, label=self.member
         )
         return Search(matrix.columns, matrix.values.log(), matrix.anchor_ids, quality)
 

@@ -27,6 +27,7 @@ from benchmarks.halves import (
     Positions,
     journal_of,
     load_tasks,
+    named_tokens,
     over_simplex,
     positions,
     searches,
@@ -121,6 +122,10 @@ class Table:
         """Task -> index -> values."""
         return {task.name: self._journal.items((entry.label, task.name, "all")) for task in self._tasks}
 
+    def named(self) -> dict[str, Tensor]:
+        """Tokens that have to have a row in a matrix."""
+        return named_tokens([self._even, self._odd])
+
     def odd_positions(self, members: tuple[str, ...]) -> Positions:
         """All shared positions that figures are of."""
         return positions(self._odd.everything(), members, self.bench.num_candidates)
@@ -146,11 +151,11 @@ def fusions(table: Table, ensemble: str) -> list[Entry]:
     return [*named, table.best(steered)]
 
 
-def papers_own(bench: Workbench, ensemble: str, folder: Path) -> tuple[Entry, list[str]]:
+def papers_own(table: Table, ensemble: str, folder: Path) -> tuple[Entry, list[str]]:
     """The paper's recipe with the paper's solver, and what the builder says of such matrices."""
-    matrices = bench.config.matrices
+    bench, matrices = table.bench, table.bench.config.matrices
     plain = bench.recipe(parse_variant(ensemble))
-    found = searches(bench, plain.members, "deepen", folder)
+    found = searches(bench, plain.members, table.named(), "deepen", folder)
     recipe = MatrixRecipe("deepen", found[0].columns.shape[1], 0.0)
     said = [refusal(m, s, recipe, matrices.min_retained) for m, s in zip(plain.members, found, strict=True)]
     space = FusionSpace(
@@ -338,7 +343,7 @@ def main() -> None:
         said: list[str] = []
         for ensemble in ENSEMBLES:
             entries += [table.measured(entry) for entry in fusions(table, ensemble)]
-            paper, said = papers_own(bench, ensemble, args.cache)
+            paper, said = papers_own(table, ensemble, args.cache)
             entries.append(table.measured(paper))
         figures = Figures.of(table, entries)
         settings = {

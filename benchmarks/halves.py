@@ -11,9 +11,11 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from benchmarks.anchor_search import Search, Searcher, Similarity, fewer
@@ -137,19 +139,34 @@ def load_tasks(folder: Path) -> list[Task]:
 
 
 def searches(
-    bench: Workbench, members: Sequence[str], similarity: Similarity, cache: Path, num_anchors: int | None = None
+    bench: Workbench,
+    members: Sequence[str],
+    named: Mapping[str, Tensor],
+    similarity: Similarity,
+    cache: Path,
+    num_anchors: int | None = None,
 ) -> list[Search]:
-    """Each member's nearest anchors among those that all `members` share, or among `num_anchors` of them."""
+    """Each member's nearest anchors among those that all `members` share, or among `num_anchors` of them.
+
+    named: the tokens that have to have a row, see `named_tokens`.
+    """
     anchors = common_anchors([bench.vocabularies[name] for name in sorted(members)])
     if num_anchors is not None:
         anchors = fewer(anchors, num_anchors)
     folder = cache.expanduser() / "searches"
-    return [_searcher(bench, name, folder).search(similarity, anchors) for name in members]
+    return [_searcher(bench, name, folder, named[name]).search(similarity, anchors) for name in members]
 
 
-def _searcher(bench: Workbench, member: str, folder: Path) -> Searcher:
+def _searcher(bench: Workbench, member: str, folder: Path, wanted: Tensor) -> Searcher:
     source = bench.config.members[member]
-    return Searcher(member, bench.vocabularies[member], lambda: load_embeddings(resolve_folder(source)), folder)
+    embeddings = partial(load_embeddings, resolve_folder(source))
+    return Searcher(member, bench.vocabularies[member], embeddings, folder, wanted)
+
+
+def named_tokens(halves: Sequence[Half]) -> dict[str, Tensor]:
+    """Every token that a member has among its candidates anywhere: half of Gemma's never come up."""
+    every = join_scores([half.plain(task) for half in halves for task in half.tasks])
+    return {name: torch.unique(part.candidates.token_ids) for name, part in every.members.items()}
 
 
 def journal_of(

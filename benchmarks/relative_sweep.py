@@ -23,7 +23,18 @@ from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks.anchor_search import Search, Similarity
-from benchmarks.halves import CACHE, DATA, Half, Positions, journal_of, load_tasks, over_grid, positions, searches
+from benchmarks.halves import (
+    CACHE,
+    DATA,
+    Half,
+    Positions,
+    journal_of,
+    load_tasks,
+    named_tokens,
+    over_grid,
+    positions,
+    searches,
+)
 from benchmarks.ledger import RESULTS, Report, Row, Value, arguments
 from ensemble_core.config import load_config
 from ensemble_core.decoding.sequence import Recipe
@@ -107,8 +118,16 @@ class Sample:
 class Sweep:
     """Measures points, each once."""
 
-    def __init__(self, bench: Workbench, samples: Mapping[str, Sample], journal: Journal, cache: Path) -> None:
+    def __init__(
+        self,
+        bench: Workbench,
+        samples: Mapping[str, Sample],
+        named: Mapping[str, Tensor],
+        journal: Journal,
+        cache: Path,
+    ) -> None:
         self._bench = bench
+        self._named = named
         self._samples = samples
         self._journal = journal
         self._cache = cache
@@ -139,9 +158,8 @@ class Sweep:
     def _searched(self, plain: Recipe, point: Point) -> list[Search]:
         key = (plain.members, point.similarity, point.anchors)
         if key not in self._searches:
-            self._searches = {
-                key: searches(self._bench, *key[:2], self._cache, point.anchors)
-            }  # one pair at a time
+            found = searches(self._bench, plain.members, self._named, point.similarity, self._cache, point.anchors)
+            self._searches = {key: found}  # one space at a time
         return self._searches[key]
 
 
@@ -277,7 +295,7 @@ def main() -> None:
         made_from = {"positions": [NUM_TUNED_ON, NUM_POSITIONS], "weights": WEIGHTS, "quick": args.quick}
         journal = journal_of(args.cache, "relative_sweep", bench, tasks, made_from)
         seen = samples(bench, halves, args.quick)
-        found = measure(Sweep(bench, seen, journal, args.cache), chosen)
+        found = measure(Sweep(bench, seen, named_tokens(halves), journal, args.cache), chosen)
     tables = {"baseline": [row(seen[e], None, found[e]) for e in ENSEMBLES]}
     tables |= {
         name: [row(seen[e], point, found[e]) for e in ENSEMBLES for point in every]

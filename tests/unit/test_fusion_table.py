@@ -10,9 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks import __main__ as bench
 from benchmarks import fusion_table, relative_sweep
 from benchmarks.fusion_table import Entry, Figures, paired, where_gained
 from benchmarks.halves import over_grid, over_simplex, positions
+from benchmarks.ledger import Report
 from benchmarks.relative_sweep import Point, difference, points
 from ensemble_core.decoding.sequence import Recipe
 from ensemble_core.evaluation.scores import MemberScores, Scores
@@ -186,3 +188,15 @@ def test_every_sweep_weight_lies_in_the_simplex() -> None:
     assert all(0 < weight < 1 for weights in relative_sweep.WEIGHTS.values() for weight in weights)
     assert fusion_table.RELATIVE in fusion_table.FUSIONS
     assert fusion_table.PROJECTION in fusion_table.FUSIONS
+
+
+def test_the_document_of_methods_has_a_place_for_every_table() -> None:
+    titles = {
+        "fusion_table": ["fusions", "by task", "against projection", "places", "builder"],
+        "relative_sweep": ["baseline", *points()],
+    }
+    rows = [{"what": "a", "figure": 12.25}]
+    records = {name: Report(name, dict.fromkeys(found, rows)).record() for name, found in titles.items()}
+    assert tuple(records) == bench.STUDIES
+    text = bench.fill_studies(bench.METHODS.read_text(), records)
+    assert text.count("| a | 12.2 |") == sum(map(len, titles.values()))
