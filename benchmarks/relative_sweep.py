@@ -91,12 +91,12 @@ def points() -> dict[str, list[Point]]:
             for tau in (20.0, 80.0)
             for eta in (0.15, 0.5, 1.0, 2.0)
         ],
+        "anchors": [Point(tau=tau, anchors=num) for num in (4096, 16384) for tau in (20.0, 80.0)],
         "without centring": [Point("uncentred", tau=tau) for tau in TEMPERATURES],
         "the paper's rows": [
             *(Point("deepen", k=k) for k in (32, 128)),
             *(Point("deepen", k=k, solver="search", steps=5) for k in (32, 128)),
         ],
-        "anchors": [Point(tau=tau, anchors=num) for num in (4096, 16384) for tau in (20.0, 80.0)],
     }
 
 
@@ -239,7 +239,9 @@ def draw(rows: Mapping[str, Sequence[Row]], path: Path) -> None:
         len(mains), 3, figsize=(13, 4 * len(mains)), layout="constrained", sharey="row"
     )
     for across, main in zip(panels, mains, strict=True):
-        for panel, (name, (x, line)) in zip(across, lines.items(), strict=True):
+        for panel, (name, (x, line)) in zip(
+            across, [each for each in lines.items() if each[0] in rows], strict=False
+        ):
             _panel(panel, [each for each in rows[name] if each["main"] == main], x, line)
             baseline = next(each for each in rows["baseline"] if each["main"] == main)
             panel.axhline(float(str(baseline["nats"])), color="0.3", ls=":", label="projection")
@@ -285,9 +287,11 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--data", type=Path, default=DATA, help="folder of the development tasks")
     parser.add_argument("--cache", type=Path, default=CACHE, help="folder of searches and of finished points")
+    parser.add_argument("--tables", nargs="+", choices=list(points()), help="only these; all if none is named")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    chosen = quick_points() if args.quick else points()
+    every = quick_points() if args.quick else points()
+    chosen = {name: every[name] for name in args.tables or every}
     tasks = load_tasks(args.data)
     with Workbench(load_config(args.config)) as bench:
         members = tuple(sorted(bench.config.members))
