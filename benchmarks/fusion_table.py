@@ -291,8 +291,8 @@ class Figures:
     def against_projection(self) -> list[dict[str, Value]]:
         """Fusions in relative space minus the linear projection of the same ensemble."""
         rows: list[dict[str, Value]] = []
-        for ensemble in ENSEMBLES:
-            own = {e.fusion: e for e in self.entries if e.label.startswith(f"{ensemble}: ")}
+        for ensemble in dict.fromkeys(e.recipe.model for e in self.entries if len(e.recipe.members) > 1):
+            own = {e.fusion: e for e in self.entries if e.recipe.model == ensemble}
             other = self.table.items(own[PROJECTION])
             for entry in (e for name, e in own.items() if "relative" in name):
                 difference = paired(self.table.items(entry), other)
@@ -332,6 +332,10 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--data", type=Path, default=DATA, help="folder of the development tasks")
     parser.add_argument("--cache", type=Path, default=CACHE, help="folder of searches and of finished parts")
+    parser.add_argument("--ensembles", nargs="+", default=ENSEMBLES, help="of the configuration, over the pair")
+    parser.add_argument(
+        "--without-paper", action="store_true", help="leave out its rows, which take minutes to find"
+    )
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     limit = 4 if args.quick else None
@@ -341,8 +345,9 @@ def main() -> None:
         table = Table(bench, tasks, journal_of(args.cache, "fusion_table", bench, tasks, made_from), limit)
         entries = [table.measured(entry) for entry in alone(bench)]
         said: list[str] = []
-        for ensemble in ENSEMBLES:
+        for ensemble in args.ensembles:
             entries += [table.measured(entry) for entry in fusions(table, ensemble)]
+        for ensemble in () if args.without_paper else args.ensembles:
             paper, said = papers_own(table, ensemble, args.cache)
             entries.append(table.measured(paper))
         figures = Figures.of(table, entries)
