@@ -326,6 +326,28 @@ class Figures:
             Check("upper edge of its difference, bits per byte", ensemble.difference.high, "<=", 0.0),
         ]
 
+    def tables(self, said: Sequence[str]) -> dict[str, Sequence[Mapping[str, Value]]]:
+        """All of them by name. said: by the builder of the paper's rows."""
+        return {
+            "fusions": self.main_rows(),
+            "by task": self.task_rows(),
+            "against projection": self.against_projection(),
+            "places": self.places(),
+            "builder": [{"of the paper's recipe the builder says": line} for line in said if line],
+        }
+
+
+def measured(table: Table, ensembles: Sequence[str], cache: Path | None) -> tuple[list[Entry], list[str]]:
+    """All entries, measured, and what the builder says of the paper's rows. cache: None leaves these out."""
+    entries = [table.measured(entry) for entry in alone(table.bench)]
+    said: list[str] = []
+    for ensemble in ensembles:
+        entries += [table.measured(entry) for entry in fusions(table, ensemble)]
+    for ensemble in ensembles if cache else ():
+        paper, said = papers_own(table, ensemble, cache)
+        entries.append(table.measured(paper))
+    return entries, said
+
 
 def main() -> None:
     """Tune, measure, tell."""
@@ -343,13 +365,7 @@ def main() -> None:
     with Workbench(load_config(args.config)) as bench:
         made_from = {"limit": limit, "fusions": FUSIONS, "tuned on": NUM_TUNED_ON}
         table = Table(bench, tasks, journal_of(args.cache, "fusion_table", bench, tasks, made_from), limit)
-        entries = [table.measured(entry) for entry in alone(bench)]
-        said: list[str] = []
-        for ensemble in args.ensembles:
-            entries += [table.measured(entry) for entry in fusions(table, ensemble)]
-        for ensemble in () if args.without_paper else args.ensembles:
-            paper, said = papers_own(table, ensemble, args.cache)
-            entries.append(table.measured(paper))
+        entries, said = measured(table, args.ensembles, None if args.without_paper or args.quick else args.cache)
         figures = Figures.of(table, entries)
         settings = {
             "quick": args.quick,
@@ -358,13 +374,7 @@ def main() -> None:
             "weights tuned on": f"{NUM_TUNED_ON} shared positions of the even documents",
             "K": bench.num_candidates,
         }
-        tables: dict[str, Sequence[Mapping[str, Value]]] = {
-            "fusions": figures.main_rows(),
-            "by task": figures.task_rows(),
-            "against projection": figures.against_projection(),
-            "places": figures.places(),
-            "builder": [{"of the paper's recipe the builder says": line} for line in said if line],
-        }
+        tables = figures.tables(said)
     draw(
         entries,
         figures.pooled("bits_per_byte"),
