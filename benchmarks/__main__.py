@@ -89,7 +89,8 @@ def fill_studies(text: str, records: Mapping[str, Record]) -> str:
     for name, record in records.items():
         text = put_between(text, name, section({**record, "tables": {}}))
         for title, rows in record["tables"].items():
-            text = put_between(text, f"{name}: {title}", f"\n{markdown(rows)}\n")
+            if rows:
+                text = put_between(text, f"{name}: {title}", f"\n{markdown(rows)}\n")
     return text
 
 

@@ -343,7 +343,9 @@ def measured(table: Table, ensembles: Sequence[str], cache: Path | None) -> tupl
     said: list[str] = []
     for ensemble in ensembles:
         entries += [table.measured(entry) for entry in fusions(table, ensemble)]
-    for ensemble in ensembles if cache else ():
+    if cache is None:
+        return entries, said
+    for ensemble in ensembles:
         paper, said = papers_own(table, ensemble, cache)
         entries.append(table.measured(paper))
     return entries, said
