@@ -68,6 +68,9 @@ class MemberConfig(_Section):
     kv_memory: int | Literal["auto"] = Field(
         AUTO, description="This member's KV cache, for example 2GiB. auto: a share of what weights leave."
     )
+    kv_cache: Literal["auto", "rows", "paged"] = Field(
+        "auto", description="rows: one place a sequence. paged: small pages. auto: paged on CUDA, rows on the CPU."
+    )
     max_len: int = Field(
         2048, ge=16, description="Longest sequence (prompt + completion) in this member's tokens."
     )

@@ -86,8 +86,9 @@ def _load_members(config: Config, vocabularies: Mapping[str, Vocabulary]) -> dic
     folders = {name: resolve_folder(member) for name, member in config.members.items()}
     planned = plan_caches(config.members, folders, config.scheduler.max_running)
     for name, member in tqdm(planned.items(), desc="loading members", unit="member", disable=None):
-        loaded = load_member(name, member, folders[name], vocabularies[name])
-        logger.info("%s: ready, cache for %d sequences of %d tokens", name, loaded.num_pages, loaded.max_len)
+        max_batch = config.scheduler.max_running
+        loaded = load_member(name, member, folders[name], vocabularies[name], max_batch=max_batch)
+        logger.info("%s: ready, cache of %d pages of %d tokens", name, loaded.num_pages, loaded.page_size)
         members[name] = loaded
     return members
 

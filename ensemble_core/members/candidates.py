@@ -63,7 +63,8 @@ def top_candidates(logits: Tensor, top_k: int, also: Sequence[tuple[int, ...]] =
         return Candidates(token_ids, whole, torch.full_like(normaliser, -torch.inf))
     token_ids = likeliest(logits, top_k)
     for row, wanted in enumerate(also):
-        _force(token_ids[row], wanted)
+        if wanted:
+            _force(token_ids[row], wanted)
     logprobs = logits.gather(1, token_ids).float() - normaliser.unsqueeze(1)
     return Candidates(token_ids, logprobs, log_rest(logprobs))
 

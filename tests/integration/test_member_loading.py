@@ -21,7 +21,8 @@ from ensemble_core.members.base import Feed
 from ensemble_core.members.body import TransformersBody
 from ensemble_core.members.checkpoints import resolve_folder
 from ensemble_core.members.flat import FlatBody
-from ensemble_core.members.local import LocalMember, load_member, survey
+from ensemble_core.members.local import LocalMember, load_member
+from ensemble_core.members.proof import survey
 from ensemble_core.text.vocabulary import Vocabulary
 
 SIZE = 64
