@@ -6,7 +6,7 @@ here knows transformers, caches, scheduling or fusion.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -39,11 +39,14 @@ class Candidates:
     Rows follow the order of the feeds, and within a feed the order of its positions. The log-softmax behind
     the numbers is taken over the member's full vocabulary. Ids asked for by `also` stand in the last columns
     of their row if their rank did not bring them in; otherwise a row runs from likely to unlikely.
+
+    clock: waits for the end of the forward and says what it took, in seconds; None: it was over when it came back.
     """
 
     token_ids: Tensor  # (N, K) int64
     logprobs: Tensor  # (N, K) float32, exact
     tail: Tensor  # (N,) float32, log of the mass outside the K candidates; -inf where K is everything
+    clock: Callable[[], float] | None = None
 
     def __len__(self) -> int:
         return self.token_ids.shape[0]

@@ -32,6 +32,7 @@ from ensemble_core.members.paged_attention import by_kernel, choose_attention, p
 from ensemble_core.members.paged_cache import PagedCache
 from ensemble_core.members.placement import DTYPES, page_size, resolve_device
 from ensemble_core.members.proof import Proof, survey
+from ensemble_core.members.streams import lane_on
 from ensemble_core.text.vocabulary import Vocabulary
 
 logger = logging.getLogger(__name__)
@@ -68,6 +69,7 @@ class LocalMember:
         self._body: Body = flat or TransformersBody(model, self.device)
         self._memory = _sum_bytes(self._body.num_bytes(), self._cache.num_bytes())
         self._attention = choose_attention(name, layers, model.dtype, self._cache.page_size)
+        self._lane = lane_on(self.device)
         proof.check(self)
         if capture is None and self._attention is by_kernel and len({layer.device for layer in layers}) == 1:
             capture = cuda_graphs(self.device)
@@ -93,7 +95,7 @@ class LocalMember:
         """See `Member.forward`."""
         try:
             with torch.inference_mode():
-                candidates = self._forward(feeds, top_k)
+                candidates = self._lane.forward(lambda: self._forward(feeds, top_k))
         except Exception as error:
             raise MemberError(self.name, f"forward failed: {type(error).__name__}: {error}") from error
         for feed in feeds:
@@ -102,15 +104,18 @@ class LocalMember:
 
     def rollback(self, seq_id: int, length: int) -> None:
         """See `Member.rollback`."""
-        self._cache.rollback(seq_id, length)
+        with self._lane.work():
+            self._cache.rollback(seq_id, length)
 
     def reuse(self, seq_id: int, token_ids: Sequence[int]) -> int:
         """See `Member.reuse`; a shorter prefix than `kv_cache.MIN_PREFIX` is not worth it."""
-        return self._cache.reuse(seq_id, token_ids)
+        with self._lane.work():
+            return self._cache.reuse(seq_id, token_ids)
 
     def release(self, seq_id: int, keep: bool = False) -> None:
         """See `Member.release`."""
-        self._cache.release(seq_id, keep)
+        with self._lane.work():
+            self._cache.release(seq_id, keep)
 
     def memory_bytes(self) -> dict[str, int]:
         """See `Member.memory_bytes`."""
@@ -141,7 +146,7 @@ class LocalMember:
         body, sizes = self._body, bucket_sizes(max_batch)
         try:
             expected = {size: proof.step(self, size) for size in sizes}
-            with torch.inference_mode():
+            with torch.inference_mode(), self._lane.work():
                 self._body = GraphedBody(body, cache, self._attention, self.device, sizes, capture)
             for size in sizes:
                 proof.check_step(self, size, expected[size])

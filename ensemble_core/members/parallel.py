@@ -22,7 +22,13 @@ class Answer:
     candidates: Candidates | None
     error: MemberError | None
     started: float  # time.perf_counter
-    ended: float
+    returned: float
+
+    @property
+    def ended(self) -> float:
+        """When the forward was over, which may be after it returned; waits for it."""
+        clock = None if self.candidates is None else self.candidates.clock
+        return self.returned if clock is None else self.started + clock()
 
 
 class MemberPool:
