@@ -28,7 +28,7 @@ from ensemble_core.members.candidates import top_candidates
 from ensemble_core.members.flat import flatten
 from ensemble_core.members.graphs import Capture, GraphedBody, bucket_sizes, cuda_graphs
 from ensemble_core.members.kv_cache import KVCache, LayerShape, bytes_per_token
-from ensemble_core.members.paged_attention import by_kernel, choose_attention, pack_pages
+from ensemble_core.members.paged_attention import Attention, by_gathering, by_kernel, choose_attention, pack_pages
 from ensemble_core.members.paged_cache import PagedCache
 from ensemble_core.members.placement import DTYPES, page_size, resolve_device
 from ensemble_core.members.proof import Proof, survey
@@ -68,13 +68,13 @@ class LocalMember:
             flat = flatten(model, self.max_len) if config.forward == "auto" else None
         self._body: Body = flat or TransformersBody(model, self.device)
         self._memory = _sum_bytes(self._body.num_bytes(), self._cache.num_bytes())
-        self._attention = choose_attention(name, layers, model.dtype, self._cache.page_size)
         self._lane = lane_on(self.device)
+        self._attention: Attention = by_gathering
+        if isinstance(self._cache, PagedCache):
+            self._attention = choose_attention(name, layers, model.dtype, self._cache.page_size)
         proof.check(self)
-        if capture is None and self._attention is by_kernel and len({layer.device for layer in layers}) == 1:
-            capture = cuda_graphs(self.device)
-        if capture is not None and isinstance(self._cache, PagedCache):
-            self._adopt_graphs(self._cache, proof, capture, max_batch)
+        if isinstance(self._cache, PagedCache):
+            self._adopt_graphs(self._cache, proof, capture or _capture(self._attention, layers), max_batch)
 
     @property
     def page_size(self) -> int:
@@ -141,8 +141,10 @@ class LocalMember:
         rows = [cache.reserve(feed.seq_id, count) for feed, count in zip(feeds, counts, strict=True)]
         return pack(cache, rows, counts)
 
-    def _adopt_graphs(self, cache: PagedCache, proof: Proof, capture: Capture, max_batch: int) -> None:
+    def _adopt_graphs(self, cache: PagedCache, proof: Proof, capture: Capture | None, max_batch: int) -> None:
         """Decode through graphs if they can be captured and answer as the body itself does; else stay without."""
+        if capture is None:
+            return
         body, sizes = self._body, bucket_sizes(max_batch)
         try:
             expected = {size: proof.step(self, size) for size in sizes}
@@ -250,6 +252,12 @@ def _cache(
     num_pages = memory // (size * token_bytes) - 1  # one more is scratch
     _check_memory(name, memory, (-(-max_len // size) + 1) * size * token_bytes)
     return PagedCache(layers, num_pages, size, max_len, dtype)
+
+
+def _capture(attention: Attention, layers: Sequence[LayerShape]) -> Capture | None:
+    """How decode steps are captured: not without the kernel, since copies of whole tables would be captured."""
+    devices = {layer.device for layer in layers}
+    return cuda_graphs(layers[0].device) if attention is by_kernel and len(devices) == 1 else None
 
 
 def _check_memory(name: str, memory: int, needed: int) -> None:
