@@ -6,6 +6,7 @@ Vocabularies of 32,768 and 128,256 tokens that share the first 32,768, so that t
 both; fused by `projection`. For each batch of B sequences with a context of L tokens:
 
 step            the engine's whole step: both forwards on streams of their own, fusion, sampling, text
+forwards        the sum of what both forwards took on the device; they overlap, so it may be more than the step
 floor           bytes that the step must read (weights but for the tables of embeddings; cached keys and values) over
                 the bandwidth of a copy on this device, which is measured first
 transformers    the sum of both models' own forwards, one after the other, with a DynamicCache; logits alone

@@ -142,7 +142,7 @@ def test_pages_are_planned_whole_with_one_for_scratch(
 
 
 def test_pages_that_hold_no_sequence_are_refused(tiny_checkpoints: dict[Kind, Path]) -> None:
-    """86 pages of 12 KiB are a MiB less a bit; one more is scratch."""
+    """85 pages of 12 KiB are a MiB less a bit; one of them is scratch."""
     folder = tiny_checkpoints["llama"]
     asked = member(folder, kv_cache="paged", kv_memory="1MiB", max_len=512)
     vocabulary = load_vocabulary("tiny", asked)
