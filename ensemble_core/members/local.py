@@ -27,7 +27,7 @@ from ensemble_core.members.body import Body, TransformersBody
 from ensemble_core.members.candidates import top_candidates
 from ensemble_core.members.flat import flatten
 from ensemble_core.members.graphs import Capture, GraphedBody, bucket_sizes, cuda_graphs
-from ensemble_core.members.kv_cache import KVCache, LayerShape, bytes_per_token
+from ensemble_core.members.kv_cache import Cache, KVCache, LayerShape, bytes_per_token
 from ensemble_core.members.paged_attention import Attention, by_gathering, by_kernel, choose_attention, pack_pages
 from ensemble_core.members.paged_cache import PagedCache
 from ensemble_core.members.placement import DTYPES, page_size, resolve_device
@@ -62,7 +62,7 @@ class LocalMember:
         layers = survey(name, model)
         self.device = layers[-1].device
         self.max_len = min(config.max_len, _longest(model))
-        self._cache = _cache(name, config, layers, self.max_len, model.dtype)
+        self._cache: Cache = _cache(name, config, layers, self.max_len, model.dtype)
         with torch.inference_mode():
             proof = Proof(name, model, len(vocabulary), self.max_len)
             flat = flatten(model, self.max_len) if config.forward == "auto" else None
@@ -138,6 +138,7 @@ class LocalMember:
         if isinstance(cache, PagedCache):
             chains = [cache.reserve(feed.seq_id, count) for feed, count in zip(feeds, counts, strict=True)]
             return pack_pages(cache, chains, counts, self._attention)
+        assert isinstance(cache, KVCache)
         rows = [cache.reserve(feed.seq_id, count) for feed, count in zip(feeds, counts, strict=True)]
         return pack(cache, rows, counts)
 
@@ -240,9 +241,7 @@ def _sum_bytes(*sizes: dict[str, int]) -> dict[str, int]:
     return dict(sum((Counter(size) for size in sizes), Counter()))
 
 
-def _cache(
-    name: str, config: MemberConfig, layers: list[LayerShape], max_len: int, dtype: torch.dtype
-) -> KVCache | PagedCache:
+def _cache(name: str, config: MemberConfig, layers: list[LayerShape], max_len: int, dtype: torch.dtype) -> Cache:
     """Rows or pages, as many as the memory holds. Raises ConfigError where that is not one sequence."""
     memory, token_bytes = config.cache_bytes, bytes_per_token(layers, dtype)
     size = page_size(config, layers[-1].device)
