@@ -19,6 +19,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from queue import SimpleQueue
 
+import torch
+
 from ensemble_core.errors import MemberError, MemberTimeoutError
 from ensemble_core.members.base import Candidates, Feed, Member
 from ensemble_core.stats import Cause
@@ -142,7 +144,7 @@ class MemberPool:
         """Here, or in the member's thread with an eye on the clock. Raises MemberTimeoutError."""
         if self._timeout is None:
             return forward()
-        future = self._workers[name].submit(forward)
+        future = self._workers[name].submit(partial(_finished, name, forward))
         wait([future], self._timeout)
         if not future.done():
             self._late[name] = _Late(future, time.perf_counter())
@@ -150,6 +152,17 @@ class MemberPool:
                 name, f"its forward took longer than scheduler.member_timeout, {self._timeout:g} s"
             )
         return future.result()
+
+
+def _finished(name: str, forward: _Forward) -> Candidates:
+    """A forward's answer, once it is there: on CUDA a call returns before its kernels have run."""
+    candidates = forward()
+    if candidates.tail.is_cuda:
+        try:
+            torch.cuda.current_stream(candidates.tail.device).synchronize()
+        except RuntimeError as error:
+            raise MemberError(name, f"forward failed: {error}") from error
+    return candidates
 
 
 class _Worker:

@@ -51,6 +51,15 @@ def chunks(text: str) -> list[dict[str, Any]]:
     return [json.loads(body) for body in bodies]
 
 
+def usage_of(prompt: int, completion: int) -> dict[str, Any]:
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+        "prompt_tokens_details": {"cached_tokens": 0},
+    }
+
+
 def test_the_answer_has_exactly_the_contracts_fields(client: TestClient) -> None:
     answer = post(client).json()
     assert set(answer) == {"id", "object", "created", "model", "choices", "usage"}

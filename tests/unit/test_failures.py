@@ -293,9 +293,7 @@ def test_a_request_that_decodes_misses_a_busy_member_for_some_steps() -> None:
     traces = [trace for output in bench.outputs[request.seq_id] for trace in output.traces]
     assert any(trace.left_out == {"beta": "busy"} for trace in traces[4:num_before])
     assert not any(trace.left_out for trace in traces[:4] + traces[num_before:])
-    rest = alone(
-        "linear", tuple(so_far), SamplingParams(max_tokens=24 - num_before, temperature=0.0, logprobs=2)
-    )
+    rest = alone("linear", tuple(so_far), SamplingParams(max_tokens=24 - num_before, temperature=0.0, logprobs=2))
     assert [token for token, *_ in bench.said(request)[num_before:]] == [token for token, *_ in rest]
     bench.close()
 
