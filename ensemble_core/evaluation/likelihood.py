@@ -22,7 +22,8 @@ from ensemble_core.evaluation.weights import Weights, minimise
 
 logger = logging.getLogger(__name__)
 
-_SCREENED = 8  # coarse looks take one position of so many
+_SCREENED = 8  # coarse looks take one position of so many,
+_ENOUGH = 500  # but not fewer than this
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +52,7 @@ class Likelihood:
 
     def best_weights(self) -> Weights:
         """The weights at which `nats` is least, to about 0.01."""
-        few = replace(self, shared=self.shared.spread(max(len(self.shared.rows) // _SCREENED, 1)))
+        few = replace(self, shared=self.shared.spread(max(len(self.shared.rows) // _SCREENED, _ENOUGH)))
         linear = linear_shares(few.probabilities, len(self.recipe.members)) is not None
         mixed = self.best_mixture() if linear else None
         return mixed or minimise(self.nats, self.recipe.weights, screen=few.nats)

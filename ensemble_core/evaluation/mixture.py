@@ -39,9 +39,7 @@ def fit_mixture(shares: Tensor, precision: float = 1e-4) -> Weights:
     weights = torch.full((shares.shape[1],), 1.0 / shares.shape[1], dtype=torch.float64)
     shares = shares[shares.sum(dim=1) > 0]
     for _ in range(_MAX_STEPS if len(shares) else 0):
-        gains = (shares / (shares @ weights).unsqueeze(1)).mean(
-            dim=0
-        )  # at the optimum 1, or less where the weight is 0
+        gains = (shares / (shares @ weights).unsqueeze(1)).mean(dim=0)  # in the end 1, or less at weight 0
         if float(gains.max()) <= 1.0 + precision:
             break
         weights = weights * gains
