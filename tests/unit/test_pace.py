@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import pytest
@@ -68,6 +69,15 @@ def test_one_slow_step_moves_nothing() -> None:
     after, _ = machine.granted_step(4)
     assert before > LEAST
     assert after == pytest.approx(before, rel=0.1)
+
+
+def test_a_grant_is_at_most_twice_the_last_one() -> None:
+    machine = Machine(Pace(2.0), token=0.01)
+    machine.step(0, 500)
+    grants = [machine.granted_step(2)[0] for _ in range(20)][2:]
+    assert grants[0] == LEAST
+    assert all(after <= 2 * before for before, after in itertools.pairwise(grants))
+    assert grants[-1] > 1000
 
 
 def test_prompts_go_on_at_any_price() -> None:
