@@ -127,7 +127,7 @@ def _fuse(group: Rows[Row], candidates: list[Candidates]) -> Fused:
     fusion = _fusion(group)
     if fusion is None:
         return single(candidates[0])
-    weights = torch.tensor([row.sequence.recipe.weights for row in group], device=candidates[0].tail.device)
+    weights = torch.tensor([row.sequence.weights for row in group], device=candidates[0].tail.device)
     return fusion.fuse(candidates, weights)
 
 

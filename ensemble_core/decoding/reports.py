@@ -55,7 +55,15 @@ def trace(
             member: _spelling(sequence, member, part, row) == main.text_bytes(token_id)
             for member, part in zip(members[1:], candidates[1:], strict=True)
         },
+        weights=_weights(sequence, members),
     )
+
+
+def _weights(sequence: Sequence, members: Rows[str]) -> dict[str, float]:
+    """Member -> weight; main alone has all of it."""
+    if len(members) == 1:
+        return {members[0]: 1.0}
+    return {member: round(w, 6) for member, w in zip(sequence.recipe.members, sequence.weights, strict=True)}
 
 
 def _spelling(sequence: Sequence, member: str, part: Candidates, row: int) -> bytes:

@@ -18,13 +18,17 @@ from ensemble_core.text.detokenizer import Detokenizer
 
 if TYPE_CHECKING:
     from ensemble_core.decoding.guidance import Constraint
+    from ensemble_core.decoding.perplexity import PromptLikelihood
     from ensemble_core.decoding.scoring import PromptScores
     from ensemble_core.fusion.base import Fusion
 
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """How one model of the API answers: members (main first), their weights, how they are fused."""
+    """How one model of the API answers: members (main first), their weights, how they are fused.
+
+    tau: the weights are times what each prompt says, see `decoding/perplexity.py`; None: they are fixed.
+    """
 
     model: str
     members: tuple[str, ...]
@@ -32,6 +36,7 @@ class Recipe:
     fusion: Fusion | None  # None: one member alone
     fusion_name: str
     mode: str = "lockstep"
+    tau: float | None = None
 
     @property
     def main(self) -> str:
@@ -71,7 +76,8 @@ class Sequence:
     """One request in flight.
 
     prompt_text: what the prompt says, for echo and for the offsets of a scored prompt. constraint: where it stands
-    in its grammar. scores: what is known of its prompt's log-probabilities, where they are asked for.
+    in its grammar. scores: what is known of its prompt's log-probabilities, where they are asked for. likelihood: of
+    its prompt in every member, where the weights follow it.
     """
 
     seq_id: int
@@ -81,6 +87,7 @@ class Sequence:
     prompt_text: str = ""
     constraint: Constraint | None = None
     scores: PromptScores | None = None
+    likelihood: PromptLikelihood | None = None
     phase: Phase = Phase.WAITING
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
@@ -120,6 +127,17 @@ class Sequence:
     def scoring(self) -> bool:
         """True while log-probabilities of the prompt are asked for and not told yet."""
         return self.scores is not None and not self.scores.described
+
+    @property
+    def weighing(self) -> bool:
+        """True while the weights follow the prompt's likelihood and it is not known yet."""
+        return self.likelihood is not None and self.likelihood.weights is None
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """The members' weights for this request, main first."""
+        settled = self.likelihood.weights if self.likelihood is not None else None
+        return settled if settled is not None else self.recipe.weights
 
     @property
     def consulted(self) -> tuple[str, ...]:
@@ -169,6 +187,13 @@ class Sequence:
         """The end; the scheduler takes it off its lists at the next turn."""
         self.phase, self.finish_reason, self.stop_reason, self.error = Phase.FINISHED, reason, stop, error
 
+    def settle(self) -> None:
+        """The prompt is cached in every member: weights that follow it are known from now on."""
+        if self.likelihood is not None and self.weighing:
+            assert self.recipe.tau is not None
+            prior = dict(zip(self.recipe.members, self.recipe.weights, strict=True))
+            self.likelihood.settle(prior, self.recipe.tau)
+
     def preempt(self) -> None:
         """Back to the queue with nothing cached; the text and the state of sampling stay."""
         self.phase = Phase.WAITING
@@ -176,6 +201,8 @@ class Sequence:
             track.num_cached = 0
         if self.scores is not None and self.scoring:
             self.scores.reset()
+        if self.likelihood is not None and self.weighing:
+            self.likelihood.reset()
 
     def _spell(self, token_id: int) -> None:
         """Add a token's bytes to the text."""
