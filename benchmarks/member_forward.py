@@ -84,7 +84,7 @@ class PackedForward:
         for start in range(0, self._length, CHUNK):
             self._member.forward([Feed(0, token_ids[start : start + CHUNK], wanted=0)], NUM_CANDIDATES)
         for seq_id in range(1, batch):
-            self._member.fork(0, seq_id, self._length)
+            self._member.reuse(seq_id, token_ids)
         self._feeds = [Feed(seq_id, token_ids[-1:]) for seq_id in range(batch)]
         self._stepped = False
 
