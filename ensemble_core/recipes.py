@@ -184,7 +184,7 @@ def _described(ensemble: EnsembleConfig) -> dict[str, Any]:
     return {
         "members": ensemble.weights,
         "main": ensemble.main,
-        "weighting": ensemble.weighting.model_dump(include={"by"} | ensemble.weighting.model_fields_set),
+        "weighting": ensemble.weighting.model_dump(exclude={"tau"} if ensemble.weighting.by == "fixed" else None),
         "fusion": {"name": ensemble.fusion.name, "options": ensemble.fusion.options},
         "mode": ensemble.mode,
     }
