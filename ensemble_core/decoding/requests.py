@@ -29,10 +29,10 @@ class Overrides:
 
     members: tuple[str, ...] | None = None  # a subset, main among them
     weights: Mapping[str, float] | None = None
-    weighting: Weighting | None = None
     fusion: str | None = None
     fusion_options: Mapping[str, Any] | None = None
     mode: str | None = None
+    weighting: Weighting | None = None
 
 
 @dataclass(frozen=True, slots=True)
