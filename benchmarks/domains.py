@@ -56,7 +56,7 @@ def mixed_documents(corpora: Sequence[Corpus], num: int, num_bytes: int, seed: i
     """
     draw = random.Random(seed)
     pieces = [_pieces(corpus.held_out, num_bytes // _PIECES, draw) for corpus in corpora]
-    documents = []
+    documents: list[str] = []
     for _ in range(num):
         parts = [next(source, "") for source in itertools.islice(itertools.cycle(pieces), _PIECES)]
         if "" in parts:

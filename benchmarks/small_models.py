@@ -6,6 +6,7 @@ same model on the same machine. Knows texts; does not know what they are about, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,19 +30,20 @@ Family = Literal["llama", "qwen3"]
 END = "<|endoftext|>"
 MAX_LEN = 1024
 _HEADS, _HEAD_SIZE = 4, 32
-_PEAK_RATE, _WARM_UP = 1e-2, 0.1
+_WARM_UP = 0.1  # of all steps
 
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """How large a model is and how long it learns. window: tokens; batch: windows a step."""
+    """How large a model is and how long it learns. window: tokens; batch: windows a step; rate: the peak."""
 
     vocabulary: int
     hidden: int
     layers: int
     steps: int
-    window: int = 128
+    window: int = 64
     batch: int = 16
+    rate: float = 1e-2
 
 
 def train(family: Family, texts: Sequence[str], folder: Path, size: Size, seed: int) -> float:
@@ -74,23 +76,14 @@ def train_tokenizer(texts: Sequence[str], size: int) -> PreTrainedTokenizerFast:
 
 
 def _fit(model: Any, ids: Tensor, size: Size, seed: int, label: str) -> float:
-    """AdamW on random windows of ids (T,), the rate warmed up and annealed to zero by a cosine."""
+    """AdamW on random windows of ids (T,); returns the mean loss of the last tenth."""
     draw = torch.Generator().manual_seed(seed)
-    optimiser = torch.optim.AdamW(model.parameters(), lr=_PEAK_RATE, betas=(0.9, 0.95), weight_decay=0.1)
-    warm_up = max(round(_WARM_UP * size.steps), 1)
-    plan = torch.optim.lr_scheduler.SequentialLR(
-        optimiser,
-        [
-            torch.optim.lr_scheduler.LinearLR(optimiser, 1 / warm_up, total_iters=warm_up),
-            torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, size.steps - warm_up),
-        ],
-        milestones=[warm_up],
-    )
-    losses = []
-    bar = tqdm(range(size.steps), desc=f"training {label}", unit="step", disable=None)
-    for _ in bar:
+    optimiser = torch.optim.AdamW(model.parameters(), lr=size.rate, betas=(0.9, 0.95), weight_decay=0.1)
+    plan = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: _share_of_rate(step, size.steps))
+    losses: list[float] = []
+    for _ in tqdm(range(size.steps), desc=f"training {label}", unit="step", disable=None):
         starts = torch.randint(len(ids) - size.window, (size.batch, 1), generator=draw)
-        windows = ids[starts + torch.arange(size.window)]  # (B, T)
+        windows = ids[starts + torch.arange(size.window)]  # (B, N)
         loss = model(input_ids=windows, labels=windows, use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -98,9 +91,13 @@ def _fit(model: Any, ids: Tensor, size: Size, seed: int, label: str) -> float:
         plan.step()
         optimiser.zero_grad()
         losses.append(loss.item())
-        bar.set_postfix(loss=f"{losses[-1]:.2f}", refresh=False)
     last = losses[-max(size.steps // 10, 1) :]
     return sum(last) / len(last)
+
+
+def _share_of_rate(step: int, steps: int) -> float:
+    """A linear warm-up under a cosine that ends at zero."""
+    return min((step + 1) / (_WARM_UP * steps), 0.5 + 0.5 * math.cos(math.pi * step / steps))
 
 
 def _llama(size: Size) -> LlamaForCausalLM:

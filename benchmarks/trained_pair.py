@@ -40,7 +40,7 @@ from ensemble_core.evaluation.yaml_weights import write_weights
 from ensemble_core.transfer.build import build_matrices
 
 GAIN = 0.05  # of the better member's bits per byte
-TUNED, REPORTED = Selection("even"), Selection("odd")
+REPORTED = Selection("odd")
 _FUSIONS: Mapping[str, Mapping[str, Any]] = {
     "relative": {"name": "relative"},
     "relative-search": {"name": "relative", "options": {"solver": "search"}},
@@ -58,6 +58,7 @@ class Plan:
     sizes: Mapping[str, tuple[Family, Size]]  # domain -> its member
     num_modules: int | None
     num_documents: int
+    num_tuned: int  # of the half that is not reported
     document_bytes: int
     num_candidates: int
     fusions: tuple[str, ...]
@@ -65,18 +66,23 @@ class Plan:
 
 
 FULL = Plan(
-    sizes={"code": ("qwen3", Size(2048, 128, 3, 900)), "prose": ("llama", Size(3072, 128, 3, 900))},
+    sizes={
+        "code": ("qwen3", Size(1024, 128, 2, 800, window=128, rate=5e-3)),
+        "prose": ("llama", Size(1536, 128, 2, 800, window=128, rate=5e-3)),
+    },
     num_modules=None,
     num_documents=160,
+    num_tuned=40,
     document_bytes=480,
     num_candidates=256,
     fusions=tuple(_FUSIONS),
     others=("relative", "linear"),
 )
 SMALL = Plan(
-    sizes={"code": ("qwen3", Size(480, 64, 1, 250, 64)), "prose": ("llama", Size(640, 64, 1, 250, 64))},
+    sizes={"code": ("qwen3", Size(480, 64, 1, 250)), "prose": ("llama", Size(640, 64, 1, 250))},
     num_modules=120,
     num_documents=80,
+    num_tuned=16,
     document_bytes=400,
     num_candidates=128,
     fusions=("relative", "linear"),
@@ -127,12 +133,12 @@ def prepare(plan: Plan, folder: Path, seed: int) -> Path:
     return path
 
 
-def measure(path: Path) -> list[Measured]:
-    """Tune every ensemble of a prepared folder, write the weights down, and measure all models on the other half."""
+def measure(path: Path, num_tuned: int) -> list[Measured]:
+    """Tune every ensemble on `num_tuned` documents of one half, write the weights down, measure all on the other."""
     task = load_task("mixed", path.parent / "mixed.jsonl")
     with Workbench(load_config(path), path.parent / "scores") as bench:
         for name in bench.config.ensembles:
-            tuned = tune(bench, Variant(name, name, Overrides()), [task], "nll", TUNED)
+            tuned = tune(bench, Variant(name, name, Overrides()), [task], "nll", Selection("even", num_tuned))
             write_weights(path, name, dict(zip(tuned.members, tuned.after, strict=True)))
     config = load_config(path)
     with Workbench(config, path.parent / "scores") as bench:
@@ -197,18 +203,40 @@ def report(found: Sequence[Measured], settings: Mapping[str, Value]) -> Report:
     return Report("trained_pair", {"models": [each.row(best) for each in found]}, [check], settings)
 
 
+def draw(found: Sequence[Measured], path: Path) -> None:
+    """Bits per byte with their intervals, as a PNG."""
+    from matplotlib.figure import Figure
+
+    shown = [interval(each.bits, draws(len(each.bits.numerators))) for each in found]
+    spread = [[value.value - value.low for value in shown], [value.high - value.value for value in shown]]
+    figure = Figure(figsize=(7, 1.2 + 0.35 * len(found)), layout="constrained")
+    panel = figure.subplots()
+    panel.barh([each.model for each in found], [value.value for value in shown], xerr=spread)
+    panel.invert_yaxis()
+    panel.set_xlabel("bits per byte of mixed text")
+    figure.savefig(path, dpi=150)
+
+
 def main() -> None:
     """Train, tune, measure."""
     parser = arguments(__doc__, config=False)
     parser.add_argument("--seed", type=int, default=0, help="of everything: texts, training, what is held out")
     parser.add_argument("--keep", type=Path, help="a folder for all that is made")
+    parser.add_argument("--plot", type=Path, help="a PNG file for the table as bars")
     args = parser.parse_args()
     plan = SMALL if args.quick else FULL
     with tempfile.TemporaryDirectory() as scratch:
         folder = args.keep or Path(scratch)
         folder.mkdir(parents=True, exist_ok=True)
-        found = measure(prepare(plan, folder, args.seed))
-    settings = {"seed": args.seed, "documents": plan.num_documents // 2, "quick": args.quick}
+        found = measure(prepare(plan, folder, args.seed), plan.num_tuned)
+    if args.plot is not None:
+        draw(found, args.plot)
+    settings = {
+        "seed": args.seed,
+        "documents": plan.num_documents // 2,
+        "tuned on": plan.num_tuned,
+        "quick": args.quick,
+    }
     report(found, settings).print()
 
 
