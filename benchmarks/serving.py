@@ -2,13 +2,13 @@
 
     python -m benchmarks.serving [--config configs/demo.yaml] [--quick]
 
-closed N   N clients, each of which sends its next request when its last is answered
+closed N   N clients that send a request each at the same moment
 open N %   requests that leave at random moments (Poisson), at N % of the token rate of the largest closed set,
            whether or not earlier ones are answered; latency counts from the moment a request was due
 beside     streams that run while another stream's prompt of 1,000 tokens is read: their gaps in that time, against
            the median gap of the same streams before it
 
-Prompts differ, have 64 tokens, and each answer has exactly 64 (checked). Tokens are the main member's. Milliseconds.
+Prompts differ, have 64 tokens, and each answer has exactly 256 (checked). Tokens are the main member's. Milliseconds.
 """
 
 from __future__ import annotations
@@ -41,16 +41,22 @@ class Plan:
     """How much to send."""
 
     closed: Sequence[int] = (1, 4, 16, 32)
-    num_tokens: int = 64  # of a prompt, and of an answer
-    calls_each: int = 2
-    open_seconds: float = 30.0
+    prompt_tokens: int = 64
+    answer_tokens: int = 256
+    open_seconds: float = 40.0
     beside: Sequence[int] = (1, 8, 16)
     long_prompts: int = 3
 
     def quick(self) -> Plan:
         """To see that it runs."""
         return replace(
-            self, closed=(1, 4), num_tokens=16, calls_each=1, open_seconds=4.0, beside=(2,), long_prompts=1
+            self,
+            closed=(1, 4),
+            prompt_tokens=16,
+            answer_tokens=16,
+            open_seconds=4.0,
+            beside=(2,),
+            long_prompts=1,
         )
 
 
@@ -86,9 +92,7 @@ def closed_sets(url: str, prompts: Prompts, plan: Plan) -> list[dict[str, Value]
     """A row for every number of concurrent streams."""
     rows = []
     for num in plan.closed:
-        lines = [
-            [prompts.call(plan.num_tokens, plan.num_tokens) for _ in range(plan.calls_each)] for _ in range(num)
-        ]
+        lines = [[prompts.call(plan.prompt_tokens, plan.answer_tokens)] for _ in range(num)]
         rows.append(summarise(f"closed {num}", asyncio.run(replay(url, lines, f"closed {num}"))))
     return rows
 
@@ -97,8 +101,8 @@ def open_loads(url: str, prompts: Prompts, plan: Plan, tokens_a_second: float) -
     """A row for every offered load."""
     rows = []
     for load in LOADS:
-        moments = schedule(load * tokens_a_second / plan.num_tokens, plan.open_seconds, seed=1) or [0.0]
-        calls = [prompts.call(plan.num_tokens, plan.num_tokens, after) for after in moments]
+        moments = schedule(load * tokens_a_second / plan.answer_tokens, plan.open_seconds, seed=1) or [0.0]
+        calls = [prompts.call(plan.prompt_tokens, plan.answer_tokens, after) for after in moments]
         title = f"open {load:.0%}"
         rows.append(summarise(title, asyncio.run(play(url, calls, title))))
     return rows
@@ -117,7 +121,7 @@ async def beside_a_prompt(url: str, prompts: Prompts, plan: Plan, num: int) -> B
     """Let `num` streams run, send a long prompt, and hang up when it has its first tokens."""
     async with client(url) as session:
         running = [Stream(time.perf_counter()) for _ in range(num)]
-        calls = [prompts.call(plan.num_tokens, ENDLESS) for _ in running]
+        calls = [prompts.call(plan.prompt_tokens, ENDLESS) for _ in running]
         tasks = [asyncio.create_task(follow(session, c, s)) for c, s in zip(calls, running, strict=True)]
         try:
             begun = await _all_have(running, SETTLING, tasks)
@@ -180,7 +184,7 @@ def main() -> None:
     main_member = config.ensembles[model].main
     prompts = Prompts(model, load_tokenizer(main_member, config.members[main_member]))
     with serving(args.config) as url:
-        asyncio.run(play(url, [prompts.call(plan.num_tokens, 8)]))  # warm
+        asyncio.run(play(url, [prompts.call(plan.prompt_tokens, 8)]))  # warm
         loads = closed_sets(url, prompts, plan)
         loads += open_loads(url, prompts, plan, float(str(loads[-1]["tokens/s"])))
         beside = beside_rows(url, prompts, plan)

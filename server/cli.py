@@ -285,6 +285,9 @@ def tune(
         Literal["nll", "score"],
         typer.Option(help="nll: least negative log-likelihood. score: in proportion to accuracy."),
     ] = "nll",
+    positions: Annotated[
+        int, typer.Option(min=100, help="nll looks at so many shared positions, spread over the documents.")
+    ] = 5000,
     split: SplitChoice = "even",
     limit: LimitOption = None,
     shots: ShotsOption = 0,
@@ -299,7 +302,7 @@ def tune(
         from ensemble_core.evaluation import run
 
         chosen = run.Chosen(task, split, limit, shots, cache, skip_bad)
-        typer.echo(run.tune_ensemble(settings, chosen, ensemble, method, config if write else None))
+        typer.echo(run.tune_ensemble(settings, chosen, ensemble, method, positions, config if write else None))
 
 
 @app.command()

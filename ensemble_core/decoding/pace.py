@@ -54,6 +54,7 @@ class Pace:
         self._plain: dict[int, _Plain] = {}
         self._costs: dict[Kind, deque[float]] = {}
         self._num_steps = 0
+        self._latest = 0  # tokens that the last step beside running sequences took
 
     def grant(self, kinds: Collection[Kind], num_decoding: int) -> int | None:
         """Prompt tokens for each of `kinds` in a step with `num_decoding` running sequences; None: no limit.
@@ -68,7 +69,8 @@ class Pace:
         costs = [self._costs.get(kind) for kind in kinds]
         room = (self._max_stretch - 1.0) * _typical(plain.steps)
         token = sum(_dear(cost) if cost else math.inf for cost in costs)
-        return max(LEAST, int(room / token) // _GRAIN * _GRAIN)
+        tokens = min(int(room / token), 2 * self._latest)  # the walk goes up in steps that can be judged
+        return max(LEAST, tokens // _GRAIN * _GRAIN)
 
     def record(self, num_decoding: int, seconds: float, parts: Mapping[Kind, Work]) -> None:
         """Take in a finished step of `num_decoding` running sequences, and what was done in it."""
@@ -81,6 +83,8 @@ class Pace:
             for kind, work in parts.items():
                 plain.parts.setdefault(kind, deque(maxlen=_MEMORY)).append(work.seconds)
             return
+        if num_decoding:
+            self._latest = max(work.num_tokens for work in parts.values())
         for kind, work in parts.items():
             if work.num_tokens >= LEAST:
                 self._costs.setdefault(kind, deque(maxlen=_MEMORY)).append(self._cost(kind, work, bucket))

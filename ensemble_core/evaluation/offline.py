@@ -39,6 +39,13 @@ class SharedPositions:
     rows: Tensor  # (P,) int64, main's
     slots: Sequence[Tensor]  # M of (P,) int64
 
+    def spread(self, num: int) -> SharedPositions:
+        """At most `num` of them, evenly spread."""
+        if len(self.rows) <= num:
+            return self
+        kept = torch.linspace(0, len(self.rows) - 1, num).long()
+        return SharedPositions(self.rows[kept], [slots[kept] for slots in self.slots])
+
 
 @dataclass(frozen=True, slots=True)
 class FusedPositions:

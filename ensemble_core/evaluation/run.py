@@ -72,13 +72,15 @@ def evaluate_models(
         return tables(evaluate(bench, request, output))
 
 
-def tune_ensemble(config: Config, chosen: Chosen, ensemble: str, method: Method, write_to: Path | None) -> str:
+def tune_ensemble(
+    config: Config, chosen: Chosen, ensemble: str, method: Method, num_positions: int, write_to: Path | None
+) -> str:
     """Tune an ensemble's weights, write them into a configuration file if one is given; what came of it, in words."""
     variant = parse_variant(ensemble)
     if write_to is not None and variant.label != variant.model:
         raise EvaluationError(f"--write: {ensemble!r} is a variant; the file's ensemble is another one")
     with Workbench(config, chosen.cache) as bench:
-        tuned = tune(bench, variant, chosen.parsed_tasks(), method, chosen.selection)
+        tuned = tune(bench, variant, chosen.parsed_tasks(), method, chosen.selection, num_positions)
     if write_to is not None:
         write_weights(write_to, variant.model, dict(zip(tuned.members, tuned.after, strict=True)))
     return _told(tuned, write_to)

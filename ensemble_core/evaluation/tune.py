@@ -8,10 +8,11 @@ Does not know the command line or YAML.
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
+
+from tqdm import tqdm
 
 from ensemble_core.decoding.requests import Overrides
 from ensemble_core.decoding.sequence import Recipe
@@ -19,7 +20,7 @@ from ensemble_core.errors import EvaluationError
 from ensemble_core.evaluation import measures
 from ensemble_core.evaluation.evaluate import Output, Request, evaluate
 from ensemble_core.evaluation.measures import Selection
-from ensemble_core.evaluation.offline import DocumentSums, document_nats, fuse_positions, shared_positions
+from ensemble_core.evaluation.offline import DocumentSums, fuse_positions, shared_positions
 from ensemble_core.evaluation.report import Result, summarise
 from ensemble_core.evaluation.scores import Scores, join_scores
 from ensemble_core.evaluation.tasks import Split, Task
@@ -30,6 +31,7 @@ from ensemble_core.evaluation.workbench import Workbench
 logger = logging.getLogger(__name__)
 
 Method = Literal["nll", "score"]
+NUM_POSITIONS = 5000  # enough to place a weight: the optimum is flat
 BEFORE, AFTER = "before", "after"
 _OTHER: dict[Split, Split] = {"even": "odd", "odd": "even", "all": "all"}
 
@@ -45,13 +47,23 @@ class Tuned:
     held_out: bool  # False: everything was tuned on, and the results are in sample
 
 
-def tune(bench: Workbench, variant: Variant, tasks: Sequence[Task], method: Method, selection: Selection) -> Tuned:
-    """Tune the weights of an ensemble (or a variant of it). Raises EvaluationError for a member alone."""
+def tune(
+    bench: Workbench,
+    variant: Variant,
+    tasks: Sequence[Task],
+    method: Method,
+    selection: Selection,
+    num_positions: int = NUM_POSITIONS,
+) -> Tuned:
+    """Tune the weights of an ensemble (or a variant of it). Raises EvaluationError for a member alone.
+
+    num_positions: shared positions that `nll` looks at, at most; spread evenly over the documents.
+    """
     recipe = bench.recipe(variant)
     if len(recipe.members) < 2:
         raise EvaluationError(f"--ensemble {variant.label!r}: a member alone has no weights; name an ensemble")
     if method == "nll":
-        after = _least_nats(bench, recipe, tasks, selection)
+        after = _least_nats(bench, recipe, tasks, selection, num_positions)
     else:
         after = _by_score(bench, recipe, tasks, selection)
     after = rounded(after)
@@ -67,18 +79,22 @@ def rounded(weights: Weights) -> Weights:
     return tuple(round(part, 3) for part in parts)
 
 
-def _least_nats(bench: Workbench, recipe: Recipe, tasks: Sequence[Task], selection: Selection) -> Weights:
+def _least_nats(
+    bench: Workbench, recipe: Recipe, tasks: Sequence[Task], selection: Selection, num_positions: int
+) -> Weights:
+    """Where main speaks alone weights change nothing, so the shared positions are all that counts."""
     scores = _documents(bench, recipe, tasks, selection)
-    shared = shared_positions(scores, recipe.members)
-    num_bytes = float(scores.num_bytes.sum())
+    shared = shared_positions(scores, recipe.members).spread(num_positions)
+    counted = scores.members[recipe.main].scored[shared.rows]
 
     def objective(weights: Weights) -> float:
         fused = fuse_positions(scores, recipe, shared, bench.num_candidates, weights)
-        value = float(document_nats(scores, recipe.main, shared, fused).sum()) / num_bytes / math.log(2)
-        logger.info("%s: %.5f bits per byte", _named(recipe.members, weights), value)
+        value = -float(fused.logprobs[counted].double().mean())
+        logger.info("%s: %.5f nats per shared position", _named(recipe.members, weights), value)
         return value
 
-    return minimise(objective, recipe.weights)
+    with tqdm(desc="tuning", unit="evaluation", disable=None) as bar:
+        return minimise(lambda weights: bar.update() or objective(weights), recipe.weights)
 
 
 def _by_score(bench: Workbench, recipe: Recipe, tasks: Sequence[Task], selection: Selection) -> Weights:

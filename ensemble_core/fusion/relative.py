@@ -6,7 +6,8 @@ are averaged (r = sum_i w_i r_i), and the average is carried back into main's vo
 simplex. They are different operators: the search is a bounded nudge of main, EM moves until it explains r.
 
 Invariants: the result sums to 1 with main's tail; main's tokens that have no row (control tokens) keep main's
-own mass; nothing loops over tokens in Python. Does not know requests, or how matrices were made.
+own mass; a main with all the weight is a fixed point of EM, its tail included; nothing loops over tokens in Python.
+Does not know requests, or how matrices were made.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from ensemble_core.fusion.base import Fused, FusionSpace, Views, register
+from ensemble_core.fusion.support import floor_of
 from ensemble_core.members.base import Candidates
 from ensemble_core.transfer.matrix import TransferMatrix
 
@@ -154,13 +156,16 @@ class RelativeFusion:
     def conclude(self, views: Views, pooled: Tensor) -> Fused:
         """See `Pooled.conclude`: pooled is r."""
         main = _statement(views.main, self._matrices[0])
-        return self._carried_back(main, pooled, pooled - views.shares[:, 0], views.unmapped)
+        return self._carried_back(main, pooled.clone(), pooled - views.shares[:, 0], views.unmapped)
 
     def _statements(self, candidates: Sequence[Candidates]) -> list[_Statement]:
         return [_statement(part, matrix) for part, matrix in zip(candidates, self._matrices, strict=True)]
 
     def _carried_back(self, main: _Statement, target: Tensor, gap: Tensor, unmapped: Tensor) -> Fused:
-        """r in main's vocabulary; gap: (B, A) what r asks of each anchor beyond main's own projection."""
+        """r in main's vocabulary; `target`, which is r, is used up.
+
+        gap: (B, A) what r asks of each anchor beyond main's own projection.
+        """
         support = self._support(main.candidates, gap)
         p = self._solve(self._problem(support, target, main))
         mass = torch.where(support.mapped, support.prior, 0.0).sum(dim=1, keepdim=True)
@@ -176,10 +181,17 @@ class RelativeFusion:
         return _Support(token_ids, prior, tail, mapped)
 
     def _problem(self, support: _Support, target: Tensor, main: _Statement) -> Problem:
-        columns, values = _rows(self._matrices[0], support.token_ids[:, main.columns.shape[1] :])
-        columns, values = torch.cat([main.columns, columns], dim=1), torch.cat([main.values, values], dim=1)
+        """Members' projections do not speak of what main is supposed to have beyond its candidates.
+
+        So that EM does not take it away it enters r as it is: `target` is scaled up in place to hold it, too.
+        """
+        num_own = main.columns.shape[1]
+        columns, values = _rows(self._matrices[0], support.token_ids[:, num_own:])
         prior = _normalised(torch.where(support.mapped, support.prior, 0.0))
-        return Problem(prior, columns, values, target, target.shape[1])
+        own = prior[:, :num_own].sum(dim=1, keepdim=True).clamp_min(_TINY)
+        _add(target, prior[:, num_own:] / own, columns, values)
+        columns, values = torch.cat([main.columns, columns], dim=1), torch.cat([main.values, values], dim=1)
+        return Problem(prior, columns, values, _normalised(target), target.shape[1])
 
     def _solve(self, problem: Problem) -> Tensor:
         if self._options.solver == "em":
@@ -190,7 +202,7 @@ class RelativeFusion:
 @dataclass(frozen=True, slots=True)
 class _Support:
     token_ids: Tensor  # (B, S)
-    prior: Tensor  # (B, S) p_main, an upper bound for tokens that are not among its candidates
+    prior: Tensor  # (B, S) p_main, supposed for tokens that are not among its candidates
     tail: Tensor  # (B,) p_main's mass outside
     mapped: Tensor  # (B, S) bool: has a row and any mass
 
@@ -234,22 +246,16 @@ def _extend(main: Candidates, gap: Tensor, anchor_ids: Tensor) -> tuple[Tensor, 
     """Main's candidates and main's own tokens of the anchors with the largest gap: ids, prior (B, S), tail (B,).
 
     Where the assistants ask for nothing beyond main's own projection nothing joins, so two identical members are one.
-    What main gives a token outside its candidates is unknown, but bounded by its least candidate and, together,
-    by its tail: the smaller of the two is taken. The last eighth of a row does not count as least, since ids asked
-    for by `also` stand there whatever their rank. A token that is a candidate already gets 0.
+    What main gives a token outside its candidates is supposed as in `support`: its floor, and all together half of
+    main's tail at most. Places that nothing fills repeat main's first id with no mass.
     """
     gaps, best = gap.topk(min(NUM_REACHED, gap.shape[1]), dim=1)
     extra = anchor_ids[best]  # (B, M)
     known = (extra.unsqueeze(2) == main.token_ids.unsqueeze(1)).any(dim=2) | (extra < 0) | (gaps <= _ROUNDING)
-    tail = main.tail.exp()
-    fresh = (~known).sum(dim=1).clamp_min(1)
-    num_candidates = main.logprobs.shape[1]
-    least = main.logprobs[:, : num_candidates - num_candidates // 8].amin(dim=1).exp()
-    bound = torch.minimum(least, tail / fresh).unsqueeze(1)
-    added = torch.where(known, 0.0, bound)
-    token_ids = torch.cat([main.token_ids, extra.clamp_min(0)], dim=1)
+    added = torch.where(known, 0.0, floor_of(main, (~known).sum(dim=1)).unsqueeze(1))
+    token_ids = torch.cat([main.token_ids, torch.where(known, main.token_ids[:, :1], extra)], dim=1)
     prior = torch.cat([main.logprobs.exp(), added], dim=1)
-    return token_ids, prior, (tail - added.sum(dim=1)).clamp_min(0.0)
+    return token_ids, prior, (main.tail.exp() - added.sum(dim=1)).clamp_min(0.0)
 
 
 def _add(anchors: Tensor, p: Tensor, columns: Tensor, values: Tensor) -> Tensor:

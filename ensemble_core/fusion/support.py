@@ -3,13 +3,15 @@
 The support of a row is the union of main's candidates and of what the assistants' candidates map to, and one more
 place for all the mass outside. What is known is exact; what is not is treated so:
 
-- A token that a member could have named but has no candidate for has a mass that is unknown but bounded, by the
-  member's least candidate and, with all others of the kind, by its tail: the smaller bound is taken, out of the tail.
+- A token that a member could have named but has no candidate for has a mass that is unknown but bounded by the
+  member's least candidate. That bound is taken, out of the tail; all such tokens together take half of it at most,
+  since other tokens have a part in it, too.
 - The rest of an assistant's tail lies outside, like main's.
 - Mass of an assistant on tokens without a place (control tokens) is left to main: it is spread as main's own.
 
 Invariants: a member's shares sum to 1, the place outside included; with whole distributions (K = V) all is exact;
-rows do not touch each other. Does not know how shares are pooled.
+rows do not touch each other; a pool in which main has all the weight is main, its tail included. Does not know how
+shares are pooled.
 """
 
 from __future__ import annotations
@@ -48,6 +50,10 @@ class TokenSpace:
 
     def views(self, candidates: Sequence[Candidates], weights: Tensor) -> Views:
         """Every member's shares on the closed support, float32."""
+        return self.attributed(candidates, weights)[0]
+
+    def attributed(self, candidates: Sequence[Candidates], weights: Tensor) -> tuple[Views, Tensor]:
+        """`views`, and whose candidates brought each place, (B, M, S) bool."""
         ids = self.mapped_ids(candidates)
         token_ids, present, places = closed_support(ids)
         masses = [part.logprobs.exp() for part in candidates]
@@ -64,7 +70,7 @@ class TokenSpace:
         lacking = (known == 0.0) & self.can_name(token_ids) & present.unsqueeze(1)
         shares = _filled(known, lacking, candidates)
         shares = shares + unmapped.unsqueeze(2) * shares[:, :1]
-        return Views(candidates[0], token_ids, shares, weights, unmapped)
+        return Views(candidates[0], token_ids, shares, weights, unmapped), known > 0.0
 
 
 class TokenPool:
@@ -82,8 +88,8 @@ class TokenPool:
 
     def views(self, candidates: Sequence[Candidates], weights: Tensor) -> Views:
         """See `Pooled.views`."""
-        views = self._space.views(candidates, weights)
-        return replace(views, weights=self.reweighted(views, candidates))
+        views, brought = self._space.attributed(candidates, weights)
+        return heard(replace(views, weights=self.reweighted(views, candidates)), brought)
 
     def conclude(self, views: Views, pooled: Tensor) -> Fused:
         """See `Pooled.conclude`."""
@@ -116,14 +122,29 @@ def closed_support(ids: Sequence[Tensor]) -> tuple[Tensor, Tensor, list[Tensor]]
     )
 
 
+def heard(views: Views, brought: Tensor) -> Views:
+    """Views without the places that only members without weight brought: they lie outside, as if never named.
+
+    brought: (B, M, S) bool, whose candidates brought each place. What main brought stays whatever its weight.
+    """
+    speaks = views.weights > 0
+    speaks[:, 0] = True
+    kept = (brought & speaks.unsqueeze(2)).any(dim=1)  # (B, S)
+    lost = torch.nn.functional.pad(~kept, (0, 1)).unsqueeze(1)  # (B, 1, S + 1)
+    shares = views.shares.masked_fill(lost, 0.0)
+    shares[:, :, -1] += views.shares.where(lost, 0.0).sum(dim=2)
+    token_ids = torch.where(kept, views.token_ids, views.main.token_ids[:, :1])
+    return replace(views, token_ids=token_ids, shares=shares)
+
+
 def floor_of(candidates: Candidates, num_lacking: Tensor) -> Tensor:
-    """An upper bound on what each of `num_lacking` (B,) tokens outside a member's candidates can have, (B,).
+    """What is supposed of each of `num_lacking` (B,) tokens outside a member's candidates, (B,).
 
     The last eighth of a row does not count as least, since ids asked for by `also` stand there whatever their rank.
     """
     num = candidates.logprobs.shape[1]
     least = candidates.logprobs[:, : num - num // 8].amin(dim=1).exp()
-    return torch.minimum(least, candidates.tail.exp() / num_lacking.clamp_min(1))
+    return torch.minimum(least, candidates.tail.exp() / (2 * num_lacking.clamp_min(1)))
 
 
 def concluded(views: Views, pooled: Tensor) -> Fused:

@@ -18,10 +18,10 @@ Knows shapes, rows and token ids; does not know models or schedules.
 from __future__ import annotations
 
 import math
+import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -58,9 +58,7 @@ class KVCache:
         self.values = [_zeros(layer, num_rows * row_len, dtype) for layer in layers]
         self._rows: dict[int, Row] = {}
         self._prefixes: list[Row] = []  # least recently used first
-        self._written = [
-            0
-        ] * num_rows  # slots of each row that may hold something: failed and rolled back ones too
+        self._written = [0] * num_rows  # slots of each row that may hold something, failed ones too
 
     @property
     def num_free(self) -> int:
@@ -238,6 +236,15 @@ def _zeros(layer: LayerShape, slots: int, dtype: torch.dtype) -> Tensor:
     shape = (slots, layer.num_kv_heads, layer.head_size)
     if layer.device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=layer.device)
-    # numpy asks the system for zero pages, which cost memory only once they are written.
-    size = slots * layer.num_kv_heads * layer.head_size * dtype.itemsize
-    return torch.from_numpy(np.zeros(size, dtype=np.uint8)).view(dtype).view(shape)
+    return _zero_pages(slots * layer.num_kv_heads * layer.head_size * dtype.itemsize).view(dtype).view(shape)
+
+
+def _zero_pages(size: int) -> Tensor:
+    """(size,) uint8 zeros that take memory page by page, as they are written.
+
+    Small pages: where a huge one is made at the first write, a new row costs one in every layer, for a few tokens.
+    """
+    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_NOHUGEPAGE"):  # Linux
+        pages.madvise(mmap.MADV_NOHUGEPAGE)
+    return torch.frombuffer(pages, dtype=torch.uint8)

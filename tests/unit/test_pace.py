@@ -70,6 +70,15 @@ def test_one_slow_step_moves_nothing() -> None:
     assert after == pytest.approx(before, rel=0.1)
 
 
+def test_a_grant_is_at_most_twice_the_last_one() -> None:
+    machine = Machine(Pace(2.0), token=0.01)
+    machine.step(0, 500)
+    grants = [machine.granted_step(2)[0] for _ in range(20)][2:]
+    assert grants[0] == LEAST
+    assert all(after <= 2 * before for before, after in zip(grants, grants[1:], strict=False))
+    assert grants[-1] > 1000
+
+
 def test_prompts_go_on_at_any_price() -> None:
     machine = Machine(Pace(1.5), token=50.0)
     machine.step(0, 100)

@@ -1,0 +1,233 @@
+"""`unisono evaluate` and `unisono tune` over two tiny real models with different tokenizers, float32."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from tiny_models import Kind
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
+
+from ensemble_core.config import load_config
+from ensemble_core.decoding.sampling_params import SamplingParams
+from ensemble_core.evaluation import workbench
+from ensemble_core.evaluation.offline import document_sums, fuse_positions, shared_positions
+from ensemble_core.evaluation.spelling import Document
+from ensemble_core.evaluation.variants import parse_variant
+from ensemble_core.evaluation.workbench import Workbench
+from ensemble_core.transfer.build import build_matrices
+from server.cli import app
+
+TEXTS = [
+    "The quick brown fox jumps over the lazy dog, and Größe does not mind at all.",
+    "In a village by the sea there lived a fisherman; 你好 was what he said.",
+    "def add(left, right):\n\treturn left + right\n",
+    "Every morning the old man rowed out to the rocks; the gulls followed him, and the tide brought him home.",
+    "Take 250 g of flour, 3 eggs and a little salt. Stir, wait 20 minutes, and bake it until it is golden.",
+    "for word in words:\n\tcounts[word] = counts.get(word, 0) + 1\nprint(sorted(counts))\n",
+]
+SCORING = SamplingParams(max_tokens=0, echo=True, logprobs=0)
+
+
+def configuration(folder: Path, checkpoints: dict[Kind, Path], num_candidates: int) -> Path:
+    member = {"dtype": "float32", "device": "cpu", "kv_memory": "8MiB", "max_len": 256}
+    raw = {
+        "members": {kind: {"model": str(checkpoints[kind]), **member} for kind in ("llama", "gpt2")},
+        "ensembles": {"duet": {"members": {"llama": 0.7, "gpt2": 0.3}, "main": "llama"}},
+        "matrices": {"folder": str(folder / "matrices")},
+        "scheduler": {"token_budget": 64, "num_candidates": num_candidates},
+    }
+    path = folder / f"config-{num_candidates}.yaml"
+    path.write_text("# weights: to be tuned\n" + yaml.safe_dump(raw), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def config(tiny_checkpoints: dict[Kind, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = configuration(tmp_path_factory.mktemp("evaluation"), tiny_checkpoints, 200)
+    build_matrices(load_config(path), force=True, only_missing=False)
+    return path
+
+
+@pytest.fixture(scope="module")
+def bench(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workbench]:
+    with Workbench(load_config(config), tmp_path_factory.mktemp("scores")) as made:
+        yield made
+
+
+def test_offline_and_online_agree_where_the_truth_is_among_the_candidates(bench: Workbench) -> None:
+    """Online the true next tokens join the candidates; offline they do not, so elsewhere the two differ by design."""
+    greedy = SamplingParams(max_tokens=30, temperature=0.0)
+    pairs = zip(TEXTS, bench.llm().generate(TEXTS, greedy, "duet"), strict=True)
+    texts = [text + answer.text for text, answer in pairs]  # random models know nothing but what they say
+    scores = bench.scores([Document(text) for text in texts], ["llama", "gpt2"], "test")
+    recipe = bench.recipe(parse_variant("duet"))
+    shared = shared_positions(scores, recipe.members)
+    fused = fuse_positions(scores, recipe, shared, bench.num_candidates)
+    known = torch.ones(len(shared.rows), dtype=torch.bool)
+    for name, slots in zip(recipe.members, shared.slots, strict=True):
+        part = scores.members[name]
+        owner = torch.full((len(part.candidates),), -1)
+        owner[part.slot[part.slot >= 0].long()] = part.token[part.slot >= 0].long()
+        known &= (part.candidates.token_ids[slots] == owner[slots].unsqueeze(1)).any(dim=1)
+    main = scores.members["llama"]
+    offline = main.logprob.index_put((shared.rows,), fused.logprobs)
+    comparable = torch.ones(len(offline), dtype=torch.bool).index_put((shared.rows,), known)
+    for index, text in enumerate(texts):
+        own = main.document == index
+        (answer,) = bench.llm().generate([text], SCORING, "duet")
+        online = torch.tensor([entry.logprob for entry in answer.prompt_logprobs][-int(own.sum()) :])
+        keep = comparable[own]
+        assert torch.allclose(offline[own][keep], online[keep], atol=1e-3)
+    assert 10 < int(known.sum()) < len(known), "both kinds of position are there"
+
+
+@pytest.mark.parametrize("fusion", ["relative", "projection", "union", "gac", "eva"])
+@pytest.mark.parametrize("num_candidates", [16, 200])
+def test_main_with_all_the_weight_scores_as_alone(bench: Workbench, fusion: str, num_candidates: int) -> None:
+    """A position that is fused with weight 1 on main costs what main's own exact log-probability says."""
+    scores = bench.scores([Document(text) for text in TEXTS], ["llama", "gpt2"], "test")
+    recipe = bench.recipe(parse_variant(f"duet?fusion={fusion}"))
+    shared = shared_positions(scores, recipe.members)
+    fused = fuse_positions(scores, recipe, shared, num_candidates, (1.0, 0.0))
+    assert len(shared.rows) > 200
+    assert not fused.ruled_out.any()
+    expected = scores.members["llama"].logprob[shared.rows]
+    torch.testing.assert_close(fused.logprobs, expected, atol=1e-5, rtol=0.0)
+
+
+def test_a_members_bits_are_its_models_own(bench: Workbench, tiny_checkpoints: dict[Kind, Path]) -> None:
+    scores = bench.scores([Document(text) for text in TEXTS], ["llama", "gpt2"], "test")
+    for kind in ("llama", "gpt2"):
+        model = AutoModelForCausalLM.from_pretrained(tiny_checkpoints[kind], dtype=torch.float32).eval()
+        tokenizer = AutoTokenizer.from_pretrained(tiny_checkpoints[kind])
+        sums = document_sums(scores, bench.recipe(parse_variant(kind)), bench.vocabularies, bench.num_candidates)
+        for index, text in enumerate(TEXTS):
+            ids = torch.tensor(tokenizer(text)["input_ids"])
+            with torch.no_grad():
+                logprobs = model(ids.unsqueeze(0)).logits[0, :-1].log_softmax(dim=1)
+            own = logprobs.gather(1, ids[1:].unsqueeze(1)).squeeze(1)
+            part = scores.members[kind]
+            counted = int(part.scored[part.document == index].sum())
+            assert counted >= len(own) - 8, "nearly all of the text"
+            expected = -float(own[-counted:].sum()) / math.log(2)
+            assert float(sums.bits[index]) == pytest.approx(expected, rel=1e-4)
+
+
+def test_stored_scores_need_no_model(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
+    documents = [Document(text) for text in TEXTS]
+    bench.scores(documents, ["llama", "gpt2"], "test")
+    monkeypatch.setattr(workbench, "LLM", lambda config: pytest.fail("a model is loaded"))
+    with Workbench(bench.config, bench.cache) as second:
+        scores = second.scores(documents, ["llama", "gpt2"], "test")
+        assert second.sums(scores, second.recipe(parse_variant("duet?weights.gpt2=0.9"))).bits.isfinite().all()
+
+
+@pytest.fixture
+def tasks(tmp_path: Path) -> list[str]:
+    """Options of --task for three kinds of task."""
+    choices = [
+        {"question": f"What is {n}?", "A": "one", "B": "two two", "C": "three", "answer": "ABC"[n % 3]}
+        for n in range(6)
+    ]
+    answers = [{"question": f"Who is number {n}?", "answer": ["x", "y"]} for n in range(3)]
+    files = {"choices": choices, "answers": answers, "texts": [{"text": text} for text in TEXTS]}
+    options = []
+    for name, records in files.items():
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+        options += ["--task", f"{name}={path}"]
+    return options
+
+
+def invoke(*arguments: str) -> Any:
+    return CliRunner().invoke(app, list(arguments), catch_exceptions=False)
+
+
+def test_evaluate_writes_everything_and_goes_on_where_it_was(
+    config: Path, tasks: list[str], tmp_path: Path
+) -> None:
+    out, cache = tmp_path / "out", str(tmp_path / "cache")
+    command = ["evaluate", "--config", str(config), *tasks, "--cache", cache, "--out", str(out)]
+    models = ["--model", "duet", "--model", "llama", "--model", "gpt2"]
+    first = invoke(*command, *models)
+    assert first.exit_code == 0, first.output
+    found = json.loads((out / "results.json").read_text())
+    metrics = {(result["task"], result["metric"]) for result in found["results"]}
+    assert {("texts", "bits_per_byte"), ("choices", "accuracy"), ("answers", "accuracy")} <= metrics
+    assert ("texts", "accuracy") not in metrics
+    assert (out / "results.png").stat().st_size > 1000
+    assert first.stdout.strip() == (out / "results.txt").read_text().strip()
+    lines = (out / "items.jsonl").read_text().splitlines()
+    assert len(lines) == 3 * (6 + 6 + 3 + 3 + len(TEXTS))
+
+    refused = invoke(*command, *models)
+    assert refused.exit_code == 1
+    assert "--resume" in refused.stderr
+
+    (out / "items.jsonl").write_text("\n".join(lines[:20]) + "\n")
+    again = invoke(*command, *models, "--resume")
+    assert again.stdout == first.stdout
+    assert sorted((out / "items.jsonl").read_text().splitlines()) == sorted(lines)
+
+    Path(tasks[1].partition("=")[2]).write_text('{"question": "q", "A": "a", "B": "b", "answer": "A"}\n')
+    changed = invoke(*command, *models, "--resume")
+    assert changed.exit_code == 1
+    assert "other task choices" in changed.stderr
+
+
+def test_tune_lowers_bits_and_writes_weights_beside_comments(
+    config: Path, tasks: list[str], tmp_path: Path, tiny_checkpoints: dict[Kind, Path]
+) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(config.read_text())
+    command = [
+        "tune",
+        "--config",
+        str(path),
+        "--ensemble",
+        "duet",
+        *tasks[-2:],
+        "--cache",
+        str(tmp_path / "cache"),
+    ]
+    tuned = invoke(*command, "--split", "all", "--write")
+    assert tuned.exit_code == 0, tuned.output
+    written = yaml.safe_load(path.read_text())["ensembles"]["duet"]["members"]
+    assert written != {"llama": 0.7, "gpt2": 0.3}
+    assert sum(written.values()) == pytest.approx(1.0)
+    assert path.read_text().startswith("# weights: to be tuned\n")
+    rows = [line.split() for line in tuned.stdout.splitlines() if " .. " in line]
+    values = {row[0]: float(row[1]) for row in rows}
+    assert values["after"] <= values["before"]
+
+    alone = invoke("tune", "--config", str(path), "--ensemble", "llama", *tasks[-2:])
+    assert alone.exit_code == 1
+    assert "a member alone" in alone.stderr
+
+
+def test_tune_by_score_takes_members_accuracies(config: Path, tmp_path: Path) -> None:
+    records = [{"question": "Say", "A": "aaa", "B": "bbb", "answer": label} for label in "ABABABAB"]
+    path = tmp_path / "c.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    options = [
+        "--config",
+        str(config),
+        "--ensemble",
+        "duet",
+        "--task",
+        f"c={path}",
+        "--cache",
+        str(tmp_path / "k"),
+    ]
+    # Every model gives one answer to the one question, so each is right at half of the records.
+    found = invoke("tune", *options, "--method", "score", "--split", "all")
+    assert found.exit_code == 0, found.output
+    assert [line.split()[-1] for line in found.stdout.splitlines()[1:3]] == ["0.500", "0.500"]
