@@ -40,7 +40,7 @@ from ensemble_core.evaluation.yaml_weights import write_weights
 from ensemble_core.transfer.build import build_matrices
 
 GAIN = 0.05  # of the better member's bits per byte
-REPORTED = Selection("odd")
+TUNED, REPORTED = Selection("even"), Selection("odd")
 _FUSIONS: Mapping[str, Mapping[str, Any]] = {
     "relative": {"name": "relative"},
     "relative-search": {"name": "relative", "options": {"solver": "search"}},
@@ -58,7 +58,7 @@ class Plan:
     sizes: Mapping[str, tuple[Family, Size]]  # domain -> its member
     num_modules: int | None
     num_documents: int
-    num_tuned: int  # of the half that is not reported
+    num_positions: int  # shared ones of the other half, that weights are tuned on
     document_bytes: int
     num_candidates: int
     fusions: tuple[str, ...]
@@ -72,7 +72,7 @@ FULL = Plan(
     },
     num_modules=None,
     num_documents=160,
-    num_tuned=40,
+    num_positions=3000,
     document_bytes=480,
     num_candidates=256,
     fusions=tuple(_FUSIONS),
@@ -82,7 +82,7 @@ SMALL = Plan(
     sizes={"code": ("qwen3", Size(480, 64, 1, 250)), "prose": ("llama", Size(640, 64, 1, 250))},
     num_modules=120,
     num_documents=80,
-    num_tuned=16,
+    num_positions=1000,
     document_bytes=400,
     num_candidates=128,
     fusions=("relative", "linear"),
@@ -133,12 +133,12 @@ def prepare(plan: Plan, folder: Path, seed: int) -> Path:
     return path
 
 
-def measure(path: Path, num_tuned: int) -> list[Measured]:
-    """Tune every ensemble on `num_tuned` documents of one half, write the weights down, measure all on the other."""
+def measure(path: Path, num_positions: int) -> list[Measured]:
+    """Tune every ensemble on one half of the documents, write the weights down, and measure all on the other."""
     task = load_task("mixed", path.parent / "mixed.jsonl")
     with Workbench(load_config(path), path.parent / "scores") as bench:
         for name in bench.config.ensembles:
-            tuned = tune(bench, Variant(name, name, Overrides()), [task], "nll", Selection("even", num_tuned))
+            tuned = tune(bench, Variant(name, name, Overrides()), [task], "nll", TUNED, num_positions)
             write_weights(path, name, dict(zip(tuned.members, tuned.after, strict=True)))
     config = load_config(path)
     with Workbench(config, path.parent / "scores") as bench:
@@ -228,13 +228,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = args.keep or Path(scratch)
         folder.mkdir(parents=True, exist_ok=True)
-        found = measure(prepare(plan, folder, args.seed), plan.num_tuned)
+        found = measure(prepare(plan, folder, args.seed), plan.num_positions)
     if args.plot is not None:
         draw(found, args.plot)
     settings = {
         "seed": args.seed,
         "documents": plan.num_documents // 2,
-        "tuned on": plan.num_tuned,
+        "positions tuned on": plan.num_positions,
         "quick": args.quick,
     }
     report(found, settings).print()

@@ -25,7 +25,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def found(folder: Path) -> dict[str, Measured]:
-    return {each.model: each for each in trained_pair.measure(folder / "pair.yaml", SMALL.num_tuned)}
+    return {each.model: each for each in trained_pair.measure(folder / "pair.yaml", SMALL.num_positions)}
 
 
 @pytest.mark.parametrize("model", FUSED)
