@@ -67,8 +67,8 @@ class Plan:
 
 FULL = Plan(
     sizes={
-        "code": ("qwen3", Size(1024, 128, 2, 800, window=128, rate=5e-3)),
-        "prose": ("llama", Size(1536, 128, 2, 800, window=128, rate=5e-3)),
+        "code": ("qwen3", Size(1024, 128, 2, 500, window=128, rate=5e-3)),
+        "prose": ("llama", Size(1536, 128, 2, 500, window=128, rate=5e-3)),
     },
     num_modules=None,
     num_documents=160,
