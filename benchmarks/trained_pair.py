@@ -53,7 +53,7 @@ _FUSIONS: Mapping[str, Mapping[str, Any]] = {
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What is trained and measured. fusions: of _FUSIONS, with the prose member as main; others: with code's."""
+    """What is trained and measured. fusions: of _FUSIONS, with the code member as main; others: with prose's."""
 
     sizes: Mapping[str, tuple[Family, Size]]  # domain -> its member
     num_modules: int | None
@@ -79,7 +79,7 @@ FULL = Plan(
     others=("relative", "linear"),
 )
 SMALL = Plan(
-    sizes={"code": ("qwen3", Size(480, 64, 1, 250)), "prose": ("llama", Size(640, 64, 1, 250))},
+    sizes={"code": ("qwen3", Size(480, 64, 1, 450)), "prose": ("llama", Size(640, 64, 1, 450))},
     num_modules=120,
     num_documents=80,
     num_positions=1000,
@@ -154,7 +154,7 @@ def _configuration(plan: Plan) -> dict[str, Any]:
     """Weights begin equal."""
     code, prose = plan.sizes
     member = {"dtype": "float32", "device": "cpu", "kv_memory": "64MiB", "max_len": small_models.MAX_LEN}
-    chosen = [(prose, name) for name in plan.fusions] + [(code, name) for name in plan.others]
+    chosen = [(code, name) for name in plan.fusions] + [(prose, name) for name in plan.others]
     ensembles = {
         f"{fusion}-{main}": {"members": {code: 0.5, prose: 0.5}, "main": main, "fusion": dict(_FUSIONS[fusion])}
         for main, fusion in chosen

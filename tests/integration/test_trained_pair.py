@@ -15,7 +15,7 @@ from benchmarks.trained_pair import GAIN, SMALL, Measured
 from ensemble_core.config import load_config
 
 SEED = 0
-FUSED = [f"{fusion}-prose" for fusion in SMALL.fusions]
+FUSED = [f"{fusion}-code" for fusion in SMALL.fusions]
 
 
 @pytest.fixture(scope="module")
