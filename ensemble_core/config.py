@@ -143,6 +143,10 @@ class EnsembleConfig(_Section):
         default_factory=lambda: WeightingConfig(), description="fixed, or by each prompt's perplexity."
     )
     mode: Literal["lockstep"] = Field("lockstep", description="lockstep: every member at every step.")
+    on_member_failure: Literal["fail", "drop"] = Field(
+        "fail",
+        description="An assistant fails. fail: the request does, too; drop: it goes on without that member.",
+    )
 
     @model_validator(mode="after")
     def _main_is_member(self) -> EnsembleConfig:
@@ -186,6 +190,12 @@ class SchedulerConfig(_Section):
     )
     prefix_reuse: bool = Field(True, description="Begin prompts with what is cached of earlier ones.")
     num_candidates: int = Field(256, ge=2, description="K: candidates that each member answers with.")
+    member_timeout: float | None = Field(
+        None,
+        gt=0.0,
+        allow_inf_nan=False,
+        description="Seconds that a member's forward may take; then it counts as failed. None: any.",
+    )
 
 
 class ServerConfig(_Section):

@@ -95,7 +95,14 @@ def _load_members(config: Config, vocabularies: Mapping[str, Vocabulary]) -> dic
 def _engine(config: Config, members: Mapping[str, Member], sink: StatsSink) -> Engine:
     scheduler = config.scheduler
     limits = Limits(scheduler.max_running, scheduler.max_waiting, scheduler.token_budget, scheduler.max_stretch)
-    return Engine(members, limits, scheduler.num_candidates, sink, prefix_reuse=scheduler.prefix_reuse)
+    return Engine(
+        members,
+        limits,
+        scheduler.num_candidates,
+        sink,
+        prefix_reuse=scheduler.prefix_reuse,
+        member_timeout=scheduler.member_timeout,
+    )
 
 
 def _speaker(name: str, config: Config, member: Member) -> Speaker:

@@ -12,6 +12,7 @@ import math
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 from ensemble_core.config import Config, EnsembleConfig
@@ -84,13 +85,30 @@ class RecipeBook:
         weights = _weights(ensemble, overrides)
         members = tuple(weights)
         name, fusion = self._fusion(model, ensemble, members, overrides)
+<<<<<<< HEAD
         tau = _tau(ensemble, overrides) if fusion is not None else None
         return Recipe(model, members, tuple(weights.values()), fusion, name, tau=tau)
+=======
+        return Recipe(
+            model,
+            members,
+            tuple(weights.values()),
+            fusion,
+            name,
+            on_failure=ensemble.on_member_failure,
+            refit=partial(self._refit, model, ensemble, overrides),
+        )
+>>>>>>> main
 
     def warm(self) -> None:
-        """Build every configured ensemble's fusion, so that missing matrices are found at start."""
+        """Build every configured ensemble's fusion, so that missing matrices are found at start.
+
+        Where members may be dropped, also what is left without any one of them: no request waits for that.
+        """
         for name in self._config.ensembles:
-            self.resolve(name, Overrides())
+            recipe = self.resolve(name, Overrides())
+            for member in filter(recipe.can_lose, recipe.members):
+                recipe.without((member,))
 
     def _alone(self, model: str, overrides: Overrides) -> Recipe:
         if overrides != Overrides():
@@ -126,6 +144,15 @@ class RecipeBook:
                 f"ensemble.fusion: {name!r} is not prepared for model {model!r}: {error}", "ensemble.fusion"
             ) from error
         return name, fusion
+
+    def _refit(
+        self, model: str, ensemble: EnsembleConfig, overrides: Overrides, members: tuple[str, ...]
+    ) -> Fusion | None:
+        """See `Recipe.refit`."""
+        try:
+            return self._fusion(model, ensemble, members, overrides)[1]
+        except (InvalidRequestError, TransferMatrixError):
+            return None
 
     def _keep(self, key: str, fusion: Fusion) -> None:
         """Clients choose options freely, so what is kept is bounded: the oldest goes."""
@@ -187,4 +214,5 @@ def _described(ensemble: EnsembleConfig) -> dict[str, Any]:
         "weighting": ensemble.weighting.model_dump(exclude={"tau"} if ensemble.weighting.by == "fixed" else None),
         "fusion": {"name": ensemble.fusion.name, "options": ensemble.fusion.options},
         "mode": ensemble.mode,
+        "on_member_failure": ensemble.on_member_failure,
     }

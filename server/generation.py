@@ -23,8 +23,13 @@ from ensemble_core.decoding.requests import GenerationRequest, Output, Overrides
 from ensemble_core.decoding.sampling_params import MAX_SEED, SamplingParams
 from ensemble_core.errors import InvalidRequestError, NotReadyError
 from server.errors import RequestFailedError
+<<<<<<< HEAD
 from server.schemas_answer import Answer, Candidate, TraceStep, Usage
 from server.schemas_sampling import EnsembleOptions, SamplingFields, WeightingChoice
+=======
+from server.schemas_answer import Answer, Candidate, PromptTokensDetails, TraceStep, Usage
+from server.schemas_sampling import EnsembleOptions, SamplingFields
+>>>>>>> main
 
 if TYPE_CHECKING:
     from ensemble_core.runtime import OutputStream
@@ -53,21 +58,37 @@ class Ticket:
 
 @dataclass(slots=True)
 class Tally:
-    """Tokens so far: of each prompt once, of each choice."""
+    """Tokens so far: of each prompt once, of each choice. dropped: members that some choice has lost.
+
+    A prompt's first choice alone computes it, so of the cached tokens that choices tell the fewest count.
+    """
 
     num_sampled: int
     prompts: dict[int, int] = field(default_factory=dict)
     completions: dict[int, int] = field(default_factory=dict)
+    cached: dict[int, int] = field(default_factory=dict)
+    dropped: dict[str, str] = field(default_factory=dict)
 
     def add(self, index: int, output: Output) -> None:
         """Take in the counts of one output."""
-        self.prompts[index // self.num_sampled] = output.num_prompt_tokens
+        prompt = index // self.num_sampled
+        self.prompts[prompt] = output.num_prompt_tokens
         self.completions[index] = output.num_completion_tokens
+        self.cached[prompt] = min(output.num_cached_tokens, self.cached.get(prompt, output.num_cached_tokens))
+        self.dropped |= output.dropped
 
     def usage(self) -> Usage:
         """As the API reports it."""
         prompt, completion = sum(self.prompts.values()), sum(self.completions.values())
-        return Usage(prompt_tokens=prompt, completion_tokens=completion, total_tokens=prompt + completion)
+        usage = Usage(
+            prompt_tokens=prompt,
+            completion_tokens=completion,
+            total_tokens=prompt + completion,
+            prompt_tokens_details=PromptTokensDetails(cached_tokens=sum(self.cached.values())),
+        )
+        if self.dropped:
+            usage.dropped_members = dict(self.dropped)
+        return usage
 
 
 class Job(ABC):
@@ -277,7 +298,11 @@ def trace_steps(traces: Sequence[Trace]) -> list[TraceStep]:
             members={name: _candidates(proposed) for name, proposed in trace.members.items()},
             fused=_candidates(trace.fused),
             agreed=dict(trace.agreed),
+<<<<<<< HEAD
             weights=dict(trace.weights),
+=======
+            left_out=dict(trace.left_out),
+>>>>>>> main
         )
         for trace in traces
     ]

@@ -36,7 +36,10 @@ from ensemble_core.members.candidates import top_candidates
 from ensemble_core.recipes import RecipeBook, list_models
 from ensemble_core.stats import (
     CacheStats,
+    DropStats,
+    HealthStats,
     NullSink,
+    PreemptionStats,
     PrefixStats,
     QueueStats,
     RequestStats,
@@ -247,7 +250,9 @@ def space_of(members: Sequence[Member]) -> FusionSpace:
     vocabularies = [member.vocabulary for member in members]
     anchors = common_anchors(vocabularies)
     matrices = [exact_matrix(vocabulary, anchors) for vocabulary in vocabularies]
-    return FusionSpace(vocabularies, lambda: matrices, torch.device("cpu"))
+    return FusionSpace(
+        vocabularies, lambda: matrices, torch.device("cpu"), tuple(member.name for member in members)
+    )
 
 
 def relative(members: Sequence[Member], **options: Any) -> Fusion:
@@ -283,6 +288,9 @@ class ListSink(NullSink):
     queues: list[QueueStats] = field(default_factory=list)
     caches: list[CacheStats] = field(default_factory=list)
     prefixes: list[PrefixStats] = field(default_factory=list)
+    healths: list[HealthStats] = field(default_factory=list)
+    drops: list[DropStats] = field(default_factory=list)
+    preemptions: list[PreemptionStats] = field(default_factory=list)
 
     def step(self, stats: StepStats) -> None:
         self.steps.append(stats)
@@ -302,6 +310,15 @@ class ListSink(NullSink):
     def prefix(self, stats: PrefixStats) -> None:
         self.prefixes.append(stats)
 
+    def health(self, stats: HealthStats) -> None:
+        self.healths.append(stats)
+
+    def drop(self, stats: DropStats) -> None:
+        self.drops.append(stats)
+
+    def preemption(self, stats: PreemptionStats) -> None:
+        self.preemptions.append(stats)
+
 
 def fake_engine(
     members: Sequence[Member],
@@ -312,11 +329,19 @@ def fake_engine(
     token_budget: int = 64,
     num_candidates: int = 64,
     prefix_reuse: bool = False,
+    member_timeout: float | None = None,
 ) -> Engine:
     """An engine over fake members."""
     limits = Limits(max_running, max_waiting, token_budget)
     by_name = {member.name: member for member in members}
-    return Engine(by_name, limits, num_candidates, sink or NullSink(), prefix_reuse=prefix_reuse)
+    return Engine(
+        by_name,
+        limits,
+        num_candidates,
+        sink or NullSink(),
+        prefix_reuse=prefix_reuse,
+        member_timeout=member_timeout,
+    )
 
 
 class FakeTokenizer:
@@ -354,6 +379,7 @@ def fake_loaded(config: Config, members: Mapping[str, FakeMember], sink: StatsSi
         token_budget=scheduler.token_budget,
         num_candidates=scheduler.num_candidates,
         prefix_reuse=scheduler.prefix_reuse,
+        member_timeout=scheduler.member_timeout,
     )
     book = RecipeBook(config, lambda names, _: space_of([members[name] for name in names]))
     speakers = {

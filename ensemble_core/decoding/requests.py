@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from ensemble_core.config import DEFAULT_TAU
 from ensemble_core.decoding.sampling_params import SamplingParams
+from ensemble_core.stats import Reason
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 
@@ -94,7 +95,11 @@ class Trace:
     members: Mapping[str, tuple[tuple[str, float], ...]]
     fused: tuple[tuple[str, float], ...]
     agreed: Mapping[str, bool]  # assistant -> its best token spells the same
+<<<<<<< HEAD
     weights: Mapping[str, float]  # of those who were consulted
+=======
+    left_out: Mapping[str, Reason] = field(default_factory=dict)  # member that failed -> why it was not asked
+>>>>>>> main
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +108,8 @@ class Output:
 
     text: whole characters, stop strings already cut; may be empty. token_ids, logprobs, traces: of main's tokens
     emitted since the last output (logprobs and traces only where asked for). prompt_logprobs: with echo and
-    logprobs, once, in the first output. Counts are main's tokens so far.
+    logprobs, once, in the first output. Counts are main's tokens so far. dropped: members that this request has lost
+    for good, and why.
     """
 
     text: str
@@ -118,3 +124,5 @@ class Output:
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
     prompt_text: str = ""  # with echo, once, in the first output
     prompt_token_ids: tuple[int, ...] = ()  # once, in the first output
+    num_cached_tokens: int = 0  # of the prompt, that main did not have to compute
+    dropped: Mapping[str, Reason] = field(default_factory=dict)
