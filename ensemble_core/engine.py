@@ -141,13 +141,10 @@ class Engine:
         for sequence, leader in self.scheduler.beginners():
             if leader is not None and sequence.scores is not None and leader.scores is not None:
                 sequence.scores.described = leader.scores.described
-<<<<<<< HEAD
-            if leader is not None and sequence.likelihood is not None and leader.likelihood is not None:
-                sequence.likelihood.weights = leader.likelihood.weights
-            if sequence.scoring or sequence.weighing or not (leader or self._prefix_reuse):
-=======
-            if sequence.scoring or not (leader or self._prefix_reuse) or sequence.tracks.keys() & self._pool.busy:
->>>>>>> main
+            if leader is not None:
+                sequence.follow(leader)
+            idle = sequence.scoring or sequence.weighing or not (leader or self._prefix_reuse)
+            if idle or sequence.tracks.keys() & self._pool.busy:
                 continue
             for member, track in sequence.tracks.items():
                 ids = track.uncached(len(track) - 1)
@@ -230,15 +227,11 @@ class Engine:
             sequence.scores.add(member, narrow(part, self._num_candidates, feed.also))
 
     def _row(self, sequence: Sequence, places: dict[str, int]) -> Row:
-<<<<<<< HEAD
-        """A deciding sequence. Its prompt is cached now: end it if the prompt is all that is asked."""
-        sequence.settle()
-=======
         """A deciding sequence. Its prompt is cached now: end it if the prompt is all that is asked.
 
         places: of all that were fed, be they lost since.
         """
->>>>>>> main
+        sequence.settle()
         if sequence.request.params.max_tokens == 0:
             sequence.finish("length")
         mask = sequence.constraint.allowed() if sequence.constraint is not None else None
@@ -360,6 +353,8 @@ class Engine:
 
 def _weigh(sequence: Sequence, member: str, feed: Feed, answer: Answer, turn: int) -> None:
     """Take in what a member made of a piece of a prompt; the answer's feed number `turn`."""
+    if member not in sequence.tracks:
+        return  # it was lost in this step
     if feed.following and sequence.likelihood is not None and answer.candidates is not None:
         logprob = answer.candidates.likelihoods[turn]
         sequence.likelihood.add(member, sequence.tracks[member], feed.following, logprob)

@@ -85,20 +85,16 @@ class RecipeBook:
         weights = _weights(ensemble, overrides)
         members = tuple(weights)
         name, fusion = self._fusion(model, ensemble, members, overrides)
-<<<<<<< HEAD
-        tau = _tau(ensemble, overrides) if fusion is not None else None
-        return Recipe(model, members, tuple(weights.values()), fusion, name, tau=tau)
-=======
         return Recipe(
             model,
             members,
             tuple(weights.values()),
             fusion,
             name,
+            tau=_tau(ensemble, overrides) if fusion is not None else None,
             on_failure=ensemble.on_member_failure,
             refit=partial(self._refit, model, ensemble, overrides),
         )
->>>>>>> main
 
     def warm(self) -> None:
         """Build every configured ensemble's fusion, so that missing matrices are found at start.

@@ -23,13 +23,8 @@ from ensemble_core.decoding.requests import GenerationRequest, Output, Overrides
 from ensemble_core.decoding.sampling_params import MAX_SEED, SamplingParams
 from ensemble_core.errors import InvalidRequestError, NotReadyError
 from server.errors import RequestFailedError
-<<<<<<< HEAD
-from server.schemas_answer import Answer, Candidate, TraceStep, Usage
-from server.schemas_sampling import EnsembleOptions, SamplingFields, WeightingChoice
-=======
 from server.schemas_answer import Answer, Candidate, PromptTokensDetails, TraceStep, Usage
-from server.schemas_sampling import EnsembleOptions, SamplingFields
->>>>>>> main
+from server.schemas_sampling import EnsembleOptions, SamplingFields, WeightingChoice
 
 if TYPE_CHECKING:
     from ensemble_core.runtime import OutputStream
@@ -298,11 +293,8 @@ def trace_steps(traces: Sequence[Trace]) -> list[TraceStep]:
             members={name: _candidates(proposed) for name, proposed in trace.members.items()},
             fused=_candidates(trace.fused),
             agreed=dict(trace.agreed),
-<<<<<<< HEAD
             weights=dict(trace.weights),
-=======
             left_out=dict(trace.left_out),
->>>>>>> main
         )
         for trace in traces
     ]

@@ -150,11 +150,7 @@ def _fuse(group: Rows[Row], candidates: list[Candidates]) -> Fused:
     fusion = _fusion(group)
     if fusion is None:
         return single(candidates[0])
-<<<<<<< HEAD
-    weights = torch.tensor([row.sequence.weights for row in group], device=candidates[0].tail.device)
-=======
     weights = torch.tensor([row.recipe.weights for row in group], device=candidates[0].tail.device)
->>>>>>> main
     return fusion.fuse(candidates, weights)
 
 

@@ -44,12 +44,13 @@ class PromptLikelihood:
         self._nats[member] = self._nats.get(member, 0.0) - logprob
         self._num_bytes[member] = self._num_bytes.get(member, 0) + num_bytes
 
-    def settle(self, prior: Mapping[str, float], tau: float) -> None:
-        """The prompt is read. prior: member -> configured weight, main first."""
+    def settle(self, prior: Mapping[str, float], tau: float) -> Weights:
+        """The weights, now that the prompt is read. prior: member -> configured weight, main first."""
         self.weights = tuple(prior.values())
         if all(self._num_bytes.get(member) for member in prior):
             rates = [self._nats[member] / self._num_bytes[member] for member in prior]
             self.weights = weigh(self.weights, rates, tau)
+        return self.weights
 
     def reset(self) -> None:
         """The prompt is computed anew."""

@@ -63,19 +63,20 @@ def trace(
             member: _spelling(sequence, member, part, row) == main.text_bytes(token_id)
             for member, part in zip(members[1:], candidates[1:], strict=True)
         },
-<<<<<<< HEAD
         weights=_weights(sequence, members),
-=======
         left_out=left_out,
->>>>>>> main
     )
 
 
 def _weights(sequence: Sequence, members: Rows[str]) -> dict[str, float]:
-    """Member -> weight; main alone has all of it."""
-    if len(members) == 1:
-        return {members[0]: 1.0}
-    return {member: round(w, 6) for member, w in zip(sequence.recipe.members, sequence.weights, strict=True)}
+    """Of the members that were consulted, scaled to sum to 1; main alone has all of it."""
+    known = dict(zip(sequence.recipe.members, sequence.recipe.weights, strict=True))
+    total = sum(known[member] for member in members)
+    return (
+        {member: round(known[member] / total, 6) for member in members}
+        if total and len(members) > 1
+        else {members[0]: 1.0}
+    )
 
 
 def _spelling(sequence: Sequence, member: str, part: Candidates, row: int) -> bytes:

@@ -95,11 +95,8 @@ class Trace:
     members: Mapping[str, tuple[tuple[str, float], ...]]
     fused: tuple[tuple[str, float], ...]
     agreed: Mapping[str, bool]  # assistant -> its best token spells the same
-<<<<<<< HEAD
     weights: Mapping[str, float]  # of those who were consulted
-=======
     left_out: Mapping[str, Reason] = field(default_factory=dict)  # member that failed -> why it was not asked
->>>>>>> main
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,12 +29,9 @@ if TYPE_CHECKING:
 class Recipe:
     """How one model of the API answers: members (main first), their weights, how they are fused.
 
-<<<<<<< HEAD
     tau: the weights are times what each prompt says, see `decoding/perplexity.py`; None: they are fixed.
-=======
     on_failure: what an assistant's failure does to a request. refit: the same fusion over fewer members (main first,
     two or more); None where it cannot do without the others.
->>>>>>> main
     """
 
     model: str
@@ -43,12 +40,9 @@ class Recipe:
     fusion: Fusion | None  # None: one member alone
     fusion_name: str
     mode: str = "lockstep"
-<<<<<<< HEAD
     tau: float | None = None
-=======
     on_failure: Literal["fail", "drop"] = "fail"
     refit: Callable[[tuple[str, ...]], Fusion | None] | None = field(default=None, compare=False, repr=False)
->>>>>>> main
 
     @property
     def main(self) -> str:
@@ -107,13 +101,9 @@ class Sequence:
     """One request in flight.
 
     prompt_text: what the prompt says, for echo and for the offsets of a scored prompt. constraint: where it stands
-<<<<<<< HEAD
     in its grammar. scores: what is known of its prompt's log-probabilities, where they are asked for. likelihood: of
-    its prompt in every member, where the weights follow it.
-=======
-    in its grammar. scores: what is known of its prompt's log-probabilities, where they are asked for. dropped:
-    members that it has lost, which are in recipe and tracks no more. num_reused: prompt tokens that main had cached.
->>>>>>> main
+    its prompt in every member, where the weights follow it. dropped: members that it has lost, which are in recipe
+    and tracks no more. num_reused: prompt tokens that main had cached.
     """
 
     seq_id: int
@@ -123,12 +113,9 @@ class Sequence:
     prompt_text: str = ""
     constraint: Constraint | None = None
     scores: PromptScores | None = None
-<<<<<<< HEAD
     likelihood: PromptLikelihood | None = None
-=======
     dropped: dict[str, Reason] = field(default_factory=dict)
     num_reused: int = 0
->>>>>>> main
     phase: Phase = Phase.WAITING
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
@@ -173,12 +160,6 @@ class Sequence:
     def weighing(self) -> bool:
         """True while the weights follow the prompt's likelihood and it is not known yet."""
         return self.likelihood is not None and self.likelihood.weights is None
-
-    @property
-    def weights(self) -> tuple[float, ...]:
-        """The members' weights for this request, main first."""
-        settled = self.likelihood.weights if self.likelihood is not None else None
-        return settled if settled is not None else self.recipe.weights
 
     @property
     def consulted(self) -> tuple[str, ...]:
@@ -230,14 +211,20 @@ class Sequence:
         """The end; the scheduler takes it off its lists at the next turn."""
         self.phase, self.finish_reason, self.stop_reason, self.error = Phase.FINISHED, reason, stop, error
 
-<<<<<<< HEAD
     def settle(self) -> None:
-        """The prompt is cached in every member: weights that follow it are known from now on."""
+        """The prompt is cached in every member: weights that follow it are known from now on, and in the recipe."""
         if self.likelihood is not None and self.weighing:
             assert self.recipe.tau is not None
             prior = dict(zip(self.recipe.members, self.recipe.weights, strict=True))
-            self.likelihood.settle(prior, self.recipe.tau)
-=======
+            self.recipe = replace(self.recipe, weights=self.likelihood.settle(prior, self.recipe.tau))
+
+    def follow(self, leader: Sequence) -> None:
+        """Take over the weights of a sequence with the same prompt, if it has lost nobody."""
+        mine, theirs = self.likelihood, leader.likelihood
+        if mine is not None and theirs is not None and self.recipe.members == leader.recipe.members:
+            mine.weights = theirs.weights
+            self.recipe = replace(self.recipe, weights=leader.recipe.weights)
+
     def drop(self, member: str, reason: Reason) -> tuple[str, ...]:
         """Go on without an assistant; returns who is gone now, with it those that the fusion cannot use alone."""
         before, self.recipe = self.recipe.members, self.recipe.without((member,))
@@ -248,7 +235,6 @@ class Sequence:
         if self.scores is not None and self.scoring:
             self.scores.lose(gone)
         return gone
->>>>>>> main
 
     def preempt(self) -> None:
         """Back to the queue with nothing cached; the text and the state of sampling stay."""

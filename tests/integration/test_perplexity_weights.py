@@ -106,6 +106,6 @@ def test_weights_are_those_of_a_slow_reference_in_chunks_and_together(
     for prompt, request in zip(PROMPTS, together, strict=True):
         (alone,) = llm._requests([prompt], params, "duet", None)
         assert list(llm._run([alone]))
-        assert request.weights == pytest.approx(alone.weights, rel=1e-4)
-        assert request.weights == pytest.approx(expected(llm, tiny_checkpoints, prompt), rel=1e-3)
-    assert len({round(request.weights[0], 2) for request in together}) > 1
+        assert request.recipe.weights == pytest.approx(alone.recipe.weights, rel=1e-4)
+        assert request.recipe.weights == pytest.approx(expected(llm, tiny_checkpoints, prompt), rel=1e-3)
+    assert len({round(request.recipe.weights[0], 2) for request in together}) > 1

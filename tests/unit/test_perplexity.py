@@ -53,7 +53,7 @@ class Bench:
                 self.outputs.setdefault(seq_id, []).append(output)
             self.loaded.engine.scheduler.check()
         assert all(sequence.finish_reason in ("length", "stop") for sequence in sequences)
-        return [sequence.weights for sequence in sequences]
+        return [sequence.recipe.weights for sequence in sequences]
 
     def expected(self, prompt: str, prior: Rows[float] = PRIOR, tau: float = TAU) -> list[float]:
         """The formula, token by token: softmax of log v - NLL / tau, NLL in nats per byte behind the first token."""
