@@ -32,6 +32,7 @@ _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
 AUTO: Literal["auto"] = "auto"
 _LEAST_CACHE = 2**20
+DEFAULT_TAU = 0.25  # nats per byte: about 1 nat per token of four bytes
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 Weight = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 
@@ -113,12 +114,37 @@ class FusionConfig(_Section):
     options: dict[str, Any] = Field(default_factory=dict, description="Checked against the strategy's own.")
 
 
+class WeightingConfig(_Section):
+    """Where an ensemble's weights come from; `weighting: perplexity` is short for `weighting: {by: perplexity}`."""
+
+    by: Literal["fixed", "perplexity"] = Field(
+        "fixed", description="fixed: as configured. perplexity: times exp(-NLL / tau) of each request's prompt."
+    )
+    tau: float = Field(
+        DEFAULT_TAU, gt=0.0, allow_inf_nan=False, description="Of perplexity, nats per byte; large: as configured."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _by_name(cls, value: object) -> object:
+        return {"by": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _tau_acts(self) -> WeightingConfig:
+        if self.by == "fixed" and "tau" in self.model_fields_set:
+            raise ValueError("tau only acts with `by: perplexity`; set it or drop tau")
+        return self
+
+
 class EnsembleConfig(_Section):
     """A recipe: which members, how heavy, which of them is main, how they are fused."""
 
     members: dict[Name, Weight] = Field(min_length=1, description="Member -> weight; scaled to sum to 1.")
     main: Name = Field(description="The member whose vocabulary the output is sampled from.")
     fusion: FusionConfig = Field(default_factory=lambda: FusionConfig(), description="How they are fused.")
+    weighting: WeightingConfig = Field(
+        default_factory=lambda: WeightingConfig(), description="fixed, or by each prompt's perplexity."
+    )
     mode: Literal["lockstep"] = Field("lockstep", description="lockstep: every member at every step.")
     on_member_failure: Literal["fail", "drop"] = Field(
         "fail",

@@ -136,12 +136,15 @@ class Engine:
     def _reuse(self) -> None:
         """Let sequences begin with what each member has cached of their prompts, all but the last token.
 
-        A prompt that is scored needs an answer at every position, so it is computed in full.
+        A prompt that is scored or weighed needs an answer at every position, so it is computed in full.
         """
         for sequence, leader in self.scheduler.beginners():
             if leader is not None and sequence.scores is not None and leader.scores is not None:
                 sequence.scores.described = leader.scores.described
-            if sequence.scoring or not (leader or self._prefix_reuse) or sequence.tracks.keys() & self._pool.busy:
+            if leader is not None:
+                sequence.follow(leader)
+            idle = sequence.scoring or sequence.weighing or not (leader or self._prefix_reuse)
+            if idle or sequence.tracks.keys() & self._pool.busy:
                 continue
             for member, track in sequence.tracks.items():
                 ids = track.uncached(len(track) - 1)
@@ -159,7 +162,7 @@ class Engine:
             for member, count in share.counts.items():
                 feeds.setdefault(member, []).append(self._feed(share, member, count))
                 top_k[member] = max(top_k.get(member, 0), self._top_k(share.sequence, member))
-        step.scoring = any(share.sequence.scoring for share in step.shares if share.prefill)
+        step.scoring = any(s.sequence.scoring or s.sequence.weighing for s in step.shares if s.prefill)
         step.feeds, step.answers = feeds, self._pool.forward(feeds, top_k)
         for share in step.shares:
             for member, count in share.counts.items():
@@ -177,7 +180,9 @@ class Engine:
         last = sequence.biased if is_main and share.decides else ()
         if not sequence.scoring:
             also = (last,) if last else ()
-            return Feed(sequence.seq_id, track.uncached(count), int(share.decides), also)
+            weighed = sequence.likelihood if sequence.weighing else None
+            counted = weighed.following(track, count) if weighed is not None else ()
+            return Feed(sequence.seq_id, track.uncached(count), int(share.decides), also, counted)
         following = track.prompt_ids[track.num_cached + 1 : track.num_cached + 1 + count]
         each = [(token_id,) for token_id in following] + [last] * (count - len(following))
         return Feed(sequence.seq_id, track.uncached(count), count, tuple(each))
@@ -199,11 +204,13 @@ class Engine:
         for share in step.shares:
             places = {}
             for member in share.counts:
-                feed = step.feeds[member][turns.get(member, 0)]
+                turn = turns.get(member, 0)
+                feed = step.feeds[member][turn]
                 start = seen.get(member, 0)
-                turns[member], seen[member] = turns.get(member, 0) + 1, start + feed.wanted
+                turns[member], seen[member] = turn + 1, start + feed.wanted
                 places[member] = seen[member] - 1
                 self._score(share.sequence, member, feed, step.answers[member], start)
+                _weigh(share.sequence, member, feed, step.answers[member], turn)
             if share.sequence.scoring and share.sequence.phase is not Phase.FINISHED:
                 _advance_scores(step, share)
             if share.decides and share.sequence.phase is not Phase.FINISHED:
@@ -224,6 +231,7 @@ class Engine:
 
         places: of all that were fed, be they lost since.
         """
+        sequence.settle()
         if sequence.request.params.max_tokens == 0:
             sequence.finish("length")
         mask = sequence.constraint.allowed() if sequence.constraint is not None else None
@@ -341,6 +349,15 @@ class Engine:
             )
         )
         self._report_queue()
+
+
+def _weigh(sequence: Sequence, member: str, feed: Feed, answer: Answer, turn: int) -> None:
+    """Take in what a member made of a piece of a prompt; the answer's feed number `turn`."""
+    if member not in sequence.tracks:
+        return  # it was lost in this step
+    if feed.following and sequence.likelihood is not None and answer.candidates is not None:
+        logprob = answer.candidates.likelihoods[turn]
+        sequence.likelihood.add(member, sequence.tracks[member], feed.following, logprob)
 
 
 def _advance_scores(step: _Step, share: Share) -> None:

@@ -16,7 +16,7 @@ from functools import partial
 from typing import Any, Literal
 
 from ensemble_core.config import Config, EnsembleConfig
-from ensemble_core.decoding.requests import Overrides
+from ensemble_core.decoding.requests import Overrides, Weighting
 from ensemble_core.decoding.sequence import Recipe
 from ensemble_core.errors import (
     ConfigError,
@@ -91,6 +91,7 @@ class RecipeBook:
             tuple(weights.values()),
             fusion,
             name,
+            tau=_tau(ensemble, overrides) if fusion is not None else None,
             on_failure=ensemble.on_member_failure,
             refit=partial(self._refit, model, ensemble, overrides),
         )
@@ -183,6 +184,18 @@ def _weights(ensemble: EnsembleConfig, overrides: Overrides) -> dict[str, float]
     return {name: weight / total for name, weight in raw.items()}
 
 
+def _tau(ensemble: EnsembleConfig, overrides: Overrides) -> float | None:
+    """Temperature of weights by perplexity, nats per byte; None: weights are fixed."""
+    chosen = overrides.weighting or Weighting(ensemble.weighting.by, ensemble.weighting.tau)
+    if chosen.by not in ("fixed", "perplexity") or not 0.0 < chosen.tau < math.inf:
+        raise InvalidRequestError(
+            "ensemble.weighting: `by` is fixed or perplexity and `tau` a finite number greater than 0, got "
+            f"{chosen.by!r} and {chosen.tau!r}",
+            "ensemble.weighting",
+        )
+    return chosen.tau if chosen.by == "perplexity" else None
+
+
 def _require_members(names: tuple[str, ...], ensemble: EnsembleConfig, param: str) -> None:
     if unknown := [name for name in names if name not in ensemble.members]:
         raise InvalidRequestError(
@@ -194,6 +207,7 @@ def _described(ensemble: EnsembleConfig) -> dict[str, Any]:
     return {
         "members": ensemble.weights,
         "main": ensemble.main,
+        "weighting": ensemble.weighting.model_dump(exclude={"tau"} if ensemble.weighting.by == "fixed" else None),
         "fusion": {"name": ensemble.fusion.name, "options": ensemble.fusion.options},
         "mode": ensemble.mode,
         "on_member_failure": ensemble.on_member_failure,

@@ -19,12 +19,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel
 
-from ensemble_core.decoding.requests import GenerationRequest, Output, Overrides, Prompt, Trace
+from ensemble_core.decoding.requests import GenerationRequest, Output, Overrides, Prompt, Trace, Weighting
 from ensemble_core.decoding.sampling_params import MAX_SEED, SamplingParams
 from ensemble_core.errors import InvalidRequestError, NotReadyError
 from server.errors import RequestFailedError
 from server.schemas_answer import Answer, Candidate, PromptTokensDetails, TraceStep, Usage
-from server.schemas_sampling import EnsembleOptions, SamplingFields
+from server.schemas_sampling import EnsembleOptions, SamplingFields, WeightingChoice
 
 if TYPE_CHECKING:
     from ensemble_core.runtime import OutputStream
@@ -258,14 +258,19 @@ def to_overrides(options: EnsembleOptions | None) -> Overrides:
     """The engine's form of our extension."""
     if options is None:
         return Overrides()
-    fusion = options.fusion
+    fusion, weighting = options.fusion, options.weighting
     return Overrides(
         members=None if options.members is None else tuple(options.members),
         weights=options.weights,
+        weighting=None if weighting is None else _weighting(weighting),
         fusion=None if fusion is None else fusion.name,
         fusion_options=None if fusion is None else fusion.options,
         mode=options.mode,
     )
+
+
+def _weighting(choice: WeightingChoice) -> Weighting:
+    return Weighting(choice.by) if choice.tau is None else Weighting(choice.by, choice.tau)
 
 
 def end_of(output: Output) -> Literal["stop", "length"] | None:
@@ -288,6 +293,7 @@ def trace_steps(traces: Sequence[Trace]) -> list[TraceStep]:
             members={name: _candidates(proposed) for name, proposed in trace.members.items()},
             fused=_candidates(trace.fused),
             agreed=dict(trace.agreed),
+            weights=dict(trace.weights),
             left_out=dict(trace.left_out),
         )
         for trace in traces

@@ -52,6 +52,7 @@ class TraceStep(BaseModel):
     members: dict[str, list[Candidate]] = Field(description="Member -> its likeliest tokens, best first.")
     fused: list[Candidate]
     agreed: dict[str, bool] = Field(description="Assistant -> whether its likeliest token spells the same.")
+    weights: dict[str, float] = Field(description="Of the members that were consulted; they sum to 1.")
     left_out: dict[str, str] = Field(description="Member that failed -> why it was not asked.")
 
 

@@ -12,7 +12,7 @@ import hashlib
 import re
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -135,7 +135,20 @@ class FakeMember:
         self._make_way()
         logits = torch.stack(rows) if rows else torch.empty(0, len(self.vocabulary))
         also = [ids for feed in feeds for ids in feed.also or ((),) * feed.wanted]
-        return top_candidates(logits, top_k, also)
+        candidates = top_candidates(logits, top_k, also)
+        if not any(feed.following for feed in feeds):
+            return candidates
+        return replace(candidates, likelihoods=tuple(self._likelihood(feed) for feed in feeds))
+
+    def _likelihood(self, feed: Feed) -> float:
+        """After each fed token; a feed that asks is always the last of what is cached."""
+        cached = self.cached[feed.seq_id]
+        start = len(cached) - len(feed.token_ids)
+        return sum(
+            self.next_logits(cached[: start + at + 1]).log_softmax(0)[token_id].item()
+            for at, token_id in enumerate(feed.following)
+            if token_id >= 0
+        )
 
     def rollback(self, seq_id: int, length: int) -> None:
         assert 0 <= length <= len(self.cached[seq_id])

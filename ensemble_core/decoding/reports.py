@@ -63,7 +63,19 @@ def trace(
             member: _spelling(sequence, member, part, row) == main.text_bytes(token_id)
             for member, part in zip(members[1:], candidates[1:], strict=True)
         },
+        weights=_weights(sequence, members),
         left_out=left_out,
+    )
+
+
+def _weights(sequence: Sequence, members: Rows[str]) -> dict[str, float]:
+    """Of the members that were consulted, scaled to sum to 1; main alone has all of it."""
+    known = dict(zip(sequence.recipe.members, sequence.recipe.weights, strict=True))
+    total = sum(known[member] for member in members)
+    return (
+        {member: round(known[member] / total, 6) for member in members}
+        if total and len(members) > 1
+        else {members[0]: 1.0}
     )
 
 

@@ -9,10 +9,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from ensemble_core.config import DEFAULT_TAU
 from ensemble_core.decoding.sampling_params import SamplingParams
 from ensemble_core.stats import Reason
 
 FinishReason = Literal["stop", "length", "abort", "error"]
+
+
+@dataclass(frozen=True, slots=True)
+class Weighting:
+    """Where weights come from: as they are given, or times what each prompt says (tau in nats per byte)."""
+
+    by: Literal["fixed", "perplexity"] = "fixed"
+    tau: float = DEFAULT_TAU
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +33,7 @@ class Overrides:
     fusion: str | None = None
     fusion_options: Mapping[str, Any] | None = None
     mode: str | None = None
+    weighting: Weighting | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +95,7 @@ class Trace:
     members: Mapping[str, tuple[tuple[str, float], ...]]
     fused: tuple[tuple[str, float], ...]
     agreed: Mapping[str, bool]  # assistant -> its best token spells the same
+    weights: Mapping[str, float]  # of those who were consulted
     left_out: Mapping[str, Reason] = field(default_factory=dict)  # member that failed -> why it was not asked
 
 

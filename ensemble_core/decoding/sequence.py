@@ -20,6 +20,7 @@ from ensemble_core.text.detokenizer import Detokenizer
 
 if TYPE_CHECKING:
     from ensemble_core.decoding.guidance import Constraint
+    from ensemble_core.decoding.perplexity import PromptLikelihood
     from ensemble_core.decoding.scoring import PromptScores
     from ensemble_core.fusion.base import Fusion
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 class Recipe:
     """How one model of the API answers: members (main first), their weights, how they are fused.
 
+    tau: the weights are times what each prompt says, see `decoding/perplexity.py`; None: they are fixed.
     on_failure: what an assistant's failure does to a request. refit: the same fusion over fewer members (main first,
     two or more); None where it cannot do without the others.
     """
@@ -38,6 +40,7 @@ class Recipe:
     fusion: Fusion | None  # None: one member alone
     fusion_name: str
     mode: str = "lockstep"
+    tau: float | None = None
     on_failure: Literal["fail", "drop"] = "fail"
     refit: Callable[[tuple[str, ...]], Fusion | None] | None = field(default=None, compare=False, repr=False)
 
@@ -98,8 +101,9 @@ class Sequence:
     """One request in flight.
 
     prompt_text: what the prompt says, for echo and for the offsets of a scored prompt. constraint: where it stands
-    in its grammar. scores: what is known of its prompt's log-probabilities, where they are asked for. dropped:
-    members that it has lost, which are in recipe and tracks no more. num_reused: prompt tokens that main had cached.
+    in its grammar. scores: what is known of its prompt's log-probabilities, where they are asked for. likelihood: of
+    its prompt in every member, where the weights follow it. dropped: members that it has lost, which are in recipe
+    and tracks no more. num_reused: prompt tokens that main had cached.
     """
 
     seq_id: int
@@ -109,6 +113,7 @@ class Sequence:
     prompt_text: str = ""
     constraint: Constraint | None = None
     scores: PromptScores | None = None
+    likelihood: PromptLikelihood | None = None
     dropped: dict[str, Reason] = field(default_factory=dict)
     num_reused: int = 0
     phase: Phase = Phase.WAITING
@@ -150,6 +155,11 @@ class Sequence:
     def scoring(self) -> bool:
         """True while log-probabilities of the prompt are asked for and not told yet."""
         return self.scores is not None and not self.scores.described
+
+    @property
+    def weighing(self) -> bool:
+        """True while the weights follow the prompt's likelihood and it is not known yet."""
+        return self.likelihood is not None and self.likelihood.weights is None
 
     @property
     def consulted(self) -> tuple[str, ...]:
@@ -201,6 +211,20 @@ class Sequence:
         """The end; the scheduler takes it off its lists at the next turn."""
         self.phase, self.finish_reason, self.stop_reason, self.error = Phase.FINISHED, reason, stop, error
 
+    def settle(self) -> None:
+        """The prompt is cached in every member: weights that follow it are known from now on, and in the recipe."""
+        if self.likelihood is not None and self.weighing:
+            assert self.recipe.tau is not None
+            prior = dict(zip(self.recipe.members, self.recipe.weights, strict=True))
+            self.recipe = replace(self.recipe, weights=self.likelihood.settle(prior, self.recipe.tau))
+
+    def follow(self, leader: Sequence) -> None:
+        """Take over the weights of a sequence with the same prompt, if it has lost nobody."""
+        mine, theirs = self.likelihood, leader.likelihood
+        if mine is not None and theirs is not None and self.recipe.members == leader.recipe.members:
+            mine.weights = theirs.weights
+            self.recipe = replace(self.recipe, weights=leader.recipe.weights)
+
     def drop(self, member: str, reason: Reason) -> tuple[str, ...]:
         """Go on without an assistant; returns who is gone now, with it those that the fusion cannot use alone."""
         before, self.recipe = self.recipe.members, self.recipe.without((member,))
@@ -219,6 +243,8 @@ class Sequence:
             track.num_cached = 0
         if self.scores is not None and self.scoring:
             self.scores.reset()
+        if self.likelihood is not None and self.weighing:
+            self.likelihood.reset()
 
     def _spell(self, token_id: int) -> None:
         """Add a token's bytes to the text."""

@@ -116,6 +116,11 @@ def fuse_positions(
             f"model {recipe.model!r}: a fusion of whole vocabularies cannot be evaluated on candidates; ask for "
             "`support: closed`"
         )
+    if recipe.tau is not None:
+        raise EvaluationError(
+            f"model {recipe.model!r}: its weights follow each prompt's perplexity, and a document has none; name "
+            "it for completions alone (--measure score), or ask for `?weighting.by=fixed`"
+        )
     row = torch.tensor(weights if weights is not None else recipe.weights, dtype=torch.float32)
     main, found = scores.members[recipe.main], []
     for start in range(0, len(shared.rows), BLOCK):

@@ -11,12 +11,12 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ensemble_core.config import MemberConfig
@@ -24,7 +24,7 @@ from ensemble_core.errors import CheckpointError, ConfigError, MemberError, Unsu
 from ensemble_core.members.attention import Pass, pack
 from ensemble_core.members.base import Candidates, Feed
 from ensemble_core.members.body import Body, TransformersBody
-from ensemble_core.members.candidates import top_candidates
+from ensemble_core.members.candidates import likelihoods, top_candidates
 from ensemble_core.members.flat import flatten
 from ensemble_core.members.graphs import Capture, GraphedBody, bucket_sizes, cuda_graphs
 from ensemble_core.members.kv_cache import Cache, KVCache, LayerShape, bytes_per_token
@@ -128,9 +128,14 @@ class LocalMember:
     def _forward(self, feeds: Sequence[Feed], top_k: int) -> Candidates:
         run, order = self._pack(feeds)
         token_ids = [token_id for i in order for token_id in feeds[i].token_ids]
-        logits = self._body(run, torch.tensor(token_ids), _wanted(feeds, order))
+        answering, followed = _places(feeds, order)
+        logits = self._body(run, torch.tensor(token_ids), torch.tensor(answering + followed, dtype=torch.long))
         also = [ids for feed in feeds for ids in feed.also or ((),) * feed.wanted]
-        return top_candidates(logits, top_k, also)
+        candidates = top_candidates(logits[: len(answering)], top_k, also)
+        if not followed:
+            return candidates
+        found = likelihoods(logits[len(answering) :], [feed.following for feed in feeds])
+        return replace(candidates, likelihoods=found)
 
     def _pack(self, feeds: Sequence[Feed]) -> tuple[Pass, list[int]]:
         assert len({feed.seq_id for feed in feeds}) == len(feeds), "a sequence is fed twice"
@@ -196,15 +201,21 @@ def _read_config(name: str, config: MemberConfig, folder: Path) -> Any:
         raise CheckpointError(f"member {name!r}: the config of {folder} cannot be read: {error}") from error
 
 
-def _wanted(feeds: Sequence[Feed], order: Sequence[int]) -> Tensor:
-    """Places in the pass that must answer, in the order of the feeds."""
+def _places(feeds: Sequence[Feed], order: Sequence[int]) -> tuple[list[int], list[int]]:
+    """Places in the pass that must answer, and those where a following id is asked for, in the order of the feeds."""
     ends: dict[int, int] = {}
     end = 0
     for i in order:
         end += len(feeds[i].token_ids)
         ends[i] = end
-    places = [p for i, feed in enumerate(feeds) for p in range(ends[i] - feed.wanted, ends[i])]
-    return torch.tensor(places, dtype=torch.long)
+    answering = [p for i, feed in enumerate(feeds) for p in range(ends[i] - feed.wanted, ends[i])]
+    followed = [
+        ends[i] - len(feed.token_ids) + at
+        for i, feed in enumerate(feeds)
+        for at, token_id in enumerate(feed.following)
+        if token_id >= 0
+    ]
+    return answering, followed
 
 
 def _refuse_unsupported(name: str, config: Any) -> None:
