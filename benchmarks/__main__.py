@@ -4,8 +4,8 @@
 
 Each benchmark is a process of its own, whose last line is kept as benchmarks/results/NAME.json (with --quick in
 benchmarks/results/quick/, which git ignores). Then one table shows all figures that have a bound, from all results
-that are there. --document puts every table, with its machine and date, between the marks of docs/performance.md;
-with --no-run from the results that are there.
+that are there. --document puts every table, with its machine and date, between the marks of docs/performance.md
+(trained_pair's of docs/methods.md); with --no-run from the results that are there.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ NAMES = (
 STUDIES = ("fusion_table", "relative_sweep")
 DOCUMENT = ROOT / "docs" / "performance.md"
 METHODS = ROOT / "docs" / "methods.md"
+ELSEWHERE = {"trained_pair": ROOT / "docs" / "methods.md"}  # evidence, run where it is named: its page
 
 Record = Mapping[str, Any]
 
@@ -94,21 +95,24 @@ def fill_studies(text: str, records: Mapping[str, Record]) -> str:
     return text
 
 
+def fill_elsewhere(folder: Path) -> None:
+    """Put the results of ELSEWHERE that are there into their pages."""
+    for name, page in ELSEWHERE.items():
+        if (path := folder / f"{name}.json").exists():
+            page.write_text(put_between(page.read_text(), name, section(json.loads(path.read_text()))))
+
+
 def main() -> None:
     """Run what is named, or everything."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "names",
-        nargs="*",
-        metavar="NAME",
-        help=f"of {', '.join(NAMES + STUDIES)}; none: all but the last {len(STUDIES)}",
-    )
+    known = ", ".join([*NAMES, *STUDIES, *ELSEWHERE])
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {known}; {len(NAMES)} if none is named")
     parser.add_argument("--quick", action="store_true", help="few rounds: whether it runs, not what it costs")
     parser.add_argument("--no-run", action="store_true", help="take the results that are there")
     parser.add_argument("--document", action="store_true", help="fill the tables of docs/performance.md")
     args = parser.parse_args()
-    if unknown := set(args.names) - {*NAMES, *STUDIES}:
-        parser.error(f"unknown: {', '.join(sorted(unknown))}; there are {', '.join(NAMES + STUDIES)}")
+    if unknown := set(args.names) - {*NAMES, *STUDIES, *ELSEWHERE}:
+        parser.error(f"unknown: {', '.join(sorted(unknown))}; there are {known}")
     if args.quick and args.document:
         parser.error("--quick measures nothing that a document should hold")
     folder = RESULTS / "quick" if args.quick else RESULTS
@@ -121,6 +125,7 @@ def main() -> None:
         own = {name: record for name, record in records.items() if name not in studies}
         DOCUMENT.write_text(fill(DOCUMENT.read_text(), own))
         METHODS.write_text(fill_studies(METHODS.read_text(), studies))
+        fill_elsewhere(folder)
     if failed:
         raise SystemExit(f"failed: {', '.join(failed)}")
 

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from ensemble_core.decoding.guidance import Grammars
+from ensemble_core.decoding.perplexity import PromptLikelihood
 from ensemble_core.decoding.requests import Conversation, GenerationRequest, Overrides, Prompt
 from ensemble_core.decoding.scoring import PromptScores
 from ensemble_core.decoding.sequence import Recipe, Sequence
@@ -56,6 +57,12 @@ class Admission:
             raise InvalidRequestError(
                 "echo with logprobs works on candidates; ask for a fusion with `support: closed`", "echo"
             )
+        if scored and recipe.tau is not None:
+            raise InvalidRequestError(
+                "echo with logprobs scores a prompt that the weights by perplexity are still to be taken from; send "
+                "`ensemble: {weighting: fixed}`, or leave one of them out",
+                "echo",
+            )
         tracks = {member: self._track(member, request, recipe) for member in recipe.members}
         return Sequence(
             seq_id=next(self._ids),
@@ -65,6 +72,7 @@ class Admission:
             prompt_text=self._text(request.prompt, main.vocabulary),
             constraint=main.grammars.compile(params.json_schema) if params.json_schema is not None else None,
             scores=PromptScores(params.logprobs or 0) if scored else None,
+            likelihood=PromptLikelihood() if recipe.tau is not None else None,
         )
 
     def tokenize(self, model: str, prompt: Prompt, add_special_tokens: bool) -> tuple[list[int], Speaker]:

@@ -32,6 +32,7 @@ _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
 AUTO: Literal["auto"] = "auto"
 _LEAST_CACHE = 2**20
+DEFAULT_TAU = 0.25  # nats per byte: about 1 nat per token of four bytes
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 Weight = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 
@@ -67,6 +68,9 @@ class MemberConfig(_Section):
     )
     kv_memory: int | Literal["auto"] = Field(
         AUTO, description="This member's KV cache, for example 2GiB. auto: a share of what weights leave."
+    )
+    kv_cache: Literal["auto", "rows", "paged"] = Field(
+        "auto", description="rows: one place a sequence. paged: small pages. auto: paged on CUDA, rows on the CPU."
     )
     max_len: int = Field(
         2048, ge=16, description="Longest sequence (prompt + completion) in this member's tokens."
@@ -110,13 +114,42 @@ class FusionConfig(_Section):
     options: dict[str, Any] = Field(default_factory=dict, description="Checked against the strategy's own.")
 
 
+class WeightingConfig(_Section):
+    """Where an ensemble's weights come from; `weighting: perplexity` is short for `weighting: {by: perplexity}`."""
+
+    by: Literal["fixed", "perplexity"] = Field(
+        "fixed", description="fixed: as configured. perplexity: times exp(-NLL / tau) of each request's prompt."
+    )
+    tau: float = Field(
+        DEFAULT_TAU, gt=0.0, allow_inf_nan=False, description="Of perplexity, nats per byte; large: as configured."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _by_name(cls, value: object) -> object:
+        return {"by": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _tau_acts(self) -> WeightingConfig:
+        if self.by == "fixed" and "tau" in self.model_fields_set:
+            raise ValueError("tau only acts with `by: perplexity`; set it or drop tau")
+        return self
+
+
 class EnsembleConfig(_Section):
     """A recipe: which members, how heavy, which of them is main, how they are fused."""
 
     members: dict[Name, Weight] = Field(min_length=1, description="Member -> weight; scaled to sum to 1.")
     main: Name = Field(description="The member whose vocabulary the output is sampled from.")
     fusion: FusionConfig = Field(default_factory=lambda: FusionConfig(), description="How they are fused.")
+    weighting: WeightingConfig = Field(
+        default_factory=lambda: WeightingConfig(), description="fixed, or by each prompt's perplexity."
+    )
     mode: Literal["lockstep"] = Field("lockstep", description="lockstep: every member at every step.")
+    on_member_failure: Literal["fail", "drop"] = Field(
+        "fail",
+        description="An assistant fails. fail: the request does, too; drop: it goes on without that member.",
+    )
 
     @model_validator(mode="after")
     def _main_is_member(self) -> EnsembleConfig:
@@ -140,7 +173,7 @@ class MatricesConfig(_Section):
     folder: Path = Field(Path("../matrices"), description="Taken from the folder of this file.")
     recipe: Literal["centred", "deepen"] = Field("centred", description="See docs/methods.md.")
     top_k: int = Field(32, ge=1, description="Anchors kept per row.")
-    temperature: float = Field(20.0, gt=0.0, description="tau of the centred recipe.")
+    temperature: float = Field(40.0, gt=0.0, description="tau of the centred recipe.")
     min_retained: float = Field(
         0.2,
         ge=0.0,
@@ -160,6 +193,12 @@ class SchedulerConfig(_Section):
     )
     prefix_reuse: bool = Field(True, description="Begin prompts with what is cached of earlier ones.")
     num_candidates: int = Field(256, ge=2, description="K: candidates that each member answers with.")
+    member_timeout: float | None = Field(
+        None,
+        gt=0.0,
+        allow_inf_nan=False,
+        description="Seconds that a member's forward may take; then it counts as failed. None: any.",
+    )
 
 
 class ServerConfig(_Section):

@@ -1,7 +1,8 @@
 """The engine: schedule, feed the members, decide, append, align, finish. One thread owns it.
 
-Invariants: a sequence that ends, however it ends, gives back its pages in every member; a member's failure ends
-the sequences that it was fed in that step and no other. Does not know threads, asyncio or HTTP.
+Invariants: a sequence that ends, however it ends, gives back its pages in every member; a member's failure concerns
+the sequences that it was fed in that step and no other (see `decoding/failures.py`). Does not know threads, asyncio
+or HTTP.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
+from ensemble_core.decoding.failures import Failures, fail
 from ensemble_core.decoding.lockstep import Outcome, Row, decide
 from ensemble_core.decoding.pace import SCORING, Kind, Work
 from ensemble_core.decoding.requests import Output
@@ -22,6 +24,7 @@ from ensemble_core.members.parallel import Answer, MemberPool
 from ensemble_core.stats import (
     CacheStats,
     MemberStats,
+    PreemptionStats,
     PrefixStats,
     QueueStats,
     RequestStats,
@@ -33,6 +36,8 @@ from ensemble_core.stats import (
 logger = logging.getLogger(__name__)
 
 News = tuple[int, Output]  # seq_id, what happened
+_BUSY_SECONDS = 0.01  # to wait at once for members while nothing can go on without them
+_NOT_FINITE = "its numbers are not finite"
 
 
 @dataclass(slots=True)
@@ -62,10 +67,15 @@ class Engine:
         sink: StatsSink,
         *,
         prefix_reuse: bool = True,
+        member_timeout: float | None = None,
     ) -> None:
-        """prefix_reuse: prompts begin with what is cached of others; choices of one prompt always share it."""
+        """prefix_reuse: prompts begin with what is cached of others; choices of one prompt always share it.
+
+        member_timeout: seconds that a forward may take; None: any.
+        """
         self.members = dict(members)
-        self._pool = MemberPool(members)
+        self._pool = MemberPool(members, member_timeout)
+        self._failures = Failures(self._pool, sink, limits.token_budget)
         self._num_candidates = num_candidates
         self._prefix_reuse = prefix_reuse
         self._sink = sink
@@ -84,11 +94,12 @@ class Engine:
 
     def step(self) -> list[News]:
         """One step of everything that runs; the news of every sequence that moved."""
+        self._pool.settle()
         for sequence in self.scheduler.admit():
-            logger.info("request %s is preempted: a member's cache is full", sequence.request.request_id)
+            self._report_preemption(sequence)
             self._release(sequence)
         self._reuse()
-        step = _Step(self.scheduler.schedule())
+        step = _Step(self._failures.feasible(self.scheduler.schedule()))
         if step.shares:
             self._forward(step)
             deciding = self._collect(step)
@@ -97,6 +108,8 @@ class Engine:
             self._align(step, deciding)
             self._report_step(step)
             return news + self._retire()
+        if self._pool.busy:
+            self._pool.wait(_BUSY_SECONDS)
         return self._retire()
 
     def abort(self, seq_ids: Iterable[int]) -> list[News]:
@@ -108,8 +121,11 @@ class Engine:
         return self._retire()
 
     def report_caches(self) -> None:
-        """Tell the sink what every member's cache holds."""
+        """Tell the sink what every member's cache holds, but for those that are busy."""
+        self._pool.settle()
         for name, member in self.members.items():
+            if name in self._pool.busy:
+                continue
             used = member.num_pages - member.free_pages
             self._sink.cache(CacheStats(name, used, member.num_pages, member.memory_bytes()))
 
@@ -120,35 +136,41 @@ class Engine:
     def _reuse(self) -> None:
         """Let sequences begin with what each member has cached of their prompts, all but the last token.
 
-        A prompt that is scored needs an answer at every position, so it is computed in full.
+        A prompt that is scored or weighed needs an answer at every position, so it is computed in full.
         """
         for sequence, leader in self.scheduler.beginners():
             if leader is not None and sequence.scores is not None and leader.scores is not None:
                 sequence.scores.described = leader.scores.described
-            if sequence.scoring or not (leader or self._prefix_reuse):
+            if leader is not None:
+                sequence.follow(leader)
+            idle = sequence.scoring or sequence.weighing or not (leader or self._prefix_reuse)
+            if idle or sequence.tracks.keys() & self._pool.busy:
                 continue
             for member, track in sequence.tracks.items():
                 ids = track.uncached(len(track) - 1)
                 if length := self.members[member].reuse(sequence.seq_id, ids):
                     track.num_cached = length
                     self._sink.prefix(PrefixStats(member, length))
+            if sequence.first_token is None:  # later it is computed anew, of which its client knows nothing
+                sequence.num_reused = sequence.main.num_cached
 
     def _forward(self, step: _Step) -> None:
-        """Feed every member its part of the step; a failure ends the sequences that it was fed."""
+        """Feed every member its part of the step; a failure is lost on the sequences that it was fed."""
         feeds: dict[str, list[Feed]] = {}
         top_k: dict[str, int] = {}
         for share in step.shares:
             for member, count in share.counts.items():
                 feeds.setdefault(member, []).append(self._feed(share, member, count))
                 top_k[member] = max(top_k.get(member, 0), self._top_k(share.sequence, member))
-        step.scoring = any(share.sequence.scoring for share in step.shares if share.prefill)
+        step.scoring = any(s.sequence.scoring or s.sequence.weighing for s in step.shares if s.prefill)
         step.feeds, step.answers = feeds, self._pool.forward(feeds, top_k)
         for share in step.shares:
             for member, count in share.counts.items():
-                if error := step.answers[member].error:
-                    _fail(share.sequence, str(error))
-                else:
-                    share.sequence.tracks[member].num_cached += count
+                answer = step.answers[member]
+                if answer.failure is not None:
+                    self._failures.lose(share.sequence, member, answer.failure, str(answer.error))
+                elif track := share.sequence.tracks.get(member):
+                    track.num_cached += count
 
     def _feed(self, share: Share, member: str, count: int) -> Feed:
         """A scored prompt wants an answer at every position, its own next token always in it."""
@@ -158,7 +180,9 @@ class Engine:
         last = sequence.biased if is_main and share.decides else ()
         if not sequence.scoring:
             also = (last,) if last else ()
-            return Feed(sequence.seq_id, track.uncached(count), int(share.decides), also)
+            weighed = sequence.likelihood if sequence.weighing else None
+            counted = weighed.following(track, count) if weighed is not None else ()
+            return Feed(sequence.seq_id, track.uncached(count), int(share.decides), also, counted)
         following = track.prompt_ids[track.num_cached + 1 : track.num_cached + 1 + count]
         each = [(token_id,) for token_id in following] + [last] * (count - len(following))
         return Feed(sequence.seq_id, track.uncached(count), count, tuple(each))
@@ -173,18 +197,20 @@ class Engine:
         return self._num_candidates + (len(sequence.biased) if member == recipe.main else 0)
 
     def _collect(self, step: _Step) -> list[Row]:
-        """Deciding sequences whose members all answered, with the places of their answers; the rest is scored."""
+        """Deciding sequences, with the places of their members' answers; the rest is scored."""
         rows = []
         seen: dict[str, int] = {}
         turns: dict[str, int] = {}
         for share in step.shares:
             places = {}
             for member in share.counts:
-                feed = step.feeds[member][turns.get(member, 0)]
+                turn = turns.get(member, 0)
+                feed = step.feeds[member][turn]
                 start = seen.get(member, 0)
-                turns[member], seen[member] = turns.get(member, 0) + 1, start + feed.wanted
+                turns[member], seen[member] = turn + 1, start + feed.wanted
                 places[member] = seen[member] - 1
                 self._score(share.sequence, member, feed, step.answers[member], start)
+                _weigh(share.sequence, member, feed, step.answers[member], turn)
             if share.sequence.scoring and share.sequence.phase is not Phase.FINISHED:
                 _advance_scores(step, share)
             if share.decides and share.sequence.phase is not Phase.FINISHED:
@@ -195,22 +221,33 @@ class Engine:
         if sequence.scores is None or not sequence.scoring or answer.candidates is None or not feed.wanted:
             return
         part = answer.candidates.rows(range(start, start + feed.wanted))
-        sequence.scores.add(member, narrow(part, self._num_candidates, feed.also))
+        if not part.logprobs.amax(dim=1).isfinite().all():
+            self._failures.lose(sequence, member, "non_finite", f"member {member!r}: {_NOT_FINITE}")
+        elif member in sequence.tracks:
+            sequence.scores.add(member, narrow(part, self._num_candidates, feed.also))
 
     def _row(self, sequence: Sequence, places: dict[str, int]) -> Row:
-        """A deciding sequence. Its prompt is cached now: end it if the prompt is all that is asked."""
+        """A deciding sequence. Its prompt is cached now: end it if the prompt is all that is asked.
+
+        places: of all that were fed, be they lost since.
+        """
+        sequence.settle()
         if sequence.request.params.max_tokens == 0:
             sequence.finish("length")
         mask = sequence.constraint.allowed() if sequence.constraint is not None else None
-        return Row(sequence, places, sequence.biased, mask)
+        own = {member: place for member, place in places.items() if member in sequence.tracks}
+        busy = [member for member in sequence.consulted if member not in own]
+        return Row(sequence, own, sequence.biased, mask).without(busy, "busy")
 
     def _append(self, outcome: Outcome) -> list[News]:
         """Put each decided token to its sequence, and say what became of it."""
         news = []
         for decision in outcome.decisions:
             sequence = decision.sequence
+            for member in decision.unsound:
+                self._failures.lose(sequence, member, "non_finite", f"member {member!r}: {_NOT_FINITE}")
             if decision.token_id < 0:
-                _fail(sequence, f"a member of {sequence.recipe.members} gave numbers that are not finite")
+                fail(sequence, f"the fusion of {sequence.recipe.members} gave numbers that are not finite")
                 continue
             sequence.append(decision.token_id, decision.scored, decision.trace)
             self._time_token(sequence)
@@ -228,7 +265,7 @@ class Engine:
             for member in sequence.recipe.members[1:]:
                 track = sequence.tracks[member]
                 if dropped := track.respell(sequence.spelt.text):
-                    self.members[member].rollback(sequence.seq_id, track.num_cached)
+                    self._pool.rollback(member, sequence.seq_id, track.num_cached)
                     step.rollbacks[member] = step.rollbacks.get(member, 0) + dropped
                 if len(track) > self.members[member].max_len:
                     sequence.finish("length")
@@ -249,7 +286,7 @@ class Engine:
         """Give back its pages everywhere; what is sound of them may serve others."""
         keep = self._prefix_reuse and sequence.finish_reason != "error"
         for member in sequence.tracks:
-            self.members[member].release(sequence.seq_id, keep)
+            self._pool.release(member, sequence.seq_id, keep)
 
     def _time_token(self, sequence: Sequence) -> None:
         now = time.perf_counter()
@@ -258,6 +295,10 @@ class Engine:
         else:
             self._sink.token(TokenStats(sequence.recipe.model, now - sequence.last_token))
         sequence.last_token = now
+
+    def _report_preemption(self, sequence: Sequence) -> None:
+        logger.info("request %s is preempted: a member's cache is full", sequence.request.request_id)
+        self._sink.preemption(PreemptionStats(sequence.recipe.model))
 
     def _report_queue(self) -> None:
         self._sink.queue(QueueStats(len(self.scheduler.running), len(self.scheduler.waiting)))
@@ -277,7 +318,9 @@ class Engine:
         )
 
     def _pace(self, step: _Step) -> None:
-        """Let the scheduler learn what the step cost."""
+        """Let the scheduler learn what the step cost; one with a failure teaches nothing."""
+        if any(answer.error for answer in step.answers.values()):
+            return
         parts: dict[Kind, Work] = {}
         if step.num_scored:
             parts[SCORING] = Work(step.scoring_seconds, step.num_scored, False)
@@ -292,6 +335,7 @@ class Engine:
     def _report_step(self, step: _Step) -> None:
         assert step.outcome is not None
         self._pace(step)
+        self._failures.report(step.answers)
         last = max((answer.ended for answer in step.answers.values()), default=0.0)
         self._sink.step(
             StepStats(
@@ -305,6 +349,15 @@ class Engine:
             )
         )
         self._report_queue()
+
+
+def _weigh(sequence: Sequence, member: str, feed: Feed, answer: Answer, turn: int) -> None:
+    """Take in what a member made of a piece of a prompt; the answer's feed number `turn`."""
+    if member not in sequence.tracks:
+        return  # it was lost in this step
+    if feed.following and sequence.likelihood is not None and answer.candidates is not None:
+        logprob = answer.candidates.likelihoods[turn]
+        sequence.likelihood.add(member, sequence.tracks[member], feed.following, logprob)
 
 
 def _advance_scores(step: _Step, share: Share) -> None:
@@ -321,12 +374,6 @@ def _advance_scores(step: _Step, share: Share) -> None:
 
 def _candidates(answers: Mapping[str, Answer]) -> dict[str, Candidates]:
     return {name: a.candidates for name, a in answers.items() if a.candidates is not None}
-
-
-def _fail(sequence: Sequence, message: str) -> None:
-    if sequence.phase is not Phase.FINISHED:
-        logger.error("request %s failed: %s", sequence.request.request_id, message)
-        sequence.finish("error", error=message)
 
 
 def _member_stats(name: str, answer: Answer, step: _Step, last: float) -> MemberStats:

@@ -44,6 +44,10 @@ class MemberError(UnisonoError):
         self.member = member
 
 
+class MemberTimeoutError(MemberError):
+    """A member's forward took longer than `scheduler.member_timeout`."""
+
+
 class CheckpointError(UnisonoError):
     """Model files are missing, damaged, or could not be fetched."""
 

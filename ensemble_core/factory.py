@@ -86,8 +86,9 @@ def _load_members(config: Config, vocabularies: Mapping[str, Vocabulary]) -> dic
     folders = {name: resolve_folder(member) for name, member in config.members.items()}
     planned = plan_caches(config.members, folders, config.scheduler.max_running)
     for name, member in tqdm(planned.items(), desc="loading members", unit="member", disable=None):
-        loaded = load_member(name, member, folders[name], vocabularies[name])
-        logger.info("%s: ready, cache for %d sequences of %d tokens", name, loaded.num_pages, loaded.max_len)
+        max_batch = config.scheduler.max_running
+        loaded = load_member(name, member, folders[name], vocabularies[name], max_batch=max_batch)
+        logger.info("%s: ready, cache of %d pages of %d tokens", name, loaded.num_pages, loaded.page_size)
         members[name] = loaded
     return members
 
@@ -95,7 +96,14 @@ def _load_members(config: Config, vocabularies: Mapping[str, Vocabulary]) -> dic
 def _engine(config: Config, members: Mapping[str, Member], sink: StatsSink) -> Engine:
     scheduler = config.scheduler
     limits = Limits(scheduler.max_running, scheduler.max_waiting, scheduler.token_budget, scheduler.max_stretch)
-    return Engine(members, limits, scheduler.num_candidates, sink, prefix_reuse=scheduler.prefix_reuse)
+    return Engine(
+        members,
+        limits,
+        scheduler.num_candidates,
+        sink,
+        prefix_reuse=scheduler.prefix_reuse,
+        member_timeout=scheduler.member_timeout,
+    )
 
 
 def _speaker(name: str, config: Config, member: Member) -> Speaker:

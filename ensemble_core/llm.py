@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from tqdm import tqdm
@@ -31,12 +31,15 @@ from ensemble_core.decoding.sequence import Sequence as Request
 from ensemble_core.errors import InvalidRequestError, QueueFullError, UnisonoError
 from ensemble_core.members.base import Member
 from ensemble_core.recipes import ModelInfo
-from ensemble_core.stats import NullSink, StatsSink
+from ensemble_core.stats import NullSink, Reason, StatsSink
 
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """The answer to one prompt. token_ids and counts are the main member's."""
+    """The answer to one prompt. token_ids and counts are the main member's.
+
+    dropped: members that failed on the way and were done without, with the reason.
+    """
 
     text: str
     token_ids: tuple[int, ...]
@@ -45,6 +48,7 @@ class Completion:
     num_prompt_tokens: int
     logprobs: tuple[TokenLogprob, ...] = ()
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
+    dropped: Mapping[str, Reason] = field(default_factory=dict)
 
 
 class LLM:
@@ -186,4 +190,5 @@ def _fold(outputs: list[Output]) -> Completion:
         num_prompt_tokens=last.num_prompt_tokens,
         logprobs=tuple(entry for output in outputs for entry in output.logprobs),
         prompt_logprobs=outputs[0].prompt_logprobs,
+        dropped=last.dropped,
     )

@@ -12,10 +12,11 @@ import math
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 from ensemble_core.config import Config, EnsembleConfig
-from ensemble_core.decoding.requests import Overrides
+from ensemble_core.decoding.requests import Overrides, Weighting
 from ensemble_core.decoding.sequence import Recipe
 from ensemble_core.errors import (
     ConfigError,
@@ -84,12 +85,26 @@ class RecipeBook:
         weights = _weights(ensemble, overrides)
         members = tuple(weights)
         name, fusion = self._fusion(model, ensemble, members, overrides)
-        return Recipe(model, members, tuple(weights.values()), fusion, name)
+        return Recipe(
+            model,
+            members,
+            tuple(weights.values()),
+            fusion,
+            name,
+            tau=_tau(ensemble, overrides) if fusion is not None else None,
+            on_failure=ensemble.on_member_failure,
+            refit=partial(self._refit, model, ensemble, overrides),
+        )
 
     def warm(self) -> None:
-        """Build every configured ensemble's fusion, so that missing matrices are found at start."""
+        """Build every configured ensemble's fusion, so that missing matrices are found at start.
+
+        Where members may be dropped, also what is left without any one of them: no request waits for that.
+        """
         for name in self._config.ensembles:
-            self.resolve(name, Overrides())
+            recipe = self.resolve(name, Overrides())
+            for member in filter(recipe.can_lose, recipe.members):
+                recipe.without((member,))
 
     def _alone(self, model: str, overrides: Overrides) -> Recipe:
         if overrides != Overrides():
@@ -126,6 +141,15 @@ class RecipeBook:
             ) from error
         return name, fusion
 
+    def _refit(
+        self, model: str, ensemble: EnsembleConfig, overrides: Overrides, members: tuple[str, ...]
+    ) -> Fusion | None:
+        """See `Recipe.refit`."""
+        try:
+            return self._fusion(model, ensemble, members, overrides)[1]
+        except (InvalidRequestError, TransferMatrixError):
+            return None
+
     def _keep(self, key: str, fusion: Fusion) -> None:
         """Clients choose options freely, so what is kept is bounded: the oldest goes."""
         with self._lock:
@@ -160,6 +184,18 @@ def _weights(ensemble: EnsembleConfig, overrides: Overrides) -> dict[str, float]
     return {name: weight / total for name, weight in raw.items()}
 
 
+def _tau(ensemble: EnsembleConfig, overrides: Overrides) -> float | None:
+    """Temperature of weights by perplexity, nats per byte; None: weights are fixed."""
+    chosen = overrides.weighting or Weighting(ensemble.weighting.by, ensemble.weighting.tau)
+    if chosen.by not in ("fixed", "perplexity") or not 0.0 < chosen.tau < math.inf:
+        raise InvalidRequestError(
+            "ensemble.weighting: `by` is fixed or perplexity and `tau` a finite number greater than 0, got "
+            f"{chosen.by!r} and {chosen.tau!r}",
+            "ensemble.weighting",
+        )
+    return chosen.tau if chosen.by == "perplexity" else None
+
+
 def _require_members(names: tuple[str, ...], ensemble: EnsembleConfig, param: str) -> None:
     if unknown := [name for name in names if name not in ensemble.members]:
         raise InvalidRequestError(
@@ -171,6 +207,8 @@ def _described(ensemble: EnsembleConfig) -> dict[str, Any]:
     return {
         "members": ensemble.weights,
         "main": ensemble.main,
+        "weighting": ensemble.weighting.model_dump(exclude={"tau"} if ensemble.weighting.by == "fixed" else None),
         "fusion": {"name": ensemble.fusion.name, "options": ensemble.fusion.options},
         "mode": ensemble.mode,
+        "on_member_failure": ensemble.on_member_failure,
     }

@@ -10,6 +10,10 @@ from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 Phase = Literal["prefill", "decode"]
+Cause = Literal["exception", "non_finite", "timeout"]  # how a member fails
+# Why a member is left out: its failure; busy: an earlier forward has not come back; idle: the fusion has no use for
+# it without another one that failed.
+Reason = Literal["exception", "non_finite", "timeout", "busy", "idle"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +94,30 @@ class PrefixStats:
 
 
 @dataclass(frozen=True, slots=True)
+class HealthStats:
+    """One member's forward failed as a whole or in some rows; failure None: it works again."""
+
+    member: str
+    failure: Cause | None
+
+
+@dataclass(frozen=True, slots=True)
+class DropStats:
+    """One request goes on without one of its members."""
+
+    model: str
+    member: str
+    reason: Reason
+
+
+@dataclass(frozen=True, slots=True)
+class PreemptionStats:
+    """One sequence went back to the queue, since a member's cache was full."""
+
+    model: str
+
+
+@dataclass(frozen=True, slots=True)
 class QueueStats:
     """How many sequences run and wait."""
 
@@ -118,6 +146,15 @@ class StatsSink(Protocol):
     def prefix(self, stats: PrefixStats) -> None:
         """Take in one reused prefix."""
 
+    def health(self, stats: HealthStats) -> None:
+        """Take in one member's failure or recovery."""
+
+    def drop(self, stats: DropStats) -> None:
+        """Take in one request's loss of a member."""
+
+    def preemption(self, stats: PreemptionStats) -> None:
+        """Take in one preemption."""
+
 
 class NullSink:
     """Drops everything; the offline API uses it."""
@@ -138,4 +175,13 @@ class NullSink:
         """Drop it."""
 
     def prefix(self, stats: PrefixStats) -> None:
+        """Drop it."""
+
+    def health(self, stats: HealthStats) -> None:
+        """Drop it."""
+
+    def drop(self, stats: DropStats) -> None:
+        """Drop it."""
+
+    def preemption(self, stats: PreemptionStats) -> None:
         """Drop it."""

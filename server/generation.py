@@ -19,12 +19,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel
 
-from ensemble_core.decoding.requests import GenerationRequest, Output, Overrides, Prompt, Trace
+from ensemble_core.decoding.requests import GenerationRequest, Output, Overrides, Prompt, Trace, Weighting
 from ensemble_core.decoding.sampling_params import MAX_SEED, SamplingParams
 from ensemble_core.errors import InvalidRequestError, NotReadyError
 from server.errors import RequestFailedError
-from server.schemas_answer import Answer, Candidate, TraceStep, Usage
-from server.schemas_sampling import EnsembleOptions, SamplingFields
+from server.schemas_answer import Answer, Candidate, PromptTokensDetails, TraceStep, Usage
+from server.schemas_sampling import EnsembleOptions, SamplingFields, WeightingChoice
 
 if TYPE_CHECKING:
     from ensemble_core.runtime import OutputStream
@@ -53,21 +53,37 @@ class Ticket:
 
 @dataclass(slots=True)
 class Tally:
-    """Tokens so far: of each prompt once, of each choice."""
+    """Tokens so far: of each prompt once, of each choice. dropped: members that some choice has lost.
+
+    A prompt's first choice alone computes it, so of the cached tokens that choices tell the fewest count.
+    """
 
     num_sampled: int
     prompts: dict[int, int] = field(default_factory=dict)
     completions: dict[int, int] = field(default_factory=dict)
+    cached: dict[int, int] = field(default_factory=dict)
+    dropped: dict[str, str] = field(default_factory=dict)
 
     def add(self, index: int, output: Output) -> None:
         """Take in the counts of one output."""
-        self.prompts[index // self.num_sampled] = output.num_prompt_tokens
+        prompt = index // self.num_sampled
+        self.prompts[prompt] = output.num_prompt_tokens
         self.completions[index] = output.num_completion_tokens
+        self.cached[prompt] = min(output.num_cached_tokens, self.cached.get(prompt, output.num_cached_tokens))
+        self.dropped |= output.dropped
 
     def usage(self) -> Usage:
         """As the API reports it."""
         prompt, completion = sum(self.prompts.values()), sum(self.completions.values())
-        return Usage(prompt_tokens=prompt, completion_tokens=completion, total_tokens=prompt + completion)
+        usage = Usage(
+            prompt_tokens=prompt,
+            completion_tokens=completion,
+            total_tokens=prompt + completion,
+            prompt_tokens_details=PromptTokensDetails(cached_tokens=sum(self.cached.values())),
+        )
+        if self.dropped:
+            usage.dropped_members = dict(self.dropped)
+        return usage
 
 
 class Job(ABC):
@@ -242,14 +258,19 @@ def to_overrides(options: EnsembleOptions | None) -> Overrides:
     """The engine's form of our extension."""
     if options is None:
         return Overrides()
-    fusion = options.fusion
+    fusion, weighting = options.fusion, options.weighting
     return Overrides(
         members=None if options.members is None else tuple(options.members),
         weights=options.weights,
+        weighting=None if weighting is None else _weighting(weighting),
         fusion=None if fusion is None else fusion.name,
         fusion_options=None if fusion is None else fusion.options,
         mode=options.mode,
     )
+
+
+def _weighting(choice: WeightingChoice) -> Weighting:
+    return Weighting(choice.by) if choice.tau is None else Weighting(choice.by, choice.tau)
 
 
 def end_of(output: Output) -> Literal["stop", "length"] | None:
@@ -272,6 +293,8 @@ def trace_steps(traces: Sequence[Trace]) -> list[TraceStep]:
             members={name: _candidates(proposed) for name, proposed in trace.members.items()},
             fused=_candidates(trace.fused),
             agreed=dict(trace.agreed),
+            weights=dict(trace.weights),
+            left_out=dict(trace.left_out),
         )
         for trace in traces
     ]

@@ -15,8 +15,11 @@ from prometheus_client.registry import Collector
 
 from ensemble_core.stats import (
     CacheStats,
+    DropStats,
     FusionStats,
+    HealthStats,
     MemberStats,
+    PreemptionStats,
     PrefixStats,
     QueueStats,
     RequestStats,
@@ -43,6 +46,7 @@ class PrometheusSink:
         self._engine = _EngineMetrics(self._registry)
         self._members = _MemberMetrics(self._registry)
         self._ensembles = _EnsembleMetrics(self._registry)
+        self._down: frozenset[str] = frozenset()  # members whose last forward failed
 
     def step(self, stats: StepStats) -> None:
         """Take in one step."""
@@ -74,14 +78,30 @@ class PrometheusSink:
         """Take in one reused prefix."""
         self._members.prefix_hits.labels(stats.member).inc(stats.num_tokens)
 
+    def health(self, stats: HealthStats) -> None:
+        """Take in one member's failure or recovery."""
+        if stats.failure is None:
+            self._down -= {stats.member}
+        else:
+            self._down |= {stats.member}
+            self._members.failures.labels(stats.member, stats.failure).inc()
+
+    def drop(self, stats: DropStats) -> None:
+        """Take in one request's loss of a member."""
+        self._ensembles.drops.labels(stats.model, stats.member, stats.reason).inc()
+
+    def preemption(self, stats: PreemptionStats) -> None:
+        """Take in one preemption."""
+        self._engine.preemptions.labels(stats.model).inc()
+
     def rejected(self, reason: str) -> None:
         """Count one refused request of the HTTP edge."""
         self._requests.rejected.labels(reason).inc()
 
     def members_up(self, members: Iterable[str], up: bool) -> None:
-        """Say which members can serve now."""
+        """Say which members can serve now, if they do not fail."""
         for member in members:
-            self._members.up.labels(member).set(up)
+            self._members.up.labels(member).set(up and member not in self._down)
 
     def render(self) -> bytes:
         """All metrics in Prometheus' text format; its content type is `CONTENT_TYPE`."""
@@ -153,6 +173,9 @@ class _EngineMetrics(_Family):
         self.alignment_seconds = self._histogram("alignment_seconds", "Retokenisation in one step.", PART_BUCKETS)
         self.sampling_seconds = self._histogram("sampling_seconds", "Sampling in one step.", PART_BUCKETS)
         self.batch = self._histogram("step_batch_size", "Sequences that got a token.", BATCH_BUCKETS)
+        self.preemptions = self._counter(
+            "preemptions_total", "Sequences that went back to the queue, since a cache was full.", "model"
+        )
 
     def step(self, stats: StepStats) -> None:
         self.step_seconds.labels(stats.mode).observe(stats.seconds)
@@ -179,7 +202,13 @@ class _MemberMetrics(_Family):
         )
         self.kv_usage = self._gauge("member_kv_usage_ratio", "Used share of the cache's pages.", "member")
         self.memory = self._gauge("member_memory_bytes", "Weights and cache.", "member", "device")
-        self.up = self._gauge("member_up", "1 once the member can serve.", "member")
+        self.up = self._gauge("member_up", "1 once the member can serve, 0 while its forwards fail.", "member")
+        self.failures = self._counter(
+            "member_failures_total",
+            "Steps in which a member failed, as a whole or in some rows.",
+            "member",
+            "cause",
+        )
 
     def step(self, stats: MemberStats) -> None:
         self.forward.labels(stats.member, stats.phase).observe(stats.forward_seconds)
@@ -206,6 +235,9 @@ class _EnsembleMetrics(_Family):
         )
         self.unmapped = self._histogram(
             "unmapped_mass", "Mass without a place in main's vocabulary.", MASS_BUCKETS, "model", "member"
+        )
+        self.drops = self._counter(
+            "member_dropped_requests_total", "Choices that went on without a member.", "model", "member", "reason"
         )
 
     def fused(self, stats: FusionStats) -> None:

@@ -8,12 +8,22 @@ from typing import Any, Literal
 from pydantic import BaseModel, Field
 
 
+class PromptTokensDetails(BaseModel):
+    """What the prompt's tokens cost."""
+
+    cached_tokens: int = Field(description="Taken over from the main member's cache of earlier prompts.")
+
+
 class Usage(BaseModel):
     """Counts of the main member's tokens; each prompt counts once, however many choices it has."""
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
+    dropped_members: dict[str, str] | None = Field(
+        None, description="Member -> why some choice went on without it; not sent where none was lost."
+    )
 
 
 class Answer(BaseModel):
@@ -42,6 +52,8 @@ class TraceStep(BaseModel):
     members: dict[str, list[Candidate]] = Field(description="Member -> its likeliest tokens, best first.")
     fused: list[Candidate]
     agreed: dict[str, bool] = Field(description="Assistant -> whether its likeliest token spells the same.")
+    weights: dict[str, float] = Field(description="Of the members that were consulted; they sum to 1.")
+    left_out: dict[str, str] = Field(description="Member that failed -> why it was not asked.")
 
 
 class ModelCard(BaseModel):

@@ -45,6 +45,22 @@ class FusionChoice(Strict):
     options: dict[str, Any] | None = None
 
 
+def _weighting(value: object) -> object:
+    """`"perplexity"` is short for `{"by": "perplexity"}`."""
+    return {"by": value} if isinstance(value, str) else value
+
+
+class WeightingChoice(Strict):
+    """Where weights come from."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    by: Literal["fixed", "perplexity"]
+    tau: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] | None = Field(
+        None, description="Of perplexity, in nats per byte."
+    )
+
+
 class EnsembleOptions(Strict):
     """Our extension: what this request changes of its ensemble. Sent through the SDK's `extra_body`."""
 
@@ -56,6 +72,9 @@ class EnsembleOptions(Strict):
     weights: dict[str, Annotated[float, Field(ge=0.0, allow_inf_nan=False)]] | None = Field(
         None, min_length=1, max_length=64, description="Member -> weight; scaled to sum to 1."
     )
+    weighting: Annotated[
+        WeightingChoice | None, BeforeValidator(_weighting, json_schema_input_type=str | WeightingChoice | None)
+    ] = Field(None, description="fixed, perplexity, or {by, tau}: whether weights follow the prompt's perplexity.")
     fusion: Annotated[
         FusionChoice | None, BeforeValidator(_fusion, json_schema_input_type=str | FusionChoice | None)
     ] = Field(None, description="Name of a fusion, or {name, options}.")

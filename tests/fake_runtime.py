@@ -102,7 +102,7 @@ def entry(token_id: int, text: str, offset: int, num_top: int, seed: int | None)
 
 def trace_of(text: str) -> Trace:
     proposed = {"a": ((text, 0.5), ("x", 0.25)), "b": (("y", 0.75),)}
-    return Trace(text, True, proposed, ((text, 0.375),), {"b": False})
+    return Trace(text, True, proposed, ((text, 0.375),), {"b": False}, {"a": 0.5, "b": 0.5})
 
 
 @dataclass

@@ -12,7 +12,7 @@ import hashlib
 import re
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -36,7 +36,10 @@ from ensemble_core.members.candidates import top_candidates
 from ensemble_core.recipes import RecipeBook, list_models
 from ensemble_core.stats import (
     CacheStats,
+    DropStats,
+    HealthStats,
     NullSink,
+    PreemptionStats,
     PrefixStats,
     QueueStats,
     RequestStats,
@@ -132,7 +135,20 @@ class FakeMember:
         self._make_way()
         logits = torch.stack(rows) if rows else torch.empty(0, len(self.vocabulary))
         also = [ids for feed in feeds for ids in feed.also or ((),) * feed.wanted]
-        return top_candidates(logits, top_k, also)
+        candidates = top_candidates(logits, top_k, also)
+        if not any(feed.following for feed in feeds):
+            return candidates
+        return replace(candidates, likelihoods=tuple(self._likelihood(feed) for feed in feeds))
+
+    def _likelihood(self, feed: Feed) -> float:
+        """After each fed token; a feed that asks is always the last of what is cached."""
+        cached = self.cached[feed.seq_id]
+        start = len(cached) - len(feed.token_ids)
+        return sum(
+            self.next_logits(cached[: start + at + 1]).log_softmax(0)[token_id].item()
+            for at, token_id in enumerate(feed.following)
+            if token_id >= 0
+        )
 
     def rollback(self, seq_id: int, length: int) -> None:
         assert 0 <= length <= len(self.cached[seq_id])
@@ -234,7 +250,9 @@ def space_of(members: Sequence[Member]) -> FusionSpace:
     vocabularies = [member.vocabulary for member in members]
     anchors = common_anchors(vocabularies)
     matrices = [exact_matrix(vocabulary, anchors) for vocabulary in vocabularies]
-    return FusionSpace(vocabularies, lambda: matrices, torch.device("cpu"))
+    return FusionSpace(
+        vocabularies, lambda: matrices, torch.device("cpu"), tuple(member.name for member in members)
+    )
 
 
 def relative(members: Sequence[Member], **options: Any) -> Fusion:
@@ -270,6 +288,9 @@ class ListSink(NullSink):
     queues: list[QueueStats] = field(default_factory=list)
     caches: list[CacheStats] = field(default_factory=list)
     prefixes: list[PrefixStats] = field(default_factory=list)
+    healths: list[HealthStats] = field(default_factory=list)
+    drops: list[DropStats] = field(default_factory=list)
+    preemptions: list[PreemptionStats] = field(default_factory=list)
 
     def step(self, stats: StepStats) -> None:
         self.steps.append(stats)
@@ -289,6 +310,15 @@ class ListSink(NullSink):
     def prefix(self, stats: PrefixStats) -> None:
         self.prefixes.append(stats)
 
+    def health(self, stats: HealthStats) -> None:
+        self.healths.append(stats)
+
+    def drop(self, stats: DropStats) -> None:
+        self.drops.append(stats)
+
+    def preemption(self, stats: PreemptionStats) -> None:
+        self.preemptions.append(stats)
+
 
 def fake_engine(
     members: Sequence[Member],
@@ -299,11 +329,19 @@ def fake_engine(
     token_budget: int = 64,
     num_candidates: int = 64,
     prefix_reuse: bool = False,
+    member_timeout: float | None = None,
 ) -> Engine:
     """An engine over fake members."""
     limits = Limits(max_running, max_waiting, token_budget)
     by_name = {member.name: member for member in members}
-    return Engine(by_name, limits, num_candidates, sink or NullSink(), prefix_reuse=prefix_reuse)
+    return Engine(
+        by_name,
+        limits,
+        num_candidates,
+        sink or NullSink(),
+        prefix_reuse=prefix_reuse,
+        member_timeout=member_timeout,
+    )
 
 
 class FakeTokenizer:
@@ -341,6 +379,7 @@ def fake_loaded(config: Config, members: Mapping[str, FakeMember], sink: StatsSi
         token_budget=scheduler.token_budget,
         num_candidates=scheduler.num_candidates,
         prefix_reuse=scheduler.prefix_reuse,
+        member_timeout=scheduler.member_timeout,
     )
     book = RecipeBook(config, lambda names, _: space_of([members[name] for name in names]))
     speakers = {

@@ -1,8 +1,9 @@
 """The lockstep way to take a step: every member answers at every position, and the answers are fused.
 
 Turns the members' answers into one token a sequence. Groups the rows that are fused alike, so that each group is
-one batched call. While a sequence's last character is incomplete main decides alone. Does not know scheduling,
-caches or text.
+one batched call. While a sequence's last character is incomplete main decides alone. Where an assistant's numbers are
+not finite its row is fused without it, with the rows that the same members are left of, or fails, as its recipe says;
+the other rows get what they would have got. Does not know scheduling, caches or text.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from collections.abc import Sequence as Rows
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -18,25 +19,41 @@ from torch import Tensor
 from ensemble_core.decoding import reports
 from ensemble_core.decoding.requests import Trace
 from ensemble_core.decoding.sampler import greedy, sample
-from ensemble_core.decoding.sequence import Scored, Sequence
+from ensemble_core.decoding.sequence import Recipe, Scored, Sequence
 from ensemble_core.decoding.shaping import shape
 from ensemble_core.fusion.base import Fused, Fusion, single
 from ensemble_core.members.base import Candidates
 from ensemble_core.members.candidates import narrow
-from ensemble_core.stats import FusionStats
+from ensemble_core.stats import FusionStats, Reason
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
     """One deciding sequence, and where each consulted member's answer for it is: member -> row of candidates.
 
-    biased: main's ids that must be in the support. mask: main's ids that its constraint allows, (V,) bool.
+    biased: main's ids that must be in the support. mask: main's ids that its constraint allows, (V,) bool. left_out:
+    members of its recipe that do not count in this step, and why.
     """
 
     sequence: Sequence
     places: dict[str, int]
     biased: tuple[int, ...] = ()
     mask: Tensor | None = None
+    left_out: Mapping[str, Reason] = field(default_factory=dict)
+
+    @property
+    def recipe(self) -> Recipe:
+        """How this step is fused."""
+        return self.sequence.recipe.without(self.left_out)
+
+    def without(self, members: Rows[str], reason: Reason) -> Row:
+        """The row with some assistants left out, and those that its fusion cannot use without them."""
+        recipe = self.recipe.without(members)
+        left_out = dict(self.left_out) | dict.fromkeys(members, reason)
+        idle = (m for m in self.sequence.recipe.members if m not in recipe.members and m not in left_out)
+        left_out |= dict.fromkeys(idle, "idle")
+        places = {member: place for member, place in self.places.items() if member not in left_out}
+        return replace(self, places=places, left_out=left_out)
 
     def width(self, num_candidates: int) -> int:
         """Main's candidates in the fusion: what is asked for beyond the likeliest comes on top of them."""
@@ -46,10 +63,11 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """The token of one sequence; -1: its members' numbers were not finite."""
+    """The token of one sequence; -1: there is none. unsound: members whose numbers were not finite."""
 
     sequence: Sequence
     token_id: int
+    unsound: tuple[str, ...] = ()
     scored: Scored | None = None
     trace: Trace | None = None
 
@@ -72,14 +90,19 @@ def decide(rows: Rows[Row], answers: Mapping[str, Candidates], num_candidates: i
     decisions: list[Decision] = []
     fusions: list[FusionStats] = []
     sampling = 0.0
-    for group in _groups(rows, num_candidates):
-        started = time.perf_counter()
+    groups = _groups(rows, num_candidates)
+    while groups:
+        group, started = groups.pop(0), time.perf_counter()
         candidates = _gather(group, answers, num_candidates)
         fused = _fuse(group, candidates)
+        if any(unsound := _unsound(group, candidates)):
+            again, failed = _without(group, unsound)
+            groups += _groups(again, num_candidates)
+            decisions += failed
+            continue
         fused_at = time.perf_counter()
         sequences = [row.sequence for row in group]
-        drawn = sample(shape(fused, sequences, [row.mask for row in group]), sequences)
-        tokens = [t if sound else -1 for t, sound in zip(drawn, _sound(candidates), strict=True)]
+        tokens = sample(shape(fused, sequences, [row.mask for row in group]), sequences)
         decisions += _decisions(group, candidates, fused, tokens)
         sampling += time.perf_counter() - fused_at
         fusions.append(_stats(group, candidates, fused, tokens, fused_at - started))
@@ -90,7 +113,7 @@ def _groups(rows: Rows[Row], num_candidates: int) -> list[list[Row]]:
     """Rows of one model whose consulted members are the same, fused by the same fusion on as many candidates."""
     groups: dict[tuple[object, ...], list[Row]] = {}
     for row in rows:
-        recipe = row.sequence.recipe
+        recipe = row.recipe
         key = (recipe.model, tuple(row.places), id(recipe.fusion), row.width(num_candidates))
         groups.setdefault(key, []).append(row)
     return list(groups.values())
@@ -127,19 +150,34 @@ def _fuse(group: Rows[Row], candidates: list[Candidates]) -> Fused:
     fusion = _fusion(group)
     if fusion is None:
         return single(candidates[0])
-    weights = torch.tensor([row.sequence.recipe.weights for row in group], device=candidates[0].tail.device)
+    weights = torch.tensor([row.recipe.weights for row in group], device=candidates[0].tail.device)
     return fusion.fuse(candidates, weights)
 
 
-def _sound(candidates: Rows[Candidates]) -> list[bool]:
-    """For each row whether every member's numbers are finite."""
-    peaks = torch.stack([part.logprobs.amax(dim=1) for part in candidates])  # (M, B)
-    return peaks.isfinite().all(dim=0).tolist()
+def _unsound(group: Rows[Row], candidates: Rows[Candidates]) -> list[tuple[str, ...]]:
+    """For each row the members whose numbers are not finite."""
+    peaks = torch.stack([part.logprobs.amax(dim=1) for part in candidates], dim=1)  # (B, M)
+    members = list(group[0].places)
+    return [
+        tuple(member for member, fine in zip(members, row, strict=True) if not fine)
+        for row in peaks.isfinite().tolist()
+    ]
+
+
+def _without(group: Rows[Row], unsound: Rows[tuple[str, ...]]) -> tuple[list[Row], list[Decision]]:
+    """The rows to be fused again, each without its unsound members, and those that fail."""
+    again, failed = [], []
+    for row, members in zip(group, unsound, strict=True):
+        if all(row.recipe.can_lose(member) for member in members):
+            again.append(row.without(members, "non_finite") if members else row)
+        else:
+            failed.append(Decision(row.sequence, -1, members))
+    return again, failed
 
 
 def _fusion(group: Rows[Row]) -> Fusion | None:
     """The group's fusion; None where main decides alone."""
-    return group[0].sequence.recipe.fusion if len(group[0].places) > 1 else None
+    return group[0].recipe.fusion if len(group[0].places) > 1 else None
 
 
 def _decisions(group: Rows[Row], candidates: list[Candidates], fused: Fused, tokens: Rows[int]) -> list[Decision]:
@@ -150,16 +188,18 @@ def _decisions(group: Rows[Row], candidates: list[Candidates], fused: Fused, tok
         if token >= 0 and request.params.logprobs is not None:
             scored = reports.score(fused.token_ids[i], fused.logprobs[i], token, request.params.logprobs)
         if token >= 0 and request.trace:
-            trace = reports.trace(row.sequence, list(row.places), candidates, fused, i, token)
-        decisions.append(Decision(row.sequence, token, scored, trace))
+            left_out = {**row.sequence.dropped, **row.left_out}
+            trace = reports.trace(row.sequence, list(row.places), candidates, fused, i, token, left_out)
+        unsound = tuple(member for member, reason in row.left_out.items() if reason == "non_finite")
+        decisions.append(Decision(row.sequence, token, unsound, scored, trace))
     return decisions
 
 
 def _stats(
     group: Rows[Row], candidates: list[Candidates], fused: Fused, tokens: list[int], seconds: float
 ) -> FusionStats:
-    """The numbers of a group's sound rows; rows that failed count nowhere."""
-    recipe, tracks = group[0].sequence.recipe, group[0].sequence.tracks
+    """The numbers of a group's rows; those without a token count nowhere."""
+    recipe, tracks = group[0].recipe, group[0].sequence.tracks
     members = list(group[0].places)
     sound = [i for i, token in enumerate(tokens) if token >= 0]
     chosen = {i: tracks[recipe.main].vocabulary.text_bytes(tokens[i]) for i in sound}

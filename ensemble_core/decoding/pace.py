@@ -23,7 +23,7 @@ _PROBES = 2  # decode-only steps that must have been seen of a batch size
 _FRESH = 256  # steps after which a batch size is looked at again
 _MEMORY = 8  # observations kept of each cost
 
-Kind = tuple[str, bool]  # (member, whether every position is answered for a scored prompt)
+Kind = tuple[str, bool]  # (member, whether every position is answered: a prompt is scored or weighed)
 SCORING: Kind = ("", True)  # the fusion of scored positions, on no member
 
 

@@ -6,6 +6,7 @@ Both speak of the distribution before temperature, penalties and bias. Does not 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from collections.abc import Sequence as Rows
 
 from torch import Tensor
@@ -14,6 +15,7 @@ from ensemble_core.decoding.requests import Trace
 from ensemble_core.decoding.sequence import Scored, Sequence
 from ensemble_core.fusion.base import Fused
 from ensemble_core.members.base import Candidates
+from ensemble_core.stats import Reason
 
 NUM_TRACED = 5  # candidates of each member in a trace
 _NEVER = -9999.0
@@ -33,9 +35,15 @@ def score(token_ids: Tensor, logprobs: Tensor, token_id: int, num_top: int) -> S
 
 
 def trace(
-    sequence: Sequence, members: Rows[str], candidates: Rows[Candidates], fused: Fused, row: int, token_id: int
+    sequence: Sequence,
+    members: Rows[str],
+    candidates: Rows[Candidates],
+    fused: Fused,
+    row: int,
+    token_id: int,
+    left_out: Mapping[str, Reason],
 ) -> Trace:
-    """What every consulted member and the fusion proposed for the token of one row."""
+    """What every consulted member and the fusion proposed for the token of one row, and who was left out."""
     tracks = sequence.tracks
     main = tracks[members[0]].vocabulary
     proposals = {
@@ -48,13 +56,26 @@ def trace(
     mixed = _best(fused.token_ids[row], fused.logprobs[row], NUM_TRACED)
     return Trace(
         token=main.name_of(token_id),
-        consulted=len(members) > 1 or len(sequence.recipe.members) == 1,
+        consulted=len(members) > 1 or (len(sequence.recipe.members) == 1 and not left_out),
         members=proposals,
         fused=tuple((main.name_of(other), _probability(logprob)) for other, logprob in mixed),
         agreed={
             member: _spelling(sequence, member, part, row) == main.text_bytes(token_id)
             for member, part in zip(members[1:], candidates[1:], strict=True)
         },
+        weights=_weights(sequence, members),
+        left_out=left_out,
+    )
+
+
+def _weights(sequence: Sequence, members: Rows[str]) -> dict[str, float]:
+    """Of the members that were consulted, scaled to sum to 1; main alone has all of it."""
+    known = dict(zip(sequence.recipe.members, sequence.recipe.weights, strict=True))
+    total = sum(known[member] for member in members)
+    return (
+        {member: round(known[member] / total, 6) for member in members}
+        if total and len(members) > 1
+        else {members[0]: 1.0}
     )
 
 

@@ -9,9 +9,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from ensemble_core.config import DEFAULT_TAU
 from ensemble_core.decoding.sampling_params import SamplingParams
+from ensemble_core.stats import Reason
 
 FinishReason = Literal["stop", "length", "abort", "error"]
+
+
+@dataclass(frozen=True, slots=True)
+class Weighting:
+    """Where weights come from: as they are given, or times what each prompt says (tau in nats per byte)."""
+
+    by: Literal["fixed", "perplexity"] = "fixed"
+    tau: float = DEFAULT_TAU
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +33,7 @@ class Overrides:
     fusion: str | None = None
     fusion_options: Mapping[str, Any] | None = None
     mode: str | None = None
+    weighting: Weighting | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +95,8 @@ class Trace:
     members: Mapping[str, tuple[tuple[str, float], ...]]
     fused: tuple[tuple[str, float], ...]
     agreed: Mapping[str, bool]  # assistant -> its best token spells the same
+    weights: Mapping[str, float]  # of those who were consulted
+    left_out: Mapping[str, Reason] = field(default_factory=dict)  # member that failed -> why it was not asked
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +105,8 @@ class Output:
 
     text: whole characters, stop strings already cut; may be empty. token_ids, logprobs, traces: of main's tokens
     emitted since the last output (logprobs and traces only where asked for). prompt_logprobs: with echo and
-    logprobs, once, in the first output. Counts are main's tokens so far.
+    logprobs, once, in the first output. Counts are main's tokens so far. dropped: members that this request has lost
+    for good, and why.
     """
 
     text: str
@@ -107,3 +121,5 @@ class Output:
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
     prompt_text: str = ""  # with echo, once, in the first output
     prompt_token_ids: tuple[int, ...] = ()  # once, in the first output
+    num_cached_tokens: int = 0  # of the prompt, that main did not have to compute
+    dropped: Mapping[str, Reason] = field(default_factory=dict)

@@ -201,7 +201,8 @@ def _decode_share(sequence: Sequence) -> Share:
 def _kinds(prompts: list[Sequence]) -> set[Kind]:
     """What prefilling these prompts will cost: members with more than a last token to go, and scoring."""
     scoring = any(s.scoring for s in prompts)
-    kinds = {(member, scoring) for s in prompts for member, track in s.tracks.items() if track.num_uncached > 1}
+    answering = scoring or any(s.weighing for s in prompts)
+    kinds = {(member, answering) for s in prompts for member, track in s.tracks.items() if track.num_uncached > 1}
     return kinds | {SCORING} if scoring else kinds
 
 

@@ -13,10 +13,10 @@ Knows candidates and recipes; does not know schedules, engines or outputs.
 from __future__ import annotations
 
 import codecs
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass, field
-from itertools import accumulate
+from itertools import accumulate, chain
 
 import torch
 
@@ -95,7 +95,7 @@ class PromptScores:
         """Fuse up to `limit` positions (None: all) of those whose answers are there; returns how many."""
         before = len(self._scored)
         if not self._runs:
-            self._runs = tuple(_Run(places) for places in _runs(recipe, tracks))
+            self._runs = self._places(recipe, tracks)
         for run in self._runs:
             stop = run.num_fused + run.look(self._answers)
             if limit is not None:
@@ -115,9 +115,28 @@ class PromptScores:
         self.reset()
         return num_fused
 
+    def lose(self, members: Collection[str]) -> None:
+        """Go on without some assistants. Positions that are fused stay as they are."""
+        for member in members:
+            self._answers.pop(member, None)
+        self._runs = ()
+
     def reset(self) -> None:
         """Forget all answers: the prompt is computed anew, or it is described."""
         self._answers, self._runs, self._scored, self.num_ready = {}, (), {}, 0
+
+    def _places(self, recipe: Recipe, tracks: dict[str, Track]) -> tuple[_Run, _Run]:
+        """The runs, of what is not fused yet. After a loss more places may be shared; answers may be gone by then."""
+        shared, alone, main = [], [], recipe.main
+        firsts = {member: answers.first for member, answers in self._answers.items()}
+        for place in chain(*_runs(recipe, tracks)):
+            if place[main] in self._scored:
+                continue
+            if len(place) > 1 and all(row >= firsts.get(member, 0) for member, row in place.items()):
+                shared.append(place)
+            else:
+                alone.append({main: place[main]})
+        return _Run(shared), _Run(sorted(alone, key=lambda place: place[main]))
 
     def _drop_used(self) -> None:
         heads = [run.places[run.num_fused] for run in self._runs if run.num_fused < len(run.places)]

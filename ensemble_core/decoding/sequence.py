@@ -8,23 +8,31 @@ from __future__ import annotations
 
 import random
 import time
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field, replace
 from enum import Enum, auto
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from ensemble_core.decoding.requests import FinishReason, GenerationRequest, Output, TokenLogprob, Trace
+from ensemble_core.stats import Reason
 from ensemble_core.text.alignment import Track
 from ensemble_core.text.detokenizer import Detokenizer
 
 if TYPE_CHECKING:
     from ensemble_core.decoding.guidance import Constraint
+    from ensemble_core.decoding.perplexity import PromptLikelihood
     from ensemble_core.decoding.scoring import PromptScores
     from ensemble_core.fusion.base import Fusion
 
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """How one model of the API answers: members (main first), their weights, how they are fused."""
+    """How one model of the API answers: members (main first), their weights, how they are fused.
+
+    tau: the weights are times what each prompt says, see `decoding/perplexity.py`; None: they are fixed.
+    on_failure: what an assistant's failure does to a request. refit: the same fusion over fewer members (main first,
+    two or more); None where it cannot do without the others.
+    """
 
     model: str
     members: tuple[str, ...]
@@ -32,11 +40,33 @@ class Recipe:
     fusion: Fusion | None  # None: one member alone
     fusion_name: str
     mode: str = "lockstep"
+    tau: float | None = None
+    on_failure: Literal["fail", "drop"] = "fail"
+    refit: Callable[[tuple[str, ...]], Fusion | None] | None = field(default=None, compare=False, repr=False)
 
     @property
     def main(self) -> str:
         """The member whose vocabulary is sampled."""
         return self.members[0]
+
+    def can_lose(self, member: str) -> bool:
+        """Whether a request goes on where this member fails. Never without main, whose vocabulary decides."""
+        return self.on_failure == "drop" and member != self.main
+
+    def without(self, gone: Collection[str]) -> Recipe:
+        """The same without some assistants, the weights of the others scaled to sum to 1.
+
+        Main alone where nobody else is left, nobody left has any weight, or the fusion cannot do without them.
+        """
+        if not gone:
+            return self
+        left = {m: w for m, w in zip(self.members, self.weights, strict=True) if m not in gone}
+        assert self.main in left, "nothing is left without main"
+        total, members = sum(left.values()), tuple(left)
+        fusion = self.refit(members) if self.refit is not None and len(left) > 1 and total > 0.0 else None
+        if fusion is None:
+            return replace(self, members=(self.main,), weights=(1.0,), fusion=None, fusion_name="single")
+        return replace(self, members=members, weights=tuple(w / total for w in left.values()), fusion=fusion)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +101,9 @@ class Sequence:
     """One request in flight.
 
     prompt_text: what the prompt says, for echo and for the offsets of a scored prompt. constraint: where it stands
-    in its grammar. scores: what is known of its prompt's log-probabilities, where they are asked for.
+    in its grammar. scores: what is known of its prompt's log-probabilities, where they are asked for. likelihood: of
+    its prompt in every member, where the weights follow it. dropped: members that it has lost, which are in recipe
+    and tracks no more. num_reused: prompt tokens that main had cached.
     """
 
     seq_id: int
@@ -81,6 +113,9 @@ class Sequence:
     prompt_text: str = ""
     constraint: Constraint | None = None
     scores: PromptScores | None = None
+    likelihood: PromptLikelihood | None = None
+    dropped: dict[str, Reason] = field(default_factory=dict)
+    num_reused: int = 0
     phase: Phase = Phase.WAITING
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
@@ -120,6 +155,11 @@ class Sequence:
     def scoring(self) -> bool:
         """True while log-probabilities of the prompt are asked for and not told yet."""
         return self.scores is not None and not self.scores.described
+
+    @property
+    def weighing(self) -> bool:
+        """True while the weights follow the prompt's likelihood and it is not known yet."""
+        return self.likelihood is not None and self.likelihood.weights is None
 
     @property
     def consulted(self) -> tuple[str, ...]:
@@ -163,11 +203,38 @@ class Sequence:
             prompt_logprobs=self.scores.described if first and self.scores is not None else (),
             prompt_text=self.prompt_text if first and params.echo else "",
             prompt_token_ids=tuple(prompt_ids) if first else (),
+            num_cached_tokens=self.num_reused,
+            dropped=dict(self.dropped),
         )
 
     def finish(self, reason: FinishReason, stop: str | int | None = None, error: str | None = None) -> None:
         """The end; the scheduler takes it off its lists at the next turn."""
         self.phase, self.finish_reason, self.stop_reason, self.error = Phase.FINISHED, reason, stop, error
+
+    def settle(self) -> None:
+        """The prompt is cached in every member: weights that follow it are known from now on, and in the recipe."""
+        if self.likelihood is not None and self.weighing:
+            assert self.recipe.tau is not None
+            prior = dict(zip(self.recipe.members, self.recipe.weights, strict=True))
+            self.recipe = replace(self.recipe, weights=self.likelihood.settle(prior, self.recipe.tau))
+
+    def follow(self, leader: Sequence) -> None:
+        """Take over the weights of a sequence with the same prompt, if it has lost nobody."""
+        mine, theirs = self.likelihood, leader.likelihood
+        if mine is not None and theirs is not None and self.recipe.members == leader.recipe.members:
+            mine.weights = theirs.weights
+            self.recipe = replace(self.recipe, weights=leader.recipe.weights)
+
+    def drop(self, member: str, reason: Reason) -> tuple[str, ...]:
+        """Go on without an assistant; returns who is gone now, with it those that the fusion cannot use alone."""
+        before, self.recipe = self.recipe.members, self.recipe.without((member,))
+        gone = tuple(other for other in before if other not in self.recipe.members)
+        for other in gone:
+            del self.tracks[other]
+            self.dropped[other] = reason if other == member else "idle"
+        if self.scores is not None and self.scoring:
+            self.scores.lose(gone)
+        return gone
 
     def preempt(self) -> None:
         """Back to the queue with nothing cached; the text and the state of sampling stay."""
@@ -176,6 +243,8 @@ class Sequence:
             track.num_cached = 0
         if self.scores is not None and self.scoring:
             self.scores.reset()
+        if self.likelihood is not None and self.weighing:
+            self.likelihood.reset()
 
     def _spell(self, token_id: int) -> None:
         """Add a token's bytes to the text."""

@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ensemble_core.decoding.sampling_params import SamplingParams
+from ensemble_core.errors import EvaluationError
 from ensemble_core.evaluation.answers import exact_match, same_number
 from ensemble_core.evaluation.journal import Values
 from ensemble_core.evaluation.offline import DocumentSums
@@ -22,6 +23,7 @@ from ensemble_core.evaluation.spelling import Document
 from ensemble_core.evaluation.tasks import Item, Split, Task
 from ensemble_core.evaluation.variants import Variant
 from ensemble_core.evaluation.workbench import Workbench
+from ensemble_core.llm import Completion
 
 Measure = Literal["bits", "score"]
 
@@ -107,9 +109,19 @@ def completions(
             done = bench.llm().generate(
                 [examples + item.prompt for item in batch], _PARAMS[task.kind], variant.model, variant.overrides
             )
+            _require_whole(variant, done)
             texts = {item.index: answer.text.strip() for item, answer in zip(batch, done, strict=True)}
             yield {item.index: _judged(task, item, texts[item.index]) for item in batch}
             bar.update(len(batch))
+
+
+def _require_whole(variant: Variant, done: Sequence[Completion]) -> None:
+    """What an ensemble answered without a member is not its result. Raises EvaluationError."""
+    if lost := {member: reason for answer in done for member, reason in answer.dropped.items()}:
+        raise EvaluationError(
+            f"{variant.label}: members {lost} failed, and were dropped from answers that would count as the whole "
+            "ensemble's; see the log, or evaluate it with fewer members"
+        )
 
 
 def _judged(task: Task, item: Item, text: str) -> Values:

@@ -7,7 +7,6 @@ Does not know the command line or YAML.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -19,16 +18,15 @@ from ensemble_core.decoding.sequence import Recipe
 from ensemble_core.errors import EvaluationError
 from ensemble_core.evaluation import measures
 from ensemble_core.evaluation.evaluate import Output, Request, evaluate
+from ensemble_core.evaluation.likelihood import Likelihood
 from ensemble_core.evaluation.measures import Selection
-from ensemble_core.evaluation.offline import DocumentSums, fuse_positions, shared_positions
+from ensemble_core.evaluation.offline import DocumentSums, shared_positions
 from ensemble_core.evaluation.report import Result, summarise
 from ensemble_core.evaluation.scores import Scores, join_scores
 from ensemble_core.evaluation.tasks import Split, Task
 from ensemble_core.evaluation.variants import Variant
-from ensemble_core.evaluation.weights import Weights, in_proportion, minimise
+from ensemble_core.evaluation.weights import Weights, in_proportion
 from ensemble_core.evaluation.workbench import Workbench
-
-logger = logging.getLogger(__name__)
 
 Method = Literal["nll", "score"]
 NUM_POSITIONS = 5000  # enough to place a weight: the optimum is flat
@@ -85,16 +83,12 @@ def _least_nats(
     """Where main speaks alone weights change nothing, so the shared positions are all that counts."""
     scores = _documents(bench, recipe, tasks, selection)
     shared = shared_positions(scores, recipe.members).spread(num_positions)
-    counted = scores.members[recipe.main].scored[shared.rows]
-
-    def objective(weights: Weights) -> float:
-        fused = fuse_positions(scores, recipe, shared, bench.num_candidates, weights)
-        value = -float(fused.logprobs[counted].double().mean())
-        logger.info("%s: %.5f nats per shared position", _named(recipe.members, weights), value)
-        return value
-
-    with tqdm(desc="tuning", unit="evaluation", disable=None) as bar:
-        return minimise(lambda weights: bar.update() or objective(weights), recipe.weights)
+    if not len(shared.rows):
+        raise EvaluationError(
+            f"{', '.join(recipe.members)}: the tasks have no place where all of them have a boundary"
+        )
+    with tqdm(desc="tuning", unit="position", unit_scale=True, disable=None) as bar:
+        return Likelihood(scores, recipe, shared, bench.num_candidates, bar.update).best_weights()
 
 
 def _by_score(bench: Workbench, recipe: Recipe, tasks: Sequence[Task], selection: Selection) -> Weights:
@@ -132,7 +126,3 @@ def _documents(bench: Workbench, recipe: Recipe, tasks: Sequence[Task], selectio
             for task in tasks
         ]
     )
-
-
-def _named(members: Sequence[str], weights: Sequence[float]) -> str:
-    return ", ".join(f"{name} {weight:.3f}" for name, weight in zip(members, weights, strict=True))

@@ -5,7 +5,11 @@ are averaged (r = sum_i w_i r_i), and the average is carried back into main's vo
 `search`, the paper's few steps of AdamW on KL(r || softmax(z) R_main), and `em`, Richardson-Lucy steps on the
 simplex. They are different operators: the search is a bounded nudge of main, EM moves until it explains r.
 
-Invariants: the result sums to 1 with main's tail; main's tokens that have no row (control tokens) keep main's
+On candidates "outside" is one more place beside the anchors: each member's tail, and what r says of anchors that no
+token of the support reaches, lie there, and main's tail is the one token that reaches it. So members are pooled in
+what they leave outside, too.
+
+Invariants: the result sums to 1 with its tail; main's tokens that have no row (control tokens) keep main's
 own mass; a main with all the weight is a fixed point of EM, its tail included; nothing loops over tokens in Python.
 Does not know requests, or how matrices were made.
 """
@@ -14,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -59,12 +63,12 @@ class Problem:
     prior: Tensor  # (B, S) p_main on the support, rows sum to 1
     columns: Tensor  # (B, S, k) int64: anchors of each token's row
     values: Tensor  # (B, S, k) their shares; rows sum to 1, or to 0 where prior is 0
-    target: Tensor  # (B, A) r, rows sum to 1
-    num_anchors: int  # A of the whole space
+    target: Tensor  # (B, A) r, rows sum to 1; or (B, A + 1) with the outside
+    num_anchors: int  # A of the whole space, which the paper's loss is a mean over
 
     def project(self, p: Tensor, out: Tensor | None = None) -> Tensor:
         """q = p R_main, (B, S) -> (B, A); into `out` where given."""
-        q = p.new_zeros(p.shape[0], self.num_anchors) if out is None else out.zero_()
+        q = torch.zeros_like(self.target) if out is None else out.zero_()
         return _add(q, p, self.columns, self.values)
 
     def at(self, anchors: Tensor) -> Tensor:
@@ -138,12 +142,13 @@ class RelativeFusion:
         target = own * weights[:, :1]  # (B, A)
         for i, other in enumerate(others, start=1):
             _add(target, other.p * weights[:, i : i + 1], other.columns, other.values)
+            target[:, -1] += other.outside * weights[:, i]
         gap = torch.sub(target, own, out=own)
         unmapped = torch.stack([main.unmapped, *(other.unmapped for other in others)], dim=1)
-        return self._carried_back(main, target, gap, unmapped)
+        return self._carried_back(main, weights[:, 0], target, gap, unmapped)
 
     def views(self, candidates: Sequence[Candidates], weights: Tensor) -> Views:
-        """See `Pooled.views`: places are anchors. A member without a word on any has no weight."""
+        """See `Pooled.views`: places are anchors and the outside. A member without a word on any has no weight."""
         statements = self._statements(candidates)
         return Views(
             main=candidates[0],
@@ -155,22 +160,24 @@ class RelativeFusion:
 
     def conclude(self, views: Views, pooled: Tensor) -> Fused:
         """See `Pooled.conclude`: pooled is r."""
-        main = _statement(views.main, self._matrices[0])
-        return self._carried_back(main, pooled.clone(), pooled - views.shares[:, 0], views.unmapped)
+        main, own = _statement(views.main, self._matrices[0]), views.shares[:, 0]
+        return self._carried_back(main, views.weights[:, 0], pooled.clone(), pooled - own, views.unmapped)
 
     def _statements(self, candidates: Sequence[Candidates]) -> list[_Statement]:
         return [_statement(part, matrix) for part, matrix in zip(candidates, self._matrices, strict=True)]
 
-    def _carried_back(self, main: _Statement, target: Tensor, gap: Tensor, unmapped: Tensor) -> Fused:
+    def _carried_back(
+        self, main: _Statement, weight: Tensor, target: Tensor, gap: Tensor, unmapped: Tensor
+    ) -> Fused:
         """r in main's vocabulary; `target`, which is r, is used up.
 
-        gap: (B, A) what r asks of each anchor beyond main's own projection.
+        weight: (B,) main's part in r. gap: (B, A + 1) what r asks of each place beyond main's own projection.
         """
-        support = self._support(main.candidates, gap)
-        p = self._solve(self._problem(support, target, main))
-        mass = torch.where(support.mapped, support.prior, 0.0).sum(dim=1, keepdim=True)
-        fused = torch.where(support.mapped, p * mass, support.prior)
-        return Fused(support.token_ids, fused.log(), support.tail.log(), unmapped)
+        support = self._support(main.candidates, gap[:, :-1])
+        mass = torch.where(support.mapped, support.prior, 0.0).sum(dim=1) + support.tail
+        p = self._solve(self._problem(support, weight / mass.clamp_min(_TINY), target, main)) * mass.unsqueeze(1)
+        fused = torch.where(support.mapped, p[:, :-1], support.prior)
+        return Fused(support.token_ids, fused.log(), p[:, -1].log(), unmapped)
 
     def _support(self, main: Candidates, gap: Tensor) -> _Support:
         prior, tail = main.logprobs.exp(), main.tail.exp()
@@ -180,18 +187,27 @@ class RelativeFusion:
         mapped = (self._matrices[0].row_mass[token_ids] > 0) & (prior > 0)
         return _Support(token_ids, prior, tail, mapped)
 
-    def _problem(self, support: _Support, target: Tensor, main: _Statement) -> Problem:
-        """Members' projections do not speak of what main is supposed to have beyond its candidates.
+    def _problem(self, support: _Support, scale: Tensor, target: Tensor, main: _Statement) -> Problem:
+        """The support and, as one more token, its tail. scale: (B,) of main's masses in r.
 
-        So that EM does not take it away it enters r as it is: `target` is scaled up in place to hold it, too.
+        Main's projection has outside what it is supposed to have beyond its candidates; in `target` that is put where
+        the support has it, so that EM does not take it away.
         """
         num_own = main.columns.shape[1]
         columns, values = _rows(self._matrices[0], support.token_ids[:, num_own:])
-        prior = _normalised(torch.where(support.mapped, support.prior, 0.0))
-        own = prior[:, :num_own].sum(dim=1, keepdim=True).clamp_min(_TINY)
-        _add(target, prior[:, num_own:] / own, columns, values)
-        columns, values = torch.cat([main.columns, columns], dim=1), torch.cat([main.values, values], dim=1)
-        return Problem(prior, columns, values, _normalised(target), target.shape[1])
+        supposed = torch.where(support.mapped, support.prior, 0.0)[:, num_own:] * scale.unsqueeze(1)
+        _add(target, supposed, columns, values)
+        outside = target.shape[1] - 1
+        target[:, outside] = (target[:, outside] - supposed.sum(dim=1)).clamp_min(0.0)
+        tail_columns = torch.full_like(main.columns[:, :1], outside)
+        tail_values = torch.zeros_like(main.values[:, :1])
+        tail_values[:, :, 0] = 1.0
+        mapped = torch.where(support.mapped, support.prior, 0.0)
+        prior = _normalised(torch.cat([mapped, support.tail.unsqueeze(1)], dim=1))
+        columns = torch.cat([main.columns, columns, tail_columns], dim=1)
+        values = torch.cat([main.values, values, tail_values], dim=1)
+        problem = Problem(prior, columns, values, target, outside)
+        return problem if self.full_vocabulary else replace(problem, target=_gathered(problem))
 
     def _solve(self, problem: Problem) -> Tensor:
         if self._options.solver == "em":
@@ -212,28 +228,39 @@ class _Statement:
     """What a member's candidates say of anchors; r_i is `project()`."""
 
     candidates: Candidates
-    p: Tensor  # (B, K) on tokens that have a row, scaled to sum to 1 (0 where there is none)
+    p: Tensor  # (B, K) on tokens that have a row, scaled to sum to 1 with the tail (0 where there is none)
     columns: Tensor  # (B, K, k) int64
     values: Tensor  # (B, K, k)
+    outside: Tensor  # (B,) the tail, on the same scale
     unmapped: Tensor  # (B,) the mass without a row
     num_anchors: int
 
     def project(self) -> Tensor:
-        """r_i, (B, A)."""
-        return _add(self.p.new_zeros(self.p.shape[0], self.num_anchors), self.p, self.columns, self.values)
+        """r_i, (B, A + 1): anchors and the outside."""
+        r = _add(self.p.new_zeros(self.p.shape[0], self.num_anchors + 1), self.p, self.columns, self.values)
+        r[:, -1] = self.outside
+        return r
 
 
 def _statement(candidates: Candidates, matrix: TransferMatrix) -> _Statement:
     columns, values = _rows(matrix, candidates.token_ids)
     p, mapped = candidates.logprobs.exp(), matrix.row_mass[candidates.token_ids] > 0
     unmapped = torch.where(mapped, 0.0, p).sum(dim=1)
-    p = _normalised(torch.where(mapped, p, 0.0))
-    return _Statement(candidates, p, columns, values, unmapped, matrix.num_anchors)
+    tail = candidates.tail.exp().unsqueeze(1)
+    said = _normalised(torch.cat([torch.where(mapped, p, 0.0), tail], dim=1))
+    return _Statement(candidates, said[:, :-1], columns, values, said[:, -1], unmapped, matrix.num_anchors)
+
+
+def _gathered(problem: Problem) -> Tensor:
+    """r with what no token with mass reaches laid outside, (B, A + 1)."""
+    reached = problem.target.where(problem.project(problem.prior) > _TINY, 0.0)
+    reached[:, -1] += problem.target.sum(dim=1) - reached.sum(dim=1)
+    return reached
 
 
 def _heard(statements: Sequence[_Statement], weights: Tensor) -> Tensor:
     """Weights (B, M) of those who say anything, scaled to sum to 1 (or 0, where nobody does)."""
-    return _normalised(weights * torch.stack([statement.p.sum(dim=1) for statement in statements], dim=1))
+    return _normalised(weights * torch.stack([s.p.sum(dim=1) + s.outside for s in statements], dim=1))
 
 
 def _rows(matrix: TransferMatrix, token_ids: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,19 @@ NAME = "unisono_packed"
 _KNOWN = {"unisono", "dropout", "position_ids", "use_cache", "is_causal", "cache_position"}
 _KNOWN |= {"output_attentions", "output_hidden_states", "output_router_logits"}  # what a model reports, not how
 _MAX_WASTE = 1.5  # padded over real key positions at which a group is split
+
+
+class Pass(Protocol):
+    """One forward's tokens, and how each layer's attention reaches what is cached."""
+
+    @property
+    def positions(self) -> Tensor:
+        """(N,) int64: each token's place in its sequence."""
+
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float | None, window: int | None
+    ) -> Tensor:
+        """Write the new keys and values (N, Hkv, D) of a layer, and attend with queries (N, H, D): (N, H, D)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +77,26 @@ class PackedPass:
     slots: Tensor  # (N,) int64, on the CPU
     _slots_on: dict[torch.device, Tensor] = field(default_factory=dict)
     _windows: dict[tuple[int | None, torch.device], list[_Window]] = field(default_factory=dict)
+
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float | None, window: int | None
+    ) -> Tensor:
+        """See `Pass.attend`."""
+        keys, values = self.cache.keys[layer], self.cache.values[layer]
+        slots, row_len = self.slots_on(query.device), self.cache.row_len
+        keys.index_copy_(0, slots, key)
+        values.index_copy_(0, slots, value)
+        parts = [
+            folded_attention(
+                query[group.start : group.stop],
+                _view(keys, row_len, group, seen),
+                _view(values, row_len, group, seen),
+                seen.mask,
+                scaling,
+            )
+            for group, seen in zip(self.groups, self.windows(window, query.device), strict=True)
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def slots_on(self, device: torch.device) -> Tensor:
         """The slots on a layer's device."""
@@ -135,56 +168,26 @@ def packed_attention(
 ) -> tuple[Tensor, None]:
     """The attention function of transformers' interface; returns (1, N, H, D). Writes the new keys and values."""
     _refuse_unknown(module, kwargs)
-    run: PackedPass = kwargs["unisono"]
+    run: Pass = kwargs["unisono"]
     layer: int = module.layer_idx  # type: ignore[assignment]
     query, key, value = (part[0].transpose(0, 1) for part in (query, key, value))  # (N, heads, D)
-    return attend(run, layer, query, key, value, scaling, sliding_window).unsqueeze(0), None
+    return run.attend(layer, query, key, value, scaling, sliding_window).unsqueeze(0), None
 
 
-def attend(
-    run: PackedPass,
-    layer: int,
-    query: Tensor,  # (N, H, D)
-    key: Tensor,  # (N, Hkv, D)
-    value: Tensor,  # (N, Hkv, D)
-    scaling: float | None,
-    window: int | None,
-) -> Tensor:
-    """Write the new keys and values of a layer, and attend to all that is cached: (N, H, D)."""
-    keys, values = run.cache.keys[layer], run.cache.values[layer]
-    slots = run.slots_on(query.device)
-    keys.index_copy_(0, slots, key)
-    values.index_copy_(0, slots, value)
-    windows = run.windows(window, query.device)
-    parts = [
-        _attend(query[group.start : group.stop], keys, values, run.cache.row_len, group, seen, scaling)
-        for group, seen in zip(run.groups, windows, strict=True)
-    ]
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
-def _attend(
+def folded_attention(
     query: Tensor,  # (B*T, H, D)
-    keys: Tensor,
-    values: Tensor,
-    row_len: int,
-    group: Group,
-    window: _Window,
+    keys: Tensor,  # (B, Hkv, L, D)
+    values: Tensor,  # (B, Hkv, L, D)
+    mask: Tensor | None,  # (B, 1, T, L), added to scores
     scaling: float | None,
 ) -> Tensor:
-    rows, new = group.num_rows, group.num_new
-    heads, size = query.shape[1], query.shape[2]
-    kv_heads = keys.shape[1]
+    """Attention of B rows with T new tokens each, heads of a KV group folded into the query length: (B*T, H, D)."""
+    rows, kv_heads = keys.shape[0], keys.shape[1]
+    new, heads, size = query.shape[0] // rows, query.shape[1], query.shape[2]
     fold = heads // kv_heads
     folded = query.reshape(rows, new, kv_heads, fold, size).permute(0, 2, 3, 1, 4)  # no copy where new is 1
     folded = folded.reshape(rows, kv_heads, fold * new, size)
-    out = scaled_dot_product_attention(
-        folded,
-        _view(keys, row_len, group, window),
-        _view(values, row_len, group, window),
-        attn_mask=_folded_mask(window.mask, fold),
-        scale=scaling,
-    )
+    out = scaled_dot_product_attention(folded, keys, values, attn_mask=_folded_mask(mask, fold), scale=scaling)
     out = out.view(rows, kv_heads, fold, new, size).permute(0, 3, 1, 2, 4)
     return out.reshape(rows * new, heads, size)
 

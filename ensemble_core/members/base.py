@@ -6,7 +6,7 @@ here knows transformers, caches, scheduling or fusion.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -24,12 +24,15 @@ class Feed:
     wanted: answer for the last `wanted` of them (0: a prefill chunk that is not the last).
     also: for each wanted position, ids whose log-probabilities must be in the answer whatever their rank;
         empty, or as long as `wanted`.
+    following: for each of token_ids the id whose log-probability after it is asked for, -1 for none; empty: none at
+        all. The answer has their sum.
     """
 
     seq_id: int
     token_ids: list[int]
     wanted: int = 1
     also: tuple[tuple[int, ...], ...] = ()
+    following: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,11 +42,17 @@ class Candidates:
     Rows follow the order of the feeds, and within a feed the order of its positions. The log-softmax behind
     the numbers is taken over the member's full vocabulary. Ids asked for by `also` stand in the last columns
     of their row if their rank did not bring them in; otherwise a row runs from likely to unlikely.
+
+    clock: waits for the end of the forward and says what it took, in seconds; None: it was over when it came back.
+    likelihoods: for each feed the sum of the log-probabilities that its `following` asks for, in nats; empty where no
+    feed asks. Not of rows that are taken out of an answer.
     """
 
     token_ids: Tensor  # (N, K) int64
     logprobs: Tensor  # (N, K) float32, exact
     tail: Tensor  # (N,) float32, log of the mass outside the K candidates; -inf where K is everything
+    clock: Callable[[], float] | None = None
+    likelihoods: tuple[float, ...] = ()
 
     def __len__(self) -> int:
         return self.token_ids.shape[0]

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ensemble_core.members.attention import NAME, PackedPass
+from ensemble_core.members.attention import NAME, Pass
 
 
 class Body(Protocol):
@@ -22,7 +22,7 @@ class Body(Protocol):
     def embedding(self) -> nn.Module:
         """The table of input embeddings."""
 
-    def __call__(self, run: PackedPass, token_ids: Tensor, wanted: Tensor) -> Tensor:
+    def __call__(self, run: Pass, token_ids: Tensor, wanted: Tensor) -> Tensor:
         """token_ids: (N,) in the order of the pass; wanted: places that answer. (N_wanted, V) logits."""
 
     def num_bytes(self) -> dict[str, int]:
@@ -38,7 +38,7 @@ class TransformersBody:
         self._model, self._device = model, device
         self.embedding: nn.Module = model.get_input_embeddings()
 
-    def __call__(self, run: PackedPass, token_ids: Tensor, wanted: Tensor) -> Tensor:
+    def __call__(self, run: Pass, token_ids: Tensor, wanted: Tensor) -> Tensor:
         """See `Body`."""
         first = next(self.embedding.parameters()).device
         output = self._model(

@@ -63,9 +63,22 @@ def top_candidates(logits: Tensor, top_k: int, also: Sequence[tuple[int, ...]] =
         return Candidates(token_ids, whole, torch.full_like(normaliser, -torch.inf))
     token_ids = likeliest(logits, top_k)
     for row, wanted in enumerate(also):
-        _force(token_ids[row], wanted)
+        if wanted:
+            _force(token_ids[row], wanted)
     logprobs = logits.gather(1, token_ids).float() - normaliser.unsqueeze(1)
     return Candidates(token_ids, logprobs, log_rest(logprobs))
+
+
+def likelihoods(logits: Tensor, following: Sequence[tuple[int, ...]]) -> tuple[float, ...]:
+    """For each feed the sum of the log-probabilities of its `following` ids, without a search for the likeliest.
+
+    logits: (N, V), a row for every id that is not -1, in the order of feeds and positions. Summed in float64.
+    """
+    asked = [[token_id for token_id in ids if token_id >= 0] for ids in following]
+    columns = torch.tensor([token_id for ids in asked for token_id in ids], dtype=torch.long, device=logits.device)
+    own = logits.gather(1, columns.unsqueeze(1)).squeeze(1).float() - log_normaliser(logits)  # (N,)
+    parts = torch.split(own.double(), [len(ids) for ids in asked])
+    return tuple(torch.stack([part.sum() for part in parts]).tolist())
 
 
 def narrow(candidates: Candidates, num: int, keep: Sequence[tuple[int, ...]]) -> Candidates:

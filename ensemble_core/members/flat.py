@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ensemble_core.members.attention import PackedPass, attend
+from ensemble_core.members.attention import Pass
 from ensemble_core.members.body import weight_bytes
 from ensemble_core.members.linear import Linear, merged
 
@@ -81,7 +81,7 @@ class Layer:
         found = (getattr(self, part.name) for part in fields(self))
         return [part for part in found if isinstance(part, Norm | Linear)]
 
-    def forward(self, x: Tensor, run: PackedPass, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(self, x: Tensor, run: Pass, cos: Tensor, sin: Tensor) -> Tensor:
         """(N, d) -> (N, d); writes the keys and values of the N tokens."""
         attended = self.output(self._attention(self.before_attention(x), run, cos, sin))
         x = x + (attended if self.after_attention is None else self.after_attention(attended))
@@ -89,7 +89,7 @@ class Layer:
         changed = self.down(self.activation(gate) * up)
         return x + (changed if self.after_mlp is None else self.after_mlp(changed))
 
-    def _attention(self, x: Tensor, run: PackedPass, cos: Tensor, sin: Tensor) -> Tensor:
+    def _attention(self, x: Tensor, run: Pass, cos: Tensor, sin: Tensor) -> Tensor:
         num_rotated = self.num_heads + self.num_kv_heads
         heads = self.qkv(x).view(x.shape[0], num_rotated + self.num_kv_heads, -1)  # (N, H + 2 Hkv, D)
         turned = heads[:, :num_rotated]
@@ -97,7 +97,7 @@ class Layer:
             turned = self.head_norm(turned)
         turned = (turned * cos).addcmul_(turned.roll(turned.shape[2] // 2, -1), sin)
         query, key = turned[:, : self.num_heads], turned[:, self.num_heads :]
-        out = attend(run, self.index, query, key, heads[:, num_rotated:], self.scaling, self.window)
+        out = run.attend(self.index, query, key, heads[:, num_rotated:], self.scaling, self.window)
         return out.reshape(x.shape[0], -1)
 
 
@@ -110,7 +110,7 @@ class FlatBody:
         self.embedding, self._layers, self._rotations = embedding, layers, rotations
         self._norm, self._head = norm, head
 
-    def __call__(self, run: PackedPass, token_ids: Tensor, wanted: Tensor) -> Tensor:
+    def __call__(self, run: Pass, token_ids: Tensor, wanted: Tensor) -> Tensor:
         """token_ids: (N,) in the order of the pass; wanted: places that answer. (N_wanted, V) logits."""
         device = self._norm.weight.device
         positions = run.positions.to(device)

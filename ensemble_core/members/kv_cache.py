@@ -19,8 +19,9 @@ from __future__ import annotations
 
 import math
 import mmap
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -46,6 +47,43 @@ class LayerShape:
     device: torch.device
 
 
+class Cache(Protocol):
+    """What a member asks of its cache, whether that is rows (`KVCache`) or pages (`paged_cache.PagedCache`)."""
+
+    @property
+    def page_size(self) -> int:
+        """Tokens a page; a row is one page."""
+
+    @property
+    def num_pages(self) -> int:
+        """All pages."""
+
+    @property
+    def num_free(self) -> int:
+        """Pages that no sequence holds."""
+
+    def length(self, seq_id: int) -> int:
+        """Tokens cached of a sequence; 0 for an unknown one."""
+
+    def reuse(self, seq_id: int, token_ids: Sequence[int]) -> int:
+        """Begin a sequence with the longest cached prefix of `token_ids`; returns its length, 0 if nothing began."""
+
+    def advance(self, seq_id: int, token_ids: Sequence[int]) -> None:
+        """A forward has written these tokens."""
+
+    def rollback(self, seq_id: int, length: int) -> None:
+        """Keep the first `length` tokens."""
+
+    def release(self, seq_id: int, keep: bool = False) -> None:
+        """Give back what a sequence holds, or keep it as a cached prefix; an unknown sequence is fine."""
+
+    def num_bytes(self) -> dict[str, int]:
+        """Device -> bytes of keys and values."""
+
+    def check(self) -> None:
+        """Integrity of the accounts. For tests and debugging."""
+
+
 class KVCache:
     """Rows of keys and values for every layer.
 
@@ -54,16 +92,30 @@ class KVCache:
 
     def __init__(self, layers: list[LayerShape], num_rows: int, row_len: int, dtype: torch.dtype) -> None:
         self.num_rows, self.row_len, self.dtype = num_rows, row_len, dtype
-        self.keys = [_zeros(layer, num_rows * row_len, dtype) for layer in layers]
-        self.values = [_zeros(layer, num_rows * row_len, dtype) for layer in layers]
+        self.keys = [zeros(layer, num_rows * row_len, dtype) for layer in layers]
+        self.values = [zeros(layer, num_rows * row_len, dtype) for layer in layers]
         self._rows: dict[int, Row] = {}
         self._prefixes: list[Row] = []  # least recently used first
         self._written = [0] * num_rows  # slots of each row that may hold something, failed ones too
 
     @property
+    def page_size(self) -> int:
+        """A page is a row."""
+        return self.row_len
+
+    @property
+    def num_pages(self) -> int:
+        """Rows."""
+        return self.num_rows
+
+    @property
     def num_free(self) -> int:
         """Rows that no sequence holds."""
         return self.num_rows - len(self._rows)
+
+    def length(self, seq_id: int) -> int:
+        """Tokens cached of a sequence; 0 for an unknown one."""
+        return self._rows[seq_id].length if seq_id in self._rows else 0
 
     @property
     def prefixes(self) -> list[list[int]]:
@@ -131,11 +183,7 @@ class KVCache:
 
     def num_bytes(self) -> dict[str, int]:
         """Device -> bytes of keys and values."""
-        sizes: dict[str, int] = {}
-        for tensor in (*self.keys, *self.values):
-            device = str(tensor.device)
-            sizes[device] = sizes.get(device, 0) + tensor.numel() * tensor.element_size()
-        return sizes
+        return tensor_bytes((*self.keys, *self.values))
 
     def check(self) -> None:
         """Integrity: rows, lengths and ids agree. For tests and debugging."""
@@ -232,7 +280,17 @@ def bytes_per_token(layers: list[LayerShape], dtype: torch.dtype) -> int:
     return sum(2 * layer.num_kv_heads * layer.head_size for layer in layers) * dtype.itemsize
 
 
-def _zeros(layer: LayerShape, slots: int, dtype: torch.dtype) -> Tensor:
+def tensor_bytes(tensors: Iterable[Tensor]) -> dict[str, int]:
+    """Device -> bytes of tensors."""
+    sizes: dict[str, int] = {}
+    for tensor in tensors:
+        device = str(tensor.device)
+        sizes[device] = sizes.get(device, 0) + tensor.numel() * tensor.element_size()
+    return sizes
+
+
+def zeros(layer: LayerShape, slots: int, dtype: torch.dtype) -> Tensor:
+    """(slots, Hkv, D) of zeros on the layer's device."""
     shape = (slots, layer.num_kv_heads, layer.head_size)
     if layer.device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=layer.device)

@@ -2,41 +2,43 @@
 
 Invariants: a forward either advances every sequence it was fed or none; the answer is the model's own, whatever
 else is in the pass. At load the model proves that it can work so: its attention is surveyed, and a packed pass in
-chunks is compared with its own forward. Does not know scheduling, fusion or text.
+chunks is compared with its own forward. Its cache is rows or pages; on CUDA decode steps are captured graphs, unless
+they fail their own proof. Does not know scheduling, fusion or text.
 """
 
 from __future__ import annotations
 
-import inspect
 import logging
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor, nn
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from ensemble_core.config import MemberConfig
 from ensemble_core.errors import CheckpointError, ConfigError, MemberError, UnsupportedModelError
-from ensemble_core.members.attention import PackedPass, pack
+from ensemble_core.members.attention import Pass, pack
 from ensemble_core.members.base import Candidates, Feed
 from ensemble_core.members.body import Body, TransformersBody
-from ensemble_core.members.candidates import top_candidates
+from ensemble_core.members.candidates import likelihoods, top_candidates
 from ensemble_core.members.flat import flatten
-from ensemble_core.members.kv_cache import KVCache, LayerShape, bytes_per_token
-from ensemble_core.members.placement import DTYPES, resolve_device
+from ensemble_core.members.graphs import Capture, GraphedBody, bucket_sizes, cuda_graphs
+from ensemble_core.members.kv_cache import Cache, KVCache, LayerShape, bytes_per_token
+from ensemble_core.members.paged_attention import Attention, by_gathering, by_kernel, choose_attention, pack_pages
+from ensemble_core.members.paged_cache import PagedCache
+from ensemble_core.members.placement import DTYPES, page_size, resolve_device
+from ensemble_core.members.proof import Proof, survey
+from ensemble_core.members.streams import lane_on
 from ensemble_core.text.vocabulary import Vocabulary
 
 logger = logging.getLogger(__name__)
 
-_SURVEY = "unisono_survey"
 _MAX_ROWS = 4096
-_PROVED = 12  # positions compared in the proof at load
-_MAX_PROVED_WINDOW = 1024  # a longer sliding window is not filled for the proof
+_MAX_BATCH = 64
 _LAYER_TYPES = {"full_attention", "sliding_attention", "attention"}
 _STATEFUL_ROPE = {"dynamic", "longrope"}  # frequencies that depend on the longest sequence of a pass
 
@@ -44,42 +46,56 @@ _STATEFUL_ROPE = {"dynamic", "longrope"}  # frequencies that depend on the longe
 class LocalMember:
     """See `ensemble_core.members.base.Member`."""
 
-    def __init__(self, name: str, model: Any, vocabulary: Vocabulary, config: MemberConfig) -> None:
+    def __init__(
+        self,
+        name: str,
+        model: Any,
+        vocabulary: Vocabulary,
+        config: MemberConfig,
+        *,
+        max_batch: int = _MAX_BATCH,
+        capture: Capture | None = None,
+    ) -> None:
+        """max_batch: sequences that decode at once. capture: how graphs are made; None: as the device can."""
         self.name = name
         self.vocabulary = vocabulary
         layers = survey(name, model)
         self.device = layers[-1].device
         self.max_len = min(config.max_len, _longest(model))
-        dtype = model.dtype
-        num_rows = _num_rows(name, config.cache_bytes, self.max_len * bytes_per_token(layers, dtype))
-        self._cache = KVCache(layers, num_rows, self.max_len, dtype)
+        self._cache: Cache = _cache(name, config, layers, self.max_len, model.dtype)
         with torch.inference_mode():
             proof = Proof(name, model, len(vocabulary), self.max_len)
             flat = flatten(model, self.max_len) if config.forward == "auto" else None
         self._body: Body = flat or TransformersBody(model, self.device)
         self._memory = _sum_bytes(self._body.num_bytes(), self._cache.num_bytes())
+        self._lane = lane_on(self.device)
+        self._attention: Attention = by_gathering
+        if isinstance(self._cache, PagedCache):
+            self._attention = choose_attention(name, layers, model.dtype, self._cache.page_size)
         proof.check(self)
+        if isinstance(self._cache, PagedCache):
+            self._adopt_graphs(self._cache, proof, capture or _capture(self._attention, layers), max_batch)
 
     @property
     def page_size(self) -> int:
-        """A page is a row."""
-        return self.max_len
+        """Tokens a page; a row is one page."""
+        return self._cache.page_size
 
     @property
     def num_pages(self) -> int:
-        """Rows."""
-        return self._cache.num_rows
+        """Pages, or rows."""
+        return self._cache.num_pages
 
     @property
     def free_pages(self) -> int:
-        """Rows that no sequence holds."""
+        """Pages, or rows, that no sequence holds."""
         return self._cache.num_free
 
     def forward(self, feeds: Sequence[Feed], top_k: int) -> Candidates:
         """See `Member.forward`."""
         try:
             with torch.inference_mode():
-                candidates = self._forward(feeds, top_k)
+                candidates = self._lane.forward(lambda: self._forward(feeds, top_k))
         except Exception as error:
             raise MemberError(self.name, f"forward failed: {type(error).__name__}: {error}") from error
         for feed in feeds:
@@ -88,40 +104,75 @@ class LocalMember:
 
     def rollback(self, seq_id: int, length: int) -> None:
         """See `Member.rollback`."""
-        self._cache.rollback(seq_id, length)
+        with self._lane.work():
+            self._cache.rollback(seq_id, length)
 
     def reuse(self, seq_id: int, token_ids: Sequence[int]) -> int:
         """See `Member.reuse`; a shorter prefix than `kv_cache.MIN_PREFIX` is not worth it."""
-        return self._cache.reuse(seq_id, token_ids)
+        with self._lane.work():
+            return self._cache.reuse(seq_id, token_ids)
 
     def release(self, seq_id: int, keep: bool = False) -> None:
         """See `Member.release`."""
-        self._cache.release(seq_id, keep)
+        with self._lane.work():
+            self._cache.release(seq_id, keep)
 
     def memory_bytes(self) -> dict[str, int]:
         """See `Member.memory_bytes`."""
         return self._memory
 
     def check_cache(self) -> None:
-        """Integrity of the cache; see `KVCache.check`."""
+        """Integrity of the cache; see `Cache.check`."""
         self._cache.check()
 
     def _forward(self, feeds: Sequence[Feed], top_k: int) -> Candidates:
         run, order = self._pack(feeds)
         token_ids = [token_id for i in order for token_id in feeds[i].token_ids]
-        logits = self._body(run, torch.tensor(token_ids), _wanted(feeds, order))
+        answering, followed = _places(feeds, order)
+        logits = self._body(run, torch.tensor(token_ids), torch.tensor(answering + followed, dtype=torch.long))
         also = [ids for feed in feeds for ids in feed.also or ((),) * feed.wanted]
-        return top_candidates(logits, top_k, also)
+        candidates = top_candidates(logits[: len(answering)], top_k, also)
+        if not followed:
+            return candidates
+        found = likelihoods(logits[len(answering) :], [feed.following for feed in feeds])
+        return replace(candidates, likelihoods=found)
 
-    def _pack(self, feeds: Sequence[Feed]) -> tuple[PackedPass, list[int]]:
+    def _pack(self, feeds: Sequence[Feed]) -> tuple[Pass, list[int]]:
         assert len({feed.seq_id for feed in feeds}) == len(feeds), "a sequence is fed twice"
-        counts = [len(feed.token_ids) for feed in feeds]
-        rows = [self._cache.reserve(feed.seq_id, count) for feed, count in zip(feeds, counts, strict=True)]
-        return pack(self._cache, rows, counts)
+        cache, counts = self._cache, [len(feed.token_ids) for feed in feeds]
+        if isinstance(cache, PagedCache):
+            chains = [cache.reserve(feed.seq_id, count) for feed, count in zip(feeds, counts, strict=True)]
+            return pack_pages(cache, chains, counts, self._attention)
+        assert isinstance(cache, KVCache)
+        rows = [cache.reserve(feed.seq_id, count) for feed, count in zip(feeds, counts, strict=True)]
+        return pack(cache, rows, counts)
+
+    def _adopt_graphs(self, cache: PagedCache, proof: Proof, capture: Capture | None, max_batch: int) -> None:
+        """Decode through graphs if they can be captured and answer as the body itself does; else stay without."""
+        if capture is None:
+            return
+        body, sizes = self._body, bucket_sizes(max_batch)
+        try:
+            expected = {size: proof.step(self, size) for size in sizes}
+            with torch.inference_mode(), self._lane.work():
+                self._body = GraphedBody(body, cache, self._attention, self.device, sizes, capture)
+            for size in sizes:
+                proof.check_step(self, size, expected[size])
+        except Exception as error:  # whatever libraries raise in a capture
+            logger.warning("%s: decoding goes on without graphs: %s", self.name, error)
+            self._body = body
 
 
-def load_member(name: str, config: MemberConfig, folder: Path, vocabulary: Vocabulary) -> LocalMember:
-    """Load a model from a folder of safetensors and place it.
+def load_member(
+    name: str,
+    config: MemberConfig,
+    folder: Path,
+    vocabulary: Vocabulary,
+    *,
+    max_batch: int = _MAX_BATCH,
+    capture: Capture | None = None,
+) -> LocalMember:
+    """Load a model from a folder of safetensors and place it; keywords as of `LocalMember`.
 
     Raises UnsupportedModelError (by name, with the reason), CheckpointError, ConfigError.
     """
@@ -140,7 +191,7 @@ def load_member(name: str, config: MemberConfig, folder: Path, vocabulary: Vocab
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         raise CheckpointError(f"member {name!r}: {folder} cannot be loaded: {error}") from error
     model.eval().requires_grad_(False)
-    return LocalMember(name, model, vocabulary, config)
+    return LocalMember(name, model, vocabulary, config, max_batch=max_batch, capture=capture)
 
 
 def _read_config(name: str, config: MemberConfig, folder: Path) -> Any:
@@ -150,132 +201,21 @@ def _read_config(name: str, config: MemberConfig, folder: Path) -> Any:
         raise CheckpointError(f"member {name!r}: the config of {folder} cannot be read: {error}") from error
 
 
-def survey(name: str, model: Any) -> list[LayerShape]:
-    """What each attention layer caches, seen by a one-token forward through the attention interface.
-
-    Raises UnsupportedModelError where the model does not go through it, or not once a layer.
-    """
-    forward = inspect.signature(model.forward).parameters
-    if not getattr(model, "_supports_attention_backend", False) or "logits_to_keep" not in forward:
-        raise UnsupportedModelError(
-            f"member {name!r}: {type(model).__name__} does not support transformers' attention interface"
-        )
-    seen = _Survey()
-    try:
-        with torch.inference_mode(), _Attention(model, _SURVEY):
-            device = model.get_input_embeddings().weight.device
-            ids = torch.zeros(1, 1, dtype=torch.long, device=device)
-            model(input_ids=ids, position_ids=ids, use_cache=False, unisono=seen)
-    except Exception as error:
-        raise UnsupportedModelError(
-            f"member {name!r}: {type(model).__name__} fails in transformers' attention interface: {error}"
-        ) from error
-    found = sorted(seen.layers, key=lambda item: item[0])
-    if [index for index, _ in found] != list(range(len(found))) or not found:
-        raise UnsupportedModelError(
-            f"member {name!r}: {type(model).__name__} has layers {[i for i, _ in found]} in the attention "
-            "interface, where one attention a layer, numbered from 0, is needed"
-        )
-    return [shape for _, shape in found]
-
-
-class Proof:
-    """What a model's own forward says, kept to be compared with the member that is made of it.
-
-    What rounding does to this model is measured on the spot, between its own eager and its own default attention:
-    the packed forward may differ by a few times that, in total variation averaged over positions.
-    """
-
-    def __init__(self, name: str, model: Any, vocabulary_size: int, max_len: int) -> None:
-        self._kind, size = type(model).__name__, _proof_length(model, max_len)
-        self._wanted = size // 2 if size < 2 * _PROVED else _PROVED
-        ids = torch.randint(0, vocabulary_size, (size,), generator=torch.Generator().manual_seed(0))
-        self._ids: list[int] = ids.tolist()
-        with torch.inference_mode():
-            self._own = _own_probabilities(model, self._ids, self._wanted)
-            with _Attention(model, "eager"):
-                self._noise = _total_variation(self._own, _own_probabilities(model, self._ids, self._wanted))
-
-    def check(self, member: LocalMember) -> None:
-        """A packed pass in chunks against the model's own forward; raises UnsupportedModelError."""
-        rest, last = self._ids[: -self._wanted], self._ids[-self._wanted :]
-        try:
-            member.forward([Feed(-1, rest, 0)], 2)
-            packed = member.forward([Feed(-1, last, self._wanted)], len(member.vocabulary))
-        except MemberError as error:
-            raise UnsupportedModelError(f"{error}; it cannot be a member") from error
-        member.release(-1)
-        difference, allowed = _total_variation(self._own, packed.logprobs.exp()), 5 * self._noise + 1e-4
-        if not difference <= allowed:
-            raise UnsupportedModelError(
-                f"member {member.name!r}: {self._kind} answers differently through the packed forward (total "
-                f"variation {difference:.3g}, allowed {allowed:.3g}); try `forward: transformers`"
-            )
-        logger.debug("%s: packed forward differs by %.2g, rounding by %.2g", member.name, difference, self._noise)
-
-
-def _proof_length(model: Any, max_len: int) -> int:
-    """Tokens that reach past a sliding window, if there is one that a quick proof can afford."""
-    window = getattr(model.config.get_text_config(), "sliding_window", None) or 0
-    longest = window + _PROVED if window <= _MAX_PROVED_WINDOW else 0
-    return int(min(max(2 * _PROVED, longest), max_len))
-
-
-def _own_probabilities(model: Any, ids: list[int], wanted: int) -> Tensor:
-    """Of the last `wanted` positions, through the model's own forward: (wanted, V) float32."""
-    inputs = torch.tensor([ids], device=model.get_input_embeddings().weight.device)
-    logits = model(input_ids=inputs, use_cache=False, logits_to_keep=wanted).logits[0]
-    return logits.float().softmax(dim=1)  # type: ignore[no-any-return]
-
-
-def _total_variation(left: Tensor, right: Tensor) -> float:
-    """Between rows of probabilities (N, V), averaged over rows."""
-    return (left - right.to(left.device)).abs().sum(dim=1).mean().item() / 2
-
-
-class _Attention:
-    """Within the block the model uses another attention implementation."""
-
-    def __init__(self, model: Any, implementation: str) -> None:
-        self._model, self._implementation = model, implementation
-
-    def __enter__(self) -> None:
-        self._before = self._model.config._attn_implementation
-        self._model.set_attn_implementation(self._implementation)
-
-    def __exit__(self, *_: object) -> None:
-        self._model.set_attn_implementation(self._before)
-
-
-@dataclass(frozen=True, slots=True)
-class _Survey:
-    """What the layers report; an object, since accelerate's hooks hand on copies of lists."""
-
-    layers: list[tuple[int, LayerShape]] = field(default_factory=list)
-
-
-def _survey_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
-) -> tuple[Tensor, None]:
-    if value.shape != key.shape:
-        raise UnsupportedModelError(f"keys of shape {tuple(key.shape)} and values of {tuple(value.shape)}")
-    shape = LayerShape(key.shape[1], key.shape[3], key.device)
-    kwargs["unisono"].layers.append((module.layer_idx, shape))
-    return torch.zeros_like(query).transpose(1, 2), None
-
-
-AttentionInterface.register(_SURVEY, _survey_attention)
-
-
-def _wanted(feeds: Sequence[Feed], order: Sequence[int]) -> Tensor:
-    """Places in the pass that must answer, in the order of the feeds."""
+def _places(feeds: Sequence[Feed], order: Sequence[int]) -> tuple[list[int], list[int]]:
+    """Places in the pass that must answer, and those where a following id is asked for, in the order of the feeds."""
     ends: dict[int, int] = {}
     end = 0
     for i in order:
         end += len(feeds[i].token_ids)
         ends[i] = end
-    places = [p for i, feed in enumerate(feeds) for p in range(ends[i] - feed.wanted, ends[i])]
-    return torch.tensor(places, dtype=torch.long)
+    answering = [p for i, feed in enumerate(feeds) for p in range(ends[i] - feed.wanted, ends[i])]
+    followed = [
+        ends[i] - len(feed.token_ids) + at
+        for i, feed in enumerate(feeds)
+        for at, token_id in enumerate(feed.following)
+        if token_id >= 0
+    ]
+    return answering, followed
 
 
 def _refuse_unsupported(name: str, config: Any) -> None:
@@ -312,10 +252,27 @@ def _sum_bytes(*sizes: dict[str, int]) -> dict[str, int]:
     return dict(sum((Counter(size) for size in sizes), Counter()))
 
 
-def _num_rows(name: str, memory: int, row_bytes: int) -> int:
-    if memory < row_bytes:
+def _cache(name: str, config: MemberConfig, layers: list[LayerShape], max_len: int, dtype: torch.dtype) -> Cache:
+    """Rows or pages, as many as the memory holds. Raises ConfigError where that is not one sequence."""
+    memory, token_bytes = config.cache_bytes, bytes_per_token(layers, dtype)
+    size = page_size(config, layers[-1].device)
+    if size is None:
+        _check_memory(name, memory, max_len * token_bytes)
+        return KVCache(layers, min(memory // (max_len * token_bytes), _MAX_ROWS), max_len, dtype)
+    num_pages = memory // (size * token_bytes) - 1  # one more is scratch
+    _check_memory(name, memory, (-(-max_len // size) + 1) * size * token_bytes)
+    return PagedCache(layers, num_pages, size, max_len, dtype)
+
+
+def _capture(attention: Attention, layers: Sequence[LayerShape]) -> Capture | None:
+    """How decode steps are captured: not without the kernel, since copies of whole tables would be captured."""
+    devices = {layer.device for layer in layers}
+    return cuda_graphs(layers[0].device) if attention is by_kernel and len(devices) == 1 else None
+
+
+def _check_memory(name: str, memory: int, needed: int) -> None:
+    if memory < needed:
         raise ConfigError(
             f"members.{name}.kv_memory: {memory} bytes hold no sequence of max_len tokens, which needs "
-            f"{row_bytes}; raise kv_memory or lower max_len"
+            f"{needed}; raise kv_memory or lower max_len"
         )
-    return min(memory // row_bytes, _MAX_ROWS)

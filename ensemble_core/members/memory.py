@@ -2,7 +2,7 @@
 
 `kv_memory: auto` takes an equal share of what is left on the member's device, and no more than `max_running`
 sequences of `max_len` tokens need; what one does not need goes to the others. Sizes are estimates from checkpoints'
-files and configs, made before a model is built; the cache itself is counted in whole rows later.
+files and configs, made before a model is built; the cache itself is counted in whole rows or pages later.
 
 Knows checkpoints, devices and the system's memory; does not load models and does not know schedules.
 """
@@ -21,7 +21,7 @@ from transformers import AutoConfig
 
 from ensemble_core.config import AUTO, MemberConfig
 from ensemble_core.errors import ConfigError
-from ensemble_core.members.placement import DTYPES, resolve_device
+from ensemble_core.members.placement import DTYPES, page_size, resolve_device
 
 logger = logging.getLogger(__name__)
 
@@ -32,12 +32,16 @@ _SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "
 
 @dataclass(frozen=True, slots=True)
 class Need:
-    """What one member asks of a device, in bytes. sequence: keys and values of `max_len` tokens."""
+    """What one member asks of a device, in bytes.
+
+    sequence: keys and values of `max_len` tokens, in whole pages; scratch: a page beyond all sequences, or nothing.
+    """
 
     device: torch.device
     weights: int
     sequence: int
     max_len: int
+    scratch: int = 0
 
 
 def plan_caches(
@@ -110,14 +114,14 @@ def _sizes(
 ) -> dict[str, int]:
     """Bytes of cache for the members of one device."""
     sizes = {name: size for name, size in asked.items() if isinstance(size, int)}
-    most = {name: max_running * need.sequence for name, need in needs.items() if name not in sizes}
+    most = {name: max_running * need.sequence + need.scratch for name, need in needs.items() if name not in sizes}
     if not most:
         return sizes
     weights, free = sum(need.weights for need in needs.values()), free_memory(device)
     room = int(SHARE[device.type] * max(0, free - weights - sum(sizes.values())))
     shares = share_out(room, most)
     for name, size in shares.items():
-        if size < needs[name].sequence:
+        if size < needs[name].sequence + needs[name].scratch:
             raise ConfigError(
                 f"members.{name}.kv_memory: auto leaves {_gib(size)} GiB on {device}, where one sequence of "
                 f"{needs[name].max_len} tokens needs {_gib(needs[name].sequence)} ({_gib(free)} are free, all "
@@ -133,8 +137,11 @@ def _need(name: str, member: MemberConfig, folder: Path) -> Need:
         raise ConfigError(f"members.{name}.model: the config of {folder} cannot be read: {error}") from error
     dtype = DTYPES.get(member.dtype) or getattr(config, "dtype", None) or torch.float32
     max_len = min(member.max_len, int(getattr(config, "max_position_embeddings", None) or member.max_len))
-    sequence = max_len * _token_bytes(config, dtype)
-    return Need(resolve_device(name, member), _weight_bytes(folder, DTYPES.get(member.dtype)), sequence, max_len)
+    device, token = resolve_device(name, member), _token_bytes(config, dtype)
+    weights, size = _weight_bytes(folder, DTYPES.get(member.dtype)), page_size(member, device)
+    if size is None:
+        return Need(device, weights, max_len * token, max_len)
+    return Need(device, weights, -(-max_len // size) * size * token, max_len, scratch=size * token)
 
 
 def _token_bytes(config: Any, dtype: torch.dtype) -> int:

@@ -17,6 +17,8 @@ logger = logging.getLogger(__name__)
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
+PAGE_SIZES = {"cuda": 256, "cpu": 16}  # tokens; 256 is what the attention kernel takes
+
 
 def resolve_device(name: str, member: MemberConfig) -> torch.device:
     """The device of a member without a device_map. Raises ConfigError for one that this machine lacks."""
@@ -36,6 +38,12 @@ def resolve_device(name: str, member: MemberConfig) -> torch.device:
     if device.type == "cuda" and device.index is None:
         return torch.device("cuda:0")
     return device
+
+
+def page_size(member: MemberConfig, device: torch.device) -> int | None:
+    """Tokens a page of the member's cache on this device; None: a row a sequence."""
+    paged = member.kv_cache == "paged" or (member.kv_cache == "auto" and device.type == "cuda")
+    return PAGE_SIZES[device.type] if paged else None
 
 
 def _no_device(name: str, member: MemberConfig) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ from typer.testing import CliRunner
 
 from ensemble_core.config import load_config
 from ensemble_core.decoding.sampling_params import SamplingParams
+from ensemble_core.decoding.sequence import Recipe
 from ensemble_core.evaluation import workbench
+from ensemble_core.evaluation.likelihood import Likelihood
 from ensemble_core.evaluation.offline import document_sums, fuse_positions, shared_positions
 from ensemble_core.evaluation.spelling import Document
 from ensemble_core.evaluation.variants import parse_variant
@@ -206,11 +209,33 @@ def test_tune_lowers_bits_and_writes_weights_beside_comments(
     assert path.read_text().startswith("# weights: to be tuned\n")
     rows = [line.split() for line in tuned.stdout.splitlines() if " .. " in line]
     values = {row[0]: float(row[1]) for row in rows}
-    assert values["after"] <= values["before"]
+    assert values["after"] <= min(values["before"], values["llama"])  # weight 1 on main was on offer, too
 
     alone = invoke("tune", "--config", str(path), "--ensemble", "llama", *tasks[-2:])
     assert alone.exit_code == 1
     assert "a member alone" in alone.stderr
+
+
+@pytest.mark.parametrize(
+    "fusion", ["relative", "projection", "projection&options.pool=log-linear", "union", "gac", "eva"]
+)
+def test_tuned_weights_are_the_best_of_a_plain_grid(bench: Workbench, fusion: str) -> None:
+    """In bits of whole documents, as they are reported, on the texts that were tuned on."""
+    scores = bench.scores([Document(text) for text in TEXTS], ["llama", "gpt2"], "test")
+    recipe = bench.recipe(parse_variant(f"duet?fusion={fusion}"))
+    shared = shared_positions(scores, recipe.members)
+
+    def bits(weights: tuple[float, ...]) -> float:
+        return float(bench.sums(scores, replace(recipe, weights=weights)).bits.sum())
+
+    found = Likelihood(scores, recipe, shared, bench.num_candidates, lambda num: None).best_weights()
+    assert bits(found) <= 1.002 * min(bits((step / 20, 1 - step / 20)) for step in range(21))
+    assert bits(found) <= bits(recipe.weights) + 1e-3
+    assert bits((1.0, 0.0)) == pytest.approx(float(bench.sums(scores, alone("llama")).bits.sum()), rel=1e-6)
+
+
+def alone(member: str) -> Recipe:
+    return Recipe(member, (member,), (1.0,), None, "single")
 
 
 def test_tune_by_score_takes_members_accuracies(config: Path, tmp_path: Path) -> None:

@@ -51,6 +51,15 @@ def chunks(text: str) -> list[dict[str, Any]]:
     return [json.loads(body) for body in bodies]
 
 
+def usage_of(prompt: int, completion: int) -> dict[str, Any]:
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+        "prompt_tokens_details": {"cached_tokens": 0},
+    }
+
+
 def test_the_answer_has_exactly_the_contracts_fields(client: TestClient) -> None:
     answer = post(client).json()
     assert set(answer) == {"id", "object", "created", "model", "choices", "usage"}
@@ -64,7 +73,7 @@ def test_the_answer_has_exactly_the_contracts_fields(client: TestClient) -> None
             "stop_reason": None,
         }
     ]
-    assert answer["usage"] == {"prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 7}
+    assert answer["usage"] == usage_of(3, 4)
 
 
 def test_the_stream_has_the_same_text_and_its_headers(client: TestClient) -> None:
@@ -84,7 +93,7 @@ def test_usage_in_streams(client: TestClient) -> None:
     *texts, last = chunks(post(client, stream=True, stream_options={"include_usage": True}).text)
     assert [chunk["usage"] for chunk in texts] == [None] * 4
     assert last["choices"] == []
-    assert last["usage"] == {"prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 7}
+    assert last["usage"] == usage_of(3, 4)
     both = {"include_usage": True, "continuous_usage_stats": True}
     counts = [c["usage"]["completion_tokens"] for c in chunks(post(client, stream=True, stream_options=both).text)]
     assert counts == [1, 2, 3, 4, 4]
@@ -93,7 +102,7 @@ def test_usage_in_streams(client: TestClient) -> None:
 def test_choices_of_several_prompts(client: TestClient, runtime: FakeRuntime) -> None:
     answer = post(client, prompt=["p q", "r"], n=2, seed=5).json()
     assert [choice["index"] for choice in answer["choices"]] == [0, 1, 2, 3]
-    assert answer["usage"] == {"prompt_tokens": 3, "completion_tokens": 16, "total_tokens": 19}
+    assert answer["usage"] == usage_of(3, 16)
     assert [(each.prompt, each.params.seed) for each in runtime.seen] == [
         ("p q", 5),
         ("p q", 6),
@@ -195,13 +204,21 @@ BAD = [
     ({"guided_json": {}}, 400, "guided_json", "leave it out or send null"),
     ({"user": 5}, 400, "user", "string"),
     ({"ensemble": []}, 400, "ensemble", "dictionary"),
-    ({"ensemble": {"colour": 1}}, 400, "ensemble.colour", "takes fusion, members, mode, trace, weights"),
+    (
+        {"ensemble": {"colour": 1}},
+        400,
+        "ensemble.colour",
+        "takes fusion, members, mode, trace, weighting, weights",
+    ),
     ({"ensemble": {"trace": "yes"}}, 400, "ensemble.trace", "boolean"),
     ({"ensemble": {"members": "a"}}, 400, "ensemble.members", "list"),
     ({"ensemble": {"members": []}}, 400, "ensemble.members", "at least 1"),
     ({"ensemble": {"members": ["a", 5]}}, 400, "ensemble.members.1", "string"),
     ({"ensemble": {"weights": {"a": -1}}}, 400, "ensemble.weights.a", "greater than or equal to 0"),
     ({"ensemble": {"weights": {"a": "1"}}}, 400, "ensemble.weights.a", "number"),
+    ({"ensemble": {"weighting": "best"}}, 400, "ensemble.weighting.by", "'fixed' or 'perplexity'"),
+    ({"ensemble": {"weighting": {"by": "perplexity", "tau": 0}}}, 400, "ensemble.weighting.tau", "greater than 0"),
+    ({"ensemble": {"weighting": {"tau": 1}}}, 400, "ensemble.weighting.by", "required"),
     ({"ensemble": {"mode": "fast"}}, 400, "ensemble.mode", "'lockstep'"),
     ({"ensemble": {"fusion": {"options": {}}}}, 400, "ensemble.fusion.name", "required"),
     ({"ensemble": {"fusion": {"name": "x", "more": 1}}}, 400, "ensemble.fusion.more", "unknown key"),

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 import yaml
 from fakes import FakeMember, byte_vocabulary, fake_config, fake_loaded, pair_vocabulary
 from tiny_models import Kind
@@ -26,9 +28,10 @@ PROMPTS = ["The quick brown", "你好", "x = 1\n", "one two three " * 8]
 def llm(tiny_checkpoints: dict[Kind, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[LLM]:
     folder = tmp_path_factory.mktemp("llm")
     member = {"dtype": "float32", "device": "cpu", "kv_memory": "8MiB", "max_len": 256}
+    duet = {"members": {"llama": 0.5, "gpt2": 0.5}, "main": "llama"}
     raw = {
         "members": {kind: {"model": str(tiny_checkpoints[kind]), **member} for kind in ("llama", "gpt2")},
-        "ensembles": {"duet": {"members": {"llama": 0.5, "gpt2": 0.5}, "main": "llama"}},
+        "ensembles": {"duet": duet, "lenient": duet | {"on_member_failure": "drop"}},
         "matrices": {"folder": str(folder / "matrices")},
         "scheduler": {"max_waiting": 3, "max_running": 4, "token_budget": 32},
     }
@@ -51,6 +54,35 @@ def test_answers_come_in_the_order_of_prompts_whatever_the_batch(llm: LLM) -> No
     for prompt, completion in zip(PROMPTS, together, strict=False):
         assert llm.generate(prompt, GREEDY) == [completion]
     assert_free(llm)
+
+
+@pytest.mark.parametrize("cause", ["exception", "non_finite"])
+@pytest.mark.parametrize("num_good", [0, 1, 5])
+def test_a_real_member_that_fails_is_done_without(
+    llm: LLM, cause: str, num_good: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its cache is in order afterwards, and the next answer is that of all members again."""
+    member: Any = llm.members["gpt2"]
+    whole, body, calls = llm.generate(PROMPTS, GREEDY, "lenient"), member._body, iter(range(1000))
+
+    def failing(*arguments: Any) -> Any:
+        logits = body(*arguments)
+        if next(calls) < num_good:
+            return logits
+        if cause == "exception":
+            raise RuntimeError("out of luck")
+        return logits * torch.nan
+
+    with monkeypatch.context() as patch:
+        patch.setattr(member, "_body", failing)
+        done = llm.generate(PROMPTS, GREEDY, "lenient")
+    assert all(each.dropped == {"gpt2": cause} for each in done)
+    if num_good == 0:
+        alone = llm.generate(PROMPTS, GREEDY, "duet", Overrides(members=("llama",)))
+        assert [each.token_ids for each in done] == [each.token_ids for each in alone]
+    assert_free(llm)
+    member.check_cache()
+    assert llm.generate(PROMPTS, GREEDY, "lenient") == whole
 
 
 def test_each_prompt_has_its_own_parameters(llm: LLM) -> None:

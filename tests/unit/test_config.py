@@ -10,7 +10,15 @@ import yaml
 from pydantic import SecretStr
 
 from ensemble_core import factory  # noqa: F401  (registers the fusions that configs/ name)
-from ensemble_core.config import Config, EnsembleConfig, MemberConfig, ServerConfig, load_config, parse_size
+from ensemble_core.config import (
+    DEFAULT_TAU,
+    Config,
+    EnsembleConfig,
+    MemberConfig,
+    ServerConfig,
+    load_config,
+    parse_size,
+)
 from ensemble_core.errors import ConfigError
 from ensemble_core.fusion.base import parse_options
 from ensemble_core.members.demo_models import demo_model
@@ -88,6 +96,12 @@ def test_weights_sum_to_one_with_main_first(tmp_path: Path) -> None:
     assert list(weights.items()) == [("b", 0.25), ("a", 0.75)]
 
 
+@pytest.mark.parametrize("value", ["perplexity", {"by": "perplexity"}, {"by": "perplexity", "tau": DEFAULT_TAU}])
+def test_weighting_is_named_or_spelt_out(tmp_path: Path, value: object) -> None:
+    ensemble = load_config(written(tmp_path, changed("ensembles.ab.weighting", value))).ensembles["ab"]
+    assert (ensemble.weighting.by, ensemble.weighting.tau) == ("perplexity", DEFAULT_TAU)
+
+
 @pytest.mark.parametrize(
     ("path", "value", "expected"),
     [
@@ -108,6 +122,9 @@ def test_weights_sum_to_one_with_main_first(tmp_path: Path) -> None:
         ("ensembles.ab.main", "c", "ensembles.ab: main 'c' is not one of the members ['a', 'b']"),
         ("ensembles.ab.members.ghost", 1, "ensembles.ab.members: ['ghost'] are not declared under members"),
         ("ensembles.a", {"members": {"b": 1}, "main": "b"}, "ensembles.a: a member has this name already"),
+        ("ensembles.ab.weighting", "best", "ensembles.ab.weighting.by: Input should be 'fixed' or 'perplexity'"),
+        ("ensembles.ab.weighting", {"tau": 1.0}, "ensembles.ab.weighting: tau only acts with `by: perplexity`"),
+        ("ensembles.ab.weighting", {"by": "perplexity", "tau": 0}, "ensembles.ab.weighting.tau: Input should be"),
         ("ensembles.ab.mode", "solo", "ensembles.ab.mode: Input should be 'lockstep'"),
         ("matrices.recipe", "own", "matrices.recipe: Input should be 'centred' or 'deepen'"),
         ("matrices.min_retained", 2, "matrices.min_retained: "),

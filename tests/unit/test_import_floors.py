@@ -51,6 +51,7 @@ TORCHLESS = (
     "ensemble_core/decoding/sequence.py",
     "ensemble_core/decoding/scheduler.py",
     "ensemble_core/decoding/pace.py",
+    "ensemble_core/decoding/perplexity.py",
 )
 
 

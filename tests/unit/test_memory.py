@@ -17,6 +17,7 @@ from ensemble_core.members import memory
 from ensemble_core.members.checkpoints import load_vocabulary
 from ensemble_core.members.local import load_member
 from ensemble_core.members.memory import SHARE, cgroup_rooms, free_memory, plan_caches, share_out
+from ensemble_core.members.placement import PAGE_SIZES, page_size
 
 GIB = 2**30
 
@@ -123,3 +124,47 @@ def test_a_cgroup_bounds_what_is_free(tmp_path: Path) -> None:
 def test_this_machine_has_memory() -> None:
     total = int(Path("/proc/meminfo").read_text(encoding="ascii").split()[1]) * 1024
     assert 0 < free_memory(torch.device("cpu")) <= total
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3"])
+def test_pages_are_planned_whole_with_one_for_scratch(
+    kind: Kind, tiny_checkpoints: dict[Kind, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """max_len is no multiple of a page: every sequence gets the page that it ends within."""
+    free(monkeypatch, GIB)
+    folder, max_running = tiny_checkpoints[kind], 256
+    asked = member(folder, kv_cache="paged", max_len=70)
+    planned = plan_caches({"tiny": asked}, {"tiny": folder}, max_running)["tiny"]
+    loaded = load_member("tiny", planned, folder, load_vocabulary("tiny", planned))
+    assert loaded.page_size == PAGE_SIZES["cpu"] == 16
+    assert loaded.num_pages == max_running * 5
+    assert planned.cache_bytes == sum(loaded._cache.num_bytes().values())
+
+
+def test_pages_that_hold_no_sequence_are_refused(tiny_checkpoints: dict[Kind, Path]) -> None:
+    """85 pages of 12 KiB are a MiB less a bit; one of them is scratch."""
+    folder = tiny_checkpoints["llama"]
+    asked = member(folder, kv_cache="paged", kv_memory="1MiB", max_len=512)
+    vocabulary = load_vocabulary("tiny", asked)
+    assert load_member("tiny", asked, folder, vocabulary).num_pages == 2**20 // (16 * 768) - 1
+    smaller = asked.model_copy(update={"kv_memory": 33 * 16 * 768 - 1})
+    with pytest.raises(
+        ConfigError, match=rf"kv_memory: .* needs {33 * 16 * 768}; raise kv_memory or lower max_len"
+    ):
+        load_member("tiny", smaller, folder, vocabulary)
+
+
+@pytest.mark.parametrize(
+    ("asked", "device", "size"),
+    [
+        ("auto", "cpu", None),
+        ("auto", "cuda:0", 256),
+        ("rows", "cuda:0", None),
+        ("rows", "cpu", None),
+        ("paged", "cpu", 16),
+        ("paged", "cuda:1", 256),
+    ],
+)
+def test_which_members_have_pages(asked: str, device: str, size: int | None) -> None:
+    config = MemberConfig.model_validate({"model": "m", "kv_cache": asked})
+    assert page_size(config, torch.device(device)) == size

@@ -323,6 +323,8 @@ def test_more_candidates_than_are_stored_and_whole_vocabularies_are_refused() ->
     recipe.fusion.full_vocabulary = True  # type: ignore[union-attr]
     with pytest.raises(EvaluationError, match="closed"):
         fuse_positions(scores, recipe, shared, 2)
+    with pytest.raises(EvaluationError, match=r"weighting\.by=fixed"):
+        fuse_positions(scores, replace(pool(2), tau=0.25), shared, 2)
 
 
 def test_agreement_and_overruling_are_counted_at_shared_positions() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import pytest
@@ -75,7 +76,7 @@ def test_a_grant_is_at_most_twice_the_last_one() -> None:
     machine.step(0, 500)
     grants = [machine.granted_step(2)[0] for _ in range(20)][2:]
     assert grants[0] == LEAST
-    assert all(after <= 2 * before for before, after in zip(grants, grants[1:], strict=False))
+    assert all(after <= 2 * before for before, after in itertools.pairwise(grants))
     assert grants[-1] > 1000
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from fake_runtime import FakeRuntime, outputs_of
 
-from ensemble_core.decoding.requests import Output, Overrides, TokenLogprob
+from ensemble_core.decoding.requests import Output, Overrides, TokenLogprob, Weighting
 from ensemble_core.decoding.sampling_params import MAX_SEED, SamplingParams
 from ensemble_core.errors import InvalidRequestError, NotReadyError
 from server.completions import CompletionJob, best, plan, to_logprobs
@@ -101,6 +101,19 @@ def test_overrides() -> None:
     weights = {"a": 1, "b": 0.5}
     job = job_of(ensemble={"members": ["a", "b"], "weights": weights, "fusion": fusion, "mode": "lockstep"})
     assert job.ticket.requests[0].overrides == Overrides(("a", "b"), weights, "relative", {"steps": 3}, "lockstep")
+
+
+@pytest.mark.parametrize(
+    ("sent", "expected"),
+    [
+        (None, None),
+        ("fixed", Weighting("fixed")),
+        ("perplexity", Weighting("perplexity")),
+        ({"by": "perplexity", "tau": 0.5}, Weighting("perplexity", 0.5)),
+    ],
+)
+def test_weighting_is_named_or_spelt_out(sent: object, expected: Weighting | None) -> None:
+    assert job_of(ensemble={"weighting": sent}).ticket.requests[0].overrides.weighting == expected
 
 
 @pytest.mark.parametrize("options", [{}, {"include_usage": True}, {"continuous_usage_stats": True}])

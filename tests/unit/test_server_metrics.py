@@ -8,8 +8,11 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from ensemble_core.stats import (
     CacheStats,
+    DropStats,
     FusionStats,
+    HealthStats,
     MemberStats,
+    PreemptionStats,
     PrefixStats,
     QueueStats,
     RequestStats,
@@ -31,6 +34,9 @@ def fed() -> PrometheusSink:
     sink.queue(QueueStats(2, 1))
     sink.prefix(PrefixStats("a", 40))
     sink.cache(CacheStats("a", 3, 4, {"cpu": 1000}))
+    sink.health(HealthStats("c", "timeout"))
+    sink.drop(DropStats("duo", "c", "timeout"))
+    sink.preemption(PreemptionStats("duo"))
     sink.rejected("queue_full")
     sink.members_up(["a", "b"], True)
     return sink
@@ -74,6 +80,9 @@ def samples(sink: PrometheusSink) -> dict[tuple[str, ...], float]:
         (("member_kv_usage_ratio", "a"), 0.75),
         (("member_memory_bytes", "cpu", "a"), 1000),
         (("member_up", "b"), 1),
+        (("member_failures_total", "timeout", "c"), 1),
+        (("member_dropped_requests_total", "c", "duo", "timeout"), 1),
+        (("preemptions_total", "duo"), 1),
         (("agreement_total", "true", "b", "duo"), 2),
         (("agreement_total", "false", "a", "duo"), 1),
         (("main_overruled_total", "duo"), 1),
@@ -97,6 +106,25 @@ def test_every_registered_metric_is_fed() -> None:
 def test_buckets_start_where_the_contract_says(name: str, first: str) -> None:
     edges = [key for key in samples(fed()) if key[0] == f"unisono_{name}_seconds_bucket"]
     assert first in edges[0]
+
+
+def test_a_member_is_down_while_it_fails() -> None:
+    sink = PrometheusSink()
+
+    def up() -> tuple[float, float]:
+        sink.members_up(["a", "b"], True)
+        found = samples(sink)
+        return found["unisono_member_up", "a"], found["unisono_member_up", "b"]
+
+    assert up() == (1, 1)
+    for _ in range(2):
+        sink.health(HealthStats("a", "exception"))
+    assert up() == (0, 1)
+    sink.health(HealthStats("a", None))
+    assert up() == (1, 1)
+    assert samples(sink)["unisono_member_failures_total", "exception", "a"] == 2
+    sink.members_up(["a"], False)
+    assert samples(sink)["unisono_member_up", "a"] == 0
 
 
 def test_sinks_do_not_mix() -> None:

@@ -1,0 +1,98 @@
+"""Members that fail: what becomes of the requests that they were fed, and who is told.
+
+| cause | what is lost | for how long |
+|---|---|---|
+| exception | the member, to every request that the forward was fed | the rest of the request |
+| timeout | the same | the same; the member is busy until the forward returns |
+| non_finite | the member, to the requests of the rows that are not finite | the rest of the request |
+| busy | the member, to other requests that decode | the steps until it is back |
+| busy | the member, to requests in prefill, or behind by more than `max_behind` tokens | the rest of the request |
+
+After a failure nobody knows what the member's cache holds of the request, so it is not asked again. A request fails
+instead where its recipe says so and where its main fails; such a one waits for a busy member, and fails once that is
+stuck. Every loss has one line in the log, and one in the request's outputs.
+
+Knows sequences, shares and the pool; does not know fusion or the engine's loop.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+
+from ensemble_core.decoding.scheduler import Share
+from ensemble_core.decoding.sequence import Phase, Sequence
+from ensemble_core.members.parallel import MemberPool
+from ensemble_core.stats import Cause, DropStats, HealthStats, Reason, StatsSink
+
+logger = logging.getLogger(__name__)
+
+
+class Failures:
+    """See the module. max_behind: tokens that a member may have to catch up with after it was busy."""
+
+    def __init__(self, pool: MemberPool, sink: StatsSink, max_behind: int) -> None:
+        self._pool, self._sink, self._max_behind = pool, sink, max_behind
+        self._failed: dict[str, Cause] = {}  # in this step
+        self._down: set[str] = set()
+
+    def lose(self, sequence: Sequence, member: str, cause: Cause, detail: str) -> None:
+        """A member has failed in what it was fed of a sequence: fail this too, or go on without."""
+        self._failed[member] = cause
+        if sequence.recipe.can_lose(member):
+            self._drop(sequence, member, cause, detail)
+        else:
+            fail(sequence, detail)
+
+    def feasible(self, shares: Iterable[Share]) -> list[Share]:
+        """What of a schedule can be done while members are busy."""
+        busy = self._pool.busy
+        if not busy:
+            return list(shares)
+        return [left for share in shares if (left := self._without(share, busy)) is not None]
+
+    def report(self, answered: Iterable[str]) -> None:
+        """Tell the sink who failed in a step, and who works again."""
+        for member, cause in self._failed.items():
+            self._sink.health(HealthStats(member, cause))
+        for member in self._down.intersection(answered) - self._failed.keys():
+            self._sink.health(HealthStats(member, None))
+            self._down.discard(member)
+        self._down |= self._failed.keys()
+        self._failed = {}
+
+    def _without(self, share: Share, busy: frozenset[str]) -> Share | None:
+        """A share without those of its members that are busy; None where it must wait, or nothing is left."""
+        sequence = share.sequence
+        for member in busy.intersection(share.counts):
+            if not sequence.recipe.can_lose(member):
+                if self._pool.is_stuck(member):
+                    fail(sequence, f"member {member!r}: an earlier forward has not returned")
+                return None
+            if share.prefill or share.counts[member] > self._max_behind:
+                self._drop(sequence, member, "busy", "an earlier forward has not returned")
+        counts = _kept(share.counts, busy, sequence)
+        return replace(share, counts=counts) if counts or share.scores else None
+
+    def _drop(self, sequence: Sequence, member: str, reason: Reason, detail: str) -> None:
+        if sequence.phase is Phase.FINISHED or member not in sequence.tracks:
+            return
+        for gone in sequence.drop(member, reason):
+            self._pool.release(gone, sequence.seq_id)
+            told = sequence.dropped[gone]
+            self._sink.drop(DropStats(sequence.recipe.model, gone, told))
+            logger.warning(
+                "request %s goes on without member %s (%s): %s", sequence.request.request_id, gone, told, detail
+            )
+
+
+def _kept(counts: Mapping[str, int], busy: frozenset[str], sequence: Sequence) -> dict[str, int]:
+    return {m: count for m, count in counts.items() if m in sequence.tracks and m not in busy}
+
+
+def fail(sequence: Sequence, message: str) -> None:
+    """End a sequence with an error, unless it has ended."""
+    if sequence.phase is not Phase.FINISHED:
+        logger.error("request %s failed: %s", sequence.request.request_id, message)
+        sequence.finish("error", error=message)
