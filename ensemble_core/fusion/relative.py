@@ -273,8 +273,8 @@ def _extend(main: Candidates, gap: Tensor, anchor_ids: Tensor) -> tuple[Tensor, 
     """Main's candidates and main's own tokens of the anchors with the largest gap: ids, prior (B, S), tail (B,).
 
     Where the assistants ask for nothing beyond main's own projection nothing joins, so two identical members are one.
-    What main gives a token outside its candidates is supposed as in `support`: its floor, and all together half of
-    main's tail at most. Places that nothing fills repeat main's first id with no mass.
+    What main gives a token outside its candidates is supposed as in `support`: its floor, and all together a
+    sixteenth of main's tail at most. Places that nothing fills repeat main's first id with no mass.
     """
     gaps, best = gap.topk(min(NUM_REACHED, gap.shape[1]), dim=1)
     extra = anchor_ids[best]  # (B, M)

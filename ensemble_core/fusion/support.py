@@ -4,8 +4,8 @@ The support of a row is the union of main's candidates and of what the assistant
 place for all the mass outside. What is known is exact; what is not is treated so:
 
 - A token that a member could have named but has no candidate for has a mass that is unknown but bounded by the
-  member's least candidate. That bound is taken, out of the tail; all such tokens together take half of it at most,
-  since other tokens have a part in it, too.
+  member's least candidate. That bound is taken, out of the tail; all such tokens together take a sixteenth of it at
+  most, since other tokens have a part in it, too.
 - The rest of an assistant's tail lies outside, like main's.
 - Mass of an assistant on tokens without a place (control tokens) is left to main: it is spread as main's own.
 
@@ -27,6 +27,7 @@ from ensemble_core.fusion.mapping import UNMAPPED, token_map
 from ensemble_core.members.base import Candidates
 
 _BEYOND = torch.iinfo(torch.int64).max  # sorts after every id
+_OTHERS = 16  # a tail over what is supposed of it; chosen on even documents, see docs/methods.md
 
 
 class TokenSpace:
@@ -144,7 +145,7 @@ def floor_of(candidates: Candidates, num_lacking: Tensor) -> Tensor:
     """
     num = candidates.logprobs.shape[1]
     least = candidates.logprobs[:, : num - num // 8].amin(dim=1).exp()
-    return torch.minimum(least, candidates.tail.exp() / (2 * num_lacking.clamp_min(1)))
+    return torch.minimum(least, candidates.tail.exp() / (_OTHERS * num_lacking.clamp_min(1)))
 
 
 def concluded(views: Views, pooled: Tensor) -> Fused:
