@@ -23,6 +23,7 @@ from ensemble_core.fusion.base import Fused, FusionSpace, register
 from ensemble_core.fusion.support import TokenSpace, concluded
 from ensemble_core.members.base import Candidates
 
+_SUPPOSED = 0.5  # of a tail: a ratio minds too small a floor more than a pool minds too large a one
 _TINY = 1e-30  # what is impossible to expert or base, so that ratios stay finite
 
 
@@ -48,7 +49,7 @@ class ContrastiveFusion:
         self._main = 0 if options.main is None else space.index(options.main, "main")
         self._expert, self._base = space.index(options.expert, "expert"), space.index(options.base, "base")
         self._alpha = options.alpha
-        self._space = TokenSpace(space)
+        self._space = TokenSpace(space, _SUPPOSED)
         _require_roles(space.members, {self._main, self._expert, self._base})
 
     def fuse(self, candidates: Sequence[Candidates], weights: Tensor) -> Fused:

@@ -27,13 +27,17 @@ from ensemble_core.fusion.mapping import UNMAPPED, token_map
 from ensemble_core.members.base import Candidates
 
 _BEYOND = torch.iinfo(torch.int64).max  # sorts after every id
-_OTHERS = 16  # a tail over what is supposed of it; chosen on even documents, see docs/methods.md
+SUPPOSED = 1 / 16  # of a tail; chosen on even documents, see docs/methods.md
 
 
 class TokenSpace:
-    """Main's vocabulary as the place where members meet."""
+    """Main's vocabulary as the place where members meet.
 
-    def __init__(self, space: FusionSpace) -> None:
+    supposed: the most that all tokens which a member could have named, but did not, take of its tail.
+    """
+
+    def __init__(self, space: FusionSpace, supposed: float = SUPPOSED) -> None:
+        self._supposed = supposed
         main, *assistants = space.vocabularies
         self._maps = [token_map(vocabulary, main).to(space.device) for vocabulary in assistants]
         self._named = [_named(places, len(main)) for places in self._maps]
@@ -69,7 +73,7 @@ class TokenSpace:
             [mass.where(own < 0, 0.0).sum(dim=1) for own, mass in zip(ids, masses, strict=True)], dim=1
         )
         lacking = (known == 0.0) & self.can_name(token_ids) & present.unsqueeze(1)
-        shares = _filled(known, lacking, candidates)
+        shares = _filled(known, lacking, candidates, self._supposed)
         shares = shares + unmapped.unsqueeze(2) * shares[:, :1]
         return Views(candidates[0], token_ids, shares, weights, unmapped), known > 0.0
 
@@ -138,14 +142,14 @@ def heard(views: Views, brought: Tensor) -> Views:
     return replace(views, token_ids=token_ids, shares=shares)
 
 
-def floor_of(candidates: Candidates, num_lacking: Tensor) -> Tensor:
+def floor_of(candidates: Candidates, num_lacking: Tensor, supposed: float = SUPPOSED) -> Tensor:
     """What is supposed of each of `num_lacking` (B,) tokens outside a member's candidates, (B,).
 
     The last eighth of a row does not count as least, since ids asked for by `also` stand there whatever their rank.
     """
     num = candidates.logprobs.shape[1]
     least = candidates.logprobs[:, : num - num // 8].amin(dim=1).exp()
-    return torch.minimum(least, candidates.tail.exp() / (_OTHERS * num_lacking.clamp_min(1)))
+    return torch.minimum(least, supposed * candidates.tail.exp() / num_lacking.clamp_min(1))
 
 
 def concluded(views: Views, pooled: Tensor) -> Fused:
@@ -154,10 +158,10 @@ def concluded(views: Views, pooled: Tensor) -> Fused:
     return Fused(views.token_ids, logprobs[:, :-1], logprobs[:, -1], views.unmapped)
 
 
-def _filled(known: Tensor, lacking: Tensor, candidates: Sequence[Candidates]) -> Tensor:
+def _filled(known: Tensor, lacking: Tensor, candidates: Sequence[Candidates], supposed: float) -> Tensor:
     """Known mass (B, M, S) with floors where it is lacking and the rest of the tail behind: (B, M, S + 1)."""
     counts = lacking.sum(dim=2)  # (B, M)
-    floors = torch.stack([floor_of(c, counts[:, i]) for i, c in enumerate(candidates)], dim=1)
+    floors = torch.stack([floor_of(c, counts[:, i], supposed) for i, c in enumerate(candidates)], dim=1)
     tails = torch.stack([c.tail.exp() for c in candidates], dim=1)
     rest = (tails - floors * counts).clamp_min(0.0)
     filled = torch.where(lacking, floors.unsqueeze(2), known)
