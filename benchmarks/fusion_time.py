@@ -1,28 +1,31 @@
 """Fusion time per step on the demo pair's own vocabularies, matrices and answers.
 
-    python benchmarks/fusion_time.py --config configs/demo.yaml --ensemble duet
+    python -m benchmarks.fusion_time [--config configs/demo.yaml] [--ensemble duet] [--quick]
 
-Each of B rows is another prefix of a text, answered by both members (one prefill each). Prints a table
-(milliseconds a step, medians) and then one JSON line. A fusion that needs three members gets the assistant twice.
+Each of B rows is another prefix of a text, answered by both members (one prefill each) with K candidates.
+Milliseconds a step, medians. k is the width of the matrices' rows, for fusions in relative space: narrower rows keep their
+largest entries, wider ones hold each entry several times in equal parts. A fusion that needs three members gets the
+assistant twice.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 
-from ensemble_core.config import load_config
+from benchmarks.ledger import Report, Value, arguments
+from ensemble_core.config import MemberConfig, load_config
 from ensemble_core.factory import Spaces
 from ensemble_core.fusion.base import Fusion, FusionSpace, build_fusion, parse_options
 from ensemble_core.members.base import Candidates, Feed, Member
 from ensemble_core.members.checkpoints import load_vocabulary, resolve_folder
 from ensemble_core.members.local import load_member
+from ensemble_core.transfer.matrix import TransferMatrix
 
 TEXT = (
     "Everybody who has lived by the sea knows that the weather there can change within minutes. A fisherman told us "
@@ -42,6 +45,7 @@ METHODS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("core", {"base": {"name": "projection"}}),
     ("core", {"base": {"name": "relative"}}),
 )
+WIDTHS = (8, 32, 128)  # k
 
 
 def answers(member: Member, num_rows: int, top_k: int) -> Candidates:
@@ -66,58 +70,82 @@ def milliseconds(fusion: Fusion, parts: Sequence[Candidates], repeats: int) -> f
     return 1e3 * median(times[3:])
 
 
-def built(name: str, options: dict[str, Any], space: FusionSpace) -> Fusion:
-    """A fusion over the pair, or over three where it needs them."""
-    return build_fusion(name, parse_options(name, options, "fusion"), space)
+def resized(matrix: TransferMatrix, width: int) -> TransferMatrix:
+    """The same matrix with rows of another width, for its time alone."""
+    own = matrix.columns.shape[1]
+    if width <= own:
+        values, order = matrix.values.float().topk(width, dim=1)
+        return TransferMatrix(matrix.columns.gather(1, order), values, matrix.anchor_ids)
+    times = -(-width // own)
+    return TransferMatrix(
+        matrix.columns.repeat(1, times), (matrix.values.float() / times).repeat(1, times), matrix.anchor_ids
+    )
+
+
+class Bench:
+    """The ensemble's space, and what its members said of the prefixes."""
+
+    def __init__(self, path: Path, ensemble: str, num_rows: int, num_candidates: int) -> None:
+        config = load_config(path)
+        chosen = config.ensembles[ensemble]
+        names = (chosen.main, *(name for name in chosen.members if name != chosen.main))
+        members = {name: _loaded(name, config.members[name]) for name in names}
+        self._given = [answers(members[name], num_rows, num_candidates) for name in names]
+        self._pair = Spaces(config, members).space(names, tuple(chosen.members))
+        self._matrices = self._pair.matrices()
+
+    def row(
+        self,
+        name: str,
+        options: dict[str, Any],
+        width: int | None,
+        shapes: Sequence[tuple[int, int]],
+        repeats: int,
+    ) -> dict[str, Value]:
+        """A row of the table: shapes are (K, B); width: k, None where no matrix takes part."""
+        order = (0, 1, 1) if name == "robust" else (0, 1)
+        matrices = self._matrices if width is None else [resized(matrix, width) for matrix in self._matrices]
+        space = FusionSpace(
+            [self._pair.vocabularies[i] for i in order],
+            lambda: matrices,
+            self._pair.device,
+            ("main", "assistant", "twin")[: len(order)],
+        )
+        fusion = build_fusion(name, parse_options(name, options, "fusion"), space)
+        row: dict[str, Value] = {"fusion": " ".join([name, *_words(options)]), "k": width or "-"}
+        for num, batch in shapes:
+            parts = [self._given[i].best(num).rows(range(batch)) for i in order]
+            row[f"K {num}, B {batch}"] = milliseconds(fusion, parts, repeats)
+        return row
+
+
+def _loaded(name: str, settings: MemberConfig) -> Member:
+    return load_member(name, settings, resolve_folder(settings), load_vocabulary(name, settings))
+
+
+def _words(options: Any) -> list[str]:
+    """The values of options, within one another, too."""
+    if isinstance(options, dict):
+        return [word for value in options.values() for word in _words(value)]
+    return [] if options in ("assistant", "main") else [str(options)]
 
 
 def main() -> None:
-    """Measure every method at each K and B."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", default="configs/demo.yaml")
+    """Measure every method at each K, B and k."""
+    parser = arguments(__doc__)
     parser.add_argument("--ensemble", default="duet")
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 32])
-    parser.add_argument("--candidates", type=int, nargs="+", default=[64, 256])
     parser.add_argument("--repeats", type=int, default=30)
     args = parser.parse_args()
-    config = load_config(args.config)
-    ensemble = config.ensembles[args.ensemble]
-    names = (ensemble.main, *(name for name in ensemble.members if name != ensemble.main))
-    vocabularies = {name: load_vocabulary(name, config.members[name]) for name in names}
-    members = {
-        name: load_member(name, config.members[name], resolve_folder(config.members[name]), vocabularies[name])
-        for name in names
-    }
-    widest = max(args.candidates)
-    given = [answers(members[name], max(args.batch), widest) for name in names]
-    pair = Spaces(config, members).space(names, tuple(ensemble.members))
+    repeats = 3 if args.quick else args.repeats
+    shapes = [(num, batch) for num in (64, 256) for batch in (1, 32)]
+    bench = Bench(args.config, args.ensemble, 32, 256)
     rows = []
     for name, options in METHODS:
-        order = (0, 1, 1) if name == "robust" else (0, 1)
-        space = FusionSpace(
-            [pair.vocabularies[i] for i in order],
-            pair.matrices,
-            pair.device,
-            ("main", "assistant", "twin")[: len(order)],
-        )
-        fusion = built(name, options, space)
-        row: dict[str, str | float] = {"fusion": name, "options": json.dumps(options)}
-        for top_k in args.candidates:
-            for batch in args.batch:
-                parts = [given[i].best(top_k).rows(range(batch)) for i in order]
-                row[f"K{top_k}_B{batch}_ms"] = milliseconds(fusion, parts, args.repeats)
-        rows.append(row)
-        print_row(row, header=len(rows) == 1)
-    print(json.dumps({"benchmark": "fusion_time", "ensemble": args.ensemble, "rows": rows}))
-
-
-def print_row(row: dict[str, str | float], *, header: bool) -> None:
-    """One line of the table."""
-    widths = [12, 44, *[13] * (len(row) - 2)]
-    if header:
-        print(" ".join(f"{name:>{width}}" for name, width in zip(row, widths, strict=True)))
-    cells = [f"{value:.2f}" if isinstance(value, float) else value for value in row.values()]
-    print(" ".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True)))
+        relative = "relative" in (name, options.get("base", {}).get("name") if name == "core" else None)
+        for width in WIDTHS if relative else (None,):
+            rows.append(bench.row(name, options, width, shapes, repeats))
+    settings = {"ensemble": args.ensemble, "repeats": repeats, "quick": args.quick}
+    Report("fusion_time", {"fusions": rows}, settings=settings).print()
 
 
 if __name__ == "__main__":
