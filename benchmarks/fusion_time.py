@@ -3,9 +3,9 @@
     python -m benchmarks.fusion_time [--config configs/demo.yaml] [--ensemble duet] [--quick]
 
 Each of B rows is another prefix of a text, answered by both members (one prefill each) with K candidates.
-Milliseconds a step, medians. k is the width of the matrices' rows, for fusions in relative space: narrower rows keep their
-largest entries, wider ones hold each entry several times in equal parts. A fusion that needs three members gets the
-assistant twice.
+Milliseconds a step, medians. k is the width of the matrices' rows, for fusions in relative space: narrower rows
+keep their largest entries, wider ones hold each entry several times in equal parts. A fusion that needs three
+members gets the assistant twice.
 """
 
 from __future__ import annotations
