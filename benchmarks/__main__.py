@@ -4,8 +4,8 @@
 
 Each benchmark is a process of its own, whose last line is kept as benchmarks/results/NAME.json (with --quick in
 benchmarks/results/quick/, which git ignores). Then one table shows all figures that have a bound, from all results
-that are there. --document puts every table, with its machine and date, between the marks of docs/performance.md
-(trained_pair's of docs/methods.md); with --no-run from the results that are there.
+that are there. --document puts every table, with its machine and date, between the marks of docs/performance.md, or
+of docs/methods.md for what methods are worth and cost; with --no-run from the results that are there.
 """
 
 from __future__ import annotations
@@ -19,7 +19,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.ledger import RESULTS, ROOT, Check, check_row, machine_line, markdown, put_between, table
+from benchmarks.ledger import (
+    RESULTS,
+    ROOT,
+    Check,
+    check_row,
+    has_marks,
+    machine_line,
+    markdown,
+    put_between,
+    table,
+)
 
 NAMES = (
     "member_forward",
@@ -30,11 +40,11 @@ NAMES = (
     "against_vllm",
     "build_matrices",
 )
-# What fusions are worth: they need ../shared/data and run only when named; their tables stand in docs/methods.md.
+# What methods are worth and cost: run only when named, since the first two need ../shared/data.
 STUDIES = ("fusion_table", "relative_sweep")
+EVIDENCE = (*STUDIES, "trained_pair", "fusion_time")
 DOCUMENT = ROOT / "docs" / "performance.md"
 METHODS = ROOT / "docs" / "methods.md"
-ELSEWHERE = {"trained_pair": METHODS, "fusion_time": METHODS}  # evidence, run where it is named: its page
 
 Record = Mapping[str, Any]
 
@@ -60,8 +70,8 @@ def run(name: str, options: Sequence[str], folder: Path) -> bool:
 
 
 def results(folder: Path) -> dict[str, Record]:
-    """Name -> what was kept of it, in the order of NAMES and STUDIES."""
-    paths = {name: folder / f"{name}.json" for name in NAMES + STUDIES}
+    """Name -> what was kept of it, in the order of NAMES and EVIDENCE."""
+    paths = {name: folder / f"{name}.json" for name in NAMES + EVIDENCE}
     return {name: json.loads(path.read_text()) for name, path in paths.items() if path.exists()}
 
 
@@ -79,39 +89,30 @@ def section(record: Record) -> str:
 
 
 def fill(text: str, records: Mapping[str, Record]) -> str:
-    """The document with the tables of these results."""
+    """A document with the tables of these results: between marks of their own where it has them, else together.
+
+    A table without rows leaves what stands between its own marks. Bounds go where the document has a place for them.
+    """
     for name, record in records.items():
-        text = put_between(text, name, section(record))
-    return put_between(text, "bounds", f"\n{markdown(checks(records))}\n")
-
-
-def fill_studies(text: str, records: Mapping[str, Record]) -> str:
-    """The document of methods with each table of these results between marks of its own."""
-    for name, record in records.items():
-        text = put_between(text, name, section({**record, "tables": {}}))
-        for title, rows in record["tables"].items():
-            if rows:
-                text = put_between(text, f"{name}: {title}", f"\n{markdown(rows)}\n")
-    return text
-
-
-def fill_elsewhere(folder: Path) -> None:
-    """Put the results of ELSEWHERE that are there into their pages."""
-    for name, page in ELSEWHERE.items():
-        if (path := folder / f"{name}.json").exists():
-            page.write_text(put_between(page.read_text(), name, section(json.loads(path.read_text()))))
+        apart = {title: f"{name}: {title}" for title in record["tables"] if has_marks(text, f"{name}: {title}")}
+        rest = {title: rows for title, rows in record["tables"].items() if title not in apart}
+        text = put_between(text, name, section({**record, "tables": rest}))
+        for title, mark in apart.items():
+            if rows := record["tables"][title]:
+                text = put_between(text, mark, f"\n{markdown(rows)}\n")
+    return put_between(text, "bounds", f"\n{markdown(checks(records))}\n") if has_marks(text, "bounds") else text
 
 
 def main() -> None:
     """Run what is named, or everything."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    known = ", ".join([*NAMES, *STUDIES, *ELSEWHERE])
+    known = ", ".join(NAMES + EVIDENCE)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {known}; {len(NAMES)} if none is named")
     parser.add_argument("--quick", action="store_true", help="few rounds: whether it runs, not what it costs")
     parser.add_argument("--no-run", action="store_true", help="take the results that are there")
-    parser.add_argument("--document", action="store_true", help="fill the tables of docs/performance.md")
+    parser.add_argument("--document", action="store_true", help="fill the tables of the documents")
     args = parser.parse_args()
-    if unknown := set(args.names) - {*NAMES, *STUDIES, *ELSEWHERE}:
+    if unknown := set(args.names) - set(NAMES + EVIDENCE):
         parser.error(f"unknown: {', '.join(sorted(unknown))}; there are {known}")
     if args.quick and args.document:
         parser.error("--quick measures nothing that a document should hold")
@@ -121,11 +122,9 @@ def main() -> None:
     records = results(folder)
     print("\n" + table(checks(records)))
     if args.document:
-        studies = {name: record for name, record in records.items() if name in STUDIES}
-        own = {name: record for name, record in records.items() if name not in studies}
-        DOCUMENT.write_text(fill(DOCUMENT.read_text(), own))
-        METHODS.write_text(fill_studies(METHODS.read_text(), studies))
-        fill_elsewhere(folder)
+        for page, names in ((DOCUMENT, NAMES), (METHODS, EVIDENCE)):
+            own = {name: record for name, record in records.items() if name in names}
+            page.write_text(fill(page.read_text(), own))
     if failed:
         raise SystemExit(f"failed: {', '.join(failed)}")
 

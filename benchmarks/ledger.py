@@ -183,6 +183,11 @@ def markdown(rows: Sequence[Row]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def has_marks(text: str, name: str) -> bool:
+    """Whether a document has a place for what `put_between` puts there."""
+    return f"<!-- begin {name} -->" in text
+
+
 def put_between(text: str, name: str, body: str) -> str:
     """`text` with what stands between the marks of `name` replaced. Raises ValueError where a mark is missing.
 

@@ -198,5 +198,7 @@ def test_the_document_of_methods_has_a_place_for_every_table() -> None:
     rows = [{"what": "a", "figure": 12.25}]
     records = {name: Report(name, dict.fromkeys(found, rows)).record() for name, found in titles.items()}
     assert tuple(records) == bench.STUDIES
-    text = bench.fill_studies(bench.METHODS.read_text(), records)
+    marks = [f"{name}: {title}" for name, found in titles.items() for title in found]
+    assert all(bench.has_marks(bench.METHODS.read_text(), mark) for mark in marks)
+    text = bench.fill(bench.METHODS.read_text(), records)
     assert text.count("| a | 12.2 |") == sum(map(len, titles.values()))
