@@ -3,11 +3,10 @@
 A sequence is admitted in all its members at once, first come, first served, and holds the pages that its tokens need
 now. It grows page by page; where a member runs out, the youngest sequence there is preempted: it goes back to the
 head of the queue and is computed anew later, text and all. Newcomers leave everybody who runs a page to grow into.
-Decoding sequences go first in every step; what is left of the token
-budget is prefilled in chunks, beside running streams no more than `Pace` grants. The last piece of a prompt is fed
-to all members in one step, which is the first step that decides a token; a scored prompt waits with it until its
-scores are nearly done. Sequences of one group have the same prompt: one of them leads, the others wait until its
-prompt is cached and take it over.
+Decoding sequences go first in every step; what is left of the token budget is prefilled in chunks, beside running
+streams no more than `Pace` grants. The last piece of a prompt is fed to all members in one step, which is the first
+step that decides a token; a scored prompt waits with it until its scores are nearly done. Sequences of one group have
+the same prompt: one of them leads, the others wait until its prompt is cached and take it over.
 
 Invariants: a step never feeds more than a member's pages hold; every admitted sequence is on `running` until it is
 preempted or retired; nobody overtakes the head of the queue; the oldest sequence is never preempted, so all come to
@@ -92,8 +91,7 @@ class Scheduler:
         self.waiting.extend(sequences)
 
     def schedule(self) -> list[Share]:
-        """The shares of the next step: admit, then decode, then prefill what the budget allows."""
-        self.admit()
+        """The shares of the next step, after `admit`: decode, then prefill what the budget allows."""
         left = dict.fromkeys(self._capacities, self._limits.token_budget)
         shares = [_decode_share(s) for s in self.running if s.phase is Phase.DECODE]
         for share in shares:

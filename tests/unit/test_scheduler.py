@@ -46,6 +46,12 @@ def feed(share: Share, rng: random.Random) -> None:
                     sequence.finish("length")
 
 
+def planned(scheduler: Scheduler) -> list[Share]:
+    """A step's shares; what is preempted has nothing cached anywhere that would have to be given back."""
+    scheduler.admit()
+    return scheduler.schedule()
+
+
 class Walk:
     """A scheduler, and a plain account of what it should do."""
 
@@ -75,7 +81,7 @@ class Walk:
         return make(len(self.made) + self.rng.randrange(10**6), lengths, self.rng.randint(1, 30))
 
     def step(self) -> None:
-        shares = self.scheduler.schedule()
+        shares = planned(self.scheduler)
         self.note_admitted()
         self.check_shares(shares)
         assert all(self.scheduler.reserved(member) <= CAPACITIES[member].num_pages for member in CAPACITIES)
@@ -163,7 +169,7 @@ def test_the_last_piece_of_a_prompt_is_fed_to_all_members_at_once() -> None:
     scheduler.add([sequence])
     seen = []
     while sequence.phase is not Phase.DECODE:
-        (share,) = scheduler.schedule()
+        (share,) = planned(scheduler)
         seen.append((share.counts, share.decides))
         feed(share, random.Random(0))
     assert seen == [
@@ -178,10 +184,10 @@ def test_a_long_prompt_does_not_stall_streams() -> None:
     scheduler = Scheduler(CAPACITIES, Limits(4, 4, 8))
     stream, prompt = make(0, {"alpha": 3}, 60), make(1, {"alpha": 60}, 5)
     scheduler.add([stream])
-    feed(scheduler.schedule()[0], random.Random(0))
+    feed(planned(scheduler)[0], random.Random(0))
     scheduler.add([prompt])
     while prompt.phase is not Phase.DECODE:
-        shares = scheduler.schedule()
+        shares = planned(scheduler)
         assert [share.sequence for share in shares] == [stream, prompt]
         assert shares[1].counts["alpha"] <= 7
         for share in shares:
@@ -205,7 +211,7 @@ def test_prefill_beside_streams_takes_what_is_granted_and_all_of_the_budget_with
 
 def run_timed(scheduler: Scheduler) -> dict[str, int]:
     """One step on a machine where it takes 10, and 0.5 a prompt's token; the prompt tokens of each member."""
-    shares = scheduler.schedule()
+    shares = planned(scheduler)
     counts = {
         member: sum(share.counts.get(member, 0) for share in shares if share.prefill) for member in CAPACITIES
     }
@@ -223,7 +229,7 @@ def test_pages_are_reserved_as_they_are_needed() -> None:
     scheduler.add([sequence])
     seen = []
     for _ in range(8):
-        (share,) = scheduler.schedule()
+        (share,) = planned(scheduler)
         seen.append((scheduler.reserved("alpha"), scheduler.reserved("beta")))
         feed(share, random.Random(0))
     assert seen[0] == (1, 1)
@@ -259,12 +265,12 @@ def test_newcomers_leave_a_page_to_grow_into() -> None:
     scheduler = Scheduler(SMALL, Limits(4, 9, 64))
     made = [make(i, {"alpha": 8}, 10) for i in range(3)]
     scheduler.add(made)
-    scheduler.schedule()
+    planned(scheduler)
     assert scheduler.running == made[:2], "two pages each, and one each to grow into"
     whole_rows = Scheduler({"alpha": Capacity(24, 3, 24)}, Limits(4, 9, 64))
     made = [make(i, {"alpha": 8}, 10) for i in range(3)]
     whole_rows.add(made)
-    whole_rows.schedule()
+    planned(whole_rows)
     assert whole_rows.running == made, "a row holds all that a sequence can become"
 
 
