@@ -23,6 +23,7 @@ from benchmarks.anchor_search import refusal
 from benchmarks.halves import (
     CACHE,
     DATA,
+    ENSEMBLES,
     Half,
     Positions,
     journal_of,
@@ -46,7 +47,6 @@ from ensemble_core.fusion.base import FusionSpace, build_fusion, parse_options
 from ensemble_core.fusion.mapping import token_map
 from ensemble_core.transfer.builder import Recipe as MatrixRecipe
 
-ENSEMBLES = ("duet", "duet-smollm2")  # the pair, each member main once
 RELATIVE, PROJECTION = "relative, EM", "projection, linear"
 PAPER = "relative, deepen rows, search"
 CONTRASTIVE = "contrastive, alpha"

@@ -36,6 +36,7 @@ from ensemble_core.transfer.matrix import common_anchors
 
 DATA = ROOT.parent / "shared" / "data"
 CACHE = Path("~/.cache/unisono/benchmarks")
+ENSEMBLES = ("duet", "duet-smollm2")  # the pair, each member main once
 NAMES = ("arc_challenge", "piqa", "gsm8k", "triviaqa", "nq")
 
 

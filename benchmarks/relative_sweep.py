@@ -26,6 +26,7 @@ from benchmarks.anchor_search import Search, Similarity
 from benchmarks.halves import (
     CACHE,
     DATA,
+    ENSEMBLES,
     Half,
     Positions,
     journal_of,
@@ -45,7 +46,6 @@ from ensemble_core.evaluation.workbench import Workbench
 from ensemble_core.fusion.base import Fusion, FusionSpace, build_fusion, parse_options
 from ensemble_core.transfer.matrix import TransferMatrix
 
-ENSEMBLES = ("duet", "duet-smollm2")
 WEIGHTS = {"gemma3": (0.95, 0.9, 0.8, 0.7, 0.6), "smollm2": (0.7, 0.55, 0.4, 0.3, 0.2)}  # of main, by main
 TEMPERATURES = (5.0, 10.0, 20.0, 40.0, 80.0)
 WIDTHS = (8, 16, 32, 64, 128)
