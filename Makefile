@@ -68,7 +68,7 @@ $(HARNESS):
 
 .PHONY: eval-demo
 eval-demo: models $(HARNESS) ## lm-evaluation-harness against a running server (minutes)
-	@$(BIN)/python benchmarks/lm_eval/run.py --harness $(HARNESS)
+	@$(BIN)/python -m benchmarks.lm_eval.run --harness $(HARNESS)
 
 VLLM := .venv-vllm/bin/python
 

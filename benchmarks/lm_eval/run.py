@@ -12,14 +12,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import socket
 import subprocess
-import sys
 import tempfile
-import time
-import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +21,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from benchmarks.traffic import serving
 from ensemble_core.config import load_config
 from ensemble_core.members.checkpoints import resolve_folder
 
@@ -45,36 +40,6 @@ def fp32_config(source: Path, folder: Path) -> Path:
     target = folder / "fp32.yaml"
     target.write_text(yaml.safe_dump(raw))
     return target
-
-
-@contextmanager
-def serving(config: Path) -> Iterator[str]:
-    """The address of a server process, ready."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [str(Path(sys.executable).parent / "unisono"), "serve", "--config", str(config), "--port", str(port)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    url = f"http://127.0.0.1:{port}"
-    try:
-        deadline = time.monotonic() + 180
-        while not answers(f"{url}/ready"):
-            if process.poll() is not None or time.monotonic() > deadline:
-                raise SystemExit("the server did not start; try `unisono serve` by hand")
-            time.sleep(0.5)
-        yield url
-    finally:
-        process.terminate()
-        process.wait(60)
-
-
-def answers(url: str) -> bool:
-    """True where a GET is a 200."""
-    try:
-        with urllib.request.urlopen(url) as response:
-            return bool(response.status == 200)
-    except OSError:
-        return False
 
 
 def run_harness(python: str, url: str, model: str, tokenizer: Path, output: Path) -> dict[str, Any]:
