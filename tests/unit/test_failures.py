@@ -53,6 +53,7 @@ class Bench:
             name: base | {"fusion": fusion, "on_member_failure": "drop"} for name, fusion in FUSIONS.items()
         }
         ensembles["strict"] = base | {"fusion": {"name": "projection"}}
+        ensembles["weighed"] = ensembles["linear"] | {"weighting": {"by": "perplexity", "tau": 0.5}}
         self.sink = ListSink()
         config = fake_config(
             tuple(self.members), ensembles=ensembles, scheduler={"num_candidates": 32} | scheduler
@@ -117,7 +118,7 @@ def alone(model: str, prompt: Prompt, params: SamplingParams, members: tuple[str
 
 @pytest.mark.parametrize("params", [SAMPLED, GREEDY])
 @pytest.mark.parametrize("cause", ["exception", "non_finite"])
-@pytest.mark.parametrize("fusion", FUSIONS)
+@pytest.mark.parametrize("fusion", [*FUSIONS, "weighed"])
 def test_what_is_left_is_the_smaller_ensemble(fusion: str, cause: Cause, params: SamplingParams) -> None:
     """Token by token and number by number; main alone where the fusion cannot do without the one that failed."""
     bench = Bench()
@@ -159,6 +160,26 @@ def test_a_request_goes_on_from_where_it_was(fusion: str, cause: Cause) -> None:
     assert [token for token, *_ in bench.said(request)[num_before:]] == [token for token, *_ in rest]
     traces = [trace for output in bench.outputs[request.seq_id] for trace in output.traces]
     assert ["beta" in trace.left_out for trace in traces] == [i >= num_before for i in range(16)]
+
+
+@pytest.mark.parametrize("cause", ["exception", "non_finite"])
+def test_weights_that_follow_the_prompt_are_of_those_that_read_it_all(cause: Cause) -> None:
+    """Lost within the prompt, a member leaves what the others say of all of it; lost behind it, it leaves its share."""
+    early, late = Bench(token_budget=4), Bench()
+    requests = [bench.add("weighed", "cab cab bed") for bench in (early, late)]
+    while requests[1].weighing:
+        late.step()
+    before = requests[1].recipe.weights
+    early.step()
+    assert requests[0].weighing and requests[0].tracks["beta"].num_cached > 0
+    for bench, request in zip((early, late), requests, strict=True):
+        bench.break_member("beta", cause, request.seq_id)
+        bench.run()
+        assert request.recipe.members == ("alpha", "gamma")
+    scaled = [before[0] / (before[0] + before[2]), before[2] / (before[0] + before[2])]
+    for request in requests:
+        assert request.recipe.weights == pytest.approx(scaled, rel=1e-5)
+    assert scaled != pytest.approx([2 / 3, 1 / 3], rel=1e-2)
 
 
 @pytest.mark.parametrize("model", ["linear", "strict"])
