@@ -1,9 +1,10 @@
-"""Packed attention: all sequences' new tokens in one row, linear layers once, attention per group of rows.
+"""Packed attention: all sequences' new tokens in one row, linear layers once, attention where they are cached.
 
 Registered with transformers' attention interface under NAME; a forward carries its `PackedPass` as a keyword
-argument down to here. The query heads of a KV group are folded into the query length, which is several times
-faster on CPU than repeating keys and values. A group is a run of neighbouring cache rows with equally many new
-tokens, so that its keys and values are one view of the pool.
+argument down to here. Tokens of sequences with few new ones look at spans of the cache, each by itself, where there
+is compiled code for that; the others go by groups: a group is a run of neighbouring cache rows with equally many
+new tokens, so that its keys and values are one view of the pool. The query heads of a KV group are folded into the
+query length, which is several times faster on CPU than repeating keys and values.
 
 Invariant: a token attends to what its own sequence has cached up to and including itself, within the layer's
 window, and to nothing else. Does not know tokens, logits or models.
@@ -11,19 +12,25 @@ window, and to nothing else. Does not know tokens, logits or models.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
+from numpy import int64
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from ensemble_core.errors import UnsupportedModelError
-from ensemble_core.members.kv_cache import KVCache, Row
+from ensemble_core.members.kv_cache import KVCache, LayerShape, Row
+
+logger = logging.getLogger(__name__)
 
 NAME = "unisono_packed"
+FEW = 16  # new tokens of a sequence up to which each looks at its span by itself
 _KNOWN = {"unisono", "dropout", "position_ids", "use_cache", "is_causal", "cache_position"}
 _KNOWN |= {"output_attentions", "output_hidden_states", "output_router_logits"}  # what a model reports, not how
 _MAX_WASTE = 1.5  # padded over real key positions at which a group is split
@@ -40,6 +47,29 @@ class Pass(Protocol):
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float | None, window: int | None
     ) -> Tensor:
         """Write the new keys and values (N, Hkv, D) of a layer, and attend with queries (N, H, D): (N, H, D)."""
+
+
+class Spans(NamedTuple):
+    """Which slots each of N tokens looks at: [begin, end), both (N,)."""
+
+    begin: NDArray[int64]
+    end: NDArray[int64]
+
+
+# (query (N, H, D), keys and values (slots, Hkv, D), spans, scaling) -> (N, H, D)
+SpanAttention = Callable[[Tensor, Tensor, Tensor, Spans, float | None], Tensor]
+
+
+def span_attention(layers: Sequence[LayerShape], dtype: torch.dtype) -> SpanAttention | None:
+    """Compiled attention over spans for these layers, or None where there is none."""
+    if any(layer.device.type != "cpu" for layer in layers) or dtype not in (torch.float32, torch.bfloat16):
+        return None
+    try:
+        from ensemble_core.members.compiled import attend_spans
+    except ImportError as error:
+        logger.warning("decoding on CPU is slower without numba (pip install 'unisono[cpu]'): %s", error)
+        return None
+    return attend_spans
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,14 +99,20 @@ class _Window:
 
 @dataclass(slots=True)
 class PackedPass:
-    """One forward: which tokens go to which slots, and who attends to what. Masks are made once per window."""
+    """One forward: which tokens go to which slots, and who attends to what. Masks are made once per window.
+
+    The first `num_few` tokens attend by spans, those behind them by groups.
+    """
 
     cache: KVCache
     groups: list[Group]
     positions: Tensor  # (N,) int64, on the CPU
     slots: Tensor  # (N,) int64, on the CPU
+    num_few: int = 0
+    by_spans: SpanAttention | None = None
     _slots_on: dict[torch.device, Tensor] = field(default_factory=dict)
     _windows: dict[tuple[int | None, torch.device], list[_Window]] = field(default_factory=dict)
+    _spans: dict[int | None, Spans] = field(default_factory=dict)
 
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float | None, window: int | None
@@ -86,7 +122,10 @@ class PackedPass:
         slots, row_len = self.slots_on(query.device), self.cache.row_len
         keys.index_copy_(0, slots, key)
         values.index_copy_(0, slots, value)
-        parts = [
+        parts = []
+        if self.by_spans is not None and self.num_few:
+            parts.append(self.by_spans(query[: self.num_few], keys, values, self.spans(window), scaling))
+        parts += [
             folded_attention(
                 query[group.start : group.stop],
                 _view(keys, row_len, group, seen),
@@ -97,6 +136,14 @@ class PackedPass:
             for group, seen in zip(self.groups, self.windows(window, query.device), strict=True)
         ]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def spans(self, size: int | None) -> Spans:
+        """Slots that each of the first `num_few` tokens looks at in layers whose window is `size`."""
+        if size not in self._spans:
+            slots, positions = self.slots[: self.num_few], self.positions[: self.num_few]
+            back = positions if size is None else positions.clamp_max(size - 1)
+            self._spans[size] = Spans((slots - back).numpy(), (slots + 1).numpy())
+        return self._spans[size]
 
     def slots_on(self, device: torch.device) -> Tensor:
         """The slots on a layer's device."""
@@ -124,23 +171,28 @@ class PackedPass:
         return _Window(begin, group.longest, mask.to(device))
 
 
-def pack(cache: KVCache, rows: Sequence[Row], counts: Sequence[int]) -> tuple[PackedPass, list[int]]:
+def pack(
+    cache: KVCache, rows: Sequence[Row], counts: Sequence[int], by_spans: SpanAttention | None = None
+) -> tuple[PackedPass, list[int]]:
     """Order the sequences of a forward and group them.
 
-    rows, counts: each sequence's row and number of new tokens. Returns the pass and the order: position in the
-    pass -> index in `rows`.
+    rows, counts: each sequence's row and number of new tokens. by_spans: what attends for sequences with few of
+    them, None to group them, too. Returns the pass and the order: position in the pass -> index in `rows`.
     """
     order = sorted(range(len(rows)), key=lambda i: (counts[i], rows[i].index))
+    num_few = sum(count for count in counts if count <= FEW) if by_spans is not None else 0
     groups: list[Group] = []
     positions: list[int] = []
     slots: list[int] = []
     for i in order:
         row, count = rows[i], counts[i]
-        _join(groups, row, count, len(positions))
+        if len(positions) >= num_few:
+            _join(groups, row, count, len(positions))
         positions.extend(range(row.length, row.length + count))
         base = row.index * cache.row_len + row.length
         slots.extend(range(base, base + count))
-    return PackedPass(cache, groups, torch.tensor(positions), torch.tensor(slots)), order
+    run = PackedPass(cache, groups, torch.tensor(positions), torch.tensor(slots), num_few, by_spans)
+    return run, order
 
 
 def _join(groups: list[Group], row: Row, count: int, start: int) -> None:

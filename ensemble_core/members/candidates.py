@@ -1,13 +1,15 @@
 """From logits to candidates: the K likeliest ids of each row with exact log-probabilities, and the tail.
 
-Large vocabularies make this a cost of its own, so the normaliser runs over column chunks with a float32 sum and
-no float copy of the logits, and the likeliest are found through the peaks of stripes of columns. Knows no model and
-no cache.
+Large vocabularies make this a cost of its own, so logits are surveyed once: the normaliser with a float32 sum and no
+float copy of the logits, and the peaks of stripes of columns, through which the likeliest are found. On CPU that is
+one compiled loop. Knows no model and no cache.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +18,38 @@ from ensemble_core.members.base import Candidates, log_rest
 
 _CHUNK = 65_536  # columns that the normaliser takes at once
 _STRIPE = 16  # columns that the search for the likeliest takes together
+
+
+class Survey(NamedTuple):
+    """What one reading of logits (N, V) tells.
+
+    normaliser: (N,) float32, log of the sum of exp over columns. peaks: (N, stripes), the largest of each stripe:
+    columns are in parts of 16 * beside, and a stripe is every `beside`-th column of a part; a few last columns are in
+    none.
+    """
+
+    normaliser: Tensor
+    peaks: Tensor
+    beside: int
+
+
+def survey(logits: Tensor) -> Survey:
+    """Read logits once, (N, V) of any float dtype. The normaliser of a row that is not finite is NaN."""
+    compiled = _compiled()
+    if compiled is not None and logits.device.type == "cpu" and logits.dtype in (torch.float32, torch.bfloat16):
+        return Survey(*compiled(logits, _STRIPE))
+    beside = logits.shape[1] // _STRIPE
+    peaks = logits[:, : beside * _STRIPE].view(len(logits), _STRIPE, beside).amax(dim=1)
+    return Survey(log_normaliser(logits), peaks, beside)
+
+
+@lru_cache
+def _compiled() -> Callable[[Tensor, int], tuple[Tensor, Tensor, int]] | None:
+    try:
+        from ensemble_core.members.compiled import survey_logits
+    except ImportError:
+        return None
+    return survey_logits
 
 
 def log_normaliser(logits: Tensor) -> Tensor:
@@ -29,22 +63,20 @@ def log_normaliser(logits: Tensor) -> Tensor:
     return (peak + total.log()).squeeze(1)
 
 
-def likeliest(logits: Tensor, num: int) -> Tensor:
+def likeliest(logits: Tensor, num: int, found: Survey) -> Tensor:
     """Columns of the `num` largest of each row, largest first: (N, V) -> (N, num) int64.
 
-    A stripe is every n-th column. The largest stand in the `num` stripes with the largest peaks, since each of those
-    holds a number that is no smaller than anything in the others. One pass over the logits finds the peaks, and the
-    search goes on in a few thousand columns.
+    The largest stand in the `num` stripes with the largest peaks, since each of those holds a number that is no
+    smaller than anything in the others; so the search goes on in a few thousand columns. Rows are finite.
     """
-    num_stripes = logits.shape[1] // _STRIPE
+    num_stripes, beside = found.peaks.shape[1], found.beside
     if num_stripes < 4 * num:
         return logits.topk(num, dim=1).indices
-    whole = num_stripes * _STRIPE
-    peaks = logits[:, :whole].view(-1, _STRIPE, num_stripes).amax(dim=1)  # (N, n)
-    stripes = peaks.topk(num, dim=1, sorted=False).indices
-    offsets = torch.arange(0, whole, num_stripes, device=logits.device)
-    columns = (stripes.unsqueeze(2) + offsets).flatten(1)
-    rest = torch.arange(whole, logits.shape[1], device=logits.device).expand(len(logits), -1)
+    stripes = found.peaks.topk(num, dim=1, sorted=False).indices
+    begin = stripes // beside * (_STRIPE * beside) + stripes % beside
+    offsets = torch.arange(0, _STRIPE * beside, beside, device=logits.device)
+    columns = (begin.unsqueeze(2) + offsets).flatten(1)
+    rest = torch.arange(num_stripes * _STRIPE, logits.shape[1], device=logits.device).expand(len(logits), -1)
     columns = torch.cat([columns, rest], dim=1)
     return columns.gather(1, logits.gather(1, columns).topk(num, dim=1).indices)
 
@@ -55,13 +87,13 @@ def top_candidates(logits: Tensor, top_k: int, also: Sequence[tuple[int, ...]] =
     top_k >= V: whole distributions in the order of ids, tail -inf. An id of `also` that is not among the likeliest
     takes the place of the unlikeliest that nobody asked for. A row that is not finite comes back as NaN.
     """
-    normaliser = log_normaliser(logits)
-    num_rows, vocabulary = logits.shape
+    found = survey(logits)
+    normaliser, (num_rows, vocabulary) = found.normaliser, logits.shape
     if top_k >= vocabulary:
         token_ids = torch.arange(vocabulary, device=logits.device).expand(num_rows, vocabulary)
         whole = logits.float() - normaliser.unsqueeze(1)
         return Candidates(token_ids, whole, torch.full_like(normaliser, -torch.inf))
-    token_ids = likeliest(logits, top_k)
+    token_ids = likeliest(logits, top_k, found)
     for row, wanted in enumerate(also):
         if wanted:
             _force(token_ids[row], wanted)
@@ -76,7 +108,7 @@ def likelihoods(logits: Tensor, following: Sequence[tuple[int, ...]]) -> tuple[f
     """
     asked = [[token_id for token_id in ids if token_id >= 0] for ids in following]
     columns = torch.tensor([token_id for ids in asked for token_id in ids], dtype=torch.long, device=logits.device)
-    own = logits.gather(1, columns.unsqueeze(1)).squeeze(1).float() - log_normaliser(logits)  # (N,)
+    own = logits.gather(1, columns.unsqueeze(1)).squeeze(1).float() - survey(logits).normaliser  # (N,)
     parts = torch.split(own.double(), [len(ids) for ids in asked])
     return tuple(torch.stack([part.sum() for part in parts]).tolist())
 

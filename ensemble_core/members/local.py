@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from ensemble_core.config import MemberConfig
 from ensemble_core.errors import CheckpointError, ConfigError, MemberError, UnsupportedModelError
-from ensemble_core.members.attention import Pass, pack
+from ensemble_core.members.attention import Pass, pack, span_attention
 from ensemble_core.members.base import Candidates, Feed
 from ensemble_core.members.body import Body, TransformersBody
 from ensemble_core.members.candidates import likelihoods, top_candidates
@@ -69,6 +69,7 @@ class LocalMember:
         self._body: Body = flat or TransformersBody(model, self.device)
         self._memory = _sum_bytes(self._body.num_bytes(), self._cache.num_bytes())
         self._lane = lane_on(self.device)
+        self._by_spans = span_attention(layers, model.dtype)
         self._attention: Attention = by_gathering
         if isinstance(self._cache, PagedCache):
             self._attention = choose_attention(name, layers, model.dtype, self._cache.page_size)
@@ -145,7 +146,7 @@ class LocalMember:
             return pack_pages(cache, chains, counts, self._attention)
         assert isinstance(cache, KVCache)
         rows = [cache.reserve(feed.seq_id, count) for feed, count in zip(feeds, counts, strict=True)]
-        return pack(cache, rows, counts)
+        return pack(cache, rows, counts, self._by_spans)
 
     def _adopt_graphs(self, cache: PagedCache, proof: Proof, capture: Capture | None, max_batch: int) -> None:
         """Decode through graphs if they can be captured and answer as the body itself does; else stay without."""

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from ensemble_core.errors import MemberError, UnsupportedModelError
+from ensemble_core.members.attention import FEW
 from ensemble_core.members.base import Feed, Member
 from ensemble_core.members.kv_cache import LayerShape
 
@@ -79,21 +80,30 @@ class Proof:
         return 5 * self._noise + 1e-4
 
     def check(self, member: Member) -> None:
-        """A packed pass in chunks against the model's own forward; raises UnsupportedModelError."""
-        rest, last = self._ids[: -self._wanted], self._ids[-self._wanted :]
+        """A packed pass in chunks against the model's own forward; raises UnsupportedModelError.
+
+        The last chunk once has few tokens and once many, which attend in different ways.
+        """
+        few, many = self._wanted, min(FEW + 4, len(self._ids) - 1)
         try:
-            member.forward([Feed(-1, rest, 0)], 2)
-            packed = member.forward([Feed(-1, last, self._wanted)], len(member.vocabulary))
+            member.forward([Feed(-1, self._ids[:-few], 0)], 2)
+            found = [self._last(member, few)]
+            member.rollback(-1, len(self._ids) - many)
+            found.append(self._last(member, many))
         except MemberError as error:
             raise UnsupportedModelError(f"{error}; it cannot be a member") from error
         member.release(-1)
-        difference = _total_variation(self._own, packed.logprobs.exp())
+        difference = max(_total_variation(self._own, packed) for packed in found)
         if not difference <= self.allowed:
             raise UnsupportedModelError(
                 f"member {member.name!r}: {self._kind} answers differently through the packed forward (total "
                 f"variation {difference:.3g}, allowed {self.allowed:.3g}); try `forward: transformers`"
             )
         logger.debug("%s: packed forward differs by %.2g, rounding by %.2g", member.name, difference, self._noise)
+
+    def _last(self, member: Member, num: int) -> Tensor:
+        """Probabilities of the wanted positions, with the last `num` tokens fed at once."""
+        return member.forward([Feed(-1, self._ids[-num:], self._wanted)], len(member.vocabulary)).logprobs.exp()
 
     def check_step(self, member: Member, size: int, expected: Tensor) -> None:
         """A decode step against the same step taken in another way; raises UnsupportedModelError."""

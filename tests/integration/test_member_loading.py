@@ -222,6 +222,26 @@ def test_an_architecture_without_a_causal_model_is_refused(tmp_path: Path) -> No
         load(folder)
 
 
+def _spans_ignoring_the_window(spans: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda self, size: spans(self, None)
+
+
+def _spans_wider_by_one(spans: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda self, size: spans(self, size and size + 1)
+
+
+def _spans_narrower_by_one(spans: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda self, size: spans(self, size and size - 1)
+
+
+def _spans_blind_to_the_cache(spans: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda self, size: attention.Spans(spans(self, size).end - 1, spans(self, size).end)
+
+
+def _spans_short_of_the_token(spans: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda self, size: attention.Spans(spans(self, size).begin, spans(self, size).end - 1)
+
+
 def _ignoring_the_window(window: Callable[..., Any]) -> Callable[..., Any]:
     return lambda self, group, size, device: window(self, group, None, device)
 
@@ -250,6 +270,24 @@ def test_wrong_attention_is_caught(
 ) -> None:
     patched = wrong(attention.PackedPass._window)
     monkeypatch.setattr(attention.PackedPass, "_window", patched)
+    with pytest.raises(UnsupportedModelError, match="member 'tiny': Gemma3ForCausalLM answers differently"):
+        load(tiny_checkpoints["gemma3"], size=640)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        _spans_ignoring_the_window,
+        _spans_wider_by_one,
+        _spans_narrower_by_one,
+        _spans_blind_to_the_cache,
+        _spans_short_of_the_token,
+    ],
+)
+def test_wrong_spans_are_caught(
+    tiny_checkpoints: dict[Kind, Path], wrong: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention.PackedPass, "spans", wrong(attention.PackedPass.spans))
     with pytest.raises(UnsupportedModelError, match="member 'tiny': Gemma3ForCausalLM answers differently"):
         load(tiny_checkpoints["gemma3"], size=640)
 

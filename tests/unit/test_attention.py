@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ensemble_core.errors import UnsupportedModelError
-from ensemble_core.members.attention import pack, packed_attention
+from ensemble_core.members.attention import FEW, SpanAttention, pack, packed_attention, span_attention
 from ensemble_core.members.kv_cache import KVCache, LayerShape
 
 ROW_LEN, KV_HEADS, SIZE = 96, 2, 8
@@ -39,10 +40,18 @@ def plain(query: Tensor, cache: KVCache, row: int, position: int, window: int | 
     return torch.stack(heads)
 
 
-def run(cache: KVCache, seqs: list[int], counts: list[int], heads: int, window: int | None, seed: int) -> Any:
+def run(
+    cache: KVCache,
+    seqs: list[int],
+    counts: list[int],
+    heads: int,
+    window: int | None,
+    seed: int,
+    by_spans: SpanAttention | None,
+) -> Any:
     """Feed random tokens; returns their order, queries and output, and the pass."""
     rows = [cache.row(seq) for seq in seqs]
-    packed, order = pack(cache, rows, counts)
+    packed, order = pack(cache, rows, counts, by_spans)
     generator = torch.Generator().manual_seed(seed)
     query, key, value = (
         torch.randn(1, h, sum(counts), SIZE, generator=generator) for h in (heads, KV_HEADS, KV_HEADS)
@@ -54,17 +63,23 @@ def run(cache: KVCache, seqs: list[int], counts: list[int], heads: int, window: 
     return SimpleNamespace(packed=packed, order=order, query=query, key=key, value=value, out=out)
 
 
+@pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("window", [None, 1, 5, 200])
 @pytest.mark.parametrize("heads", [2, 6])
 @pytest.mark.parametrize("seed", range(6))
-def test_any_mix_of_rows_and_counts(seed: int, heads: int, window: int | None) -> None:
+def test_any_mix_of_rows_and_counts(seed: int, heads: int, window: int | None, compiled: bool) -> None:
     rng = random.Random(seed)
     cache = filled_cache(9, seed)
     for seq in range(9):
         cache.row(seq).length = rng.choice([0, 1, 4, rng.randint(0, 80)])
     seqs = rng.sample(range(9), rng.randint(1, 9))
-    counts = [rng.choice([1, 1, 1, 3, rng.randint(1, 16)]) for _ in seqs]
-    done = run(cache, seqs, counts, heads, window, seed)
+    counts = [rng.choice([1, 1, 1, 3, rng.randint(1, FEW), rng.randint(FEW, ROW_LEN)]) for _ in seqs]
+    counts = [min(count, ROW_LEN - cache.row(seq).length) for seq, count in zip(seqs, counts, strict=True)]
+    by_spans = (
+        span_attention([LayerShape(KV_HEADS, SIZE, torch.device("cpu"))], torch.float32) if compiled else None
+    )
+    done = run(cache, seqs, counts, heads, window, seed, by_spans)
+    assert done.packed.num_few == sum(count for count in counts if compiled and count <= FEW)
     assert sorted(done.order) == list(range(len(seqs)))
     place = 0
     for i in done.order:
@@ -83,6 +98,19 @@ def test_any_mix_of_rows_and_counts(seed: int, heads: int, window: int | None) -
             torch.testing.assert_close(done.out[0, place].double(), expected, atol=1e-5, rtol=1e-4)
             place += 1
     assert done.out.shape == (1, sum(counts), heads, SIZE)
+
+
+def test_compiled_attention_is_for_cpu_and_known_types_alone() -> None:
+    layer = LayerShape(KV_HEADS, SIZE, torch.device("cpu"))
+    assert span_attention([layer], torch.bfloat16) is not None
+    assert span_attention([layer], torch.float16) is None
+    assert span_attention([layer, LayerShape(KV_HEADS, SIZE, torch.device("meta"))], torch.float32) is None
+
+
+def test_without_numba_decoding_goes_on(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setitem(sys.modules, "ensemble_core.members.compiled", None)
+    assert span_attention([LayerShape(KV_HEADS, SIZE, torch.device("cpu"))], torch.float32) is None
+    assert "unisono[cpu]" in caplog.text
 
 
 def groups(lengths: dict[int, int], counts: dict[int, int]) -> list[tuple[int, int, int]]:

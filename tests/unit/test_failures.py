@@ -164,14 +164,15 @@ def test_a_request_goes_on_from_where_it_was(fusion: str, cause: Cause) -> None:
 
 @pytest.mark.parametrize("cause", ["exception", "non_finite"])
 def test_weights_that_follow_the_prompt_are_of_those_that_read_it_all(cause: Cause) -> None:
-    """Lost within the prompt, a member leaves what the others say of all of it; lost behind it, it leaves its share."""
+    """Lost in the middle of it, a member leaves what the others say of all of it; lost later, it leaves its share."""
     early, late = Bench(token_budget=4), Bench()
     requests = [bench.add("weighed", "cab cab bed") for bench in (early, late)]
     while requests[1].weighing:
         late.step()
     before = requests[1].recipe.weights
     early.step()
-    assert requests[0].weighing and requests[0].tracks["beta"].num_cached > 0
+    assert requests[0].weighing
+    assert requests[0].tracks["beta"].num_cached > 0
     for bench, request in zip((early, late), requests, strict=True):
         bench.break_member("beta", cause, request.seq_id)
         bench.run()

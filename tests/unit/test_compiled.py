@@ -1,0 +1,99 @@
+"""Compiled attention over spans against softmax in float64, and what a token may depend on."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from ensemble_core.members.attention import Spans
+from ensemble_core.members.compiled import attend_spans
+
+SLOTS = 700  # more than two blocks of keys
+
+
+def inputs(
+    heads: int, kv_heads: int, size: int, spans: list[tuple[int, int]], dtype: torch.dtype
+) -> tuple[Tensor, ...]:
+    generator = torch.Generator().manual_seed(heads * size)
+    shapes = [(len(spans), heads, size), (SLOTS, kv_heads, size), (SLOTS, kv_heads, size)]
+    return tuple(torch.randn(shape, generator=generator).to(dtype) for shape in shapes)
+
+
+def attend(parts: tuple[Tensor, ...], spans: list[tuple[int, int]], scaling: float | None = None) -> Tensor:
+    begin, end = (np.array(edge) for edge in zip(*spans, strict=True))
+    return attend_spans(*parts, Spans(begin, end), scaling)
+
+
+def plain(parts: tuple[Tensor, ...], spans: list[tuple[int, int]], scaling: float) -> Tensor:
+    query, keys, values = (part.double() for part in parts)
+    fold = query.shape[1] // keys.shape[1]
+    rows = []
+    for (begin, end), heads in zip(spans, query, strict=True):
+        seen = slice(begin, end)
+        rows.append(
+            torch.stack(
+                [
+                    (keys[seen, h // fold] @ q * scaling).softmax(0) @ values[seen, h // fold]
+                    for h, q in enumerate(heads)
+                ]
+            )
+        )
+    return torch.stack(rows)
+
+
+SPANS = [(0, 1), (5, 261), (5, 262), (0, 255), (3, 700), (690, 700), (17, 33)]
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 2e-6), (torch.bfloat16, 8e-3)])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "size"),
+    [(1, 1, 3), (4, 2, 8), (3, 1, 16), (8, 2, 16), (5, 1, 24), (6, 1, 8), (7, 1, 8), (9, 3, 64)],
+)
+def test_it_is_softmax_attention(heads: int, kv_heads: int, size: int, dtype: torch.dtype, bound: float) -> None:
+    """Of any number of heads and any size, over spans of one slot and of several blocks."""
+    parts = inputs(heads, kv_heads, size, SPANS, dtype)
+    found = attend(parts, SPANS, 0.4)
+    assert found.dtype is dtype
+    assert found.shape == parts[0].shape
+    torch.testing.assert_close(found.double(), plain(parts, SPANS, 0.4), atol=bound, rtol=bound)
+    torch.testing.assert_close(
+        attend(parts, SPANS).double(), plain(parts, SPANS, size**-0.5), atol=bound, rtol=bound
+    )
+
+
+def test_scores_that_are_far_apart_stay_finite() -> None:
+    parts = inputs(4, 2, 8, SPANS, torch.float32)
+    torch.testing.assert_close(
+        attend(parts, SPANS, 300.0).double(), plain(parts, SPANS, 300.0), atol=1e-4, rtol=1e-4
+    )
+
+
+def test_a_token_does_not_depend_on_the_others() -> None:
+    """Bit by bit: alone, among others, in another order."""
+    parts = inputs(9, 3, 64, SPANS, torch.bfloat16)
+    together = attend(parts, SPANS)
+    for i, span in enumerate(SPANS):
+        assert torch.equal(attend((parts[0][i : i + 1], *parts[1:]), [span])[0], together[i])
+    assert torch.equal(attend((parts[0].flip(0), *parts[1:]), SPANS[::-1]).flip(0), together)
+
+
+def test_nothing_outside_a_span_is_read_and_nothing_inside_is_hidden() -> None:
+    query, keys, values = inputs(4, 2, 8, [(100, 400)], torch.float32)
+    expected = attend((query, keys, values), [(100, 400)])
+    for pool in (keys, values):
+        pool[:100], pool[400:] = torch.nan, torch.inf
+    assert torch.equal(attend((query, keys, values), [(100, 400)]), expected)
+    for pool in (keys, values):
+        for number in (torch.nan, torch.inf):
+            kept = pool[250].clone()
+            pool[250] = number
+            assert not attend((query, keys, values), [(100, 400)]).isfinite().all(), number
+            pool[250] = kept
+
+
+def test_a_query_that_is_a_view_is_taken() -> None:
+    parts = inputs(6, 2, 8, SPANS, torch.float32)
+    wide = torch.cat((parts[0], parts[0]), dim=1)
+    assert torch.equal(attend((wide[:, :6], *parts[1:]), SPANS), attend(parts, SPANS))
