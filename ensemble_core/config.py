@@ -172,7 +172,7 @@ class MatricesConfig(_Section):
 
     folder: Path = Field(Path("../matrices"), description="Taken from the folder of this file.")
     recipe: Literal["centred", "deepen"] = Field("centred", description="See docs/methods.md.")
-    top_k: int = Field(32, ge=1, description="Anchors kept per row.")
+    top_k: int = Field(8, ge=1, description="Anchors kept per row.")
     temperature: float = Field(80.0, gt=0.0, description="tau of the centred recipe.")
     min_retained: float = Field(
         0.2,
