@@ -18,8 +18,6 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from numpy import int64
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
@@ -50,10 +48,11 @@ class Pass(Protocol):
 
 
 class Spans(NamedTuple):
-    """Which slots each of N tokens looks at: [begin, end), both (N,)."""
+    """Which slots each of N tokens looks at: [begin, end), both (N,). total: slots of all."""
 
-    begin: NDArray[int64]
-    end: NDArray[int64]
+    begin: Tensor  # int64
+    end: Tensor  # int64
+    total: int
 
 
 # (query (N, H, D), keys and values (slots, Hkv, D), spans, scaling) -> (N, H, D)
@@ -65,7 +64,7 @@ def span_attention(layers: Sequence[LayerShape], dtype: torch.dtype) -> SpanAtte
     if any(layer.device.type != "cpu" for layer in layers) or dtype not in (torch.float32, torch.bfloat16):
         return None
     try:
-        from ensemble_core.members.compiled import attend_spans
+        from ensemble_core.members.compiled.attention import attend_spans
     except ImportError as error:
         logger.warning("decoding on CPU is slower without numba (pip install 'unisono[cpu]'): %s", error)
         return None
@@ -142,7 +141,7 @@ class PackedPass:
         if size not in self._spans:
             slots, positions = self.slots[: self.num_few], self.positions[: self.num_few]
             back = positions if size is None else positions.clamp_max(size - 1)
-            self._spans[size] = Spans((slots - back).numpy(), (slots + 1).numpy())
+            self._spans[size] = Spans(slots - back, slots + 1, int(back.sum()) + len(back))
         return self._spans[size]
 
     def slots_on(self, device: torch.device) -> Tensor:

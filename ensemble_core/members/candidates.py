@@ -46,7 +46,7 @@ def survey(logits: Tensor) -> Survey:
 @lru_cache
 def _compiled() -> Callable[[Tensor, int], tuple[Tensor, Tensor, int]] | None:
     try:
-        from ensemble_core.members.compiled import survey_logits
+        from ensemble_core.members.compiled.logits import survey_logits
     except ImportError:
         return None
     return survey_logits

@@ -2,8 +2,9 @@
 
 At a small batch a layer's arithmetic takes less time than the calls around it, so a family whose arithmetic is known
 is run from its weights: merged projections, one rotation for queries and keys together, tables of rotary angles made
-once. What a family does beyond that (soft caps, other layers) is not known here: `flatten` then returns None, and
-the model runs through transformers' own code. A member is proved against that code at load either way.
+once, residual sums and norms in one go. What a family does beyond that (soft caps, other layers) is not known here:
+`flatten` then returns None, and the model runs through transformers' own code. A member is proved against that code
+at load either way.
 
 Knows weights, the cache's pass and the shapes of layers; does not know sequences, sampling or fusion.
 """
@@ -11,13 +12,13 @@ Knows weights, the cache's pass and the shapes of layers; does not know sequence
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ensemble_core.members.arithmetic import Activation, Arithmetic, Norm, arithmetic_for
 from ensemble_core.members.attention import Pass
 from ensemble_core.members.body import weight_bytes
 from ensemble_core.members.linear import Linear, merged
@@ -26,21 +27,6 @@ FAMILIES = frozenset(
     f"{family}ForCausalLM" for family in ("Llama", "Mistral", "Qwen2", "Qwen3", "Gemma3")
 )  # classes of transformers whose layers are those below
 _UNKNOWN = ("final_logit_softcapping", "attn_logit_softcapping", "use_bidirectional_attention")
-
-
-class Norm:
-    """RMS norm over the last dimension, computed in float32. weight: (d,) or (heads, d)."""
-
-    def __init__(self, weight: Tensor, epsilon: float) -> None:
-        self.weight, self.epsilon = weight, epsilon  # float32
-        self._share = 1.0 / weight.shape[-1]
-        self._least = torch.tensor(epsilon, device=weight.device)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """x / sqrt(mean(x^2) + epsilon) * weight, in x's dtype."""
-        length = torch.linalg.vector_norm(x, 2, -1, True, dtype=torch.float32)
-        scale = torch.addcmul(self._least, length, length, value=self._share).rsqrt_()
-        return torch.mul(x * scale, self.weight, out=torch.empty_like(x))
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,30 +58,32 @@ class Layer:
     after_attention: Norm | None
     before_mlp: Norm
     gate_up: Linear
-    activation: Callable[[Tensor], Tensor]
+    activation: Activation
     down: Linear
     after_mlp: Norm | None
+    arithmetic: Arithmetic
 
     def parts(self) -> list[Norm | Linear]:
         """Everything that holds weights."""
         found = (getattr(self, part.name) for part in fields(self))
         return [part for part in found if isinstance(part, Norm | Linear)]
 
-    def forward(self, x: Tensor, run: Pass, cos: Tensor, sin: Tensor) -> Tensor:
-        """(N, d) -> (N, d); writes the keys and values of the N tokens."""
-        attended = self.output(self._attention(self.before_attention(x), run, cos, sin))
-        x = x + (attended if self.after_attention is None else self.after_attention(attended))
-        gate, up = self.gate_up(self.before_mlp(x)).chunk(2, dim=-1)
-        changed = self.down(self.activation(gate) * up)
-        return x + (changed if self.after_mlp is None else self.after_mlp(changed))
+    def forward(
+        self, x: Tensor, normed: Tensor, run: Pass, cos: Tensor, sin: Tensor, following: Norm
+    ) -> tuple[Tensor, Tensor]:
+        """x and what this layer's first norm made of it -> the same for the layer that follows, (N, d) each.
+
+        Writes the keys and values of the N tokens. following: the next layer's first norm, or the last of all.
+        """
+        attended = self.output(self._attention(normed, run, cos, sin))
+        x, normed = self.arithmetic.add_and_norm(x, attended, self.after_attention, self.before_mlp)
+        changed = self.down(self.arithmetic.gate(self.gate_up(normed), self.activation))
+        return self.arithmetic.add_and_norm(x, changed, self.after_mlp, following)
 
     def _attention(self, x: Tensor, run: Pass, cos: Tensor, sin: Tensor) -> Tensor:
         num_rotated = self.num_heads + self.num_kv_heads
         heads = self.qkv(x).view(x.shape[0], num_rotated + self.num_kv_heads, -1)  # (N, H + 2 Hkv, D)
-        turned = heads[:, :num_rotated]
-        if self.head_norm is not None:
-            turned = self.head_norm(turned)
-        turned = (turned * cos).addcmul_(turned.roll(turned.shape[2] // 2, -1), sin)
+        turned = self.arithmetic.turn(heads, num_rotated, self.head_norm, cos, sin)
         query, key = turned[:, : self.num_heads], turned[:, self.num_heads :]
         out = run.attend(self.index, query, key, heads[:, num_rotated:], self.scaling, self.window)
         return out.reshape(x.shape[0], -1)
@@ -109,6 +97,7 @@ class FlatBody:
     ) -> None:
         self.embedding, self._layers, self._rotations = embedding, layers, rotations
         self._norm, self._head = norm, head
+        self._following = [*(layer.before_attention for layer in layers[1:]), norm]
 
     def __call__(self, run: Pass, token_ids: Tensor, wanted: Tensor) -> Tensor:
         """token_ids: (N,) in the order of the pass; wanted: places that answer. (N_wanted, V) logits."""
@@ -116,9 +105,10 @@ class FlatBody:
         positions = run.positions.to(device)
         angles = [rotation.at(positions) for rotation in self._rotations]
         x = self.embedding(token_ids.to(device))  # (N, d)
-        for layer in self._layers:
-            x = layer.forward(x, run, *angles[layer.kind])
-        return self._head(self._norm(x[wanted.to(x.device)]))
+        normed = self._layers[0].before_attention(x)
+        for layer, following in zip(self._layers, self._following, strict=True):
+            x, normed = layer.forward(x, normed, run, *angles[layer.kind], following)
+        return self._head(normed[wanted.to(x.device)])
 
     def num_bytes(self) -> dict[str, int]:
         """See `Body`; a head that was tied to the embedding is a copy of its own."""
@@ -220,6 +210,7 @@ def _layer(index: int, layer: Any, kinds: list[str]) -> Layer:
         activation=mlp.act_fn,
         down=_taken(mlp.down_proj),
         after_mlp=_norm(layer.post_feedforward_layernorm) if around_mlp else None,
+        arithmetic=arithmetic_for(attention.q_proj.weight.device, attention.q_proj.weight.dtype),
     )
 
 

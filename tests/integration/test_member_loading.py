@@ -235,11 +235,11 @@ def _spans_narrower_by_one(spans: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _spans_blind_to_the_cache(spans: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda self, size: attention.Spans(spans(self, size).end - 1, spans(self, size).end)
+    return lambda self, size: attention.Spans(spans(self, size).end - 1, spans(self, size).end, 1)
 
 
 def _spans_short_of_the_token(spans: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda self, size: attention.Spans(spans(self, size).begin, spans(self, size).end - 1)
+    return lambda self, size: attention.Spans(spans(self, size).begin, spans(self, size).end - 1, 1)
 
 
 def _ignoring_the_window(window: Callable[..., Any]) -> Callable[..., Any]:

@@ -108,7 +108,7 @@ def test_compiled_attention_is_for_cpu_and_known_types_alone() -> None:
 
 
 def test_without_numba_decoding_goes_on(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setitem(sys.modules, "ensemble_core.members.compiled", None)
+    monkeypatch.setitem(sys.modules, "ensemble_core.members.compiled.attention", None)
     assert span_attention([LayerShape(KV_HEADS, SIZE, torch.device("cpu"))], torch.float32) is None
     assert "unisono[cpu]" in caplog.text
 

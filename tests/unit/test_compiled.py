@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from ensemble_core.members.attention import Spans
-from ensemble_core.members.compiled import attend_spans
+from ensemble_core.members.compiled.attention import attend_spans
 
 SLOTS = 700  # more than two blocks of keys
 
@@ -22,8 +21,8 @@ def inputs(
 
 
 def attend(parts: tuple[Tensor, ...], spans: list[tuple[int, int]], scaling: float | None = None) -> Tensor:
-    begin, end = (np.array(edge) for edge in zip(*spans, strict=True))
-    return attend_spans(*parts, Spans(begin, end), scaling)
+    begin, end = (torch.tensor(edge) for edge in zip(*spans, strict=True))
+    return attend_spans(*parts, Spans(begin, end, int((end - begin).sum())), scaling)
 
 
 def plain(parts: tuple[Tensor, ...], spans: list[tuple[int, int]], scaling: float) -> Tensor:
