@@ -189,7 +189,10 @@ class SchedulerConfig(_Section):
     max_waiting: int = Field(256, ge=1, description="Waiting sequences; one more gets a 429.")
     token_budget: int = Field(512, ge=1, description="Most tokens a member is fed in one step.")
     max_stretch: float = Field(
-        2.0, gt=1.0, description="While streams run: the longest step with prefill over one without; .inf: any."
+        2.0,
+        gt=1.0,
+        description="While streams run: the longest step with prefill over one without, up to three times that while "
+        "more prompts wait than streams run; .inf: any.",
     )
     prefix_reuse: bool = Field(True, description="Begin prompts with what is cached of earlier ones.")
     num_candidates: int = Field(256, ge=2, description="K: candidates that each member answers with.")

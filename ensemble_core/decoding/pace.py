@@ -2,9 +2,10 @@
 
 Learns from finished steps what a step costs that only decodes, by size of its batch, and what a prompt's token
 costs beside it in every member; grants a step as many prompt tokens as keep it under `max_stretch` decode-only
-steps. Costs are middles of the last few observations, so one slow step (first use, other load) moves nothing. The
-cost of a token is taken at the number of tokens that is granted: what a forward costs beyond that is spread over
-them, and the next grant starts from there; the walk settles where the step is as long as it may be.
+steps. Where more prompts wait than streams run that is up to three times as long, since then more gain than lose.
+Costs are middles of the last few observations, so one slow step (first use, other load) moves nothing. The cost of a
+token is taken at the number of tokens that is granted: what a forward costs beyond that is spread over them, and the
+next grant starts from there; the walk settles where the step is as long as it may be.
 
 Does not know sequences, members or schedules; whoever records says what was done.
 """
@@ -20,6 +21,7 @@ from statistics import median
 LEAST = 16  # tokens that a step takes at any price, so that prompts go on; fewer teach nothing
 _GRAIN = 8  # grants are multiples, since libraries prepare each new number of tokens anew
 _PROBES = 2  # decode-only steps that must have been seen of a batch size
+_CROWD = 3.0  # how far a crowd of prompts stretches the limit
 _FRESH = 256  # steps after which a batch size is looked at again
 _MEMORY = 8  # observations kept of each cost
 
@@ -56,10 +58,11 @@ class Pace:
         self._num_steps = 0
         self._latest = 0  # tokens that the last step beside running sequences took
 
-    def grant(self, kinds: Collection[Kind], num_decoding: int) -> int | None:
+    def grant(self, kinds: Collection[Kind], num_decoding: int, num_prompts: int = 1) -> int | None:
         """Prompt tokens for each of `kinds` in a step with `num_decoding` running sequences; None: no limit.
 
-        0 where nobody knows what such a step costs without a prompt: this one will tell.
+        num_prompts: sequences that are in prefill. 0 where nobody knows what such a step costs without a prompt: this
+        one will tell.
         """
         if not num_decoding or not kinds or math.isinf(self._max_stretch):
             return None
@@ -67,7 +70,8 @@ class Pace:
         if plain is None or len(plain.steps) < _PROBES or self._num_steps - plain.last > _FRESH:
             return 0
         costs = [self._costs.get(kind) for kind in kinds]
-        room = (self._max_stretch - 1.0) * _typical(plain.steps)
+        crowd = min(max(num_prompts / num_decoding, 1.0), _CROWD)
+        room = (crowd * self._max_stretch - 1.0) * _typical(plain.steps)
         token = sum(_dear(cost) if cost else math.inf for cost in costs)
         tokens = min(int(room / token), 2 * self._latest)  # the walk goes up in steps that can be judged
         return max(LEAST, tokens // _GRAIN * _GRAIN)

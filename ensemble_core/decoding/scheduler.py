@@ -97,7 +97,7 @@ class Scheduler:
         for share in shares:
             _spend(left, share.counts)
         prompts = [s for s in self.running if s.phase is Phase.PREFILL and not self._awaits_leader(s)]
-        granted = self.pace.grant(_kinds(prompts), len(shares))
+        granted = self.pace.grant(_kinds(prompts), len(shares), len(prompts))
         if granted == 0:
             return shares
         most = self._limits.token_budget if granted is None else granted

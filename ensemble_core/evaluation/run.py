@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,8 @@ from ensemble_core.evaluation.tune import Method, Tuned, tune
 from ensemble_core.evaluation.variants import parse_variant
 from ensemble_core.evaluation.workbench import Workbench
 from ensemble_core.evaluation.yaml_weights import write_weights
+
+logger = logging.getLogger(__name__)
 
 __all__ = ["Chosen", "Output", "evaluate_models", "parse_measures", "tune_ensemble"]
 
@@ -65,11 +68,23 @@ def evaluate_models(
     output: Output,
 ) -> str:
     """Tables of all models on all tasks. models: names and variants; none: all of the configuration's."""
-    names = models or [*config.ensembles, *config.members]
+    names = models or _all_models(config)
     variants = [parse_variant(spec) for spec in dict.fromkeys(names)]
     request = Request(chosen.parsed_tasks(), variants, chosen.selection, measures)
     with Workbench(config, chosen.cache) as bench:
         return tables(evaluate(bench, request, output))
+
+
+def _all_models(config: Config) -> list[str]:
+    """Every ensemble and member but those whose weights follow a prompt, which a document does not have."""
+    prompted = [name for name, each in config.ensembles.items() if each.weighting.by == "perplexity"]
+    for name in prompted:
+        logger.warning(
+            "%s is left out: its weights follow each prompt, and a document has none; name it (--model) with "
+            "--measure score and tasks that are answered by completions",
+            name,
+        )
+    return [name for name in (*config.ensembles, *config.members) if name not in prompted]
 
 
 def tune_ensemble(

@@ -154,6 +154,28 @@ def invoke(*arguments: str) -> Any:
     return CliRunner().invoke(app, list(arguments), catch_exceptions=False)
 
 
+def test_weights_that_follow_a_prompt_are_left_out_unless_named(
+    config: Path, tasks: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    raw = yaml.safe_load(config.read_text())
+    raw["ensembles"]["weighed"] = {
+        **raw["ensembles"]["duet"],
+        "weighting": "perplexity",
+        "fusion": {"name": "projection"},
+    }
+    path = config.with_name("weighed.yaml")
+    path.write_text(yaml.safe_dump(raw), encoding="utf-8")
+    command = ["evaluate", "--config", str(path), "--cache", str(tmp_path / "cache")]
+    everything = invoke(*command, *tasks, "--measure", "bits")
+    assert everything.exit_code == 0, everything.output
+    assert "weighed is left out" in caplog.text
+    assert "duet" in everything.stdout
+    assert "weighed" not in everything.stdout
+    named = invoke(*command, *tasks[2:4], "--measure", "score", "--model", "weighed")
+    assert named.exit_code == 0, named.output
+    assert "weighed" in named.stdout
+
+
 def test_evaluate_writes_everything_and_goes_on_where_it_was(
     config: Path, tasks: list[str], tmp_path: Path
 ) -> None:

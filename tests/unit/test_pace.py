@@ -53,6 +53,20 @@ def test_steps_become_as_long_as_they_may_be(rows: int, start: float, token: flo
     assert [tokens for tokens, _ in steps].count(0) == 2
 
 
+def test_a_crowd_of_prompts_stretches_the_limit_threefold_at_most() -> None:
+    machine = Machine(Pace(2.0), token=0.5)
+    machine.step(0, 50)
+    for _ in range(30):
+        machine.granted_step(4)
+    room = 2 * machine.decoding(4)  # of a step twice as long as one without a prompt
+    for num_prompts, rooms in ((1, 1), (4, 1), (8, 3), (400, 5)):
+        for _ in range(5):
+            granted = machine.pace.grant(KINDS, 4, num_prompts)
+            assert granted is not None
+            machine.step(4, granted)
+        assert granted * 2 * machine.token == pytest.approx(rooms * room, rel=0.15)
+
+
 def test_nobody_waits_where_nobody_runs_or_no_limit_is_set() -> None:
     assert Pace(2.0).grant(KINDS, 0) is None
     assert Pace().grant(KINDS, 5) is None

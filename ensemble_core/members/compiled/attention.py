@@ -49,6 +49,7 @@ def attend_spans(
 ) -> Tensor:
     """softmax(q K^T * scaling) V of every token over its span, (N, H, D) in query's dtype. scaling: 1/sqrt(D)."""
     (num, heads, size), (slots, kv_heads, _) = query.shape, keys.shape
+    assert query.dtype is keys.dtype is values.dtype
     query, out = query.contiguous(), torch.empty(query.shape, dtype=query.dtype)
     scale = size**-0.5 if scaling is None else scaling
     run(

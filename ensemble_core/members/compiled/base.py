@@ -91,13 +91,18 @@ def run(loop: Callable[[Frame], None], dtype: torch.dtype, work: int, *words: in
     on a busy machine by far.
     """
     threads = torch.get_num_threads() if work >= _GRAIN else 1
-    addresses = (word.data_ptr() if isinstance(word, Tensor) else word for word in words)
+    addresses = (_start(word) if isinstance(word, Tensor) else word for word in words)
     frame = (ctypes.c_int64 * (1 + len(words)))(threads, *addresses)
     compiled = _compiled(loop, dtype)
     if threads == 1:
         compiled.ctypes(ctypes.cast(frame, compiled.ctypes.argtypes[0]))
     else:
         _OPENMP.GOMP_parallel(compiled.address, ctypes.byref(frame), threads, 0)
+
+
+def _start(tensor: Tensor) -> int:
+    assert tensor.is_contiguous(), "a loop reads memory, not strides"
+    return tensor.data_ptr()
 
 
 def bits(number: float) -> int:

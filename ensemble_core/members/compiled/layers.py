@@ -38,6 +38,8 @@ class CompiledArithmetic:
 
     def add_and_norm(self, x: Tensor, change: Tensor, after: Norm | None, before: Norm) -> tuple[Tensor, Tensor]:
         """See `Arithmetic.add_and_norm`."""
+        assert x.shape == change.shape
+        assert x.dtype is change.dtype
         total, normed = torch.empty_like(x), torch.empty_like(x)
         first = before if after is None else after
         words = (*x.shape, int(after is not None), bits(first.epsilon), bits(before.epsilon))
@@ -55,6 +57,7 @@ class CompiledArithmetic:
 
     def turn(self, heads: Tensor, num: int, norm: Norm | None, cos: Tensor, sin: Tensor) -> Tensor:
         """See `Arithmetic.turn`."""
+        assert heads.dtype is cos.dtype is sin.dtype
         out = torch.empty(heads.shape[0], num, heads.shape[2], dtype=heads.dtype)
         weight, epsilon = (_none, 0.0) if norm is None else (norm.weight, norm.epsilon)
         words = (*out.shape, heads.shape[1], int(norm is not None), bits(epsilon))
