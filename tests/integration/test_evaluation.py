@@ -155,7 +155,7 @@ def invoke(*arguments: str) -> Any:
 
 
 def test_weights_that_follow_a_prompt_are_left_out_unless_named(
-    config: Path, tasks: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+    config: Path, tasks: list[str], tmp_path: Path
 ) -> None:
     raw = yaml.safe_load(config.read_text())
     raw["ensembles"]["weighed"] = {
@@ -168,7 +168,7 @@ def test_weights_that_follow_a_prompt_are_left_out_unless_named(
     command = ["evaluate", "--config", str(path), "--cache", str(tmp_path / "cache")]
     everything = invoke(*command, *tasks, "--measure", "bits")
     assert everything.exit_code == 0, everything.output
-    assert "weighed is left out" in caplog.text
+    assert "weighed is left out" in everything.stderr
     assert "duet" in everything.stdout
     assert "weighed" not in everything.stdout
     named = invoke(*command, *tasks[2:4], "--measure", "score", "--model", "weighed")
