@@ -46,7 +46,8 @@ _TYPES = {torch.float32: types.float32, torch.bfloat16: types.uint16}
 
 def _openmp() -> ctypes.CDLL:
     """The OpenMP runtime whose threads torch uses. Raises ImportError where it is none that we know."""
-    own = sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*"))
+    package = Path(torch.__file__).parent
+    own = [path for folder in ("lib", "../torch.libs") for path in sorted((package / folder).glob("libgomp*.so*"))]
     try:
         library = ctypes.CDLL(str(own[0]) if own else "libgomp.so.1")
         llvmlite.binding.add_symbol("omp_get_thread_num", _address(library.omp_get_thread_num))
