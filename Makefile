@@ -34,6 +34,8 @@ $(BUILT): $(INSTALLED) $(DEMO) ensemble_core/members/demo_models.py $(if $(THERE
 	@$(BIN)/unisono pull --config $(DEMO)
 	@echo "matrices: building what is missing"
 	@$(BIN)/unisono build --config $(DEMO) --missing
+	@echo "check: the pair answers (the first time its loops are compiled)"
+	@$(BIN)/unisono generate "The capital of France is" --config $(DEMO) --model duet --max-tokens 8 --temperature 0
 	@touch $@
 
 .PHONY: always
