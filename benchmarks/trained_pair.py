@@ -79,7 +79,7 @@ FULL = Plan(
     others=("relative", "linear"),
 )
 SMALL = Plan(
-    sizes={"code": ("qwen3", Size(480, 64, 1, 450)), "prose": ("llama", Size(640, 64, 1, 450))},
+    sizes={"code": ("qwen3", Size(480, 64, 1, 330)), "prose": ("llama", Size(640, 64, 1, 330))},
     num_modules=120,
     num_documents=80,
     num_positions=1000,
