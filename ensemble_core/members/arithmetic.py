@@ -12,6 +12,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ensemble_core.members import compiled
+
 Activation = Callable[[Tensor], Tensor]
 
 
@@ -67,10 +69,8 @@ class TorchArithmetic:
 
 def arithmetic_for(device: torch.device, dtype: torch.dtype) -> Arithmetic:
     """The fastest for tensors on this device."""
-    if device.type == "cpu" and dtype in (torch.float32, torch.bfloat16):
-        try:
-            from ensemble_core.members.compiled.layers import CompiledArithmetic
-        except ImportError:  # said once, where attention looks for it
-            return TorchArithmetic()
-        return CompiledArithmetic()
-    return TorchArithmetic()
+    if not compiled.serves(device, dtype):
+        return TorchArithmetic()
+    from ensemble_core.members.compiled.layers import CompiledArithmetic
+
+    return CompiledArithmetic()

@@ -12,7 +12,6 @@ window, and to nothing else. Does not know tokens, logits or models.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
@@ -23,9 +22,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from ensemble_core.errors import UnsupportedModelError
+from ensemble_core.members import compiled
 from ensemble_core.members.kv_cache import KVCache, LayerShape, Row
-
-logger = logging.getLogger(__name__)
 
 NAME = "unisono_packed"
 FEW = 16  # new tokens of a sequence up to which each looks at its span by itself
@@ -61,13 +59,10 @@ SpanAttention = Callable[[Tensor, Tensor, Tensor, Spans, float | None], Tensor]
 
 def span_attention(layers: Sequence[LayerShape], dtype: torch.dtype) -> SpanAttention | None:
     """Compiled attention over spans for these layers, or None where there is none."""
-    if any(layer.device.type != "cpu" for layer in layers) or dtype not in (torch.float32, torch.bfloat16):
+    if not all(compiled.serves(layer.device, dtype) for layer in layers):
         return None
-    try:
-        from ensemble_core.members.compiled.attention import attend_spans
-    except ImportError as error:
-        logger.warning("decoding on CPU is slower without numba (pip install 'unisono[cpu]'): %s", error)
-        return None
+    from ensemble_core.members.compiled.attention import attend_spans
+
     return attend_spans
 
 

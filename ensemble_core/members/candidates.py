@@ -7,13 +7,13 @@ one compiled loop. Knows no model and no cache.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import lru_cache
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ensemble_core.members import compiled
 from ensemble_core.members.base import Candidates, log_rest
 
 _CHUNK = 65_536  # columns that the normaliser takes at once
@@ -35,21 +35,13 @@ class Survey(NamedTuple):
 
 def survey(logits: Tensor) -> Survey:
     """Read logits once, (N, V) of any float dtype. The normaliser of a row that is not finite is NaN."""
-    compiled = _compiled()
-    if compiled is not None and logits.device.type == "cpu" and logits.dtype in (torch.float32, torch.bfloat16):
-        return Survey(*compiled(logits, _STRIPE))
+    if compiled.serves(logits.device, logits.dtype):
+        from ensemble_core.members.compiled.logits import survey_logits
+
+        return Survey(*survey_logits(logits, _STRIPE))
     beside = logits.shape[1] // _STRIPE
     peaks = logits[:, : beside * _STRIPE].view(len(logits), _STRIPE, beside).amax(dim=1)
     return Survey(log_normaliser(logits), peaks, beside)
-
-
-@lru_cache
-def _compiled() -> Callable[[Tensor, int], tuple[Tensor, Tensor, int]] | None:
-    try:
-        from ensemble_core.members.compiled.logits import survey_logits
-    except ImportError:
-        return None
-    return survey_logits
 
 
 def log_normaliser(logits: Tensor) -> Tensor:

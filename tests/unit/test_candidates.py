@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ensemble_core.members import candidates as module
+from ensemble_core.members import compiled
 from ensemble_core.members.base import Candidates
 from ensemble_core.members.candidates import likeliest, narrow, survey, top_candidates
 
@@ -32,7 +33,7 @@ def check_tail(found: Candidates, whole: Tensor) -> None:
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything holds with numba and without."""
     if request.param == "torch":
-        monkeypatch.setattr(module, "_compiled", lambda: None)
+        monkeypatch.setattr(compiled, "serves", lambda device, dtype: False)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

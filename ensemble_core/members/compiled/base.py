@@ -180,7 +180,7 @@ def bits_of(context: Any, number: Any) -> Any:
 
 
 def wide(number: Any) -> Any:
-    """A number of an `array` as float32."""
+    """A number of a frame's array as float32."""
     raise NotImplementedError  # in compiled code alone
 
 
@@ -196,7 +196,7 @@ def _wide(number: Any) -> Any:
 
 
 def narrow(number: Any, into: Any) -> Any:
-    """A float32 as a number of the `array` that it goes into, rounded to even."""
+    """A float32 as a number of the array that it goes into, rounded to even."""
     raise NotImplementedError  # in compiled code alone
 
 
