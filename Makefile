@@ -29,7 +29,7 @@ models: $(BUILT) ## set up everything but serve: fetch the models, build their t
 # The stamp counts only while what it stands for is there: two models, two matrices.
 THERE := $(and $(word 2,$(wildcard $(MODELS)/*/unisono.json)),$(word 2,$(wildcard matrices/*/*.safetensors)))
 
-$(BUILT): $(INSTALLED) $(DEMO) ensemble_core/members/demo_models.py $(if $(THERE),,always)
+$(BUILT): $(INSTALLED) $(DEMO) ensemble_core/members/loading/demo_models.py $(if $(THERE),,always)
 	@echo "models: fetching what is missing"
 	@$(BIN)/unisono pull --config $(DEMO)
 	@echo "matrices: building what is missing"

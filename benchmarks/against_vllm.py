@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from benchmarks.ledger import ROOT, Check, Report, Value, arguments
 from ensemble_core.config import load_config
-from ensemble_core.members.checkpoints import resolve_folder
+from ensemble_core.members.loading.checkpoints import resolve_folder
 
 PYTHON = ROOT / ".venv-vllm" / "bin" / "python"
 ENSEMBLE = "duet"

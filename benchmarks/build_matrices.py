@@ -20,12 +20,12 @@ from benchmarks.ledger import Check, Report, Value, arguments
 from benchmarks.stopwatch import Spread
 from ensemble_core.config import Config, load_config
 from ensemble_core.errors import TransferMatrixError
-from ensemble_core.members.checkpoints import load_vocabulary, resolve_folder
-from ensemble_core.transfer.build import BuildReport, build_matrices, member_sets, origin_of, recipe_of
+from ensemble_core.members.loading.checkpoints import load_vocabulary, resolve_folder
 from ensemble_core.transfer.builder import Quality, Recipe, build_matrix, require_retained
 from ensemble_core.transfer.embeddings import load_embeddings
 from ensemble_core.transfer.matrix import common_anchors
 from ensemble_core.transfer.store import load_matrix, matrix_path
+from ensemble_core.transfer.workshop import BuildReport, build_matrices, member_sets, origin_of, recipe_of
 
 ALLOWED_BYTES = 2e9  # beyond the embedding tables
 LOADS = 5

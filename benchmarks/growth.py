@@ -21,8 +21,8 @@ from benchmarks.ledger import RESULTS, Report, Row, Value, arguments
 from benchmarks.recorder import Bench, Told
 from benchmarks.stopwatch import Spread
 from ensemble_core.config import Config, EnsembleConfig, load_config
-from ensemble_core.transfer.build import recipe_of
 from ensemble_core.transfer.store import matrix_path, read_metadata
+from ensemble_core.transfer.workshop import recipe_of
 
 TWIN = "-twin"
 LENGTH = 256

@@ -30,7 +30,7 @@ from benchmarks.ledger import Check, Report, Value, arguments
 from benchmarks.stopwatch import Spread, Timed, ratios, take_turns
 from ensemble_core.config import Config, load_config
 from ensemble_core.members.base import Feed, Member
-from ensemble_core.members.checkpoints import load_tokenizer, load_vocabulary, resolve_folder
+from ensemble_core.members.loading.checkpoints import load_tokenizer, load_vocabulary, resolve_folder
 from ensemble_core.members.local import load_member
 
 NUM_CANDIDATES = 256

@@ -17,7 +17,7 @@ from benchmarks.ledger import Check, Report, Value, arguments
 from benchmarks.stopwatch import Spread, ratios
 from benchmarks.traffic import Call, play, serving
 from ensemble_core.config import load_config
-from ensemble_core.members.checkpoints import load_tokenizer
+from ensemble_core.members.loading.checkpoints import load_tokenizer
 
 BOUND = 0.15
 KINDS = ("first", "other question", "same again")

@@ -17,7 +17,7 @@ from ensemble_core.config import Config
 from ensemble_core.decoding.requests import GenerationRequest
 from ensemble_core.decoding.sampling_params import SamplingParams
 from ensemble_core.decoding.sequence import Sequence as Request
-from ensemble_core.members.checkpoints import load_tokenizer
+from ensemble_core.members.loading.checkpoints import load_tokenizer
 from ensemble_core.stats import NullSink, StepStats
 
 SETTLING = 3  # first decode steps of a batch, which do not count

@@ -25,7 +25,7 @@ from benchmarks.ledger import Check, Report, Row, Value, arguments
 from benchmarks.stopwatch import percentile
 from benchmarks.traffic import Call, Stream, client, follow, play, replay, schedule, send, serving
 from ensemble_core.config import load_config
-from ensemble_core.members.checkpoints import load_tokenizer
+from ensemble_core.members.loading.checkpoints import load_tokenizer
 
 THROUGHPUT_BOUND = 9.0
 BESIDE_BOUND = 3.0

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 
 from ensemble_core.decoding.guidance import Grammars
 from ensemble_core.decoding.perplexity import PromptLikelihood
+from ensemble_core.decoding.recipe import Recipe
 from ensemble_core.decoding.requests import Conversation, GenerationRequest, Overrides, Prompt
 from ensemble_core.decoding.scoring import PromptScores
-from ensemble_core.decoding.sequence import Recipe, Sequence
+from ensemble_core.decoding.sequence import Sequence
 from ensemble_core.errors import InvalidRequestError
 from ensemble_core.recipes import RecipeBook
 from ensemble_core.text.alignment import Track

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from ensemble_core.decoding.failures import Failures, fail
-from ensemble_core.decoding.lockstep import Outcome, Row, decide
+from ensemble_core.decoding.modes.lockstep import Outcome, Row, decide
 from ensemble_core.decoding.pace import SCORING, Kind, Work
 from ensemble_core.decoding.requests import Output
 from ensemble_core.decoding.scheduler import Capacity, Limits, Scheduler, Share

@@ -1,7 +1,7 @@
 """The one tree of errors.
 
 Every error that a user can cause or must act on is a `UnisonoError`: its message names the field, what was
-given, what is allowed and what to do. This file knows nothing of HTTP; `server/errors.py` maps the tree to
+given, what is allowed and what to do. This file knows nothing of HTTP; `server/edge/errors.py` maps the tree to
 statuses.
 """
 

@@ -22,17 +22,17 @@ from ensemble_core.decoding.scheduler import Limits
 from ensemble_core.engine import Engine
 from ensemble_core.fusion.base import FusionSpace
 from ensemble_core.members.base import Member
-from ensemble_core.members.checkpoints import load_tokenizer, load_vocabulary, resolve_folder
+from ensemble_core.members.loading.checkpoints import load_tokenizer, load_vocabulary, resolve_folder
+from ensemble_core.members.loading.memory import plan_caches
+from ensemble_core.members.loading.placement import log_plan
 from ensemble_core.members.local import load_member
-from ensemble_core.members.memory import plan_caches
-from ensemble_core.members.placement import log_plan
 from ensemble_core.recipes import ModelInfo, RecipeBook, check_fusions, list_models
 from ensemble_core.stats import StatsSink
 from ensemble_core.text.prompt import PromptEncoder, read_template
 from ensemble_core.text.vocabulary import Vocabulary
-from ensemble_core.transfer.build import origin_of, recipe_of
 from ensemble_core.transfer.matrix import TransferMatrix, common_anchors
 from ensemble_core.transfer.store import load_matrix, matrix_path
+from ensemble_core.transfer.workshop import origin_of, recipe_of
 
 logger = logging.getLogger(__name__)
 

@@ -16,8 +16,8 @@ from functools import partial
 from typing import Any, Literal
 
 from ensemble_core.config import Config, EnsembleConfig
+from ensemble_core.decoding.recipe import Recipe
 from ensemble_core.decoding.requests import Overrides, Weighting
-from ensemble_core.decoding.sequence import Recipe
 from ensemble_core.errors import (
     ConfigError,
     InvalidRequestError,

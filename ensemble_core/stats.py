@@ -1,6 +1,6 @@
 """Plain numbers that the engine hands out; floor 0, no torch, no Prometheus.
 
-The engine fills these records and gives them to a `StatsSink`. `server/metrics.py` is the sink that knows
+The engine fills these records and gives them to a `StatsSink`. `server/edge/metrics.py` is the sink that knows
 Prometheus; tests use a list. All durations are seconds.
 """
 

@@ -22,7 +22,7 @@ from ensemble_core.errors import UnisonoError
 if TYPE_CHECKING:
     from ensemble_core.decoding.sampling_params import SamplingParams
     from ensemble_core.llm import LLM
-    from ensemble_core.transfer.build import BuildReport
+    from ensemble_core.transfer.workshop import BuildReport
 
 app = typer.Typer(
     help="Several language models answer as one.",
@@ -76,7 +76,7 @@ def _before(
 
 def _load(path: Path) -> Config:
     """The configuration, with logging set up as it says."""
-    from server import logs
+    from server.edge import logs
 
     config = load_config(path)
     logs.configure(config.server.log_level)
@@ -140,9 +140,9 @@ def _all_keys(server: ServerConfig, given: list[str] | None) -> list[object] | N
 
 def _serve(settings: Config) -> None:
     from ensemble_core.runtime import Runtime
-    from server.app import create_app
-    from server.metrics import PrometheusSink
-    from server.serving import serve as serve_app
+    from server.edge.app import create_app
+    from server.edge.metrics import PrometheusSink
+    from server.edge.serving import serve as serve_app
 
     metrics = PrometheusSink()
     runtime = Runtime(settings, metrics)
@@ -159,7 +159,7 @@ def build(
     with _one_line_errors():
         settings = _load(config)
 
-        from ensemble_core.transfer.build import build_matrices
+        from ensemble_core.transfer.workshop import build_matrices
 
         for report in build_matrices(settings, force=force, only_missing=missing):
             typer.echo(_report_line(report))
@@ -177,7 +177,7 @@ def pull(config: ConfigPath = DEFAULT_CONFIG) -> None:
     with _one_line_errors():
         settings = _load(config)
 
-        from ensemble_core.members import checkpoints
+        from ensemble_core.members.loading import checkpoints
 
         for name, folder in checkpoints.pull(settings):
             typer.echo(f"{name}: {folder}")
@@ -197,7 +197,7 @@ def generate(
     """Continue prompts without a server."""
     with _one_line_errors():
         from ensemble_core.decoding.sampling_params import SamplingParams
-        from server import logs
+        from server.edge import logs
 
         params = SamplingParams(max_tokens=max_tokens, temperature=temperature, stop=tuple(stop or ()), seed=seed)
         logs.configure("warning")
@@ -327,7 +327,7 @@ def inspect(
 
 def _load_quietly(path: Path) -> Config:
     """The configuration; only warnings are logged, since standard output is the result."""
-    from server import logs
+    from server.edge import logs
 
     logs.configure("warning")
     return load_config(path)

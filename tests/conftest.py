@@ -13,7 +13,7 @@ from tiny_models import KINDS, Kind, tiny_checkpoint
 
 from ensemble_core.config import Config, load_config
 from ensemble_core.errors import UnisonoError
-from ensemble_core.members.checkpoints import resolve_folder
+from ensemble_core.members.loading.checkpoints import resolve_folder
 
 DEMO_CONFIG = Path(__file__).parent.parent / "configs" / "demo.yaml"
 

@@ -23,9 +23,9 @@ import uvicorn
 from ensemble_core.config import ServerConfig
 from ensemble_core.decoding.requests import Conversation, GenerationRequest, Output, Prompt, TokenLogprob, Trace
 from ensemble_core.errors import InvalidRequestError, ModelNotFoundError, NotReadyError
-from server.app import create_app
-from server.metrics import PrometheusSink
-from server.serving import check_tls
+from server.edge.app import create_app
+from server.edge.metrics import PrometheusSink
+from server.edge.serving import check_tls
 
 VOCAB_SIZE = 10_000
 

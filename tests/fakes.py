@@ -21,10 +21,10 @@ from torch import Tensor
 from ensemble_core.admission import Admission, Speaker
 from ensemble_core.config import Config
 from ensemble_core.decoding.guidance import Grammars
+from ensemble_core.decoding.recipe import Recipe
 from ensemble_core.decoding.requests import GenerationRequest
 from ensemble_core.decoding.sampling_params import SamplingParams
 from ensemble_core.decoding.scheduler import Limits
-from ensemble_core.decoding.sequence import Recipe
 from ensemble_core.decoding.sequence import Sequence as Request
 from ensemble_core.engine import Engine
 from ensemble_core.errors import MemberError

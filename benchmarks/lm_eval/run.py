@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.traffic import serving
 from ensemble_core.config import load_config
-from ensemble_core.members.checkpoints import resolve_folder
+from ensemble_core.members.loading.checkpoints import resolve_folder
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]

@@ -24,7 +24,7 @@ from ensemble_core.evaluation.scores import MemberScores, Scores, join_scores, l
 from ensemble_core.evaluation.spelling import Document, Spelling, SpeltDocument, spell
 from ensemble_core.llm import LLM
 from ensemble_core.members.base import Candidates, Feed, Member
-from ensemble_core.members.checkpoints import resolve_folder
+from ensemble_core.members.loading.checkpoints import resolve_folder
 from ensemble_core.text.alignment import Track
 
 logger = logging.getLogger(__name__)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ensemble_core.config import Config
-from ensemble_core.decoding.sequence import Recipe
+from ensemble_core.decoding.recipe import Recipe
 from ensemble_core.evaluation import measures
 from ensemble_core.evaluation.journal import Journal, Values
 from ensemble_core.evaluation.measures import Measure, Selection

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ensemble_core.decoding.sequence import Recipe
+from ensemble_core.decoding.recipe import Recipe
 from ensemble_core.evaluation.mixture import fit_mixture, linear_shares
 from ensemble_core.evaluation.offline import SharedPositions, fuse_positions
 from ensemble_core.evaluation.scores import Scores

@@ -20,8 +20,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ensemble_core.decoding.recipe import Recipe
 from ensemble_core.decoding.sampler import greedy
-from ensemble_core.decoding.sequence import Recipe
 from ensemble_core.errors import EvaluationError
 from ensemble_core.evaluation.scores import MemberScores, Scores
 from ensemble_core.fusion.base import Fused

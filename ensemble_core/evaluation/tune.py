@@ -13,8 +13,8 @@ from typing import Literal
 
 from tqdm import tqdm
 
+from ensemble_core.decoding.recipe import Recipe
 from ensemble_core.decoding.requests import Overrides
-from ensemble_core.decoding.sequence import Recipe
 from ensemble_core.errors import EvaluationError
 from ensemble_core.evaluation import measures
 from ensemble_core.evaluation.evaluate import Output, Request, evaluate

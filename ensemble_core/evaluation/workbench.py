@@ -13,7 +13,7 @@ from types import TracebackType
 
 from ensemble_core import factory
 from ensemble_core.config import Config
-from ensemble_core.decoding.sequence import Recipe
+from ensemble_core.decoding.recipe import Recipe
 from ensemble_core.evaluation.collect import Collector
 from ensemble_core.evaluation.offline import DocumentSums, document_sums
 from ensemble_core.evaluation.scores import Scores

@@ -13,8 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ensemble_core.members import compiled
 from ensemble_core.members.base import Candidates, log_rest
+from ensemble_core.members.kernels import compiled
 
 _CHUNK = 65_536  # columns that the normaliser takes at once
 _STRIPE = 16  # columns that the search for the likeliest takes together
@@ -36,7 +36,7 @@ class Survey(NamedTuple):
 def survey(logits: Tensor) -> Survey:
     """Read logits once, (N, V) of any float dtype. The normaliser of a row that is not finite is NaN."""
     if compiled.serves(logits.device, logits.dtype):
-        from ensemble_core.members.compiled.logits import survey_logits
+        from ensemble_core.members.kernels.compiled.logits import survey_logits
 
         return Survey(*survey_logits(logits, _STRIPE))
     beside = logits.shape[1] // _STRIPE

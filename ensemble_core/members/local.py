@@ -21,17 +21,17 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from ensemble_core.config import MemberConfig
 from ensemble_core.errors import CheckpointError, ConfigError, MemberError, UnsupportedModelError
-from ensemble_core.members.attention import Pass, pack, span_attention
+from ensemble_core.members.attention.pages import Attention, by_gathering, by_kernel, choose_attention, pack_pages
+from ensemble_core.members.attention.rows import Pass, pack, span_attention
 from ensemble_core.members.base import Candidates, Feed
-from ensemble_core.members.body import Body, TransformersBody
+from ensemble_core.members.body.flat import flatten
+from ensemble_core.members.body.graphs import Capture, GraphedBody, bucket_sizes, cuda_graphs
+from ensemble_core.members.body.transformers import Body, TransformersBody
+from ensemble_core.members.cache.pages import PagedCache
+from ensemble_core.members.cache.rows import Cache, KVCache, LayerShape, bytes_per_token
 from ensemble_core.members.candidates import likelihoods, top_candidates
-from ensemble_core.members.flat import flatten
-from ensemble_core.members.graphs import Capture, GraphedBody, bucket_sizes, cuda_graphs
-from ensemble_core.members.kv_cache import Cache, KVCache, LayerShape, bytes_per_token
-from ensemble_core.members.paged_attention import Attention, by_gathering, by_kernel, choose_attention, pack_pages
-from ensemble_core.members.paged_cache import PagedCache
-from ensemble_core.members.placement import DTYPES, page_size, resolve_device
-from ensemble_core.members.proof import Proof, survey
+from ensemble_core.members.loading.placement import DTYPES, page_size, resolve_device
+from ensemble_core.members.loading.proof import Proof, survey
 from ensemble_core.members.streams import lane_on
 from ensemble_core.text.vocabulary import Vocabulary
 

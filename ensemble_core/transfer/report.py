@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ensemble_core.config import Config
 from ensemble_core.errors import TransferMatrixError
-from ensemble_core.members.checkpoints import load_vocabulary
+from ensemble_core.members.loading.checkpoints import load_vocabulary
 from ensemble_core.text.vocabulary import Vocabulary
 from ensemble_core.transfer.builder import QUANTILES, Recipe
 from ensemble_core.transfer.matrix import Anchors, TransferMatrix, common_anchors

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from ensemble_core.config import Config
 from ensemble_core.decoding.sampling_params import SamplingParams
 from ensemble_core.llm import LLM, Completion
-from ensemble_core.members.checkpoints import resolve_folder
+from ensemble_core.members.loading.checkpoints import resolve_folder
 from ensemble_core.members.local import LocalMember
 
 GREEDY = SamplingParams(max_tokens=64, temperature=0.0)

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 from ensemble_core.config import Config
-from ensemble_core.members.checkpoints import load_tokenizer, load_vocabulary, pull, resolve_folder
+from ensemble_core.members.loading.checkpoints import load_tokenizer, load_vocabulary, pull, resolve_folder
 from ensemble_core.text.vocabulary import PROOF_SAMPLES
 from ensemble_core.transfer.matrix import common_anchors
 

@@ -17,15 +17,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from ensemble_core.config import load_config
+from ensemble_core.decoding.recipe import Recipe
 from ensemble_core.decoding.sampling_params import SamplingParams
-from ensemble_core.decoding.sequence import Recipe
 from ensemble_core.evaluation import workbench
 from ensemble_core.evaluation.likelihood import Likelihood
 from ensemble_core.evaluation.offline import document_sums, fuse_positions, shared_positions
 from ensemble_core.evaluation.spelling import Document
 from ensemble_core.evaluation.variants import parse_variant
 from ensemble_core.evaluation.workbench import Workbench
-from ensemble_core.transfer.build import build_matrices
+from ensemble_core.transfer.workshop import build_matrices
 from server.cli import app
 
 TEXTS = [

@@ -16,13 +16,13 @@ from torch import Tensor
 from ensemble_core.config import MemberConfig, load_config
 from ensemble_core.decoding.sampling_params import SamplingParams
 from ensemble_core.llm import LLM
+from ensemble_core.members.attention.pages import by_gathering, by_kernel
 from ensemble_core.members.base import Feed
-from ensemble_core.members.checkpoints import load_vocabulary
-from ensemble_core.members.graphs import GraphedBody, cuda_graphs
+from ensemble_core.members.body.graphs import GraphedBody, cuda_graphs
+from ensemble_core.members.loading.checkpoints import load_vocabulary
 from ensemble_core.members.local import LocalMember, load_member
-from ensemble_core.members.paged_attention import by_gathering, by_kernel
 from ensemble_core.members.parallel import MemberPool
-from ensemble_core.transfer.build import build_matrices
+from ensemble_core.transfer.workshop import build_matrices
 
 pytestmark = [
     pytest.mark.gpu,

@@ -18,9 +18,9 @@ from starlette.testclient import TestClient
 
 from ensemble_core.config import ServerConfig
 from ensemble_core.errors import ConfigError
-from server.app import create_app
-from server.metrics import PrometheusSink
-from server.serving import check_tls
+from server.edge.app import create_app
+from server.edge.metrics import PrometheusSink
+from server.edge.serving import check_tls
 
 KEYS = (SecretStr("sk-one"), SecretStr("sk-two"))
 BODY = {"model": "duo", "prompt": "p"}

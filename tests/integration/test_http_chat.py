@@ -13,8 +13,8 @@ from starlette.testclient import TestClient
 from ensemble_core.config import ServerConfig
 from ensemble_core.decoding.requests import Conversation
 from ensemble_core.errors import InvalidRequestError, MemberError, NotReadyError, QueueFullError
-from server.app import create_app
-from server.metrics import PrometheusSink
+from server.edge.app import create_app
+from server.edge.metrics import PrometheusSink
 
 USER = {"role": "user", "content": "a b c"}
 BEGUN = {"role": "assistant", "content": "Well,"}

@@ -13,9 +13,9 @@ from starlette.testclient import TestClient
 from ensemble_core.config import ServerConfig
 from ensemble_core.decoding.requests import Output
 from ensemble_core.errors import MemberError, NotReadyError, QueueFullError
-from server.app import create_app
-from server.logs import RequestIdFilter
-from server.metrics import PrometheusSink
+from server.edge.app import create_app
+from server.edge.logs import RequestIdFilter
+from server.edge.metrics import PrometheusSink
 
 CONFIG = ServerConfig(max_choices=8, max_body_bytes=4096)
 BASE: dict[str, Any] = {"model": "duo", "prompt": "a b c"}

@@ -11,8 +11,8 @@ from fake_runtime import MODELS, RECIPE, FakeRuntime
 from starlette.testclient import TestClient
 
 from ensemble_core.config import ServerConfig
-from server.app import create_app
-from server.metrics import PrometheusSink
+from server.edge.app import create_app
+from server.edge.metrics import PrometheusSink
 
 
 @pytest.fixture

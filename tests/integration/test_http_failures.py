@@ -15,8 +15,8 @@ from ensemble_core.config import Config, ServerConfig
 from ensemble_core.factory import Loaded
 from ensemble_core.runtime import Runtime
 from ensemble_core.stats import StatsSink
-from server.app import create_app
-from server.metrics import PrometheusSink
+from server.edge.app import create_app
+from server.edge.metrics import PrometheusSink
 
 Members = dict[str, FakeMember]
 DUO = {"members": {"alpha": 0.5, "beta": 0.5}, "main": "alpha", "fusion": {"name": "projection"}}

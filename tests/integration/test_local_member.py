@@ -16,10 +16,10 @@ from transformers import AutoModelForCausalLM
 from ensemble_core.config import MemberConfig
 from ensemble_core.errors import MemberError
 from ensemble_core.members.base import Feed
-from ensemble_core.members.checkpoints import load_vocabulary
-from ensemble_core.members.flat import FlatBody
-from ensemble_core.members.graphs import GraphedBody, eagerly
-from ensemble_core.members.kv_cache import KVCache
+from ensemble_core.members.body.flat import FlatBody
+from ensemble_core.members.body.graphs import GraphedBody, eagerly
+from ensemble_core.members.cache.rows import KVCache
+from ensemble_core.members.loading.checkpoints import load_vocabulary
 from ensemble_core.members.local import LocalMember, load_member
 
 EXACT = {"atol": 2e-5, "rtol": 1e-5}

@@ -16,13 +16,13 @@ from torch import nn
 
 from ensemble_core.config import MemberConfig
 from ensemble_core.errors import CheckpointError, ConfigError, UnisonoError, UnsupportedModelError
-from ensemble_core.members import attention
+from ensemble_core.members.attention import rows as attention
 from ensemble_core.members.base import Feed
-from ensemble_core.members.body import TransformersBody
-from ensemble_core.members.checkpoints import resolve_folder
-from ensemble_core.members.flat import FlatBody
+from ensemble_core.members.body.flat import FlatBody
+from ensemble_core.members.body.transformers import TransformersBody
+from ensemble_core.members.loading.checkpoints import resolve_folder
+from ensemble_core.members.loading.proof import survey
 from ensemble_core.members.local import LocalMember, load_member
-from ensemble_core.members.proof import survey
 from ensemble_core.text.vocabulary import Vocabulary
 
 SIZE = 64
@@ -378,7 +378,7 @@ def test_accelerate_hooks_pass_the_packed_forward_through(tmp_path: Path) -> Non
 def test_sizes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """64 tokens of 2 layers with one head of 16: 16 KiB a row."""
     member_folder = saved(tmp_path, llama())
-    with caplog.at_level(logging.DEBUG, "ensemble_core.members.proof"):
+    with caplog.at_level(logging.DEBUG, "ensemble_core.members.loading.proof"):
         member = load(member_folder, max_len=1000)
     assert member.max_len == member.page_size == 64  # the model's own limit
     assert member.num_pages == member.free_pages == 2**20 // (64 * 2 * 2 * 16 * 4)

@@ -22,11 +22,11 @@ from schemathesis.specs.openapi.checks import (
 from starlette.testclient import TestClient
 
 from ensemble_core.config import ServerConfig
-from server.app import create_app
-from server.metrics import PrometheusSink
-from server.schemas_chat import ChatRequest
-from server.schemas_completion import CompletionRequest
-from server.schemas_tokenizer import DetokenizeRequest, TokenizeRequest
+from server.edge.app import create_app
+from server.edge.metrics import PrometheusSink
+from server.schema.chat import ChatRequest
+from server.schema.completion import CompletionRequest
+from server.schema.tokenizer import DetokenizeRequest, TokenizeRequest
 
 BOUNDS = settings(
     max_examples=25,

@@ -16,11 +16,11 @@ from ensemble_core.config import MemberConfig, load_config
 from ensemble_core.decoding.sampling_params import SamplingParams
 from ensemble_core.llm import LLM
 from ensemble_core.members.base import Feed
-from ensemble_core.members.checkpoints import load_vocabulary
-from ensemble_core.members.graphs import GraphedBody, eagerly
+from ensemble_core.members.body.graphs import GraphedBody, eagerly
+from ensemble_core.members.cache.pages import PagedCache
+from ensemble_core.members.loading.checkpoints import load_vocabulary
 from ensemble_core.members.local import LocalMember, load_member
-from ensemble_core.members.paged_cache import PagedCache
-from ensemble_core.transfer.build import build_matrices
+from ensemble_core.transfer.workshop import build_matrices
 
 HEAD = "She said that the other one was there when they went to the house. "
 PROMPTS = [HEAD + end for end in ("The quick", "你好", "x = 1\n", "one two three ", "ba ke mi", "0 1 2 3")]

@@ -18,7 +18,7 @@ from ensemble_core.config import MemberConfig
 from ensemble_core.decoding.sampling_params import SamplingParams
 from ensemble_core.llm import LLM
 from ensemble_core.members.base import Feed
-from ensemble_core.members.checkpoints import load_vocabulary
+from ensemble_core.members.loading.checkpoints import load_vocabulary
 from ensemble_core.members.local import LocalMember, load_member
 
 MEMBER = {"dtype": "float32", "device": "cpu", "kv_memory": "8MiB", "max_len": 160}

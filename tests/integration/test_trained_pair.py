@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import domains, trained_pair
-from benchmarks.trained_pair import GAIN, SMALL, Measured
 from ensemble_core.config import load_config
+from studies import domains, trained_pair
+from studies.trained_pair import GAIN, SMALL, Measured
 
 SEED = 0
 FUSED = [f"{fusion}-code" for fusion in SMALL.fusions]

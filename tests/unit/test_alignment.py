@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tiny_models import byte_level, metaspace, replacing
 
 from ensemble_core.config import Config
-from ensemble_core.members.checkpoints import load_vocabulary
+from ensemble_core.members.loading.checkpoints import load_vocabulary
 from ensemble_core.text.alignment import Track, last_stable_boundary
 from ensemble_core.text.vocabulary import Vocabulary, from_tokenizer
 

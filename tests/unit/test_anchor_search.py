@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import anchor_search
-from benchmarks.anchor_search import Searcher, fewer, refusal
 from ensemble_core.text.vocabulary import Vocabulary
 from ensemble_core.transfer.builder import Recipe, build_matrix
 from ensemble_core.transfer.matrix import Anchors, TransferMatrix, common_anchors
+from studies import anchor_search
+from studies.anchor_search import Searcher, fewer, refusal
 
 NUM, WIDTH = 90, 12
 

@@ -14,11 +14,11 @@ from openai.types.chat import completion_create_params as chat_params
 from pydantic import ValidationError
 
 from ensemble_core.errors import InvalidRequestError
-from server import chat, completions
-from server.generation import Job
-from server.schemas_chat import ChatRequest
-from server.schemas_completion import CompletionRequest
-from server.schemas_sampling import SamplingFields
+from server.api import chat, completions
+from server.api.generation import Job
+from server.schema.chat import ChatRequest
+from server.schema.completion import CompletionRequest
+from server.schema.sampling import SamplingFields
 
 DOCUMENT = (Path(__file__).parents[2] / "docs" / "api.md").read_text(encoding="utf-8")
 ROW = re.compile(r"^\| `(\w+)` \| (supported|400|no effect) \| `(.+?)` \|", re.MULTILINE)

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import gelu, relu, silu
 
-from ensemble_core.members.arithmetic import Arithmetic, Norm, TorchArithmetic, arithmetic_for
-from ensemble_core.members.compiled.layers import CompiledArithmetic
+from ensemble_core.members.kernels.compiled.layers import CompiledArithmetic
+from ensemble_core.members.kernels.plain import Arithmetic, Norm, TorchArithmetic, arithmetic_for
 
 CPU = torch.device("cpu")
 WAYS = [TorchArithmetic(), CompiledArithmetic()]

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from ensemble_core.errors import UnsupportedModelError
-from ensemble_core.members import compiled
-from ensemble_core.members.attention import FEW, SpanAttention, pack, packed_attention, span_attention
-from ensemble_core.members.kv_cache import KVCache, LayerShape
+from ensemble_core.members.attention.rows import FEW, SpanAttention, pack, packed_attention, span_attention
+from ensemble_core.members.cache.rows import KVCache, LayerShape
+from ensemble_core.members.kernels import compiled
 
 ROW_LEN, KV_HEADS, SIZE = 96, 2, 8
 
@@ -113,7 +113,7 @@ def test_without_numba_decoding_goes_on(monkeypatch: pytest.MonkeyPatch, caplog:
         compiled, "_can_compile", compiled._can_compile.__wrapped__
     )  # not what an earlier test found
     monkeypatch.delattr(compiled, "base", raising=False)
-    monkeypatch.setitem(sys.modules, "ensemble_core.members.compiled.base", None)
+    monkeypatch.setitem(sys.modules, "ensemble_core.members.kernels.compiled.base", None)
     assert span_attention([LayerShape(KV_HEADS, SIZE, torch.device("cpu"))], torch.float32) is None
     assert "unisono[cpu]" in caplog.text
 

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from ensemble_core.members import candidates as module
-from ensemble_core.members import compiled
 from ensemble_core.members.base import Candidates
 from ensemble_core.members.candidates import likeliest, narrow, survey, top_candidates
+from ensemble_core.members.kernels import compiled
 
 CLOSE = {"atol": 2e-6, "rtol": 1e-6}
 

@@ -24,9 +24,9 @@ from tiny_models import KINDS, VOCAB_SIZES, Kind
 
 from ensemble_core.config import Config, MemberConfig
 from ensemble_core.errors import CheckpointError, UnsupportedModelError
-from ensemble_core.members import demo_models
-from ensemble_core.members.checkpoints import load_tokenizer, load_vocabulary, pull, resolve_folder
-from ensemble_core.members.demo_models import DemoModel, Wheel
+from ensemble_core.members.loading import demo_models
+from ensemble_core.members.loading.checkpoints import load_tokenizer, load_vocabulary, pull, resolve_folder
+from ensemble_core.members.loading.demo_models import DemoModel, Wheel
 
 
 def member(model: object, **fields: Any) -> MemberConfig:

@@ -21,7 +21,7 @@ from ensemble_core.config import (
 )
 from ensemble_core.errors import ConfigError
 from ensemble_core.fusion.base import parse_options
-from ensemble_core.members.demo_models import demo_model
+from ensemble_core.members.loading.demo_models import demo_model
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 FILES = sorted(CONFIGS.glob("*.yaml"))

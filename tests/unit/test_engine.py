@@ -17,9 +17,10 @@ from fakes import (
     sequence,
 )
 
+from ensemble_core.decoding.recipe import Recipe
 from ensemble_core.decoding.requests import Output
 from ensemble_core.decoding.sampling_params import SamplingParams
-from ensemble_core.decoding.sequence import Phase, Recipe
+from ensemble_core.decoding.sequence import Phase
 from ensemble_core.decoding.sequence import Sequence as Request
 from ensemble_core.engine import Engine
 from ensemble_core.errors import QueueFullError

@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 from fakes import FakeMember, ListSink, byte_vocabulary, fake_config, fake_loaded, pair_vocabulary
 
+from ensemble_core.decoding.recipe import Recipe
 from ensemble_core.decoding.requests import GenerationRequest, Output, Overrides, Prompt, TokenLogprob
 from ensemble_core.decoding.sampling_params import SamplingParams
-from ensemble_core.decoding.sequence import Phase, Recipe
+from ensemble_core.decoding.sequence import Phase
 from ensemble_core.decoding.sequence import Sequence as Request
 from ensemble_core.members.parallel import _Late
 from ensemble_core.stats import Cause, DropStats, HealthStats

@@ -11,15 +11,15 @@ import torch
 from torch import Tensor
 
 from benchmarks import __main__ as bench
-from benchmarks import fusion_table, relative_sweep
-from benchmarks.fusion_table import Entry, Figures, paired, where_gained
-from benchmarks.halves import over_grid, over_simplex, positions
 from benchmarks.ledger import Report
-from benchmarks.relative_sweep import Point, difference, points
-from ensemble_core.decoding.sequence import Recipe
+from ensemble_core.decoding.recipe import Recipe
 from ensemble_core.evaluation.scores import MemberScores, Scores
 from ensemble_core.fusion.base import Fused
 from ensemble_core.members.base import Candidates, log_rest
+from studies import fusion_table, relative_sweep
+from studies.fusion_table import Entry, Figures, paired, where_gained
+from studies.halves import over_grid, over_simplex, positions
+from studies.relative_sweep import Point, difference, points
 
 SIZE, NUM = 6, 40  # tokens, positions
 RECIPE = Recipe("duo", ("alpha", "beta"), (0.5, 0.5), None, "plain")

@@ -8,7 +8,7 @@ import random
 import pytest
 import torch
 
-from ensemble_core.members.kv_cache import MIN_PREFIX, KVCache, LayerShape, bytes_per_token
+from ensemble_core.members.cache.rows import MIN_PREFIX, KVCache, LayerShape, bytes_per_token
 
 CPU = torch.device("cpu")
 LAYERS = [LayerShape(2, 4, CPU), LayerShape(1, 8, CPU)]

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from fakes import FakeMember, byte_vocabulary, ensemble, pair_vocabulary, sequence
 
-from ensemble_core.decoding.lockstep import Outcome, Row, decide
+from ensemble_core.decoding.modes.lockstep import Outcome, Row, decide
+from ensemble_core.decoding.recipe import Recipe
 from ensemble_core.decoding.sampling_params import SamplingParams
-from ensemble_core.decoding.sequence import Recipe
 from ensemble_core.members.base import Candidates, Feed
 
 ALPHA = FakeMember("alpha", byte_vocabulary(), seed=1)

@@ -13,11 +13,11 @@ from transformers import AutoModelForCausalLM
 
 from ensemble_core.config import MemberConfig
 from ensemble_core.errors import ConfigError
-from ensemble_core.members import memory
-from ensemble_core.members.checkpoints import load_vocabulary
+from ensemble_core.members.loading import memory
+from ensemble_core.members.loading.checkpoints import load_vocabulary
+from ensemble_core.members.loading.memory import SHARE, cgroup_rooms, free_memory, plan_caches, share_out
+from ensemble_core.members.loading.placement import PAGE_SIZES, page_size
 from ensemble_core.members.local import load_member
-from ensemble_core.members.memory import SHARE, cgroup_rooms, free_memory, plan_caches, share_out
-from ensemble_core.members.placement import PAGE_SIZES, page_size
 
 GIB = 2**30
 
@@ -80,7 +80,7 @@ def test_members_of_a_device_share_what_weights_and_fixed_caches_leave(
     weights = 3 * memory._weight_bytes(folder, None)
     free(monkeypatch, weights + 40 * 2**20)
     members = {"a": member(folder), "b": member(folder, kv_memory="4MiB"), "c": member(folder)}
-    with caplog.at_level(logging.INFO, "ensemble_core.members.memory"):
+    with caplog.at_level(logging.INFO, "ensemble_core.members.loading.memory"):
         planned = plan_caches(members, folders, 100_000)
     sizes = {name: each.cache_bytes for name, each in planned.items()}
     assert sizes["b"] == 4 * 2**20

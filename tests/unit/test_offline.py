@@ -15,8 +15,8 @@ from torch import Tensor
 
 from ensemble_core import factory
 from ensemble_core.config import Config
+from ensemble_core.decoding.recipe import Recipe
 from ensemble_core.decoding.sampling_params import SamplingParams
-from ensemble_core.decoding.sequence import Recipe
 from ensemble_core.errors import EvaluationError
 from ensemble_core.evaluation import collect
 from ensemble_core.evaluation.collect import Collector

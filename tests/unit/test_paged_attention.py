@@ -10,10 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from ensemble_core.members import paged_attention
-from ensemble_core.members.attention import pack
-from ensemble_core.members.kv_cache import KVCache, LayerShape
-from ensemble_core.members.paged_attention import (
+from ensemble_core.members.attention import pages as paged_attention
+from ensemble_core.members.attention.pages import (
     Blocks,
     by_gathering,
     by_kernel,
@@ -22,7 +20,9 @@ from ensemble_core.members.paged_attention import (
     kernel_serves,
     pack_pages,
 )
-from ensemble_core.members.paged_cache import PagedCache
+from ensemble_core.members.attention.rows import pack
+from ensemble_core.members.cache.pages import PagedCache
+from ensemble_core.members.cache.rows import KVCache, LayerShape
 
 CPU = torch.device("cpu")
 KV_HEADS, SIZE, MAX_LEN = 2, 8, 96

@@ -14,8 +14,8 @@ import torch
 from ensemble_core.config import MemberConfig
 from ensemble_core.errors import ConfigError, MemberError
 from ensemble_core.members.base import Candidates, Feed
+from ensemble_core.members.loading.placement import log_plan, resolve_device
 from ensemble_core.members.parallel import MemberPool
-from ensemble_core.members.placement import log_plan, resolve_device
 
 FEEDS = [Feed(1, [5])]
 SECONDS = 5.0  # that a member waits for the others
@@ -129,7 +129,7 @@ def test_the_plan_says_what_goes_where(caplog: pytest.LogCaptureFixture) -> None
         "left": MemberConfig(model="some/model", device="cpu", kv_memory=2**29, max_len=300),
         "right": MemberConfig(model="other/model", device_map="auto", dtype="bfloat16"),
     }
-    with caplog.at_level(logging.INFO, "ensemble_core.members.placement"):
+    with caplog.at_level(logging.INFO, "ensemble_core.members.loading.placement"):
         log_plan(members)
     first, second = (record.getMessage() for record in caplog.records)
     assert first == "plan: left = some/model on cpu, dtype auto, cache 0.50 GiB, up to 300 tokens a sequence"

@@ -11,10 +11,11 @@ import pytest
 from fakes import byte_vocabulary
 
 from ensemble_core.decoding.pace import Work
+from ensemble_core.decoding.recipe import Recipe
 from ensemble_core.decoding.requests import GenerationRequest
 from ensemble_core.decoding.sampling_params import SamplingParams
 from ensemble_core.decoding.scheduler import Capacity, Limits, Scheduler, Share
-from ensemble_core.decoding.sequence import Phase, Recipe, Sequence
+from ensemble_core.decoding.sequence import Phase, Sequence
 from ensemble_core.errors import QueueFullError
 from ensemble_core.text.alignment import Track
 

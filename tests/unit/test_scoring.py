@@ -8,9 +8,9 @@ import pytest
 import torch
 from fakes import FakeMember, byte_vocabulary, ensemble, pair_vocabulary
 
+from ensemble_core.decoding.recipe import Recipe
 from ensemble_core.decoding.requests import TokenLogprob
 from ensemble_core.decoding.scoring import PromptScores
-from ensemble_core.decoding.sequence import Recipe
 from ensemble_core.members.base import Candidates, Feed
 from ensemble_core.text.alignment import Track
 from ensemble_core.text.vocabulary import Vocabulary

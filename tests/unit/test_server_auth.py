@@ -10,8 +10,8 @@ from starlette.responses import PlainTextResponse
 
 from ensemble_core.config import ServerConfig
 from ensemble_core.errors import ConfigError
-from server.auth import Gate, KeyRing, load_keys, route_path
-from server.metrics import PrometheusSink
+from server.edge.auth import Gate, KeyRing, load_keys, route_path
+from server.edge.metrics import PrometheusSink
 
 RING = KeyRing([SecretStr("key-one"), SecretStr("key-two")])
 

@@ -10,7 +10,7 @@ from fake_runtime import FakeRuntime
 from ensemble_core.decoding.requests import Conversation, TokenLogprob
 from ensemble_core.decoding.sampling_params import SamplingParams
 from ensemble_core.errors import InvalidRequestError
-from server.chat import (
+from server.api.chat import (
     ChatJob,
     chat_words,
     conversation,
@@ -20,7 +20,7 @@ from server.chat import (
     room_left,
     to_chat_token,
 )
-from server.schemas_chat import ChatChunk, ChatCompletion, ChatRequest
+from server.schema.chat import ChatChunk, ChatCompletion, ChatRequest
 
 USER = {"role": "user", "content": "hi there"}
 BEGUN = {"role": "assistant", "content": "Well,"}

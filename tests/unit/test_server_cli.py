@@ -79,14 +79,14 @@ def test_bars_are_off_without_a_terminal(monkeypatch: pytest.MonkeyPatch, config
     monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "")
     monkeypatch.delenv("TQDM_DISABLE")
     monkeypatch.delenv("HF_HUB_DISABLE_PROGRESS_BARS")
-    stand_in(monkeypatch, "ensemble_core.members.checkpoints", pull=lambda _config: [])
+    stand_in(monkeypatch, "ensemble_core.members.loading.checkpoints", pull=lambda _config: [])
     assert invoke("pull", "--config", config).exit_code == 0
     assert os.environ["TQDM_DISABLE"] == os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] == "1"
 
 
 def test_pull_names_each_folder(monkeypatch: pytest.MonkeyPatch, config: str) -> None:
     folders = [("a", Path("/models/a")), ("b", Path("/models/b"))]
-    stand_in(monkeypatch, "ensemble_core.members.checkpoints", pull=lambda config: folders)
+    stand_in(monkeypatch, "ensemble_core.members.loading.checkpoints", pull=lambda config: folders)
     assert invoke("pull", "--config", config).stdout == "a: /models/a\nb: /models/b\n"
 
 
@@ -94,7 +94,7 @@ def test_an_error_of_ours_is_one_line(monkeypatch: pytest.MonkeyPatch, config: s
     def pull(_config: Any) -> None:
         raise CheckpointError("member 'a': its files are\nmissing")
 
-    stand_in(monkeypatch, "ensemble_core.members.checkpoints", pull=pull)
+    stand_in(monkeypatch, "ensemble_core.members.loading.checkpoints", pull=pull)
     result = invoke("pull", "--config", config)
     assert result.exit_code == 1
     assert result.stderr == "unisono: member 'a': its files are missing\n"
@@ -115,7 +115,7 @@ def test_build_reports_each_matrix(
         built = SimpleNamespace(member="a", seconds=12.4, skipped=False, **done)
         return [built, SimpleNamespace(member="b", seconds=0.0, skipped=True, **done)]
 
-    stand_in(monkeypatch, "ensemble_core.transfer.build", build_matrices=build_matrices)
+    stand_in(monkeypatch, "ensemble_core.transfer.workshop", build_matrices=build_matrices)
     lines = invoke("build", "--config", config, *flags).stdout.splitlines()
     assert asked == [(force, missing)]
     mass = "2.5 MB, retained mass: median 50.0%, anchors 25.0%"
@@ -134,7 +134,7 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[ServerConfig]:
     def serve(_app: Any, _runtime: Any, config: ServerConfig, _say: Any) -> None:
         found.append(config)
 
-    monkeypatch.setattr("server.serving.serve", serve)
+    monkeypatch.setattr("server.edge.serving.serve", serve)
     monkeypatch.delenv("UNISONO_API_KEYS", raising=False)
     return found
 

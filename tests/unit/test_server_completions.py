@@ -11,9 +11,9 @@ from fake_runtime import FakeRuntime, outputs_of
 from ensemble_core.decoding.requests import Output, Overrides, TokenLogprob, Weighting
 from ensemble_core.decoding.sampling_params import MAX_SEED, SamplingParams
 from ensemble_core.errors import InvalidRequestError, NotReadyError
-from server.completions import CompletionJob, best, plan, to_logprobs
-from server.errors import RequestFailedError
-from server.schemas_completion import Completion, CompletionRequest
+from server.api.completions import CompletionJob, best, plan, to_logprobs
+from server.edge.errors import RequestFailedError
+from server.schema.completion import Completion, CompletionRequest
 
 
 def job_of(max_choices: int = 128, **fields: Any) -> CompletionJob:

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from ensemble_core import errors as tree
-from server.errors import ApiError, from_validation, to_api_error
+from server.edge.errors import ApiError, from_validation, to_api_error
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from ensemble_core.stats import (
     StepStats,
     TokenStats,
 )
-from server.metrics import PrometheusSink
+from server.edge.metrics import PrometheusSink
 
 
 def fed() -> PrometheusSink:

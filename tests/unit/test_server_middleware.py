@@ -9,8 +9,8 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.logs import REQUEST_ID, RequestIdFilter
-from server.middleware import BodyLimit, RequestContext, choose_request_id
+from server.edge.logs import REQUEST_ID, RequestIdFilter
+from server.edge.middleware import BodyLimit, RequestContext, choose_request_id
 
 SCOPE: dict[str, Any] = {"type": "http", "method": "POST", "path": "/x", "headers": []}
 

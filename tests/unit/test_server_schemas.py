@@ -8,10 +8,10 @@ import pytest
 from pydantic import BaseModel, ValidationError
 
 from ensemble_core.errors import InvalidRequestError
-from server.schemas_chat import ChatRequest
-from server.schemas_completion import CompletionRequest
-from server.schemas_sampling import SamplingFields
-from server.schemas_tokenizer import TokenizeRequest
+from server.schema.chat import ChatRequest
+from server.schema.completion import CompletionRequest
+from server.schema.sampling import SamplingFields
+from server.schema.tokenizer import TokenizeRequest
 
 BASE: dict[str, Any] = {"model": "duo", "prompt": "x"}
 
@@ -69,7 +69,7 @@ def test_what_is_supported_refused_and_ignored_does_not_overlap(kind: type[Sampl
 
 
 def test_unknown_fields_are_ignored_with_a_debug_line(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.DEBUG, logger="server.schemas_sampling"):
+    with caplog.at_level(logging.DEBUG, logger="server.schema.sampling"):
         parse(colour=3, priority=1, suffix=None, secret="not to be logged")
     assert [record.levelname for record in caplog.records] == ["DEBUG"]
     assert "['colour', 'secret']" in caplog.text

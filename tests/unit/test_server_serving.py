@@ -5,7 +5,7 @@ import shlex
 import pytest
 
 from ensemble_core.config import ServerConfig
-from server.serving import check_tls, curl_line, url
+from server.edge.serving import check_tls, curl_line, url
 
 
 @pytest.mark.parametrize(

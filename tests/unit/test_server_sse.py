@@ -9,8 +9,8 @@ from pydantic import BaseModel
 from starlette.types import Message
 
 from ensemble_core.errors import MemberError
-from server.errors import ClientGoneError
-from server.sse import DONE, EventStream, encode, event, unless_gone
+from server.api.sse import DONE, EventStream, encode, event, unless_gone
+from server.edge.errors import ClientGoneError
 
 
 class Piece(BaseModel):

@@ -1,0 +1,1 @@
+"""The ways to take a sequence's next step, one file each."""

@@ -1,0 +1,260 @@
+"""Packed attention: all sequences' new tokens in one row, linear layers once, attention where they are cached.
+
+Registered with transformers' attention interface under NAME; a forward carries its `PackedPass` as a keyword
+argument down to here. Tokens of sequences with few new ones look at spans of the cache, each by itself, where there
+is compiled code for that; the others go by groups: a group is a run of neighbouring cache rows with equally many
+new tokens, so that its keys and values are one view of the pool. The query heads of a KV group are folded into the
+query length, which is several times faster on CPU than repeating keys and values.
+
+Invariant: a token attends to what its own sequence has cached up to and including itself, within the layer's
+window, and to nothing else. Does not know tokens, logits or models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
+
+from ensemble_core.errors import UnsupportedModelError
+from ensemble_core.members.cache.rows import KVCache, LayerShape, Row
+from ensemble_core.members.kernels import compiled
+
+NAME = "unisono_packed"
+FEW = 16  # new tokens of a sequence up to which each looks at its span by itself
+_KNOWN = {"unisono", "dropout", "position_ids", "use_cache", "is_causal", "cache_position"}
+_KNOWN |= {"output_attentions", "output_hidden_states", "output_router_logits"}  # what a model reports, not how
+_MAX_WASTE = 1.5  # padded over real key positions at which a group is split
+
+
+class Pass(Protocol):
+    """One forward's tokens, and how each layer's attention reaches what is cached."""
+
+    @property
+    def positions(self) -> Tensor:
+        """(N,) int64: each token's place in its sequence."""
+
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float | None, window: int | None
+    ) -> Tensor:
+        """Write the new keys and values (N, Hkv, D) of a layer, and attend with queries (N, H, D): (N, H, D)."""
+
+
+class Spans(NamedTuple):
+    """Which slots each of N tokens looks at: [begin, end), both (N,). total: slots of all."""
+
+    begin: Tensor  # int64
+    end: Tensor  # int64
+    total: int
+
+
+# (query (N, H, D), keys and values (slots, Hkv, D), spans, scaling) -> (N, H, D)
+SpanAttention = Callable[[Tensor, Tensor, Tensor, Spans, float | None], Tensor]
+
+
+def span_attention(layers: Sequence[LayerShape], dtype: torch.dtype) -> SpanAttention | None:
+    """Compiled attention over spans for these layers, or None where there is none."""
+    if not all(compiled.serves(layer.device, dtype) for layer in layers):
+        return None
+    from ensemble_core.members.kernels.compiled.attention import attend_spans
+
+    return attend_spans
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Neighbouring rows with T new tokens each: tokens [start, stop) of the pass."""
+
+    first_row: int
+    num_rows: int
+    num_new: int  # T
+    start: int
+    longest: int  # longest row, new tokens included
+
+    @property
+    def stop(self) -> int:
+        """One past the group's last token in the pass."""
+        return self.start + self.num_rows * self.num_new
+
+
+@dataclass(frozen=True, slots=True)
+class _Window:
+    """Key positions [begin, end) that a group looks at, and its additive mask (B, 1, T, L), if it needs one."""
+
+    begin: int
+    end: int
+    mask: Tensor | None
+
+
+@dataclass(slots=True)
+class PackedPass:
+    """One forward: which tokens go to which slots, and who attends to what. Masks are made once per window.
+
+    The first `num_few` tokens attend by spans, those behind them by groups.
+    """
+
+    cache: KVCache
+    groups: list[Group]
+    positions: Tensor  # (N,) int64, on the CPU
+    slots: Tensor  # (N,) int64, on the CPU
+    num_few: int = 0
+    by_spans: SpanAttention | None = None
+    _slots_on: dict[torch.device, Tensor] = field(default_factory=dict)
+    _windows: dict[tuple[int | None, torch.device], list[_Window]] = field(default_factory=dict)
+    _spans: dict[int | None, Spans] = field(default_factory=dict)
+
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float | None, window: int | None
+    ) -> Tensor:
+        """See `Pass.attend`."""
+        keys, values = self.cache.keys[layer], self.cache.values[layer]
+        slots, row_len = self.slots_on(query.device), self.cache.row_len
+        keys.index_copy_(0, slots, key)
+        values.index_copy_(0, slots, value)
+        parts = []
+        if self.by_spans is not None and self.num_few:
+            parts.append(self.by_spans(query[: self.num_few], keys, values, self.spans(window), scaling))
+        parts += [
+            folded_attention(
+                query[group.start : group.stop],
+                _view(keys, row_len, group, seen),
+                _view(values, row_len, group, seen),
+                seen.mask,
+                scaling,
+            )
+            for group, seen in zip(self.groups, self.windows(window, query.device), strict=True)
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def spans(self, size: int | None) -> Spans:
+        """Slots that each of the first `num_few` tokens looks at in layers whose window is `size`."""
+        if size not in self._spans:
+            slots, positions = self.slots[: self.num_few], self.positions[: self.num_few]
+            back = positions if size is None else positions.clamp_max(size - 1)
+            self._spans[size] = Spans(slots - back, slots + 1, int(back.sum()) + len(back))
+        return self._spans[size]
+
+    def slots_on(self, device: torch.device) -> Tensor:
+        """The slots on a layer's device."""
+        if device not in self._slots_on:
+            self._slots_on[device] = self.slots.to(device)
+        return self._slots_on[device]
+
+    def windows(self, size: int | None, device: torch.device) -> list[_Window]:
+        """One window a group for layers whose window is `size` (None: everything)."""
+        key = (size, device)
+        if key not in self._windows:
+            self._windows[key] = [self._window(group, size, device) for group in self.groups]
+        return self._windows[key]
+
+    def _window(self, group: Group, size: int | None, device: torch.device) -> _Window:
+        at = self.positions[group.start : group.stop].view(group.num_rows, 1, group.num_new, 1)
+        begin = 0 if size is None else max(0, int(at.min()) - size + 1)
+        keys = torch.arange(begin, group.longest)
+        seen = keys <= at  # (B, 1, T, L)
+        if size is not None:
+            seen &= keys > at - size
+        if bool(seen.all()):
+            return _Window(begin, group.longest, None)
+        mask = torch.zeros(seen.shape, dtype=self.cache.dtype).masked_fill_(~seen, -torch.inf)
+        return _Window(begin, group.longest, mask.to(device))
+
+
+def pack(
+    cache: KVCache, rows: Sequence[Row], counts: Sequence[int], by_spans: SpanAttention | None = None
+) -> tuple[PackedPass, list[int]]:
+    """Order the sequences of a forward and group them.
+
+    rows, counts: each sequence's row and number of new tokens. by_spans: what attends for sequences with few of
+    them, None to group them, too. Returns the pass and the order: position in the pass -> index in `rows`.
+    """
+    order = sorted(range(len(rows)), key=lambda i: (counts[i], rows[i].index))
+    num_few = sum(count for count in counts if count <= FEW) if by_spans is not None else 0
+    groups: list[Group] = []
+    positions: list[int] = []
+    slots: list[int] = []
+    for i in order:
+        row, count = rows[i], counts[i]
+        if len(positions) >= num_few:
+            _join(groups, row, count, len(positions))
+        positions.extend(range(row.length, row.length + count))
+        base = row.index * cache.row_len + row.length
+        slots.extend(range(base, base + count))
+    run = PackedPass(cache, groups, torch.tensor(positions), torch.tensor(slots), num_few, by_spans)
+    return run, order
+
+
+def _join(groups: list[Group], row: Row, count: int, start: int) -> None:
+    """Put a row into the last group if it is its neighbour and of like length, else into a new one."""
+    length = row.length + count
+    if groups:
+        last = groups[-1]
+        adjacent = last.num_new == count and last.first_row + last.num_rows == row.index
+        longest, shortest = max(last.longest, length), min(last.longest, length)
+        if adjacent and longest <= _MAX_WASTE * shortest + 64:
+            groups[-1] = Group(last.first_row, last.num_rows + 1, count, last.start, longest)
+            return
+    groups.append(Group(row.index, 1, count, start, length))
+
+
+def packed_attention(
+    module: nn.Module,
+    query: Tensor,  # (1, H, N, D)
+    key: Tensor,  # (1, Hkv, N, D)
+    value: Tensor,  # (1, Hkv, N, D)
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The attention function of transformers' interface; returns (1, N, H, D). Writes the new keys and values."""
+    _refuse_unknown(module, kwargs)
+    run: Pass = kwargs["unisono"]
+    layer: int = module.layer_idx  # type: ignore[assignment]
+    query, key, value = (part[0].transpose(0, 1) for part in (query, key, value))  # (N, heads, D)
+    return run.attend(layer, query, key, value, scaling, sliding_window).unsqueeze(0), None
+
+
+def folded_attention(
+    query: Tensor,  # (B*T, H, D)
+    keys: Tensor,  # (B, Hkv, L, D)
+    values: Tensor,  # (B, Hkv, L, D)
+    mask: Tensor | None,  # (B, 1, T, L), added to scores
+    scaling: float | None,
+) -> Tensor:
+    """Attention of B rows with T new tokens each, heads of a KV group folded into the query length: (B*T, H, D)."""
+    rows, kv_heads = keys.shape[0], keys.shape[1]
+    new, heads, size = query.shape[0] // rows, query.shape[1], query.shape[2]
+    fold = heads // kv_heads
+    folded = query.reshape(rows, new, kv_heads, fold, size).permute(0, 2, 3, 1, 4)  # no copy where new is 1
+    folded = folded.reshape(rows, kv_heads, fold * new, size)
+    out = scaled_dot_product_attention(folded, keys, values, attn_mask=_folded_mask(mask, fold), scale=scaling)
+    out = out.view(rows, kv_heads, fold, new, size).permute(0, 3, 1, 2, 4)
+    return out.reshape(rows * new, heads, size)
+
+
+def _view(pool: Tensor, row_len: int, group: Group, window: _Window) -> Tensor:
+    """(B, Hkv, L, D): the group's rows of a pool, without a copy."""
+    rows = pool.view(-1, row_len, *pool.shape[1:])
+    part = rows[group.first_row : group.first_row + group.num_rows, window.begin : window.end]
+    return part.transpose(1, 2)
+
+
+def _folded_mask(mask: Tensor | None, fold: int) -> Tensor | None:
+    """(B, 1, T, L) -> (B, 1, fold * T, L)."""
+    return mask if mask is None or fold == 1 else mask.repeat(1, 1, fold, 1)
+
+
+def _refuse_unknown(module: nn.Module, kwargs: dict[str, Any]) -> None:
+    """A keyword that this attention does not know (softcap, sinks, ...) would change the answer: refuse it."""
+    unknown = [name for name, value in kwargs.items() if name not in _KNOWN and value is not None]
+    if unknown:
+        raise UnsupportedModelError(f"{type(module).__name__} needs {unknown}, which packed attention lacks")
+
+
+AttentionInterface.register(NAME, packed_attention)

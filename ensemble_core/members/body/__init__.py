@@ -1,0 +1,1 @@
+"""A model's body: from the tokens of a packed pass to logits."""

@@ -1,0 +1,223 @@
+"""The layers of well-known decoder families as one flat loop: the same numbers as transformers, in fewer calls.
+
+At a small batch a layer's arithmetic takes less time than the calls around it, so a family whose arithmetic is known
+is run from its weights: merged projections, one rotation for queries and keys together, tables of rotary angles made
+once, residual sums and norms in one go. What a family does beyond that (soft caps, other layers) is not known here:
+`flatten` then returns None, and the model runs through transformers' own code. A member is proved against that code
+at load either way.
+
+Knows weights, the cache's pass and the shapes of layers; does not know sequences, sampling or fusion.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ensemble_core.members.attention.rows import Pass
+from ensemble_core.members.body.linear import Linear, merged
+from ensemble_core.members.body.transformers import weight_bytes
+from ensemble_core.members.kernels.plain import Activation, Arithmetic, Norm, arithmetic_for
+
+FAMILIES = frozenset(
+    f"{family}ForCausalLM" for family in ("Llama", "Mistral", "Qwen2", "Qwen3", "Gemma3")
+)  # classes of transformers whose layers are those below
+_UNKNOWN = ("final_logit_softcapping", "attn_logit_softcapping", "use_bidirectional_attention")
+
+
+@dataclass(frozen=True, slots=True)
+class Rotation:
+    """Rotary angles of every position, the sine signed so that the rotated half need not be negated."""
+
+    cos: Tensor  # (L, D)
+    sin: Tensor  # (L, D)
+
+    def at(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosine and sine at (N,) positions, (N, 1, D) each."""
+        return self.cos[positions].unsqueeze(1), self.sin[positions].unsqueeze(1)
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """One decoder layer. Norms that a family does not have are None."""
+
+    index: int
+    kind: int  # which rotation
+    num_heads: int
+    num_kv_heads: int
+    scaling: float
+    window: int | None
+    before_attention: Norm
+    qkv: Linear
+    head_norm: Norm | None  # (heads, D) of queries and keys
+    output: Linear
+    after_attention: Norm | None
+    before_mlp: Norm
+    gate_up: Linear
+    activation: Activation
+    down: Linear
+    after_mlp: Norm | None
+    arithmetic: Arithmetic
+
+    def parts(self) -> list[Norm | Linear]:
+        """Everything that holds weights."""
+        found = (getattr(self, part.name) for part in fields(self))
+        return [part for part in found if isinstance(part, Norm | Linear)]
+
+    def forward(
+        self, x: Tensor, normed: Tensor, run: Pass, cos: Tensor, sin: Tensor, following: Norm
+    ) -> tuple[Tensor, Tensor]:
+        """x and what this layer's first norm made of it -> the same for the layer that follows, (N, d) each.
+
+        Writes the keys and values of the N tokens. following: the next layer's first norm, or the last of all.
+        """
+        attended = self.output(self._attention(normed, run, cos, sin))
+        x, normed = self.arithmetic.add_and_norm(x, attended, self.after_attention, self.before_mlp)
+        changed = self.down(self.arithmetic.gate(self.gate_up(normed), self.activation))
+        return self.arithmetic.add_and_norm(x, changed, self.after_mlp, following)
+
+    def _attention(self, x: Tensor, run: Pass, cos: Tensor, sin: Tensor) -> Tensor:
+        num_rotated = self.num_heads + self.num_kv_heads
+        heads = self.qkv(x).view(x.shape[0], num_rotated + self.num_kv_heads, -1)  # (N, H + 2 Hkv, D)
+        turned = self.arithmetic.turn(heads, num_rotated, self.head_norm, cos, sin)
+        query, key = turned[:, : self.num_heads], turned[:, self.num_heads :]
+        out = run.attend(self.index, query, key, heads[:, num_rotated:], self.scaling, self.window)
+        return out.reshape(x.shape[0], -1)
+
+
+class FlatBody:
+    """A whole model; see `body.Body`."""
+
+    def __init__(
+        self, embedding: nn.Embedding, layers: list[Layer], rotations: list[Rotation], norm: Norm, head: Linear
+    ) -> None:
+        self.embedding, self._layers, self._rotations = embedding, layers, rotations
+        self._norm, self._head = norm, head
+        self._following = [*(layer.before_attention for layer in layers[1:]), norm]
+
+    def __call__(self, run: Pass, token_ids: Tensor, wanted: Tensor) -> Tensor:
+        """token_ids: (N,) in the order of the pass; wanted: places that answer. (N_wanted, V) logits."""
+        device = self._norm.weight.device
+        positions = run.positions.to(device)
+        angles = [rotation.at(positions) for rotation in self._rotations]
+        x = self.embedding(token_ids.to(device))  # (N, d)
+        normed = self._layers[0].before_attention(x)
+        for layer, following in zip(self._layers, self._following, strict=True):
+            x, normed = layer.forward(x, normed, run, *angles[layer.kind], following)
+        return self._head(normed[wanted.to(x.device)])
+
+    def num_bytes(self) -> dict[str, int]:
+        """See `Body`; a head that was tied to the embedding is a copy of its own."""
+        layers = [part for layer in self._layers for part in layer.parts()]
+        tensors = [self.embedding.weight, self._norm.weight, *(t for r in self._rotations for t in (r.cos, r.sin))]
+        tensors += [part.weight for part in layers if isinstance(part, Norm)]
+        sizes = weight_bytes(tensors)
+        linears = [self._head, *(part for part in layers if isinstance(part, Linear))]
+        return {device: size + sum(linear.num_bytes for linear in linears) for device, size in sizes.items()}
+
+
+def flatten(model: Any, max_len: int) -> FlatBody | None:
+    """The flat body of a model on one device, or None where its family or a feature of it is not known here.
+
+    The weights of merged layers are taken out of the model, which cannot be used afterwards.
+    """
+    if not _is_known(model):
+        return None
+    decoder = model.model
+    kinds = sorted({_kind(layer) for layer in decoder.layers})
+    rotations = [_rotation(model, kind, max_len) for kind in kinds]
+    layers = [_layer(index, layer, kinds) for index, layer in enumerate(decoder.layers)]
+    return FlatBody(decoder.embed_tokens, layers, rotations, _norm(decoder.norm), merged(model.lm_head))
+
+
+def _is_known(model: Any) -> bool:
+    config, devices = model.config, {parameter.device for parameter in model.parameters()}
+    hooked = any(hasattr(module, "_hf_hook") for module in model.modules())
+    if type(model).__name__ not in FAMILIES or len(devices) > 1 or hooked:
+        return False
+    if any(getattr(config, name, None) for name in _UNKNOWN):
+        return False
+    projections = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    return all(type(module) is nn.Linear for module in projections) and _rotates_whole_heads(model)
+
+
+def _rotates_whole_heads(model: Any) -> bool:
+    attention = model.model.layers[0].self_attn
+    probe = torch.zeros(1, 1, device=model.device, dtype=torch.long)
+    return bool(_angles(model, _kind(model.model.layers[0]), probe)[0].shape[-1] == attention.head_dim)
+
+
+def _kind(layer: nn.Module) -> str:
+    """Families with several rotations name them by the type of layer."""
+    return str(getattr(layer.self_attn, "layer_type", None) or "")
+
+
+def _angles(model: Any, kind: str, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosine and sine (1, N, D) of (1, N) positions, as the model itself makes them."""
+    rotary = model.model.rotary_emb
+    like = torch.empty(0, dtype=model.dtype, device=positions.device)
+    named = "layer_type" in inspect.signature(type(rotary).forward).parameters
+    cos, sin = rotary(like, positions, kind) if named else rotary(like, positions)
+    return cos, sin
+
+
+def _rotation(model: Any, kind: str, max_len: int) -> Rotation:
+    cos, sin = _angles(model, kind, torch.arange(max_len, device=model.device).unsqueeze(0))
+    signed = torch.cat((-sin[0, :, : sin.shape[2] // 2], sin[0, :, sin.shape[2] // 2 :]), dim=-1)
+    return Rotation(cos[0], signed)
+
+
+def _norm(module: Any) -> Norm:
+    """Gemma's norms store their weight less one."""
+    offset = 1.0 if type(module).__name__.startswith("Gemma") else 0.0
+    epsilon = module.eps if hasattr(module, "eps") else module.variance_epsilon
+    return Norm(module.weight.detach().float() + offset, epsilon)
+
+
+def _head_norm(attention: Any, num_heads: int, num_kv_heads: int) -> Norm | None:
+    """One norm for the heads of queries and of keys."""
+    if not hasattr(attention, "q_norm"):
+        return None
+    query, key = _norm(attention.q_norm), _norm(attention.k_norm)
+    weight = torch.cat([query.weight.expand(num_heads, -1), key.weight.expand(num_kv_heads, -1)])
+    return Norm(weight.contiguous(), query.epsilon)
+
+
+def _layer(index: int, layer: Any, kinds: list[str]) -> Layer:
+    attention, mlp = layer.self_attn, layer.mlp
+    num_heads = attention.q_proj.out_features // attention.head_dim
+    num_kv_heads = attention.k_proj.out_features // attention.head_dim
+    around_mlp = hasattr(layer, "pre_feedforward_layernorm")  # Gemma has norms on both sides
+    after = _norm(layer.post_attention_layernorm)
+    return Layer(
+        index=index,
+        kind=kinds.index(_kind(layer)),
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        scaling=attention.scaling,
+        window=getattr(attention, "sliding_window", getattr(attention.config, "sliding_window", None)),
+        before_attention=_norm(layer.input_layernorm),
+        qkv=_taken(attention.q_proj, attention.k_proj, attention.v_proj),
+        head_norm=_head_norm(attention, num_heads, num_kv_heads),
+        output=_taken(attention.o_proj),
+        after_attention=after if around_mlp else None,
+        before_mlp=_norm(layer.pre_feedforward_layernorm) if around_mlp else after,
+        gate_up=_taken(mlp.gate_proj, mlp.up_proj),
+        activation=mlp.act_fn,
+        down=_taken(mlp.down_proj),
+        after_mlp=_norm(layer.post_feedforward_layernorm) if around_mlp else None,
+        arithmetic=arithmetic_for(attention.q_proj.weight.device, attention.q_proj.weight.dtype),
+    )
+
+
+def _taken(*layers: nn.Linear) -> Linear:
+    """The layers as one; their own weights are given up, so that a model is never in memory twice."""
+    packed = merged(*layers)
+    if packed.blocked or len(layers) > 1:
+        for layer in layers:
+            layer.weight = nn.Parameter(layer.weight.new_empty(0), requires_grad=False)
+    return packed

@@ -1,0 +1,182 @@
+"""What is found out about a model before it serves: what its layers cache, and that the packed forward is its own.
+
+`survey` sees every layer's keys in a one-token forward. `Proof` keeps what the model's own forward says, so that the
+member which is made of it can be compared: in a packed pass, and in decode steps that are captured graphs. Does not
+know checkpoints, devices or configurations.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+from ensemble_core.errors import MemberError, UnsupportedModelError
+from ensemble_core.members.attention.rows import FEW
+from ensemble_core.members.base import Feed, Member
+from ensemble_core.members.cache.rows import LayerShape
+
+logger = logging.getLogger(__name__)
+
+_SURVEY = "unisono_survey"
+_PROVED = 12  # positions compared in the proof at load
+_MAX_PROVED_WINDOW = 1024  # a longer sliding window is not filled for the proof
+
+
+def survey(name: str, model: Any) -> list[LayerShape]:
+    """What each attention layer caches, seen by a one-token forward through the attention interface.
+
+    Raises UnsupportedModelError where the model does not go through it, or not once a layer.
+    """
+    forward = inspect.signature(model.forward).parameters
+    if not getattr(model, "_supports_attention_backend", False) or "logits_to_keep" not in forward:
+        raise UnsupportedModelError(
+            f"member {name!r}: {type(model).__name__} does not support transformers' attention interface"
+        )
+    seen = _Survey()
+    try:
+        with torch.inference_mode(), _Attention(model, _SURVEY):
+            device = model.get_input_embeddings().weight.device
+            ids = torch.zeros(1, 1, dtype=torch.long, device=device)
+            model(input_ids=ids, position_ids=ids, use_cache=False, unisono=seen)
+    except Exception as error:
+        raise UnsupportedModelError(
+            f"member {name!r}: {type(model).__name__} fails in transformers' attention interface: {error}"
+        ) from error
+    found = sorted(seen.layers, key=lambda item: item[0])
+    if [index for index, _ in found] != list(range(len(found))) or not found:
+        raise UnsupportedModelError(
+            f"member {name!r}: {type(model).__name__} has layers {[i for i, _ in found]} in the attention "
+            "interface, where one attention a layer, numbered from 0, is needed"
+        )
+    return [shape for _, shape in found]
+
+
+class Proof:
+    """What a model's own forward says, kept to be compared with the member that is made of it.
+
+    What rounding does to this model is measured on the spot, between its own eager and its own default attention:
+    the packed forward may differ by a few times that, in total variation averaged over positions.
+    """
+
+    def __init__(self, name: str, model: Any, vocabulary_size: int, max_len: int) -> None:
+        self._kind, size = type(model).__name__, _proof_length(model, max_len)
+        self._wanted = size // 2 if size < 2 * _PROVED else _PROVED
+        ids = torch.randint(0, vocabulary_size, (size,), generator=torch.Generator().manual_seed(0))
+        self._ids: list[int] = ids.tolist()
+        with torch.inference_mode():
+            self._own = _own_probabilities(model, self._ids, self._wanted)
+            with _Attention(model, "eager"):
+                self._noise = _total_variation(self._own, _own_probabilities(model, self._ids, self._wanted))
+
+    @property
+    def allowed(self) -> float:
+        """Total variation that rounding may explain."""
+        return 5 * self._noise + 1e-4
+
+    def check(self, member: Member) -> None:
+        """A packed pass in chunks against the model's own forward; raises UnsupportedModelError.
+
+        The last chunk once has few tokens and once many, which attend in different ways.
+        """
+        few, many = self._wanted, min(FEW + 4, len(self._ids) - 1)
+        try:
+            member.forward([Feed(-1, self._ids[:-few], 0)], 2)
+            found = [self._last(member, few)]
+            member.rollback(-1, len(self._ids) - many)
+            found.append(self._last(member, many))
+        except MemberError as error:
+            raise UnsupportedModelError(f"{error}; it cannot be a member") from error
+        member.release(-1)
+        difference = max(_total_variation(self._own, packed) for packed in found)
+        if not difference <= self.allowed:
+            raise UnsupportedModelError(
+                f"member {member.name!r}: {self._kind} answers differently through the packed forward (total "
+                f"variation {difference:.3g}, allowed {self.allowed:.3g}); try `forward: transformers`"
+            )
+        logger.debug("%s: packed forward differs by %.2g, rounding by %.2g", member.name, difference, self._noise)
+
+    def _last(self, member: Member, num: int) -> Tensor:
+        """Probabilities of the wanted positions, with the last `num` tokens fed at once."""
+        return member.forward([Feed(-1, self._ids[-num:], self._wanted)], len(member.vocabulary)).logprobs.exp()
+
+    def check_step(self, member: Member, size: int, expected: Tensor) -> None:
+        """A decode step against the same step taken in another way; raises UnsupportedModelError."""
+        difference = _total_variation(expected, self.step(member, size))
+        if not difference <= self.allowed:
+            raise UnsupportedModelError(
+                f"a step of {size} sequences differs (total variation {difference:.3g}, allowed {self.allowed:.3g})"
+            )
+
+    def step(self, member: Member, size: int) -> Tensor:
+        """(B, V) probabilities of a decode step of `size` sequences, or of as many as there are pages for.
+
+        One holds all ids of the proof, the others a few.
+        """
+        size = min(size, member.num_pages + 1 - -(-len(self._ids) // member.page_size))
+        prompts = [self._ids[:-1], *(self._ids[: 1 + i % 7] for i in range(1, size))]
+        try:
+            member.forward([Feed(-1 - i, prompt, 0) for i, prompt in enumerate(prompts)], 2)
+            feeds = [Feed(-1 - i, self._ids[-1:]) for i in range(size)]
+            return member.forward(feeds, len(member.vocabulary)).logprobs.exp()
+        finally:
+            for i in range(size):
+                member.release(-1 - i)
+
+
+def _proof_length(model: Any, max_len: int) -> int:
+    """Tokens that reach past a sliding window, if there is one that a quick proof can afford."""
+    window = getattr(model.config.get_text_config(), "sliding_window", None) or 0
+    longest = window + _PROVED if window <= _MAX_PROVED_WINDOW else 0
+    return int(min(max(2 * _PROVED, longest), max_len))
+
+
+def _own_probabilities(model: Any, ids: list[int], wanted: int) -> Tensor:
+    """Of the last `wanted` positions, through the model's own forward: (wanted, V) float32."""
+    inputs = torch.tensor([ids], device=model.get_input_embeddings().weight.device)
+    logits = model(input_ids=inputs, use_cache=False, logits_to_keep=wanted).logits[0]
+    return logits.float().softmax(dim=1)  # type: ignore[no-any-return]
+
+
+def _total_variation(left: Tensor, right: Tensor) -> float:
+    """Between rows of probabilities (N, V), averaged over rows."""
+    return (left - right.to(left.device)).abs().sum(dim=1).mean().item() / 2
+
+
+class _Attention:
+    """Within the block the model uses another attention implementation."""
+
+    def __init__(self, model: Any, implementation: str) -> None:
+        self._model, self._implementation = model, implementation
+
+    def __enter__(self) -> None:
+        self._before = self._model.config._attn_implementation
+        self._model.set_attn_implementation(self._implementation)
+
+    def __exit__(self, *_: object) -> None:
+        self._model.set_attn_implementation(self._before)
+
+
+@dataclass(frozen=True, slots=True)
+class _Survey:
+    """What the layers report; an object, since accelerate's hooks hand on copies of lists."""
+
+    layers: list[tuple[int, LayerShape]] = field(default_factory=list)
+
+
+def _survey_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, None]:
+    if value.shape != key.shape:
+        raise UnsupportedModelError(f"keys of shape {tuple(key.shape)} and values of {tuple(value.shape)}")
+    shape = LayerShape(key.shape[1], key.shape[3], key.device)
+    kwargs["unisono"].layers.append((module.layer_idx, shape))
+    return torch.zeros_like(query).transpose(1, 2), None
+
+
+AttentionInterface.register(_SURVEY, _survey_attention)

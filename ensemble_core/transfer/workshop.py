@@ -1,0 +1,151 @@
+"""Configuration -> transfer matrices on disk: what `unisono build` does.
+
+Each set of members that relative fusion brings together gets matrices of its own, since its anchors are its
+own. It knows configurations and where models lie; it does not know how a matrix is made or checked.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ensemble_core.config import Config, MatricesConfig, MemberConfig
+from ensemble_core.errors import TransferMatrixError
+from ensemble_core.members.loading.checkpoints import load_vocabulary, resolve_folder
+from ensemble_core.text.vocabulary import Vocabulary
+from ensemble_core.transfer.builder import Quality, Recipe, build_matrix, require_retained
+from ensemble_core.transfer.embeddings import load_embeddings
+from ensemble_core.transfer.matrix import Anchors, common_anchors
+from ensemble_core.transfer.store import Origin, load_matrix, matrix_path, read_metadata, save_matrix
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class BuildReport:
+    """What became of one member's matrix."""
+
+    member: str
+    path: Path
+    seconds: float
+    quality: Quality  # retained mass
+    num_bytes: int  # on disk
+    skipped: bool  # it was there already and still fits
+
+
+@dataclass(frozen=True, slots=True)
+class _Task:
+    """One matrix to make."""
+
+    member: str
+    origin: Origin
+    path: Path
+    vocabulary: Vocabulary
+    anchors: Anchors
+    recipe: Recipe
+
+
+def build_matrices(config: Config, *, force: bool, only_missing: bool) -> list[BuildReport]:
+    """Build every matrix that the ensembles of `config` need, and write it under `matrices.folder`.
+
+    force: write matrices that retain too little, too. only_missing: leave those alone that are there and fit.
+    Raises CheckpointError where a model's files are not there, TransferMatrixError where a matrix retains
+    too little or cannot be written.
+    """
+    reports = []
+    for task in _tasks(config):
+        report = _standing(task, config.build_command) if only_missing else None
+        reports.append(report or _build(task, config, force))
+    return reports
+
+
+def member_sets(config: Config) -> list[tuple[str, ...]]:
+    """The distinct sets of members (sorted) that relative fusion brings together in some ensemble."""
+    relative = [e for e in config.ensembles.values() if e.fusion.name == "relative" and len(e.members) > 1]
+    return sorted({tuple(sorted(ensemble.members)) for ensemble in relative})
+
+
+def recipe_of(matrices: MatricesConfig) -> Recipe:
+    """The recipe that a configuration asks for."""
+    return Recipe(matrices.recipe, matrices.top_k, matrices.temperature)
+
+
+def origin_of(member: MemberConfig) -> Origin:
+    """Which weights a member is configured to have."""
+    return Origin(member.model, member.revision or "")
+
+
+def _tasks(config: Config) -> list[_Task]:
+    sets = member_sets(config)
+    names = sorted({name for members in sets for name in members})
+    vocabularies = {name: load_vocabulary(name, config.members[name]) for name in names}
+    return [task for members in sets for task in _tasks_of(members, vocabularies, config)]
+
+
+def _tasks_of(members: tuple[str, ...], vocabularies: Mapping[str, Vocabulary], config: Config) -> list[_Task]:
+    anchors = common_anchors([vocabularies[name] for name in members])
+    logger.info("members %s share %d tokens", ", ".join(members), len(anchors.tokens))
+    recipe = recipe_of(config.matrices)
+    return [
+        _Task(
+            member=name,
+            origin=origin_of(config.members[name]),
+            path=matrix_path(config.matrices.folder, members, name, recipe.name),
+            vocabulary=vocabularies[name],
+            anchors=anchors,
+            recipe=recipe,
+        )
+        for name in members
+    ]
+
+
+def _standing(task: _Task, rebuild: str) -> BuildReport | None:
+    """A report on the matrix that is there, or None where it is missing or does not fit."""
+    if not task.path.exists():
+        return None
+    start = time.perf_counter()
+    try:
+        load_matrix(
+            task.path,
+            member=task.member,
+            vocabulary=task.vocabulary,
+            anchors=task.anchors,
+            recipe=task.recipe,
+            rebuild=rebuild,
+            origin=task.origin,
+        )
+        quality = read_metadata(task.path).quality
+    except TransferMatrixError as error:
+        logger.info("building anew: %s", error)
+        return None
+    seconds = time.perf_counter() - start
+    return BuildReport(task.member, task.path, seconds, quality, task.path.stat().st_size, skipped=True)
+
+
+def _build(task: _Task, config: Config, force: bool) -> BuildReport:
+    start = time.perf_counter()
+    embeddings = load_embeddings(resolve_folder(config.members[task.member]))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    logger.info("member %s: building %s on %s", task.member, task.path.name, device)
+    matrix, quality = build_matrix(
+        task.vocabulary, embeddings, task.anchors, task.recipe, device=device, label=task.member
+    )
+    if not force:
+        require_retained(task.member, quality, task.recipe, config.matrices.min_retained)
+    num_bytes = save_matrix(
+        task.path,
+        matrix,
+        quality,
+        member=task.member,
+        origin=task.origin,
+        vocabulary=task.vocabulary,
+        anchors=task.anchors,
+        recipe=task.recipe,
+    )
+    seconds = time.perf_counter() - start
+    return BuildReport(task.member, task.path, seconds, quality, num_bytes, skipped=False)

@@ -1,0 +1,208 @@
+"""How /v1/chat/completions asks the engine and words its answers. Nothing here knows HTTP."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+
+from ensemble_core.decoding.requests import Conversation, Output, TokenLogprob
+from ensemble_core.decoding.sampling_params import MAX_LOGPROBS, SamplingParams
+from ensemble_core.errors import InvalidRequestError
+from server.api.generation import (
+    Job,
+    Ticket,
+    check_count,
+    end_of,
+    finite,
+    make_ticket,
+    sampling_params,
+    trace_steps,
+)
+from server.schema.chat import (
+    AssistantMessage,
+    ChatAlternative,
+    ChatChoice,
+    ChatChunk,
+    ChatCompletion,
+    ChatLogprobs,
+    ChatPiece,
+    ChatRequest,
+    ChatToken,
+    Delta,
+    ResponseFormat,
+    to_conversation,
+)
+
+
+@contextmanager
+def chat_words(body: ChatRequest) -> Generator[None]:
+    """Raise the engine's InvalidRequestError under the names that this endpoint's fields have."""
+    names = {"prompt": "messages", "json_schema": "response_format"}
+    if body.max_completion_tokens is not None:
+        names["max_tokens"] = "max_completion_tokens"
+    try:
+        yield
+    except InvalidRequestError as error:
+        param = error.param or ""
+        if param not in names:
+            raise
+        message = str(error)
+        if message.startswith(param):
+            message = names[param] + message.removeprefix(param)
+        raise InvalidRequestError(message, names[param]) from error
+
+
+def conversation(body: ChatRequest) -> Conversation:
+    """The messages as the engine takes them. Raises InvalidRequestError."""
+    opens_turn = body.add_generation_prompt is not False
+    return to_conversation(body.messages, bool(body.continue_final_message), opens_turn)
+
+
+def length_limit(body: ChatRequest) -> int | None:
+    """The most tokens that the client asked for, under either name. Raises InvalidRequestError."""
+    newer, older = body.max_completion_tokens, body.max_tokens
+    if newer is not None and older is not None and newer != older:
+        raise InvalidRequestError(
+            f"max_tokens is the older name of max_completion_tokens; send one of them, got {older} and {newer}",
+            "max_tokens",
+        )
+    return older if newer is None else newer
+
+
+def room_left(num_prompt_tokens: int, max_model_len: int) -> int:
+    """The length limit where the client set none. Raises InvalidRequestError where nothing is left."""
+    if num_prompt_tokens >= max_model_len:
+        raise InvalidRequestError(
+            f"this model's context is {max_model_len} tokens and the messages have {num_prompt_tokens}; "
+            "shorten them",
+            "messages",
+        )
+    return max_model_len - num_prompt_tokens
+
+
+def plan(body: ChatRequest, prompt: Conversation, max_tokens: int, max_choices: int) -> ChatJob:
+    """The job that a body asks for. Raises InvalidRequestError; bounds n before it allocates."""
+    num_choices = check_count("n", 1 if body.n is None else body.n, 1, max_choices)
+    params = _params(body, max_tokens)
+    return ChatJob(make_ticket(body, "chatcmpl", [prompt], params, (num_choices, num_choices)), body)
+
+
+def _params(body: ChatRequest, max_tokens: int) -> SamplingParams:
+    schema = json_schema(body.response_format)
+    return sampling_params(body, max_tokens=max_tokens, logprobs=_num_logprobs(body), json_schema=schema)
+
+
+def _num_logprobs(body: ChatRequest) -> int | None:
+    wanted = body.top_logprobs or 0
+    if not 0 <= wanted <= MAX_LOGPROBS:
+        raise InvalidRequestError(
+            f"top_logprobs must be an integer from 0 to {MAX_LOGPROBS}, got {wanted}", "top_logprobs"
+        )
+    if wanted and not body.logprobs:
+        raise InvalidRequestError("top_logprobs is only allowed with logprobs: true", "top_logprobs")
+    return wanted if body.logprobs else None
+
+
+def json_schema(wanted: ResponseFormat | None) -> str | None:
+    """The schema as text; "" for any JSON object, None for free text. Raises InvalidRequestError."""
+    if wanted is None or wanted.type == "text":
+        return None
+    if wanted.json_schema is None:
+        return ""
+    schema = wanted.json_schema.schema_
+    try:
+        return json.dumps(schema, allow_nan=False, separators=(",", ":"))
+    except (ValueError, RecursionError) as error:
+        raise InvalidRequestError(
+            f"response_format: json_schema.schema cannot be read: {error}", "response_format"
+        ) from error
+
+
+class ChatJob(Job):
+    """One body of /v1/chat/completions."""
+
+    def __init__(self, ticket: Ticket, body: ChatRequest) -> None:
+        super().__init__(ticket, bool(body.return_token_ids))
+        self._num_top = (body.top_logprobs or 0) if body.logprobs else None
+        self._sends_trace = bool(body.ensemble and body.ensemble.trace)
+
+    def piece(self, index: int, output: Output, *, first: bool) -> ChatChunk:
+        """A chunk with one choice; the first of each choice says who speaks."""
+        delta = Delta(role="assistant", content=output.text) if first else Delta(content=output.text)
+        piece = ChatPiece(
+            index=index,
+            delta=delta,
+            logprobs=self._logprobs(output),
+            finish_reason=end_of(output),
+            stop_reason=output.stop_reason,
+        )
+        self._extend(piece, output)
+        chunk = self._chunk([piece])
+        if self._sends_ids and first:
+            chunk.prompt_token_ids = list(output.prompt_token_ids)
+        return chunk
+
+    def usage_chunk(self) -> ChatChunk:
+        """A chunk without choices."""
+        return self._chunk([])
+
+    def whole(self, outputs: Sequence[Output]) -> ChatCompletion:
+        """All choices."""
+        ticket = self.ticket
+        answer = ChatCompletion(
+            id=ticket.id,
+            object="chat.completion",
+            created=ticket.created,
+            model=ticket.model,
+            choices=[self._choice(index, output) for index, output in enumerate(outputs)],
+        )
+        if self._sends_ids:
+            answer.prompt_token_ids = list(outputs[0].prompt_token_ids)
+        return answer
+
+    def _chunk(self, pieces: list[ChatPiece]) -> ChatChunk:
+        ticket = self.ticket
+        return ChatChunk(
+            id=ticket.id,
+            object="chat.completion.chunk",
+            created=ticket.created,
+            model=ticket.model,
+            choices=pieces,
+        )
+
+    def _choice(self, index: int, output: Output) -> ChatChoice:
+        choice = ChatChoice(
+            index=index,
+            message=AssistantMessage(role="assistant", content=output.text),
+            logprobs=self._logprobs(output),
+            finish_reason=end_of(output),
+            stop_reason=output.stop_reason,
+        )
+        self._extend(choice, output)
+        return choice
+
+    def _extend(self, choice: ChatChoice | ChatPiece, output: Output) -> None:
+        """What is only there where it was asked for."""
+        if self._sends_ids:
+            choice.token_ids = list(output.token_ids)
+        if self._sends_trace:
+            choice.trace = trace_steps(output.traces)
+
+    def _logprobs(self, output: Output) -> ChatLogprobs | None:
+        if self._num_top is None:
+            return None
+        return ChatLogprobs(content=[to_chat_token(token, self._num_top) for token in output.logprobs])
+
+
+def to_chat_token(token: TokenLogprob, num_top: int) -> ChatToken:
+    """A token and its `num_top` likeliest alternatives, best first."""
+    assert token.logprob is not None  # only a prompt's first token has none
+    top = sorted(token.top, key=lambda each: -each[2])[:num_top]
+    alternatives = [_alternative(text, logprob) for _, text, logprob in top]
+    own = _alternative(token.text, token.logprob)
+    return ChatToken(token=own.token, logprob=own.logprob, bytes=own.bytes, top_logprobs=alternatives)
+
+
+def _alternative(text: str, logprob: float) -> ChatAlternative:
+    return ChatAlternative(token=text, logprob=finite(logprob), bytes=list(text.encode("utf-8", "replace")))

@@ -1,0 +1,129 @@
+"""How /v1/completions asks the engine and words its answers. Nothing here knows HTTP."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from ensemble_core.decoding.requests import Output, TokenLogprob
+from ensemble_core.decoding.sampling_params import SamplingParams
+from ensemble_core.errors import InvalidRequestError
+from server.api.generation import (
+    Job,
+    Ticket,
+    check_count,
+    end_of,
+    finite,
+    make_ticket,
+    sampling_params,
+    trace_steps,
+)
+from server.schema.completion import Choice, Completion, CompletionRequest, Logprobs
+
+
+def plan(body: CompletionRequest, max_choices: int) -> CompletionJob:
+    """The job that a body asks for. Raises InvalidRequestError; bounds prompts x n before it allocates."""
+    prompts = body.prompts
+    counts = _counts(body, len(prompts), max_choices)
+    params = _params(body, ranked=counts[0] < counts[1])
+    ticket = make_ticket(body, "cmpl", prompts, params, counts, body.add_special_tokens is not False)
+    return CompletionJob(ticket, body)
+
+
+def _counts(body: CompletionRequest, num_prompts: int, max_choices: int) -> tuple[int, int]:
+    """(n, best_of)."""
+    num_choices = check_count("n", 1 if body.n is None else body.n, num_prompts, max_choices)
+    if body.best_of is None:
+        return num_choices, num_choices
+    if body.best_of < num_choices:
+        raise InvalidRequestError(f"best_of must be at least n = {num_choices}, got {body.best_of}", "best_of")
+    if body.stream and body.best_of > num_choices:
+        raise InvalidRequestError("best_of greater than n cannot be streamed; leave out one of them", "best_of")
+    return num_choices, check_count("best_of", body.best_of, num_prompts, max_choices)
+
+
+def _params(body: CompletionRequest, ranked: bool) -> SamplingParams:
+    """ranked: choices are compared by their log-probabilities, so these are needed in any case."""
+    logprobs = 0 if ranked and body.logprobs is None else body.logprobs
+    return sampling_params(body, max_tokens=body.max_tokens, echo=body.echo, logprobs=logprobs)
+
+
+class CompletionJob(Job):
+    """One body of /v1/completions."""
+
+    def __init__(self, ticket: Ticket, body: CompletionRequest) -> None:
+        super().__init__(ticket, bool(body.return_token_ids))
+        self._sends_logprobs = body.logprobs is not None
+        self._sends_trace = bool(body.ensemble and body.ensemble.trace)
+
+    def piece(self, index: int, output: Output, *, first: bool) -> Completion:
+        """A chunk with one choice."""
+        return self._completion([self._choice(index, output, first)])
+
+    def usage_chunk(self) -> Completion:
+        """A chunk without choices."""
+        return self._completion([])
+
+    def whole(self, outputs: Sequence[Output]) -> Completion:
+        """All choices; of each prompt the n best where more were sampled."""
+        size = self.ticket.num_sampled
+        kept = [
+            output
+            for start in range(0, len(outputs), size)
+            for output in best(outputs[start : start + size], self.ticket.num_choices)
+        ]
+        return self._completion([self._choice(index, output, True) for index, output in enumerate(kept)])
+
+    def _completion(self, choices: list[Choice]) -> Completion:
+        ticket = self.ticket
+        return Completion(
+            id=ticket.id, object="text_completion", created=ticket.created, model=ticket.model, choices=choices
+        )
+
+    def _choice(self, index: int, output: Output, first: bool) -> Choice:
+        choice = Choice(
+            index=index,
+            text=output.prompt_text + output.text,
+            logprobs=to_logprobs(output.prompt_logprobs + output.logprobs) if self._sends_logprobs else None,
+            finish_reason=end_of(output),
+            stop_reason=output.stop_reason,
+        )
+        if self._sends_ids:
+            choice.token_ids = list(output.token_ids)
+            if first:
+                choice.prompt_token_ids = list(output.prompt_token_ids)
+        if self._sends_trace:
+            choice.trace = trace_steps(output.traces)
+        return choice
+
+
+def best(outputs: Sequence[Output], num_kept: int) -> list[Output]:
+    """Those with the highest mean log-probability of their tokens, best first; all, in order, if none goes."""
+    if len(outputs) <= num_kept:
+        return list(outputs)
+    return sorted(outputs, key=_mean_logprob, reverse=True)[:num_kept]
+
+
+def _mean_logprob(output: Output) -> float:
+    values = [each.logprob for each in output.logprobs if each.logprob is not None]
+    return sum(values) / len(values) if values else -math.inf
+
+
+def to_logprobs(tokens: Sequence[TokenLogprob]) -> Logprobs:
+    """Parallel lists, an entry a token."""
+    return Logprobs(
+        tokens=[token.text for token in tokens],
+        token_logprobs=[None if token.logprob is None else finite(token.logprob) for token in tokens],
+        top_logprobs=[_alternatives(token) for token in tokens],
+        text_offset=[token.text_offset for token in tokens],
+    )
+
+
+def _alternatives(token: TokenLogprob) -> dict[str, float] | None:
+    """Text -> log-probability, the token itself among them; of two with the same text the likelier."""
+    if token.logprob is None:
+        return None
+    found: dict[str, float] = {}
+    for _, text, logprob in (*token.top, (token.token_id, token.text, token.logprob)):
+        found[text] = max(found.get(text, -math.inf), finite(logprob))
+    return found

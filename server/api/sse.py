@@ -1,0 +1,92 @@
+"""Server-sent events, and what to do when nobody listens any more.
+
+Invariant: whatever way a stream ends (done, failed, client gone, server stopped), its source is closed, which
+aborts what is unfinished in the engine. It does not know what the events mean.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, Coroutine
+from contextlib import aclosing
+from typing import Any, TypeVar
+
+from fastapi.responses import StreamingResponse
+from pydantic import BaseModel
+from starlette.types import Receive, Scope, Send
+
+from ensemble_core.errors import UnisonoError
+from server.edge.errors import ClientGoneError, to_api_error
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+DONE = "data: [DONE]\n\n"
+HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+# Legal inside JSON, but many a client's line splitter takes them for the end of a line.
+_LINE_BREAKS = {ord(char): f"\\u{ord(char):04x}" for char in "\x85\u2028\u2029"}
+
+
+async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+    """The result of `work`; ClientGoneError, with `work` cancelled, if the client disconnects first.
+
+    receive: of a request whose body has been read, so that the next thing to come is the disconnect.
+    """
+    task = asyncio.create_task(work)
+    gone = asyncio.create_task(_disconnected(receive))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientGoneError
+        return task.result()
+    finally:
+        task.cancel()
+        gone.cancel()
+        await asyncio.gather(task, gone, return_exceptions=True)
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+class EventStream(StreamingResponse):
+    """A running stream as a response: `first` is there already, so that errors before it were statuses."""
+
+    def __init__(self, first: BaseModel, rest: AsyncGenerator[BaseModel]) -> None:
+        self._rest = rest
+        self._events = encode(first, rest)
+        super().__init__(self._events, headers=HEADERS, media_type="text/event-stream")
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send all events; stop when the client goes."""
+        try:
+            await unless_gone(receive, self.stream_response(send))
+        except (ClientGoneError, OSError):
+            logger.info("the client went before its stream was over")
+        finally:
+            await self._events.aclose()
+            await self._rest.aclose()
+
+
+async def encode(first: BaseModel, rest: AsyncGenerator[BaseModel]) -> AsyncGenerator[str]:
+    """Events of `first` and the rest; a failure becomes an event too; `[DONE]` ends every stream."""
+    async with aclosing(rest):
+        try:
+            yield event(first.model_dump_json(exclude_unset=True))
+            async for item in rest:
+                yield event(item.model_dump_json(exclude_unset=True))
+        except UnisonoError as error:
+            logger.warning("failed after its headers: %s", error)
+            yield event(to_api_error(error).json())
+        except Exception as error:
+            logger.exception("failed after its headers")
+            yield event(to_api_error(error).json())
+    yield DONE
+
+
+def event(data: str) -> str:
+    """One event of one line."""
+    return f"data: {data.translate(_LINE_BREAKS)}\n\n"

@@ -1,0 +1,76 @@
+"""The HTTP app: a factory without globals. It knows how the parts are put together and nothing else."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+from importlib.metadata import version
+from typing import TYPE_CHECKING
+
+from fastapi import FastAPI
+from starlette.middleware.cors import CORSMiddleware
+
+from ensemble_core.config import ServerConfig
+from server.api import routes, routes_tokenizer
+from server.edge import errors
+from server.edge.auth import Gate, KeyRing, load_keys
+from server.edge.metrics import PrometheusSink
+from server.edge.middleware import BodyLimit, RequestContext, RootPath
+from server.edge.openapi import require_key
+from server.edge.state import Edge
+
+if TYPE_CHECKING:
+    from ensemble_core.runtime import Runtime
+
+
+def create_app(runtime: Runtime, config: ServerConfig, metrics: PrometheusSink) -> FastAPI:
+    """An app that serves `runtime`: its lifespan starts the runtime, and drains and stops it at shutdown.
+
+    Raises ConfigError where the API keys cannot be had.
+    """
+    keys = load_keys(config)
+
+    @asynccontextmanager
+    async def lifespan(_app: FastAPI) -> AsyncGenerator[None]:
+        runtime.start()
+        try:
+            yield
+            await runtime.drain(config.drain_seconds)
+        finally:
+            await asyncio.to_thread(runtime.stop)
+
+    app = FastAPI(
+        title="Unisono",
+        summary="Several language models answer as one.",
+        version=version("unisono"),
+        lifespan=lifespan,
+        redoc_url=None,
+        redirect_slashes=False,
+    )
+    app.state.edge = Edge(runtime, config, metrics, created=int(time.time()))
+    app.include_router(routes.router)
+    app.include_router(routes_tokenizer.router)
+    _add_middleware(app, config, keys, metrics)
+    errors.install(app, metrics)
+    return app
+
+
+def _add_middleware(app: FastAPI, config: ServerConfig, keys: KeyRing, metrics: PrometheusSink) -> None:
+    """The one added last is the outermost: a preflight carries no key, and a web page may read a 401."""
+    app.add_middleware(BodyLimit, max_bytes=config.max_body_bytes)
+    if keys:
+        app.add_middleware(Gate, keys=keys, protect_metrics=config.protect_metrics, metrics=metrics)
+        require_key(app)
+    if config.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=config.cors_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=["X-Request-Id", "Retry-After"],
+        )
+    app.add_middleware(RequestContext)
+    if config.root_path:
+        app.add_middleware(RootPath, root_path=config.root_path)

@@ -1,0 +1,139 @@
+"""Who may call: API keys, and the gate that asks for them.
+
+Invariants: where any key is set, every route but the open ones needs one, routes that do not exist too; keys are
+compared as hashes, all of them, in constant time; a key is never logged, quoted or shown by a repr; a source of
+keys that is named and gives none is an error, so that a typo does not open the door.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import logging
+import os
+import re
+from collections.abc import Iterable, Iterator
+
+from pydantic import SecretStr
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from ensemble_core.config import ServerConfig
+from ensemble_core.errors import ConfigError
+from server.edge.errors import ApiError
+from server.edge.metrics import PrometheusSink
+
+logger = logging.getLogger(__name__)
+
+OPEN_PATHS = frozenset({"/health", "/ready", "/version"})
+_METRICS = "/metrics"
+_KEY = re.compile(r"[\x21-\x7e]+")
+
+
+class KeyRing:
+    """The hashes of the keys that are let in. Empty: everybody is."""
+
+    def __init__(self, keys: Iterable[SecretStr]) -> None:
+        self._digests = frozenset(_digest(key.get_secret_value().encode()) for key in keys)
+
+    def __bool__(self) -> bool:
+        return bool(self._digests)
+
+    def admits(self, key: bytes) -> bool:
+        """True for one of the keys. Takes as long for any other."""
+        presented = _digest(key)
+        found = False
+        for digest in self._digests:
+            found |= hmac.compare_digest(digest, presented)
+        return found
+
+
+def _digest(key: bytes) -> bytes:
+    return hashlib.sha256(key).digest()
+
+
+def load_keys(config: ServerConfig) -> KeyRing:
+    """The keys of all sources.
+
+    Raises ConfigError for a source that cannot be read or has no keys, and for a key that no header can carry.
+    """
+    sources = {"server.api_keys": list(config.api_keys)}
+    if config.api_key_env is not None:
+        sources["server.api_key_env"] = list(_from_environment(config.api_key_env))
+    if config.api_key_file is not None:
+        sources["server.api_key_file"] = list(_from_file(config))
+    for source, keys in sources.items():
+        if not all(_KEY.fullmatch(key.get_secret_value()) for key in keys):
+            raise ConfigError(f"{source}: a key must be visible ASCII characters without spaces, at least one")
+        if not keys and source != "server.api_keys":
+            raise ConfigError(f"{source}: gives no key; set one there or drop the field")
+    return KeyRing(key for keys in sources.values() for key in keys)
+
+
+def _from_environment(variable: str) -> Iterator[SecretStr]:
+    for key in os.environ.get(variable, "").split(","):
+        if key.strip():
+            yield SecretStr(key.strip())
+
+
+def _from_file(config: ServerConfig) -> Iterator[SecretStr]:
+    assert config.api_key_file is not None
+    try:
+        lines = config.api_key_file.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise ConfigError(
+            f"server.api_key_file: {config.api_key_file} cannot be read ({error.strerror})"
+        ) from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"server.api_key_file: {config.api_key_file} is not UTF-8 text") from error
+    for line in map(str.strip, lines):
+        if line and not line.startswith("#"):
+            yield SecretStr(line)
+
+
+class Gate:
+    """Answers 401 for requests without a key. Pure ASGI, around everything that has routes."""
+
+    def __init__(self, app: ASGIApp, keys: KeyRing, protect_metrics: bool, metrics: PrometheusSink) -> None:
+        self._app = app
+        self._keys = keys
+        self._open = OPEN_PATHS if protect_metrics else OPEN_PATHS | {_METRICS}
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one connection."""
+        if scope["type"] != "http" or route_path(scope) in self._open:
+            await self._app(scope, receive, send)
+            return
+        key = _bearer(scope)
+        if key is not None and self._keys.admits(key):
+            await self._app(scope, receive, send)
+            return
+        refusal = _refusal(missing=key is None)
+        self._metrics.rejected("unauthorized")
+        logger.info("refused: status=%d code=%s", refusal.status, refusal.code)
+        await refusal.response()(scope, receive, send)
+
+
+def route_path(scope: Scope) -> str:
+    """The path as the router will see it: without the root path, where it is there."""
+    path, root = str(scope["path"]), str(scope.get("root_path", ""))
+    return path.removeprefix(root) if path == root or path.startswith(root + "/") else path
+
+
+def _bearer(scope: Scope) -> bytes | None:
+    """The key of the one Authorization header; None where there is none, several, or another scheme."""
+    values = [value for name, value in scope["headers"] if name == b"authorization"]
+    if len(values) != 1:
+        return None
+    scheme, _, key = values[0].partition(b" ")
+    return key.strip() if scheme.lower() == b"bearer" else None
+
+
+def _refusal(missing: bool) -> ApiError:
+    problem = "no API key was sent" if missing else "this API key is not known"
+    return ApiError(
+        401,
+        f"{problem}; send one as `Authorization: Bearer KEY`",
+        code="invalid_api_key",
+        headers={"WWW-Authenticate": "Bearer"},
+    )

@@ -1,0 +1,166 @@
+"""Errors as HTTP sees them: the one place where the error tree maps to statuses.
+
+Invariant: every refusal has OpenAI's shape, `{"error": {"message", "type", "param", "code"}}`, whether it comes
+from the engine, from validation, from routing or from a bug. It does not know what routes do.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import reprlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+
+from ensemble_core.errors import (
+    InvalidRequestError,
+    ModelNotFoundError,
+    NotReadyError,
+    QueueFullError,
+    UnisonoError,
+)
+from server.edge.metrics import PrometheusSink
+
+logger = logging.getLogger(__name__)
+
+INVALID = "invalid_request_error"
+SERVER = "server_error"
+CLIENT_CLOSED = 499  # nobody is left to read it; it stands in our own log line
+_MAX_LINES = 5
+
+
+class RequestFailedError(UnisonoError):
+    """The engine gave up on a request that it had taken."""
+
+
+class ClientGoneError(Exception):
+    """The client closed its connection before the answer was complete."""
+
+
+@dataclass(frozen=True, slots=True)
+class ApiError:
+    """One refusal. `reason` is the label of the metric that counts it; None: not counted."""
+
+    status: int
+    message: str
+    type: str = INVALID
+    param: str | None = None
+    code: str | None = None
+    reason: str | None = None
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+    def json(self) -> str:
+        """The body. Pure ASCII, so that a message may quote what UTF-8 cannot spell."""
+        error = {"message": self.message, "type": self.type, "param": self.param, "code": self.code}
+        return json.dumps({"error": error})
+
+    def response(self) -> Response:
+        """The whole answer."""
+        return Response(self.json(), self.status, headers=self.headers, media_type="application/json")
+
+
+def to_api_error(error: Exception) -> ApiError:
+    """Map an exception of the engine, or a bug, to what the client is told."""
+    match error:
+        case InvalidRequestError(param=param):
+            return ApiError(400, str(error), param=param, reason="invalid_request")
+        case ModelNotFoundError():
+            return ApiError(404, str(error), param="model", code="model_not_found", reason="model_not_found")
+        case QueueFullError():
+            return _come_back(429, "rate_limit_error", "queue_full", str(error), seconds=1)
+        case NotReadyError():
+            return _come_back(503, "service_unavailable", "not_ready", str(error), seconds=5)
+        case UnisonoError():
+            return ApiError(500, str(error), SERVER, code="request_failed", reason="failed")
+        case _:
+            message = "the server failed at this request; its log has the details under the X-Request-Id"
+            return ApiError(500, message, SERVER, code="internal_error", reason="failed")
+
+
+def _come_back(status: int, kind: str, code: str, message: str, seconds: int) -> ApiError:
+    headers = {"Retry-After": str(seconds)}
+    return ApiError(status, message, kind, code=code, reason=code, headers=headers)
+
+
+def from_validation(errors: Sequence[Mapping[str, Any]]) -> ApiError:
+    """A 400 out of pydantic's list: `param` is the first wrong field, the message has a line for each."""
+    lines = [_line(item) for item in errors[:_MAX_LINES]]
+    return ApiError(400, "; ".join(lines), param=_path(errors[0]), reason="invalid_request")
+
+
+def _path(item: Mapping[str, Any]) -> str | None:
+    """`stream_options.include_usage`; None where the body as a whole is wrong."""
+    if item["type"] == "json_invalid":
+        return None
+    return ".".join(str(part) for part in item["loc"][1:]) or None
+
+
+def _line(item: Mapping[str, Any]) -> str:
+    path = _path(item)
+    if item["type"] == "json_invalid":
+        return f"the body is not valid JSON: {item['ctx']['error']} at character {item['loc'][-1]}"
+    if path is None:
+        return f"the body must be a JSON object: {item['msg'].removeprefix('Value error, ')}"
+    if item["type"] == "missing":
+        return f"{path}: is required and was not sent"
+    if item["type"] == "extra_forbidden":
+        return f"{path}: unknown key (given: {reprlib.repr(item['input'])})"
+    return f"{path}: {item['msg'].removeprefix('Value error, ')} (given: {reprlib.repr(item['input'])})"
+
+
+def from_http(error: HTTPException, request: Request) -> ApiError:
+    """What routing and the body limit raise."""
+    headers = dict(error.headers or {})
+    where = f"{request.method} {request.url.path}"
+    match error.status_code:
+        case 404:
+            return ApiError(404, f"there is no route {where}; see /docs", code="not_found")
+        case 405:
+            allowed = headers.get("Allow", "another method")
+            message = f"{where}: this method is not allowed; allowed: {allowed}"
+            return ApiError(405, message, code="method_not_allowed", headers=headers)
+        case 413:
+            return ApiError(413, error.detail, code="body_too_large", reason="body_too_large", headers=headers)
+        case status:
+            kind = INVALID if status < 500 else SERVER
+            return ApiError(status, error.detail, kind, reason="invalid_request", headers=headers)
+
+
+def _log(refusal: ApiError, level: int) -> None:
+    """A refusal in a line without its message, which may quote a prompt; a failure of ours with it."""
+    if refusal.status == 500:
+        logger.error("failed: %s", refusal.message)
+    else:
+        logger.log(level, "refused: status=%d code=%s param=%s", refusal.status, refusal.code, refusal.param)
+
+
+def install(app: FastAPI, metrics: PrometheusSink) -> None:
+    """Register the handlers that turn each kind of exception into its answer, and count the refusals."""
+
+    def refuse(request: Request, refusal: ApiError) -> Response:
+        _log(refusal, logging.INFO if request.method == "POST" else logging.DEBUG)
+        if refusal.reason is not None and request.method == "POST":
+            metrics.rejected(refusal.reason)
+        return refusal.response()
+
+    async def engine(request: Request, error: Exception) -> Response:
+        return refuse(request, to_api_error(error))
+
+    async def validation(request: Request, error: Exception) -> Response:
+        return refuse(request, from_validation(cast(RequestValidationError, error).errors()))
+
+    async def routing(request: Request, error: Exception) -> Response:
+        return refuse(request, from_http(cast(HTTPException, error), request))
+
+    async def gone(_request: Request, _error: Exception) -> Response:
+        return Response(status_code=CLIENT_CLOSED)
+
+    app.add_exception_handler(UnisonoError, engine)
+    app.add_exception_handler(RequestValidationError, validation)
+    app.add_exception_handler(HTTPException, routing)
+    app.add_exception_handler(ClientGoneError, gone)

@@ -1,0 +1,172 @@
+"""One process that listens: socket, HTTP server, signals. It does not know routes.
+
+At a signal the server first drains while it still listens, so that /ready and new requests get their 503 and
+running streams end in order; then it closes. A second Ctrl-C ends the wait. Where loading fails the server
+stops and the failure is raised to the caller.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import ssl
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import uvicorn
+from fastapi import FastAPI
+
+from ensemble_core.config import ServerConfig
+from ensemble_core.errors import ConfigError
+from server.edge.auth import load_keys
+
+if TYPE_CHECKING:
+    from ensemble_core.runtime import Runtime
+
+_POLL_SECONDS = 0.1
+_FLUSH_SECONDS = 5  # after the drain: for the last bytes of answers to leave
+
+
+class DrainingServer(uvicorn.Server):
+    """uvicorn's server with a drain before its shutdown, and a word once the engine is ready."""
+
+    def __init__(
+        self, config: uvicorn.Config, runtime: Runtime, drain_seconds: float, announce: Callable[[], None]
+    ) -> None:
+        super().__init__(config)
+        self._runtime = runtime
+        self._drain_seconds = drain_seconds
+        self._announce = announce
+        self.failure: Exception | None = None  # what loading raised
+
+    async def main_loop(self) -> None:
+        """Wait for the engine, then serve until a signal comes."""
+        while self._runtime.status().state == "loading" and not self.should_exit:
+            await self.on_tick(0)
+            await asyncio.sleep(_POLL_SECONDS)
+        if not self.should_exit:
+            self._check_loaded()
+        await super().main_loop()
+
+    def _check_loaded(self) -> None:
+        try:
+            self._runtime.wait_ready()
+        except Exception as error:
+            self.failure = error
+            self.should_exit = True
+        else:
+            self._announce()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Let running requests end, then close."""
+        drain = asyncio.create_task(self._runtime.drain(self._drain_seconds))
+        while not drain.done() and not self.force_exit:
+            await asyncio.wait([drain], timeout=_POLL_SECONDS)
+        drain.cancel()
+        await super().shutdown(sockets)
+
+
+def listen(config: ServerConfig) -> socket.socket:
+    """A bound socket. Raises ConfigError where the address cannot be had."""
+    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+    try:
+        return socket.create_server((config.host, config.port), family=family, backlog=2048)
+    except OSError as error:
+        raise ConfigError(
+            f"server.host, server.port: cannot listen on {config.host}:{config.port} ({error.strerror}); "
+            "choose another with --host or --port"
+        ) from error
+
+
+def check_tls(config: ServerConfig) -> str | None:
+    """The private key's password, if it has one, once the files are known to fit. Raises ConfigError."""
+    if config.tls_cert_file is None or config.tls_key_file is None:
+        return None
+    password = _tls_password(config.tls_key_password_env)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    try:
+        for file in (config.tls_cert_file, config.tls_key_file):
+            file.open("rb").close()  # ssl does not say which file it is
+        context.load_cert_chain(config.tls_cert_file, config.tls_key_file, lambda: password or "")
+    except ssl.SSLError as error:
+        raise ConfigError(
+            f"server.tls_cert_file, server.tls_key_file: {config.tls_cert_file} and {config.tls_key_file} cannot "
+            f"be used ({error.reason or error.strerror or 'not PEM'}); give a PEM certificate and its own private "
+            "key, and tls_key_password_env if the key is encrypted"
+        ) from error
+    except OSError as error:
+        raise ConfigError(
+            f"server.tls_cert_file, server.tls_key_file: {error.filename} cannot be read ({error.strerror})"
+        ) from error
+    return password
+
+
+def _tls_password(variable: str | None) -> str | None:
+    if variable is None:
+        return None
+    if not os.environ.get(variable):
+        raise ConfigError(f"server.tls_key_password_env: the environment variable {variable} is not set")
+    return os.environ[variable]
+
+
+def url(host: str, port: int, scheme: str = "http") -> str:
+    """Where a client on this machine finds the server."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
+
+
+def curl_line(base: str, model: str, keyed: bool = False) -> str:
+    """A request to try. keyed: the client must put its key into the environment first."""
+    body = {"model": model, "prompt": "The capital of France is", "max_tokens": 32, "temperature": 0}
+    key = ' -H "Authorization: Bearer $UNISONO_API_KEY"' if keyed else ""
+    return f"curl {base}/v1/completions{key} -H 'Content-Type: application/json' -d '{json.dumps(body)}'"
+
+
+def serve(app: FastAPI, runtime: Runtime, config: ServerConfig, say: Callable[[str], None]) -> None:
+    """Serve until a signal comes; returns after a graceful shutdown.
+
+    say: takes the lines for whoever started the server. Raises ConfigError for the address and the TLS files, and
+    what loading raised.
+    """
+    settings = _settings(app, config)
+    listener = listen(config)
+    base = url(config.host, listener.getsockname()[1], "https" if settings.is_ssl else "http")
+
+    def announce() -> None:
+        say(f"ready at {base}; try:")
+        say(curl_line(base, runtime.models()[0].name, keyed=bool(load_keys(config))))
+
+    server = DrainingServer(settings, runtime, config.drain_seconds, announce)
+    say(f"listening on {base}; loading")
+    _run(server, listener)
+    if server.force_exit:  # uvicorn then leaves out the app's own shutdown
+        runtime.stop()
+    if server.failure is not None:
+        raise server.failure
+
+
+def _settings(app: FastAPI, config: ServerConfig) -> uvicorn.Config:
+    password = check_tls(config)
+    return uvicorn.Config(
+        app,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=_FLUSH_SECONDS,
+        ssl_certfile=config.tls_cert_file,
+        ssl_keyfile=config.tls_key_file,
+        ssl_keyfile_password=password,
+    )
+
+
+def _run(server: uvicorn.Server, listener: socket.socket) -> None:
+    """uvicorn raises a signal once more after its shutdown; here that is the ordinary end, not an error."""
+    before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        server.run(sockets=[listener])
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

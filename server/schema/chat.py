@@ -1,0 +1,217 @@
+"""Bodies and answers of /v1/chat/completions.
+
+A message is flattened to role and text here; which tokens it becomes is each member's own template's business.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, model_validator
+
+from ensemble_core.decoding.requests import Conversation
+from ensemble_core.errors import InvalidRequestError
+from server.schema.answer import Answer, TraceStep
+from server.schema.json_values import Strict, Text, text
+from server.schema.sampling import SamplingFields
+from server.schema.unsupported import CHAT_IGNORED, CHAT_NEUTRAL, Neutral
+
+# Fields of a message that would change the answer; null and empty lists are neutral.
+_MESSAGE_UNSUPPORTED = ("audio", "function_call", "tool_call_id", "tool_calls")
+
+
+class TextPart(BaseModel):
+    """A piece of a message's content; text is the only kind."""
+
+    type: Literal["text"]
+    text: str
+
+
+def _content(value: object) -> str:
+    """Text as it stands, or text parts joined by line breaks."""
+    if isinstance(value, str):
+        return text(value)
+    if not isinstance(value, list) or not value:
+        raise ValueError("must be a string or a list of text parts")
+    return "\n".join(_part(part) for part in value)
+
+
+def _part(part: object) -> str:
+    if not isinstance(part, dict) or not isinstance(part.get("type"), str):
+        raise ValueError('a part must be an object with a type, for example {"type": "text", "text": "..."}')
+    if part["type"] != "text":
+        raise ValueError(f"parts of type {part['type'][:40]!r} are not supported; send text parts alone")
+    return text(part.get("text"))
+
+
+class Message(Strict):
+    """One message of a conversation."""
+
+    role: Literal["system", "developer", "user", "assistant"] = Field(
+        description="developer is taken for system, which is the name that templates know."
+    )
+    content: Annotated[str, PlainValidator(_content, json_schema_input_type=str | list[TextPart])] = Field(
+        description="Text, or text parts; parts are joined by line breaks."
+    )
+    name: str | None = Field(None, description="Accepted; changes nothing.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _text_alone(cls, value: object) -> object:
+        for name in _MESSAGE_UNSUPPORTED:
+            if isinstance(value, dict) and value.get(name):
+                raise ValueError(f"{name} is not supported in messages; leave it out")
+        return value
+
+    def flat(self) -> dict[str, str]:
+        """Role and text, as templates take them."""
+        return {"role": "system" if self.role == "developer" else self.role, "content": self.content}
+
+
+class JsonSchema(Strict):
+    """The schema that the answer's JSON follows."""
+
+    model_config = ConfigDict(populate_by_name=True)
+
+    name: Text | None = Field(None, description="Accepted; changes nothing.")
+    description: str | None = Field(None, description="Accepted; changes nothing.")
+    schema_: dict[str, Any] = Field(alias="schema", description="A JSON schema.")
+    strict: bool | None = Field(None, description="Accepted; the schema always binds.")
+
+
+class ResponseFormat(Strict):
+    """What the text must be."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = Field(None, description="With type json_schema.")
+
+    @model_validator(mode="after")
+    def _schema_where_needed(self) -> ResponseFormat:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ValueError("json_schema must be sent with type json_schema, and only with it")
+        return self
+
+
+def to_conversation(messages: list[Message], goes_on: bool, opens_turn: bool) -> Conversation:
+    """As the engine takes it: it goes on from the last message, or the templates open the assistant's turn.
+
+    Raises InvalidRequestError where the flags contradict each other or the messages.
+    """
+    if goes_on == opens_turn:
+        raise InvalidRequestError(
+            "continue_final_message: true goes with add_generation_prompt: false, and one needs the other",
+            "continue_final_message" if goes_on else "add_generation_prompt",
+        )
+    if goes_on and messages[-1].role != "assistant":
+        raise InvalidRequestError(
+            "continue_final_message needs an assistant's message at the end, got one of role "
+            f"{messages[-1].role!r}",
+            "continue_final_message",
+        )
+    return Conversation(tuple(message.flat() for message in messages), goes_on)
+
+
+class ChatRequest(SamplingFields):
+    """The body of POST /v1/chat/completions."""
+
+    model_config = ConfigDict(
+        json_schema_extra={"example": {"model": "duo", "messages": [{"role": "user", "content": "Hello!"}]}}
+    )
+    neutral: ClassVar[Neutral] = CHAT_NEUTRAL
+    ignored: ClassVar[frozenset[str]] = CHAT_IGNORED
+
+    messages: list[Message] = Field(min_length=1, description="The conversation so far.")
+    add_generation_prompt: bool | None = Field(
+        None, description="Open the assistant's turn; true if not sent. false only with continue_final_message."
+    )
+    continue_final_message: bool | None = Field(
+        None, description="Go on from the last message, an assistant's; needs add_generation_prompt: false."
+    )
+    max_completion_tokens: int | None = Field(
+        None,
+        description="Most tokens of each choice; what is left of the context if not sent.",
+        json_schema_extra={"minimum": 1},
+    )
+    max_tokens: int | None = Field(
+        None, description="The older name of max_completion_tokens.", json_schema_extra={"minimum": 1}
+    )
+    logprobs: bool | None = Field(None, description="Send each token's fused log-probability.")
+    top_logprobs: int | None = Field(
+        None,
+        description="With logprobs: this many alternatives for each token.",
+        json_schema_extra={"minimum": 0, "maximum": 20},
+    )
+    response_format: ResponseFormat | None = Field(
+        None, description="Free text, any JSON object, or JSON of a schema; a mask over the fused distribution."
+    )
+
+
+class ChatAlternative(BaseModel):
+    """A token with its log-probability."""
+
+    token: str
+    logprob: float
+    bytes: list[int] | None
+
+
+class ChatToken(ChatAlternative):
+    """A token of the answer and what else was likely there."""
+
+    top_logprobs: list[ChatAlternative]
+
+
+class ChatLogprobs(BaseModel):
+    """An entry a token."""
+
+    content: list[ChatToken]
+
+
+class AssistantMessage(BaseModel):
+    """The answer."""
+
+    role: Literal["assistant"]
+    content: str
+
+
+class Delta(BaseModel):
+    """A piece of the answer. The first one of a choice has the role."""
+
+    role: Literal["assistant"] | None = None
+    content: str
+
+
+class _ChatChoice(BaseModel):
+    index: int
+    logprobs: ChatLogprobs | None
+    finish_reason: Literal["stop", "length"] | None
+    stop_reason: str | int | None
+    token_ids: list[int] | None = Field(None, description="With return_token_ids.")
+    trace: list[TraceStep] | None = Field(None, description="With ensemble.trace: an entry a token.")
+
+
+class ChatChoice(_ChatChoice):
+    """One choice."""
+
+    message: AssistantMessage
+
+
+class ChatPiece(_ChatChoice):
+    """A piece of one choice."""
+
+    delta: Delta
+
+
+class ChatCompletion(Answer):
+    """A whole answer."""
+
+    object: Literal["chat.completion"]
+    choices: list[ChatChoice]
+    prompt_token_ids: list[int] | None = Field(None, description="With return_token_ids.")
+
+
+class ChatChunk(Answer):
+    """One chunk of a stream."""
+
+    object: Literal["chat.completion.chunk"]
+    choices: list[ChatPiece]
+    prompt_token_ids: list[int] | None = Field(None, description="With return_token_ids.")
