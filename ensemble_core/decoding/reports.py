@@ -15,6 +15,7 @@ from ensemble_core.decoding.requests import Trace
 from ensemble_core.decoding.sequence import Scored, Sequence
 from ensemble_core.fusion.base import Fused
 from ensemble_core.members.base import Candidates
+from ensemble_core.members.ranking import ranked
 from ensemble_core.stats import Reason
 
 NUM_TRACED = 5  # candidates of each member in a trace
@@ -85,9 +86,9 @@ def _spelling(sequence: Sequence, member: str, part: Candidates, row: int) -> by
 
 
 def _best(token_ids: Tensor, logprobs: Tensor, num: int) -> tuple[tuple[int, float], ...]:
-    """The `num` likeliest ids of a row with their log-probabilities, best first."""
-    values, places = logprobs.topk(min(num, logprobs.shape[0]))
-    pairs = zip(token_ids[places].tolist(), values.tolist(), strict=True)
+    """The `num` likeliest ids of a row with their log-probabilities, best first, of equals the lowest id."""
+    places = ranked(logprobs, num, token_ids)
+    pairs = zip(token_ids[places].tolist(), logprobs[places].tolist(), strict=True)
     return tuple((token_id, value) for token_id, value in pairs if value > -float("inf"))
 
 

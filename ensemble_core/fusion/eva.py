@@ -18,6 +18,7 @@ from torch import Tensor
 from ensemble_core.fusion.base import FusionSpace, Views, register
 from ensemble_core.fusion.support import TokenPool
 from ensemble_core.members.base import Candidates
+from ensemble_core.members.ranking import ranked
 
 
 class EvaOptions(BaseModel):
@@ -49,8 +50,8 @@ class EvaFusion(TokenPool):
 
 def _borne_out(shares: Tensor, num_top: int) -> Tensor:
     """Which members' top token stands in another's top: (B, M, S) -> (B, M) bool."""
-    best = shares.topk(min(num_top, shares.shape[2]), dim=2)
-    leaders = best.indices[:, :, :1].unsqueeze(3)  # (B, M, 1, 1)
-    among = (leaders == best.indices.unsqueeze(1)) & (best.values > 0).unsqueeze(1)  # (B, M, M, n)
+    best = ranked(shares, num_top)  # (B, M, n)
+    leaders = best[:, :, :1].unsqueeze(3)  # (B, M, 1, 1)
+    among = (leaders == best.unsqueeze(1)) & (shares.gather(2, best) > 0).unsqueeze(1)  # (B, M, M, n)
     others = ~torch.eye(shares.shape[1], dtype=torch.bool, device=shares.device)
     return (among.any(dim=3) & others).any(dim=2)

@@ -28,6 +28,7 @@ from torch import Tensor
 from ensemble_core.fusion.base import Fused, FusionSpace, Views, register
 from ensemble_core.fusion.support import floor_of
 from ensemble_core.members.base import Candidates
+from ensemble_core.members.ranking import ranked
 from ensemble_core.transfer.matrix import TransferMatrix
 
 NUM_REACHED = 64  # main tokens that join the support through anchors of r
@@ -276,7 +277,8 @@ def _extend(main: Candidates, gap: Tensor, anchor_ids: Tensor) -> tuple[Tensor, 
     What main gives a token outside its candidates is supposed as in `support`: its floor, and all together a
     sixteenth of main's tail at most. Places that nothing fills repeat main's first id with no mass.
     """
-    gaps, best = gap.topk(min(NUM_REACHED, gap.shape[1]), dim=1)
+    best = ranked(gap, NUM_REACHED)
+    gaps = gap.gather(1, best)
     extra = anchor_ids[best]  # (B, M)
     known = (extra.unsqueeze(2) == main.token_ids.unsqueeze(1)).any(dim=2) | (extra < 0) | (gaps <= _ROUNDING)
     added = torch.where(known, 0.0, floor_of(main, (~known).sum(dim=1)).unsqueeze(1))

@@ -23,6 +23,7 @@ from ensemble_core.fusion.base import FusionSpace, Views, register
 from ensemble_core.fusion.mapping import token_map
 from ensemble_core.fusion.support import TokenPool, floor_of
 from ensemble_core.members.base import Candidates
+from ensemble_core.members.ranking import ranked
 
 
 class UnionOptions(BaseModel):
@@ -87,6 +88,6 @@ def probability_of(candidates: Candidates, token_ids: Tensor) -> Tensor:
 
 def _union(inside: Tensor, num_top: int) -> Tensor:
     """Which places some member has among its top: (B, M, S) -> (B, S) bool."""
-    best = inside.topk(min(num_top, inside.shape[2]), dim=2)
-    marked = torch.zeros_like(inside, dtype=torch.bool).scatter_(2, best.indices, best.values > 0)
+    best = ranked(inside, num_top)
+    marked = torch.zeros_like(inside, dtype=torch.bool).scatter_(2, best, inside.gather(2, best) > 0)
     return marked.any(dim=1)

@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ensemble_core.members.ranking import ranked
 from ensemble_core.text.vocabulary import Vocabulary
 
 
@@ -40,8 +41,9 @@ class Candidates:
     """What a member answers: for each wanted position its likeliest tokens, and the mass of the rest.
 
     Rows follow the order of the feeds, and within a feed the order of its positions. The log-softmax behind
-    the numbers is taken over the member's full vocabulary. Ids asked for by `also` stand in the last columns
-    of their row if their rank did not bring them in; otherwise a row runs from likely to unlikely.
+    the numbers is taken over the member's full vocabulary. A row runs from likely to unlikely, of equals the
+    lowest id first, and holds the ids asked for by `also` whatever their rank; a row that holds the whole
+    vocabulary is in the order of ids.
 
     clock: waits for the end of the forward and says what it took, in seconds; None: it was over when it came back.
     likelihoods: for each feed the sum of the log-probabilities that its `following` asks for, in nats; empty where no
@@ -65,10 +67,14 @@ class Candidates:
         return Candidates(self.token_ids[index], self.logprobs[index], self.tail[index])
 
     def best(self, num: int) -> Candidates:
-        """The `num` likeliest of each row; what is cut off joins the tail."""
+        """The `num` likeliest of each row, of equals the lowest ids; what is cut off joins the tail."""
         if self.token_ids.shape[1] <= num:
             return self
-        logprobs, places = self.logprobs.topk(num, dim=1)
+        return self.at(ranked(self.logprobs, num, self.token_ids))
+
+    def at(self, places: Tensor) -> Candidates:
+        """Those at the given places (N, k) of each row; what is left out joins the tail."""
+        logprobs = self.logprobs.gather(1, places)
         return Candidates(self.token_ids.gather(1, places), logprobs, log_rest(logprobs))
 
     def to(self, device: torch.device) -> Candidates:

@@ -1,8 +1,11 @@
 """From logits to candidates: the K likeliest ids of each row with exact log-probabilities, and the tail.
 
 Large vocabularies make this a cost of its own, so logits are surveyed once: the normaliser with a float32 sum and no
-float copy of the logits, and the peaks of stripes of columns, through which the likeliest are found. On CPU that is
-one compiled loop. Knows no model and no cache.
+float copy of the logits, and the peaks of stripes, through which the likeliest are found. On CPU that is one compiled
+loop.
+
+Candidates stand in the order of `ranking`, by the log-probabilities that they carry: a row is a prefix of the same
+row with more candidates, bit for bit, and does not depend on the other rows. Knows no model and no cache.
 """
 
 from __future__ import annotations
@@ -15,22 +18,20 @@ from torch import Tensor
 
 from ensemble_core.members.base import Candidates, log_rest
 from ensemble_core.members.kernels import compiled
+from ensemble_core.members.ranking import BESIDE, STRIPE, has_stripes, peaks, ranked, within_reach
 
 _CHUNK = 65_536  # columns that the normaliser takes at once
-_STRIPE = 16  # columns that the search for the likeliest takes together
 
 
 class Survey(NamedTuple):
     """What one reading of logits (N, V) tells.
 
-    normaliser: (N,) float32, log of the sum of exp over columns. peaks: (N, stripes), the largest of each stripe:
-    columns are in parts of 16 * beside, and a stripe is every `beside`-th column of a part; a few last columns are in
-    none.
+    normaliser: (N,) float32, log of the sum of exp over columns. peaks: (N, stripes), the largest of each stripe; see
+    `ranking`.
     """
 
     normaliser: Tensor
     peaks: Tensor
-    beside: int
 
 
 def survey(logits: Tensor) -> Survey:
@@ -38,10 +39,8 @@ def survey(logits: Tensor) -> Survey:
     if compiled.serves(logits.device, logits.dtype):
         from ensemble_core.members.kernels.compiled.logits import survey_logits
 
-        return Survey(*survey_logits(logits, _STRIPE))
-    beside = logits.shape[1] // _STRIPE
-    peaks = logits[:, : beside * _STRIPE].view(len(logits), _STRIPE, beside).amax(dim=1)
-    return Survey(log_normaliser(logits), peaks, beside)
+        return Survey(*survey_logits(logits, STRIPE, BESIDE))
+    return Survey(log_normaliser(logits), peaks(logits))
 
 
 def log_normaliser(logits: Tensor) -> Tensor:
@@ -56,41 +55,39 @@ def log_normaliser(logits: Tensor) -> Tensor:
 
 
 def likeliest(logits: Tensor, num: int, found: Survey) -> Tensor:
-    """Columns of the `num` largest of each row, largest first: (N, V) -> (N, num) int64.
+    """The `num` likeliest ids of each row, in order: (N, V) -> (N, num) int64.
 
-    The largest stand in the `num` stripes with the largest peaks, since each of those holds a number that is no
-    smaller than anything in the others; so the search goes on in a few thousand columns. Rows are finite.
+    Logits that give the same float32 log-probability are equals, since no later step can tell them apart.
     """
-    num_stripes, beside = found.peaks.shape[1], found.beside
-    if num_stripes < 4 * num:
-        return logits.topk(num, dim=1).indices
-    stripes = found.peaks.topk(num, dim=1, sorted=False).indices
-    begin = stripes // beside * (_STRIPE * beside) + stripes % beside
-    offsets = torch.arange(0, _STRIPE * beside, beside, device=logits.device)
-    columns = (begin.unsqueeze(2) + offsets).flatten(1)
-    rest = torch.arange(num_stripes * _STRIPE, logits.shape[1], device=logits.device).expand(len(logits), -1)
-    columns = torch.cat([columns, rest], dim=1)
-    return columns.gather(1, logits.gather(1, columns).topk(num, dim=1).indices)
+    normaliser = found.normaliser.unsqueeze(1)
+    if not has_stripes(logits.shape[1], num):
+        return ranked(logits.float() - normaliser, num)
+    columns = within_reach(found.peaks.float() - normaliser, num, logits.shape[1])
+    return columns.gather(1, ranked(logits.gather(1, columns).float() - normaliser, num, columns))
 
 
 def top_candidates(logits: Tensor, top_k: int, also: Sequence[tuple[int, ...]] = ()) -> Candidates:
     """The `top_k` likeliest ids of each row of `logits` (N, V), and those asked for by `also` (N entries or none).
 
-    top_k >= V: whole distributions in the order of ids, tail -inf. An id of `also` that is not among the likeliest
-    takes the place of the unlikeliest that nobody asked for. A row that is not finite comes back as NaN.
+    An id of `also` that is not among the likeliest takes the place of the unlikeliest that nobody asked for. The
+    answer is as wide as the longest entry of `also` if that is longer than `top_k`. Rows run from likely to unlikely,
+    of equals the lowest id first, ids of `also` included. A width of V or more: whole distributions in the order of
+    ids, tail -inf. A row that is not finite comes back as NaN.
     """
     found = survey(logits)
     normaliser, (num_rows, vocabulary) = found.normaliser, logits.shape
-    if top_k >= vocabulary:
+    width = _width(top_k, also)
+    if width >= vocabulary:
         token_ids = torch.arange(vocabulary, device=logits.device).expand(num_rows, vocabulary)
         whole = logits.float() - normaliser.unsqueeze(1)
         return Candidates(token_ids, whole, torch.full_like(normaliser, -torch.inf))
-    token_ids = likeliest(logits, top_k, found)
+    token_ids = likeliest(logits, width, found)
     for row, wanted in enumerate(also):
         if wanted:
             _force(token_ids[row], wanted)
     logprobs = logits.gather(1, token_ids).float() - normaliser.unsqueeze(1)
-    return Candidates(token_ids, logprobs, log_rest(logprobs))
+    candidates = Candidates(token_ids, logprobs, log_rest(logprobs))
+    return _in_order(candidates) if any(also) else candidates
 
 
 def likelihoods(logits: Tensor, following: Sequence[tuple[int, ...]]) -> tuple[float, ...]:
@@ -110,16 +107,19 @@ def narrow(candidates: Candidates, num: int, keep: Sequence[tuple[int, ...]]) ->
 
     Every id of `keep` must be among the row's candidates.
     """
-    best = candidates.best(num)
-    if best is candidates or not any(keep):
-        return best
-    token_ids, logprobs = best.token_ids.clone(), best.logprobs.clone()
+    width = _width(num, keep)
+    if candidates.token_ids.shape[1] <= width or not any(keep):
+        return candidates.best(width)
+    token_ids, kept = candidates.token_ids, torch.zeros_like(candidates.logprobs, dtype=torch.bool)
     for row, wanted in enumerate(keep):
         if wanted:
-            _force(token_ids[row], wanted)
-            columns = _columns(candidates.token_ids[row], token_ids[row])
-            logprobs[row] = candidates.logprobs[row, columns]
-    return Candidates(token_ids, logprobs, log_rest(logprobs))
+            kept[row, _columns(token_ids[row], torch.tensor(wanted, device=token_ids.device))] = True
+    return _in_order(candidates.at(ranked(candidates.logprobs.masked_fill(kept, torch.inf), width, token_ids)))
+
+
+def _width(num: int, asked: Sequence[tuple[int, ...]]) -> int:
+    """Columns that hold the `num` likeliest, and all that is asked for of any row."""
+    return max(num, max((len(set(wanted)) for wanted in asked), default=0))
 
 
 def _columns(have: Tensor, wanted: Tensor) -> Tensor:
@@ -130,12 +130,16 @@ def _columns(have: Tensor, wanted: Tensor) -> Tensor:
 
 
 def _force(token_ids: Tensor, wanted: tuple[int, ...]) -> None:
-    """Put missing `wanted` ids into the last places of a row (K,), in place."""
-    ids = token_ids.tolist()
-    missing = [token_id for token_id in dict.fromkeys(wanted) if token_id not in ids]
+    """Put missing `wanted` ids into the last places of a row (K,) that hold others, in place."""
+    ids, asked = token_ids.tolist(), set(wanted)
+    missing = asked.difference(ids)
     if missing:
-        kept = [token_id for token_id in reversed(ids) if token_id not in wanted]
-        dropped = set(kept[: len(missing)])
-        row = [token_id for token_id in ids if token_id not in dropped] + missing
-        assert len(row) == len(ids), "more ids are asked for than there are candidates"
-        token_ids.copy_(torch.tensor(row))
+        spare = (place for place in reversed(range(len(ids))) if ids[place] not in asked)
+        for place, token_id in zip(spare, missing, strict=False):
+            ids[place] = token_id
+        token_ids.copy_(torch.tensor(ids))
+
+
+def _in_order(candidates: Candidates) -> Candidates:
+    num = candidates.token_ids.shape[1]
+    return candidates.at(ranked(candidates.logprobs, num, candidates.token_ids))

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from ensemble_core.members import candidates as module
@@ -193,3 +197,171 @@ def test_the_likeliest_are_those_of_a_full_search(num_rows: int, vocabulary: int
     columns = likeliest(logits, 60, survey(logits))
     assert torch.equal(logits.gather(1, columns), logits.topk(60, dim=1).values)
     assert all(len(set(row)) == 60 for row in columns.tolist())
+
+
+SHARED = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+LEVELS = st.sampled_from([-3.0, -1.0, -0.5, -0.0, 0.0, 0.5, 2.0, 30.0])
+
+
+@st.composite
+def tied_logits(draw: st.DrawFn) -> Tensor:
+    """A few short rows in bfloat16 with few different numbers."""
+    num_rows, vocabulary = draw(st.integers(1, 4)), draw(st.integers(2, 40))
+    numbers = draw(st.lists(LEVELS, min_size=num_rows * vocabulary, max_size=num_rows * vocabulary))
+    return torch.tensor(numbers, dtype=torch.bfloat16).view(num_rows, vocabulary)
+
+
+def ordered_ids(logits: Tensor, row: int) -> list[int]:
+    """All ids of a row: likelier first, of equals the lowest."""
+    numbers = logits[row].tolist()
+    return sorted(range(len(numbers)), key=lambda token_id: (-numbers[token_id], token_id))
+
+
+def expected_ids(logits: Tensor, row: int, num: int, asked: Sequence[int]) -> list[int]:
+    """What a row of `num` candidates holds, in order."""
+    order = ordered_ids(logits, row)
+    rest = [token_id for token_id in order if token_id not in asked]
+    return sorted([*set(asked), *rest][:num], key=order.index)
+
+
+def crowded(num_rows: int, vocabulary: int, seed: int = 0) -> Tensor:
+    """Logits in bfloat16 as models have them: hundreds of equals around the 256th likeliest."""
+    return random_logits(num_rows, vocabulary, seed, torch.bfloat16).round()
+
+
+def assert_same(found: Candidates, expected: Candidates) -> None:
+    """Bit by bit."""
+    for ours, theirs in (
+        (found.token_ids, expected.token_ids),
+        (found.logprobs, expected.logprobs),
+        (found.tail, expected.tail),
+    ):
+        assert torch.equal(ours, theirs)
+
+
+@SHARED
+@given(tied_logits(), st.data())
+def test_a_row_is_the_first_of_one_order_with_what_is_asked_for(logits: Tensor, data: st.DataObject) -> None:
+    num_rows, vocabulary = logits.shape
+    asked = data.draw(st.lists(st.lists(st.integers(0, vocabulary - 1)), min_size=num_rows, max_size=num_rows))
+    also = [tuple(ids) for ids in asked]
+    top_k = data.draw(st.integers(1, vocabulary))
+    width = max(top_k, *(len(set(ids)) for ids in also))
+    found, whole = top_candidates(logits, top_k, also), top_candidates(logits, vocabulary)
+    assert found.token_ids.shape == (num_rows, min(width, vocabulary))
+    again = narrow(whole, top_k, also)
+    for row in range(num_rows):
+        expected = expected_ids(logits, row, width, also[row])
+        if width < vocabulary:
+            assert found.token_ids[row].tolist() == expected
+        assert sorted(again.token_ids[row].tolist()) == sorted(expected)
+        assert torch.equal(found.logprobs[row], whole.logprobs[row, found.token_ids[row]])
+    if width < vocabulary:
+        assert_same(again, found)
+
+
+@SHARED
+@given(tied_logits(), st.data())
+def test_fewer_are_the_first_of_more_and_rows_do_not_touch(logits: Tensor, data: st.DataObject) -> None:
+    num_rows, vocabulary = logits.shape
+    top_k = data.draw(st.integers(1, vocabulary - 1))
+    more = data.draw(st.integers(top_k, vocabulary))
+    few, many = top_candidates(logits, top_k), top_candidates(logits, more)
+    assert_same(many.best(top_k), few)
+    if more < vocabulary:
+        assert torch.equal(many.token_ids[:, :top_k], few.token_ids)
+        assert torch.equal(many.logprobs[:, :top_k], few.logprobs)
+    for row in range(num_rows):
+        assert_same(top_candidates(logits[row : row + 1], top_k), few.rows([row]))
+
+
+@pytest.mark.parametrize("vocabulary", [1024, 5000, 20_000, 49_152, 70_001])
+@pytest.mark.parametrize("top_k", [1, 60, 256])
+def test_equals_in_many_stripes(vocabulary: int, top_k: int) -> None:
+    logits = crowded(4, vocabulary, seed=vocabulary)
+    logits[1] = 0.25
+    logits[2, 7::5] = 20.0
+    logits[3, -30:] = 20.0
+    found = top_candidates(logits, top_k)
+    for row in range(4):
+        assert found.token_ids[row].tolist() == ordered_ids(logits, row)[:top_k]
+        assert_same(top_candidates(logits[row : row + 1], top_k), found.rows([row]))
+    assert_same(top_candidates(logits, vocabulary).best(top_k), found)
+
+
+def test_the_largest_vocabulary_with_equals_and_ids_that_are_asked_for() -> None:
+    logits = crowded(3, 262_144, seed=3)
+    order = [ordered_ids(logits, row) for row in range(3)]
+    also = [(), (order[1][255], order[1][256], order[1][-1]), tuple(order[2][9:300:29])]
+    found = top_candidates(logits, 256, also)
+    for row in range(3):
+        assert found.token_ids[row].tolist() == expected_ids(logits, row, 256, also[row])
+    check_tail(found, reference(logits))
+    assert_same(narrow(top_candidates(logits, 400, also), 256, also), found)
+    assert_same(narrow(top_candidates(logits, 262_144), 256, also), found)
+
+
+def test_a_row_does_not_depend_on_a_neighbour_with_a_bias() -> None:
+    """A neighbour's bias widens the answer of a whole forward; what is cut from it is what was there alone."""
+    logits = crowded(2, 49_152)
+    alone = top_candidates(logits[:1], 256)
+    beside = top_candidates(logits, 256 + 3, [(), (5, 6, 49_000)]).rows([0]).best(256)
+    assert_same(beside, alone)
+    assert_same(top_candidates(logits, 49_152).rows([0]).best(256), alone)
+
+
+def test_more_ids_are_asked_for_than_candidates() -> None:
+    """257 biased ids at K = 64: the answer is as wide as what is asked for, and the other rows are whole."""
+    logits = crowded(3, 20_000, seed=4)
+    biased = tuple(range(500, 757))
+    for also in ([(), biased, (3, 4)], [(), biased + biased, (4, 3)]):
+        found = top_candidates(logits, 64, also)
+        assert found.token_ids.shape == (3, 257)
+        assert sorted(found.token_ids[1].tolist()) == list(biased)
+        assert found.token_ids[0].tolist() == ordered_ids(logits, 0)[:257]
+        assert found.token_ids[2].tolist() == expected_ids(logits, 2, 257, (3, 4))
+        check_tail(found, reference(logits))
+        assert_same(narrow(top_candidates(logits, 64 + 257, also), 64, also), found)
+        assert narrow(found, 64, also) is found
+    assert len(top_candidates(logits[:, :300], 64, [tuple(range(300)), (), ()]).token_ids[0]) == 300
+
+
+def test_zeros_of_both_signs_are_equals() -> None:
+    logits = torch.full((1, 30), -5.0)
+    logits[0, [20, 3, 11, 7]] = torch.tensor([0.0, -0.0, 0.0, -0.0])
+    assert top_candidates(logits, 3).token_ids.tolist() == [[3, 7, 11]]
+
+
+def test_logits_that_no_log_probability_tells_apart_are_equals() -> None:
+    """Whole distributions hold log-probabilities alone, and must be cut to the same ids."""
+    logits = torch.zeros(1, 400)
+    logits[0, 50:] -= 1e-9 * torch.arange(350, 0, -1)
+    logits[0, 300] = 2.0
+    found = top_candidates(logits, 5)
+    assert found.token_ids.tolist() == [[300, 0, 1, 2, 3]]
+    assert_same(top_candidates(logits, 400).best(5), found)
+    logits[0, :50] = -1e-9
+    assert top_candidates(logits, 5).token_ids.tolist() == [[300, 0, 1, 2, 3]]
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_a_broken_row_among_equals_harms_no_other(bad: float) -> None:
+    logits = crowded(3, 20_000, seed=5)
+    clean = top_candidates(logits, 64, [(), (9,), (8, 7)])
+    logits[1] = bad
+    found = top_candidates(logits, 64, [(), (9,), (8, 7)])
+    assert_same(found.rows([0, 2]), clean.rows([0, 2]))
+    assert not found.logprobs[1].isfinite().any()
+    assert 9 in found.token_ids[1].tolist()
+    assert len(set(found.token_ids[1].tolist())) == 64
+    assert not found.best(5).logprobs[1].isfinite().any()
+    assert_same(narrow(found, 30, [(), (9,), (8,)]).rows([0, 2]), narrow(clean.rows([0, 2]), 30, [(), (8,)]))
+
+
+def test_best_of_candidates_that_are_in_no_order() -> None:
+    """As another server may send them."""
+    logprobs = torch.tensor([[-2.0, -1.0, -2.0, -1.0, -3.0]])
+    token_ids = torch.tensor([[8, 9, 2, 4, 1]])
+    given = Candidates(token_ids, logprobs, torch.tensor([-2.0]))
+    assert given.best(3).token_ids.tolist() == [[4, 9, 2]]
+    assert narrow(given, 3, [(8, 1)]).token_ids.tolist() == [[4, 8, 1]]

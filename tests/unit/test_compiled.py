@@ -1,4 +1,4 @@
-"""Compiled attention over spans against softmax in float64, and what a token may depend on."""
+"""Compiled loops against torch: attention over spans, what a token may depend on, and the survey of logits."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from torch import Tensor
 
 from ensemble_core.members.attention.rows import Spans
 from ensemble_core.members.kernels.compiled.attention import attend_spans
+from ensemble_core.members.kernels.compiled.logits import survey_logits
+from ensemble_core.members.ranking import BESIDE, STRIPE, peaks
 
 SLOTS = 700  # more than two blocks of keys
 
@@ -96,3 +98,17 @@ def test_a_query_that_is_a_view_is_taken() -> None:
     parts = inputs(6, 2, 8, SPANS, torch.float32)
     wide = torch.cat((parts[0], parts[0]), dim=1)
     assert torch.equal(attend((wide[:, :6], *parts[1:]), SPANS), attend(parts, SPANS))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("vocabulary", [1, 300, 1024, 2047, 32_768, 33_791, 70_001])
+def test_a_survey_is_that_of_torch(vocabulary: int, dtype: torch.dtype) -> None:
+    """The same peaks; the normaliser of a row is the same bits in any batch."""
+    logits = (5.0 * torch.randn(5, vocabulary, generator=torch.Generator().manual_seed(1))).to(dtype)
+    logits[2, 1::2] = -torch.inf
+    logits[3, -1] = 60.0
+    normaliser, tops = survey_logits(logits, STRIPE, BESIDE)
+    assert torch.equal(tops, peaks(logits).float())
+    torch.testing.assert_close(normaliser.double(), logits.double().logsumexp(dim=1), atol=2e-6, rtol=1e-6)
+    for row in range(5):
+        assert torch.equal(survey_logits(logits[row : row + 1], STRIPE, BESIDE)[0], normaliser[row : row + 1])

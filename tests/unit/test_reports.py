@@ -34,3 +34,11 @@ def test_a_token_without_mass_has_a_number_that_json_knows() -> None:
     found = score(IDS, logprobs, 7, 1)
     assert found.logprob == -9999.0
     assert json.loads(json.dumps(found.top, allow_nan=False))[-1] == [7, -9999.0]
+
+
+def test_of_equals_the_lowest_ids_are_told() -> None:
+    ids = torch.randperm(700, generator=torch.Generator().manual_seed(0))
+    logprobs = torch.full((700,), -6.55)
+    assert [other for other, _ in score(ids, logprobs, 0, 5).top] == [0, 1, 2, 3, 4]
+    logprobs[ids == 9] = -1.0
+    assert [other for other, _ in score(ids, logprobs, 9, 3).top] == [9, 0, 1]

@@ -25,6 +25,7 @@ from ensemble_core.decoding.shaping import shape
 from ensemble_core.fusion.base import Fused, Fusion, single
 from ensemble_core.members.base import Candidates
 from ensemble_core.members.candidates import narrow
+from ensemble_core.members.ranking import ranked
 from ensemble_core.stats import FusionStats, Reason
 
 
@@ -141,7 +142,7 @@ def _narrow_main(group: Rows[Row], wide: Candidates, num_candidates: int) -> Can
         if row.mask is not None:
             allowed = row.mask.to(wide.token_ids.device)[wide.token_ids[i]]
             reachable = wide.logprobs[i].masked_fill(~allowed, -torch.inf)
-            best = reachable.topk(min(num_candidates // 2, int(allowed.sum()))).indices
+            best = ranked(reachable, min(num_candidates // 2, int(allowed.sum())), wide.token_ids[i])
             kept += wide.token_ids[i, best].tolist()
         keep.append(tuple(kept))
     return narrow(wide, width, keep)
