@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from fakes import FakeMember, byte_vocabulary, ensemble, pair_vocabulary, sequence
 
@@ -94,3 +96,13 @@ def test_agreement_is_of_bytes() -> None:
     answers["beta"].logprobs.copy_(logits.log_softmax(dim=1))
     (group,) = decide(made, answers, num_candidates=32).fusions
     assert (group.agreed, group.overruled) == ({"beta": (0, 1)}, 0)
+
+
+def test_of_equals_that_a_constraint_allows_the_lowest_is_in_reach() -> None:
+    made, answers = rows([ALONE], ["ab"])
+    whole = answers["alpha"]
+    answers["alpha"] = replace(whole, logprobs=torch.full_like(whole.logprobs, -5.5))
+    mask = torch.zeros(len(ALPHA.vocabulary), dtype=torch.bool)
+    mask[50:250] = True
+    outcome = decide([replace(made[0], mask=mask)], answers, num_candidates=32)
+    assert tokens(outcome) == {0: 50}

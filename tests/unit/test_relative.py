@@ -9,8 +9,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from ensemble_core.fusion import relative as module
 from ensemble_core.fusion.base import Fused, FusionSpace
-from ensemble_core.fusion.relative import Problem, RelativeFusion, RelativeOptions, solve_em, solve_search
+from ensemble_core.fusion.relative import (
+    NUM_REACHED,
+    Problem,
+    RelativeFusion,
+    RelativeOptions,
+    solve_em,
+    solve_search,
+)
 from ensemble_core.members.base import Candidates
 from ensemble_core.members.candidates import top_candidates
 from ensemble_core.transfer.matrix import TransferMatrix
@@ -340,3 +348,10 @@ def test_defaults_of_the_solvers() -> None:
     assert RelativeOptions(solver="search").num_steps == 5
     assert RelativeOptions(solver="search", steps=2).num_steps == 2
     assert isinstance(top_candidates(torch.zeros(1, 3), 2), Candidates)
+
+
+def test_of_anchors_with_equal_gaps_the_first_join() -> None:
+    main = top_candidates(torch.randn(2, 400, generator=torch.Generator().manual_seed(0)), 20)
+    gap, anchor_ids = torch.full((2, 300), 0.01), torch.arange(400, 700)
+    token_ids, _, _ = module._extend(main, gap, anchor_ids)
+    assert token_ids[:, 20:].tolist() == [list(range(400, 400 + NUM_REACHED))] * 2

@@ -266,3 +266,15 @@ def test_one_confident_stranger_does_not_carry_a_median_away() -> None:
     mean = dense(fusion("gac", {"threshold": 1.0}).fuse(answers(logits), weights), len(MAIN))
     assert float(median[0, 122]) < 1e-3
     assert float(mean[0, 122]) > 0.3
+
+
+def test_of_equals_the_lowest_ids_are_a_members_top() -> None:
+    """All tokens are equals: 20 make the union; and every member's top token is in the others' top 20."""
+    logits = [torch.zeros(2, len(vocabulary)) for vocabulary in (MAIN, MAIN, MAIN)]
+    logits[0][:, 0] = 2.0
+    weights = torch.tensor([[0.2, 0.3, 0.5]]).expand(2, 3)
+    union = fusion("union", {"rest": "none", "top": 20}, (MAIN, MAIN, MAIN)).fuse(answers(logits), weights)
+    assert dense(union, len(MAIN)).nonzero()[:, 1].tolist() == list(range(20)) * 2
+    kept = fusion("eva", {"top": 20}, (MAIN, MAIN, MAIN)).fuse(answers(logits), weights)
+    pool = fusion("gac", {"threshold": 1.0}, (MAIN, MAIN, MAIN)).fuse(answers(logits), weights)
+    assert torch.equal(dense(kept, len(MAIN)), dense(pool, len(MAIN)))
