@@ -24,7 +24,7 @@ from ensemble_core.factory import Spaces
 from ensemble_core.fusion.base import Fusion, FusionSpace, build_fusion, parse_options
 from ensemble_core.members.base import Candidates, Feed, Member
 from ensemble_core.members.loading.checkpoints import load_vocabulary, resolve_folder
-from ensemble_core.members.local import load_member
+from ensemble_core.members.loading.models import load_member
 from ensemble_core.transfer.matrix import TransferMatrix
 
 TEXT = (

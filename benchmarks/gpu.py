@@ -36,6 +36,7 @@ from ensemble_core.decoding.sequence import Sequence as Request
 from ensemble_core.engine import Engine
 from ensemble_core.fusion.base import FusionSpace
 from ensemble_core.fusion.projection import ProjectionFusion, ProjectionOptions
+from ensemble_core.members.loading.models import make_member
 from ensemble_core.members.local import LocalMember
 from ensemble_core.text.alignment import Track
 from ensemble_core.text.vocabulary import Vocabulary
@@ -201,7 +202,7 @@ def as_member(shape: Shape, model: Any, plan: Plan) -> LocalMember:
     config = MemberConfig(
         model=shape.name, kv_memory=max(size, 2**20), max_len=longest, kv_cache="paged", device=str(plan.device)
     )
-    return LocalMember(shape.name, model, words(shape.vocabulary), config, max_batch=batch)
+    return make_member(shape.name, model, words(shape.vocabulary), config, max_batch=batch)
 
 
 class Bench:

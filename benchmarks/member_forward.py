@@ -31,7 +31,7 @@ from benchmarks.stopwatch import Spread, Timed, ratios, take_turns
 from ensemble_core.config import Config, load_config
 from ensemble_core.members.base import Feed, Member
 from ensemble_core.members.loading.checkpoints import load_tokenizer, load_vocabulary, resolve_folder
-from ensemble_core.members.local import load_member
+from ensemble_core.members.loading.models import load_member
 
 NUM_CANDIDATES = 256
 BOUNDS = {(1, 256): 0.90, (8, 256): 0.60, (32, 256): 0.42, (32, 1024): 0.27}

@@ -24,8 +24,8 @@ from ensemble_core.fusion.base import FusionSpace
 from ensemble_core.members.base import Member
 from ensemble_core.members.loading.checkpoints import load_tokenizer, load_vocabulary, resolve_folder
 from ensemble_core.members.loading.memory import plan_caches
+from ensemble_core.members.loading.models import load_member
 from ensemble_core.members.loading.placement import log_plan
-from ensemble_core.members.local import load_member
 from ensemble_core.recipes import ModelInfo, RecipeBook, check_fusions, list_models
 from ensemble_core.stats import StatsSink
 from ensemble_core.text.prompt import PromptEncoder, read_template

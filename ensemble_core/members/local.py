@@ -1,46 +1,30 @@
-"""A member that lives in this process: a transformers model behind the packed forward.
+"""A member that lives in this process: a body behind the packed forward, and a cache of rows or pages.
 
 Invariants: a forward either advances every sequence it was fed or none; the answer is the model's own, whatever
-else is in the pass. At load the model proves that it can work so: its attention is surveyed, and a packed pass in
-chunks is compared with its own forward. Its cache is rows or pages; on CUDA decode steps are captured graphs, unless
-they fail their own proof. Does not know scheduling, fusion or text.
+else is in the pass. Does not know how a model is loaded (`loading.models`), scheduling, fusion or text.
 """
 
 from __future__ import annotations
 
-import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM
 
-from ensemble_core.config import MemberConfig
-from ensemble_core.errors import CheckpointError, ConfigError, MemberError, UnsupportedModelError
-from ensemble_core.members.attention.pages import Attention, by_gathering, by_kernel, choose_attention, pack_pages
-from ensemble_core.members.attention.rows import Pass, pack, span_attention
+from ensemble_core.errors import MemberError
+from ensemble_core.members.attention.base import Pass
+from ensemble_core.members.attention.pages import Attention, by_gathering, pack_pages
+from ensemble_core.members.attention.rows import pack
 from ensemble_core.members.base import Candidates, Feed
-from ensemble_core.members.body.flat import flatten
-from ensemble_core.members.body.graphs import Capture, GraphedBody, bucket_sizes, cuda_graphs
-from ensemble_core.members.body.transformers import Body, TransformersBody
+from ensemble_core.members.body.base import Body
+from ensemble_core.members.cache.base import Cache
 from ensemble_core.members.cache.pages import PagedCache
-from ensemble_core.members.cache.rows import Cache, KVCache, LayerShape, bytes_per_token
+from ensemble_core.members.cache.rows import KVCache
 from ensemble_core.members.candidates import likelihoods, top_candidates
-from ensemble_core.members.loading.placement import DTYPES, page_size, resolve_device
-from ensemble_core.members.loading.proof import Proof, survey
+from ensemble_core.members.kernels.base import Kernels
 from ensemble_core.members.streams import lane_on
 from ensemble_core.text.vocabulary import Vocabulary
-
-logger = logging.getLogger(__name__)
-
-_MAX_ROWS = 4096
-_MAX_BATCH = 64
-_LAYER_TYPES = {"full_attention", "sliding_attention", "attention"}
-_STATEFUL_ROPE = {"dynamic", "longrope"}  # frequencies that depend on the longest sequence of a pass
 
 
 class LocalMember:
@@ -49,33 +33,24 @@ class LocalMember:
     def __init__(
         self,
         name: str,
-        model: Any,
         vocabulary: Vocabulary,
-        config: MemberConfig,
-        *,
-        max_batch: int = _MAX_BATCH,
-        capture: Capture | None = None,
+        max_len: int,
+        body: Body,
+        cache: Cache,
+        kernels: Kernels,
+        device: torch.device,
+        attention: Attention = by_gathering,
     ) -> None:
-        """max_batch: sequences that decode at once. capture: how graphs are made; None: as the device can."""
-        self.name = name
-        self.vocabulary = vocabulary
-        layers = survey(name, model)
-        self.device = layers[-1].device
-        self.max_len = min(config.max_len, _longest(model))
-        self._cache: Cache = _cache(name, config, layers, self.max_len, model.dtype)
-        with torch.inference_mode():
-            proof = Proof(name, model, len(vocabulary), self.max_len)
-            flat = flatten(model, self.max_len) if config.forward == "auto" else None
-        self._body: Body = flat or TransformersBody(model, self.device)
-        self._memory = _sum_bytes(self._body.num_bytes(), self._cache.num_bytes())
-        self._lane = lane_on(self.device)
-        self._by_spans = span_attention(layers, model.dtype)
-        self._attention: Attention = by_gathering
-        if isinstance(self._cache, PagedCache):
-            self._attention = choose_attention(name, layers, model.dtype, self._cache.page_size)
-        proof.check(self)
-        if isinstance(self._cache, PagedCache):
-            self._adopt_graphs(self._cache, proof, capture or _capture(self._attention, layers), max_batch)
+        """device: where logits come out. attention: over pages; a cache of rows has no use for it."""
+        self.name, self.vocabulary, self.max_len, self.device = name, vocabulary, max_len, device
+        self._body, self._cache, self._kernels, self._attention = body, cache, kernels, attention
+        self._memory = dict(Counter(body.num_bytes()) + Counter(cache.num_bytes()))
+        self._lane = lane_on(device)
+
+    def adopt(self, make: Callable[[], Body]) -> None:
+        """Run from now on through the body that `make` makes, within this member's lane."""
+        with torch.inference_mode(), self._lane.work():
+            self._body = make()
 
     @property
     def page_size(self) -> int:
@@ -109,7 +84,7 @@ class LocalMember:
             self._cache.rollback(seq_id, length)
 
     def reuse(self, seq_id: int, token_ids: Sequence[int]) -> int:
-        """See `Member.reuse`; a shorter prefix than `kv_cache.MIN_PREFIX` is not worth it."""
+        """See `Member.reuse`; a shorter prefix than `cache.base.MIN_PREFIX` is not worth it."""
         with self._lane.work():
             return self._cache.reuse(seq_id, token_ids)
 
@@ -146,60 +121,7 @@ class LocalMember:
             return pack_pages(cache, chains, counts, self._attention)
         assert isinstance(cache, KVCache)
         rows = [cache.reserve(feed.seq_id, count) for feed, count in zip(feeds, counts, strict=True)]
-        return pack(cache, rows, counts, self._by_spans)
-
-    def _adopt_graphs(self, cache: PagedCache, proof: Proof, capture: Capture | None, max_batch: int) -> None:
-        """Decode through graphs if they can be captured and answer as the body itself does; else stay without."""
-        if capture is None:
-            return
-        body, sizes = self._body, bucket_sizes(max_batch)
-        try:
-            expected = {size: proof.step(self, size) for size in sizes}
-            with torch.inference_mode(), self._lane.work():
-                self._body = GraphedBody(body, cache, self._attention, self.device, sizes, capture)
-            for size in sizes:
-                proof.check_step(self, size, expected[size])
-        except Exception as error:  # whatever libraries raise in a capture
-            logger.warning("%s: decoding goes on without graphs: %s", self.name, error)
-            self._body = body
-
-
-def load_member(
-    name: str,
-    config: MemberConfig,
-    folder: Path,
-    vocabulary: Vocabulary,
-    *,
-    max_batch: int = _MAX_BATCH,
-    capture: Capture | None = None,
-) -> LocalMember:
-    """Load a model from a folder of safetensors and place it; keywords as of `LocalMember`.
-
-    Raises UnsupportedModelError (by name, with the reason), CheckpointError, ConfigError.
-    """
-    _refuse_unsupported(name, _read_config(name, config, folder))
-    placement: dict[str, Any] = {"device_map": config.device_map, "max_memory": config.max_memory}
-    if config.device_map is None:
-        placement = {"device_map": {"": resolve_device(name, config)}}
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=DTYPES.get(config.dtype, "auto"),
-            use_safetensors=True,
-            trust_remote_code=config.trust_remote_code,
-            **placement,
-        )
-    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
-        raise CheckpointError(f"member {name!r}: {folder} cannot be loaded: {error}") from error
-    model.eval().requires_grad_(False)
-    return LocalMember(name, model, vocabulary, config, max_batch=max_batch, capture=capture)
-
-
-def _read_config(name: str, config: MemberConfig, folder: Path) -> Any:
-    try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"member {name!r}: the config of {folder} cannot be read: {error}") from error
+        return pack(cache, rows, counts, self._kernels.attend_spans)
 
 
 def _places(feeds: Sequence[Feed], order: Sequence[int]) -> tuple[list[int], list[int]]:
@@ -217,63 +139,3 @@ def _places(feeds: Sequence[Feed], order: Sequence[int]) -> tuple[list[int], lis
         if token_id >= 0
     ]
     return answering, followed
-
-
-def _refuse_unsupported(name: str, config: Any) -> None:
-    """What the config says about layers that a cache of keys and values cannot hold."""
-    text = config.get_text_config()
-    if config.is_encoder_decoder:
-        raise UnsupportedModelError(f"member {name!r}: {config.model_type} is an encoder-decoder model")
-    kinds = set(getattr(text, "layer_types", None) or ()) - _LAYER_TYPES
-    if kinds:
-        raise UnsupportedModelError(
-            f"member {name!r}: {config.model_type} has layers of kind {sorted(kinds)}; supported are "
-            f"{sorted(_LAYER_TYPES)}"
-        )
-    if _rope_types(getattr(text, "rope_parameters", None)) & _STATEFUL_ROPE:
-        raise UnsupportedModelError(
-            f"member {name!r}: {config.model_type} has rotary embeddings of kind {sorted(_STATEFUL_ROPE)}, whose "
-            "frequencies depend on the other sequences of a pass; choose another `rope_type` in its config"
-        )
-
-
-def _rope_types(parameters: Any) -> set[str]:
-    if not isinstance(parameters, dict):
-        return set()
-    nested = [_rope_types(value) for value in parameters.values()]
-    return {str(parameters.get("rope_type", "default"))}.union(*nested)
-
-
-def _longest(model: Any) -> int:
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return int(limit) if limit else 2**31
-
-
-def _sum_bytes(*sizes: dict[str, int]) -> dict[str, int]:
-    return dict(sum((Counter(size) for size in sizes), Counter()))
-
-
-def _cache(name: str, config: MemberConfig, layers: list[LayerShape], max_len: int, dtype: torch.dtype) -> Cache:
-    """Rows or pages, as many as the memory holds. Raises ConfigError where that is not one sequence."""
-    memory, token_bytes = config.cache_bytes, bytes_per_token(layers, dtype)
-    size = page_size(config, layers[-1].device)
-    if size is None:
-        _check_memory(name, memory, max_len * token_bytes)
-        return KVCache(layers, min(memory // (max_len * token_bytes), _MAX_ROWS), max_len, dtype)
-    num_pages = memory // (size * token_bytes) - 1  # one more is scratch
-    _check_memory(name, memory, (-(-max_len // size) + 1) * size * token_bytes)
-    return PagedCache(layers, num_pages, size, max_len, dtype)
-
-
-def _capture(attention: Attention, layers: Sequence[LayerShape]) -> Capture | None:
-    """How decode steps are captured: not without the kernel, since copies of whole tables would be captured."""
-    devices = {layer.device for layer in layers}
-    return cuda_graphs(layers[0].device) if attention is by_kernel and len(devices) == 1 else None
-
-
-def _check_memory(name: str, memory: int, needed: int) -> None:
-    if memory < needed:
-        raise ConfigError(
-            f"members.{name}.kv_memory: {memory} bytes hold no sequence of max_len tokens, which needs "
-            f"{needed}; raise kv_memory or lower max_len"
-        )

@@ -20,7 +20,8 @@ from ensemble_core.members.attention.pages import by_gathering, by_kernel
 from ensemble_core.members.base import Feed
 from ensemble_core.members.body.graphs import GraphedBody, cuda_graphs
 from ensemble_core.members.loading.checkpoints import load_vocabulary
-from ensemble_core.members.local import LocalMember, load_member
+from ensemble_core.members.loading.models import load_member
+from ensemble_core.members.local import LocalMember
 from ensemble_core.members.parallel import MemberPool
 from ensemble_core.transfer.workshop import build_matrices
 

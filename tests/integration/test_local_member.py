@@ -20,7 +20,8 @@ from ensemble_core.members.body.flat import FlatBody
 from ensemble_core.members.body.graphs import GraphedBody, eagerly
 from ensemble_core.members.cache.rows import KVCache
 from ensemble_core.members.loading.checkpoints import load_vocabulary
-from ensemble_core.members.local import LocalMember, load_member
+from ensemble_core.members.loading.models import load_member
+from ensemble_core.members.local import LocalMember
 
 EXACT = {"atol": 2e-5, "rtol": 1e-5}
 WHOLE = 10_000  # candidates: more than any tiny vocabulary has

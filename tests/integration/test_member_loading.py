@@ -21,8 +21,9 @@ from ensemble_core.members.base import Feed
 from ensemble_core.members.body.flat import FlatBody
 from ensemble_core.members.body.transformers import TransformersBody
 from ensemble_core.members.loading.checkpoints import resolve_folder
-from ensemble_core.members.loading.proof import survey
-from ensemble_core.members.local import LocalMember, load_member
+from ensemble_core.members.loading.models import load_member, make_member
+from ensemble_core.members.loading.proof import attention_layers
+from ensemble_core.members.local import LocalMember
 from ensemble_core.text.vocabulary import Vocabulary
 
 SIZE = 64
@@ -323,10 +324,10 @@ def test_positions_off_by_one_are_caught(
 
 
 @pytest.mark.parametrize(("kind", "heads"), [("llama", 2), ("gemma3", 1), ("qwen3", 2), ("gpt2", 4)])
-def test_survey(tiny_checkpoints: dict[Kind, Path], kind: Kind, heads: int) -> None:
+def test_attention_layers(tiny_checkpoints: dict[Kind, Path], kind: Kind, heads: int) -> None:
     model = transformers.AutoModelForCausalLM.from_pretrained(tiny_checkpoints[kind])
     before = model.config._attn_implementation
-    shapes = survey("tiny", model)
+    shapes = attention_layers("tiny", model)
     assert [(shape.num_kv_heads, shape.head_size, str(shape.device)) for shape in shapes] == [
         (heads, 16, "cpu")
     ] * 3
@@ -341,7 +342,7 @@ def test_survey_wants_one_attention_a_layer(layers: list[int]) -> None:
         layer.self_attn.layer_idx = index
     model.config.num_hidden_layers = len(layers)
     with pytest.raises(UnsupportedModelError, match=r"member 'tiny': .* one attention a layer, numbered from 0"):
-        survey("tiny", model)
+        attention_layers("tiny", model)
 
 
 @pytest.mark.parametrize("device_map", ["auto", "cpu", {"": "cpu"}, {"model": "cpu", "lm_head": "cpu"}])
@@ -370,7 +371,7 @@ def test_accelerate_hooks_pass_the_packed_forward_through(tmp_path: Path) -> Non
     }
     model = dispatch_model(model, device_map | {"lm_head": "cpu"}, main_device="cpu", force_hooks=True)
     assert hasattr(model.model.layers[0], "_hf_hook")
-    member = LocalMember("tiny", model, letters(), config_of(folder))
+    member = make_member("tiny", model, letters(), config_of(folder))
     found = member.forward([Feed(1, ids, 20)], SIZE).logprobs
     torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-5)
 

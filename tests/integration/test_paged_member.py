@@ -19,7 +19,8 @@ from ensemble_core.members.base import Feed
 from ensemble_core.members.body.graphs import GraphedBody, eagerly
 from ensemble_core.members.cache.pages import PagedCache
 from ensemble_core.members.loading.checkpoints import load_vocabulary
-from ensemble_core.members.local import LocalMember, load_member
+from ensemble_core.members.loading.models import load_member
+from ensemble_core.members.local import LocalMember
 from ensemble_core.transfer.workshop import build_matrices
 
 HEAD = "She said that the other one was there when they went to the house. "
@@ -117,7 +118,7 @@ def refused(_: Callable[[], Tensor]) -> Callable[[], Tensor]:
 def test_graphs_that_fail_or_differ_are_done_without(
     capture: Any, reason: str, tiny_checkpoints: dict[Kind, Path], caplog: pytest.LogCaptureFixture
 ) -> None:
-    with caplog.at_level(logging.WARNING, "ensemble_core.members.local"):
+    with caplog.at_level(logging.WARNING, "ensemble_core.members.loading.models"):
         member = load(tiny_checkpoints["llama"], capture)
     assert "tiny: decoding goes on without graphs" in caplog.text
     assert reason in caplog.text

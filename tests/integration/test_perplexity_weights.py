@@ -19,7 +19,8 @@ from ensemble_core.decoding.sampling_params import SamplingParams
 from ensemble_core.llm import LLM
 from ensemble_core.members.base import Feed
 from ensemble_core.members.loading.checkpoints import load_vocabulary
-from ensemble_core.members.local import LocalMember, load_member
+from ensemble_core.members.loading.models import load_member
+from ensemble_core.members.local import LocalMember
 
 MEMBER = {"dtype": "float32", "device": "cpu", "kv_memory": "8MiB", "max_len": 160}
 PAIR: tuple[Kind, Kind] = ("llama", "gpt2")

@@ -7,11 +7,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import gelu, relu, silu
 
-from ensemble_core.members.kernels.compiled.layers import CompiledArithmetic
-from ensemble_core.members.kernels.plain import Arithmetic, Norm, TorchArithmetic, arithmetic_for
+from ensemble_core.members.kernels.base import Kernels, Norm
+from ensemble_core.members.kernels.choice import choose
+from ensemble_core.members.kernels.compiled.kernels import CompiledKernels
+from ensemble_core.members.kernels.plain import PlainKernels
 
 CPU = torch.device("cpu")
-WAYS = [TorchArithmetic(), CompiledArithmetic()]
+WAYS = [PlainKernels(), CompiledKernels()]
 BOUNDS = {torch.float32: 2e-6, torch.bfloat16: 2e-2}
 
 
@@ -36,7 +38,7 @@ def gelu_tanh(x: Tensor) -> Tensor:
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(("rows", "width"), [(1, 576), (5, 33), (40, 640)])
 @pytest.mark.parametrize("gemma", [False, True])
-def test_sums_and_their_norms(way: Arithmetic, rows: int, width: int, dtype: torch.dtype, gemma: bool) -> None:
+def test_sums_and_their_norms(way: Kernels, rows: int, width: int, dtype: torch.dtype, gemma: bool) -> None:
     x, change = (3.0 * random(rows, width, seed=seed, dtype=dtype) for seed in (1, 2))
     after = norm(random(width, seed=3)) if gemma else None
     before = Norm(random(width, seed=4), 1e-2)
@@ -50,7 +52,7 @@ def test_sums_and_their_norms(way: Arithmetic, rows: int, width: int, dtype: tor
 @pytest.mark.parametrize("dtype", BOUNDS)
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("activation", [silu, gelu_tanh, relu, gelu])
-def test_gates(way: Arithmetic, activation: object, dtype: torch.dtype) -> None:
+def test_gates(way: Kernels, activation: object, dtype: torch.dtype) -> None:
     """Those that are compiled and any other; far from zero, too."""
     gate_up = 20.0 * random(7, 66, dtype=dtype)
     gate_up[0, :4] = torch.tensor([-500.0, 500.0, 0.0, -0.0])
@@ -64,7 +66,7 @@ def test_gates(way: Arithmetic, activation: object, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", BOUNDS)
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("with_norm", [False, True])
-def test_rotations(way: Arithmetic, with_norm: bool, dtype: torch.dtype) -> None:
+def test_rotations(way: Kernels, with_norm: bool, dtype: torch.dtype) -> None:
     heads, num, size = random(9, 5, 16, dtype=dtype), 4, 16
     angles = random(9, 1, size // 2, seed=5).repeat(1, 1, 2)
     cos, sin = angles.cos(), angles.sin()
@@ -79,7 +81,7 @@ def test_rotations(way: Arithmetic, with_norm: bool, dtype: torch.dtype) -> None
 
 def test_rows_do_not_depend_on_each_other_and_nan_comes_through() -> None:
     x, change, weight = random(6, 48, seed=1), random(6, 48, seed=2), norm(random(48, seed=3))
-    way = CompiledArithmetic()
+    way = CompiledKernels()
     total, normed = way.add_and_norm(x, change, weight, weight)
     alone = way.add_and_norm(x[4:5], change[4:5], weight, weight)
     assert torch.equal(alone[0][0], total[4])
@@ -94,6 +96,6 @@ def test_rows_do_not_depend_on_each_other_and_nan_comes_through() -> None:
 
 
 def test_what_serves_where() -> None:
-    assert isinstance(arithmetic_for(CPU, torch.bfloat16), CompiledArithmetic)
-    assert isinstance(arithmetic_for(CPU, torch.float16), TorchArithmetic)
-    assert isinstance(arithmetic_for(torch.device("meta"), torch.float32), TorchArithmetic)
+    assert isinstance(choose([CPU], torch.bfloat16), CompiledKernels)
+    assert isinstance(choose([CPU], torch.float16), PlainKernels)
+    assert isinstance(choose([torch.device("meta")], torch.float32), PlainKernels)

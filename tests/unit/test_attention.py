@@ -12,11 +12,16 @@ import torch
 from torch import Tensor
 
 from ensemble_core.errors import UnsupportedModelError
-from ensemble_core.members.attention.rows import FEW, SpanAttention, pack, packed_attention, span_attention
-from ensemble_core.members.cache.rows import KVCache, LayerShape
+from ensemble_core.members.attention.base import packed_attention
+from ensemble_core.members.attention.rows import FEW, pack
+from ensemble_core.members.cache.base import LayerShape
+from ensemble_core.members.cache.rows import KVCache
 from ensemble_core.members.kernels import compiled
+from ensemble_core.members.kernels.base import SpanAttention
+from ensemble_core.members.kernels.choice import choose
 
 ROW_LEN, KV_HEADS, SIZE = 96, 2, 8
+CPU = torch.device("cpu")
 
 
 def filled_cache(num_rows: int, seed: int) -> KVCache:
@@ -76,9 +81,7 @@ def test_any_mix_of_rows_and_counts(seed: int, heads: int, window: int | None, c
     seqs = rng.sample(range(9), rng.randint(1, 9))
     counts = [rng.choice([1, 1, 1, 3, rng.randint(1, FEW), rng.randint(FEW, ROW_LEN)]) for _ in seqs]
     counts = [min(count, ROW_LEN - cache.row(seq).length) for seq, count in zip(seqs, counts, strict=True)]
-    by_spans = (
-        span_attention([LayerShape(KV_HEADS, SIZE, torch.device("cpu"))], torch.float32) if compiled else None
-    )
+    by_spans = choose([CPU], torch.float32).attend_spans if compiled else None
     done = run(cache, seqs, counts, heads, window, seed, by_spans)
     assert done.packed.num_few == sum(count for count in counts if compiled and count <= FEW)
     assert sorted(done.order) == list(range(len(seqs)))
@@ -102,10 +105,9 @@ def test_any_mix_of_rows_and_counts(seed: int, heads: int, window: int | None, c
 
 
 def test_compiled_attention_is_for_cpu_and_known_types_alone() -> None:
-    layer = LayerShape(KV_HEADS, SIZE, torch.device("cpu"))
-    assert span_attention([layer], torch.bfloat16) is not None
-    assert span_attention([layer], torch.float16) is None
-    assert span_attention([layer, LayerShape(KV_HEADS, SIZE, torch.device("meta"))], torch.float32) is None
+    assert choose([CPU], torch.bfloat16).attend_spans is not None
+    assert choose([CPU], torch.float16).attend_spans is None
+    assert choose([CPU, torch.device("meta")], torch.float32).attend_spans is None
 
 
 def test_without_numba_decoding_goes_on(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
@@ -114,7 +116,7 @@ def test_without_numba_decoding_goes_on(monkeypatch: pytest.MonkeyPatch, caplog:
     )  # not what an earlier test found
     monkeypatch.delattr(compiled, "base", raising=False)
     monkeypatch.setitem(sys.modules, "ensemble_core.members.kernels.compiled.base", None)
-    assert span_attention([LayerShape(KV_HEADS, SIZE, torch.device("cpu"))], torch.float32) is None
+    assert choose([CPU], torch.float32).attend_spans is None
     assert "unisono[cpu]" in caplog.text
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ensemble_core.members.attention.rows import Spans
+from ensemble_core.members.kernels.base import Spans
 from ensemble_core.members.kernels.compiled.attention import attend_spans
 from ensemble_core.members.kernels.compiled.logits import survey_logits
 from ensemble_core.members.ranking import BESIDE, STRIPE, peaks

@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from ensemble_core.members.attention.base import Pass
 from ensemble_core.members.attention.pages import by_gathering, pack_pages
-from ensemble_core.members.attention.rows import Pass
 from ensemble_core.members.body.graphs import GraphedBody, bucket_sizes, eagerly
+from ensemble_core.members.cache.base import LayerShape
 from ensemble_core.members.cache.pages import PagedCache
-from ensemble_core.members.cache.rows import LayerShape
 
 CPU = torch.device("cpu")
 HEADS, SIZE, VOCABULARY = 2, 4, 11

@@ -16,8 +16,8 @@ from ensemble_core.errors import ConfigError
 from ensemble_core.members.loading import memory
 from ensemble_core.members.loading.checkpoints import load_vocabulary
 from ensemble_core.members.loading.memory import SHARE, cgroup_rooms, free_memory, plan_caches, share_out
+from ensemble_core.members.loading.models import load_member
 from ensemble_core.members.loading.placement import PAGE_SIZES, page_size
-from ensemble_core.members.local import load_member
 
 GIB = 2**30
 

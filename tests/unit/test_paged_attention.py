@@ -21,8 +21,9 @@ from ensemble_core.members.attention.pages import (
     pack_pages,
 )
 from ensemble_core.members.attention.rows import pack
+from ensemble_core.members.cache.base import LayerShape
 from ensemble_core.members.cache.pages import PagedCache
-from ensemble_core.members.cache.rows import KVCache, LayerShape
+from ensemble_core.members.cache.rows import KVCache
 
 CPU = torch.device("cpu")
 KV_HEADS, SIZE, MAX_LEN = 2, 8, 96

@@ -7,8 +7,8 @@ import random
 import pytest
 import torch
 
+from ensemble_core.members.cache.base import MIN_PREFIX, LayerShape, bytes_per_token
 from ensemble_core.members.cache.pages import PagedCache
-from ensemble_core.members.cache.rows import MIN_PREFIX, LayerShape, bytes_per_token
 
 CPU = torch.device("cpu")
 LAYERS = [LayerShape(2, 4, CPU), LayerShape(1, 8, CPU)]

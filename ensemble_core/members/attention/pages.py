@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
-from ensemble_core.members.attention.rows import folded_attention
+from ensemble_core.members.attention.base import folded_attention
+from ensemble_core.members.cache.base import LayerShape
 from ensemble_core.members.cache.pages import Chain, PagedCache
-from ensemble_core.members.cache.rows import LayerShape
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +72,7 @@ Attention = Callable[[Tensor, Tensor, Tensor, Blocks, float | None, int | None],
 
 @dataclass(slots=True)
 class PagedPass:
-    """One forward over a paged cache; `attention.Pass`."""
+    """One forward over a paged cache; `base.Pass`."""
 
     cache: PagedCache
     positions: Tensor  # (N,) int64
@@ -83,7 +83,7 @@ class PagedPass:
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float | None, window: int | None
     ) -> Tensor:
-        """See `attention.Pass.attend`."""
+        """See `base.Pass.attend`."""
         keys, values, blocks = self.cache.keys[layer], self.cache.values[layer], self.blocks_on(query.device)
         keys.index_copy_(0, blocks.slots, key)
         values.index_copy_(0, blocks.slots, value)

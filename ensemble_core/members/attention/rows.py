@@ -1,69 +1,26 @@
-"""Packed attention: all sequences' new tokens in one row, linear layers once, attention where they are cached.
+"""Attention over a cache of rows: a pass that reads views of the pool and copies nothing.
 
-Registered with transformers' attention interface under NAME; a forward carries its `PackedPass` as a keyword
-argument down to here. Tokens of sequences with few new ones look at spans of the cache, each by itself, where there
-is compiled code for that; the others go by groups: a group is a run of neighbouring cache rows with equally many
-new tokens, so that its keys and values are one view of the pool. The query heads of a KV group are folded into the
-query length, which is several times faster on CPU than repeating keys and values.
+Tokens of sequences with few new ones look at spans of the cache, each by itself, where there is a kernel for that.
+The others go by groups: a group is a run of neighbouring cache rows with equally many new tokens, so that its keys
+and values are one view of the pool.
 
-Invariant: a token attends to what its own sequence has cached up to and including itself, within the layer's
-window, and to nothing else. Does not know tokens, logits or models.
+Knows rows and slots; does not know tokens, logits or models.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface
+from torch import Tensor
 
-from ensemble_core.errors import UnsupportedModelError
-from ensemble_core.members.cache.rows import KVCache, LayerShape, Row
-from ensemble_core.members.kernels import compiled
+from ensemble_core.members.attention.base import folded_attention
+from ensemble_core.members.cache.rows import CacheRow, KVCache
+from ensemble_core.members.kernels.base import SpanAttention, Spans
 
-NAME = "unisono_packed"
 FEW = 16  # new tokens of a sequence up to which each looks at its span by itself
-_KNOWN = {"unisono", "dropout", "position_ids", "use_cache", "is_causal", "cache_position"}
-_KNOWN |= {"output_attentions", "output_hidden_states", "output_router_logits"}  # what a model reports, not how
 _MAX_WASTE = 1.5  # padded over real key positions at which a group is split
-
-
-class Pass(Protocol):
-    """One forward's tokens, and how each layer's attention reaches what is cached."""
-
-    @property
-    def positions(self) -> Tensor:
-        """(N,) int64: each token's place in its sequence."""
-
-    def attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float | None, window: int | None
-    ) -> Tensor:
-        """Write the new keys and values (N, Hkv, D) of a layer, and attend with queries (N, H, D): (N, H, D)."""
-
-
-class Spans(NamedTuple):
-    """Which slots each of N tokens looks at: [begin, end), both (N,). total: slots of all."""
-
-    begin: Tensor  # int64
-    end: Tensor  # int64
-    total: int
-
-
-# (query (N, H, D), keys and values (slots, Hkv, D), spans, scaling) -> (N, H, D)
-SpanAttention = Callable[[Tensor, Tensor, Tensor, Spans, float | None], Tensor]
-
-
-def span_attention(layers: Sequence[LayerShape], dtype: torch.dtype) -> SpanAttention | None:
-    """Compiled attention over spans for these layers, or None where there is none."""
-    if not all(compiled.serves(layer.device, dtype) for layer in layers):
-        return None
-    from ensemble_core.members.kernels.compiled.attention import attend_spans
-
-    return attend_spans
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +68,7 @@ class PackedPass:
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float | None, window: int | None
     ) -> Tensor:
-        """See `Pass.attend`."""
+        """See `base.Pass.attend`."""
         keys, values = self.cache.keys[layer], self.cache.values[layer]
         slots, row_len = self.slots_on(query.device), self.cache.row_len
         keys.index_copy_(0, slots, key)
@@ -166,7 +123,7 @@ class PackedPass:
 
 
 def pack(
-    cache: KVCache, rows: Sequence[Row], counts: Sequence[int], by_spans: SpanAttention | None = None
+    cache: KVCache, rows: Sequence[CacheRow], counts: Sequence[int], by_spans: SpanAttention | None = None
 ) -> tuple[PackedPass, list[int]]:
     """Order the sequences of a forward and group them.
 
@@ -189,7 +146,7 @@ def pack(
     return run, order
 
 
-def _join(groups: list[Group], row: Row, count: int, start: int) -> None:
+def _join(groups: list[Group], row: CacheRow, count: int, start: int) -> None:
     """Put a row into the last group if it is its neighbour and of like length, else into a new one."""
     length = row.length + count
     if groups:
@@ -202,59 +159,8 @@ def _join(groups: list[Group], row: Row, count: int, start: int) -> None:
     groups.append(Group(row.index, 1, count, start, length))
 
 
-def packed_attention(
-    module: nn.Module,
-    query: Tensor,  # (1, H, N, D)
-    key: Tensor,  # (1, Hkv, N, D)
-    value: Tensor,  # (1, Hkv, N, D)
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """The attention function of transformers' interface; returns (1, N, H, D). Writes the new keys and values."""
-    _refuse_unknown(module, kwargs)
-    run: Pass = kwargs["unisono"]
-    layer: int = module.layer_idx  # type: ignore[assignment]
-    query, key, value = (part[0].transpose(0, 1) for part in (query, key, value))  # (N, heads, D)
-    return run.attend(layer, query, key, value, scaling, sliding_window).unsqueeze(0), None
-
-
-def folded_attention(
-    query: Tensor,  # (B*T, H, D)
-    keys: Tensor,  # (B, Hkv, L, D)
-    values: Tensor,  # (B, Hkv, L, D)
-    mask: Tensor | None,  # (B, 1, T, L), added to scores
-    scaling: float | None,
-) -> Tensor:
-    """Attention of B rows with T new tokens each, heads of a KV group folded into the query length: (B*T, H, D)."""
-    rows, kv_heads = keys.shape[0], keys.shape[1]
-    new, heads, size = query.shape[0] // rows, query.shape[1], query.shape[2]
-    fold = heads // kv_heads
-    folded = query.reshape(rows, new, kv_heads, fold, size).permute(0, 2, 3, 1, 4)  # no copy where new is 1
-    folded = folded.reshape(rows, kv_heads, fold * new, size)
-    out = scaled_dot_product_attention(folded, keys, values, attn_mask=_folded_mask(mask, fold), scale=scaling)
-    out = out.view(rows, kv_heads, fold, new, size).permute(0, 3, 1, 2, 4)
-    return out.reshape(rows * new, heads, size)
-
-
 def _view(pool: Tensor, row_len: int, group: Group, window: _Window) -> Tensor:
     """(B, Hkv, L, D): the group's rows of a pool, without a copy."""
     rows = pool.view(-1, row_len, *pool.shape[1:])
     part = rows[group.first_row : group.first_row + group.num_rows, window.begin : window.end]
     return part.transpose(1, 2)
-
-
-def _folded_mask(mask: Tensor | None, fold: int) -> Tensor | None:
-    """(B, 1, T, L) -> (B, 1, fold * T, L)."""
-    return mask if mask is None or fold == 1 else mask.repeat(1, 1, fold, 1)
-
-
-def _refuse_unknown(module: nn.Module, kwargs: dict[str, Any]) -> None:
-    """A keyword that this attention does not know (softcap, sinks, ...) would change the answer: refuse it."""
-    unknown = [name for name, value in kwargs.items() if name not in _KNOWN and value is not None]
-    if unknown:
-        raise UnsupportedModelError(f"{type(module).__name__} needs {unknown}, which packed attention lacks")
-
-
-AttentionInterface.register(NAME, packed_attention)

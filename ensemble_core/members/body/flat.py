@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ensemble_core.members.attention.rows import Pass
+from ensemble_core.members.attention.base import Pass
+from ensemble_core.members.body.base import weight_bytes
 from ensemble_core.members.body.linear import Linear, merged
-from ensemble_core.members.body.transformers import weight_bytes
-from ensemble_core.members.kernels.plain import Activation, Arithmetic, Norm, arithmetic_for
+from ensemble_core.members.kernels.base import Activation, Kernels, Norm
 
 FAMILIES = frozenset(
     f"{family}ForCausalLM" for family in ("Llama", "Mistral", "Qwen2", "Qwen3", "Gemma3")
@@ -61,7 +61,7 @@ class Layer:
     activation: Activation
     down: Linear
     after_mlp: Norm | None
-    arithmetic: Arithmetic
+    kernels: Kernels
 
     def parts(self) -> list[Norm | Linear]:
         """Everything that holds weights."""
@@ -76,21 +76,21 @@ class Layer:
         Writes the keys and values of the N tokens. following: the next layer's first norm, or the last of all.
         """
         attended = self.output(self._attention(normed, run, cos, sin))
-        x, normed = self.arithmetic.add_and_norm(x, attended, self.after_attention, self.before_mlp)
-        changed = self.down(self.arithmetic.gate(self.gate_up(normed), self.activation))
-        return self.arithmetic.add_and_norm(x, changed, self.after_mlp, following)
+        x, normed = self.kernels.add_and_norm(x, attended, self.after_attention, self.before_mlp)
+        changed = self.down(self.kernels.gate(self.gate_up(normed), self.activation))
+        return self.kernels.add_and_norm(x, changed, self.after_mlp, following)
 
     def _attention(self, x: Tensor, run: Pass, cos: Tensor, sin: Tensor) -> Tensor:
         num_rotated = self.num_heads + self.num_kv_heads
         heads = self.qkv(x).view(x.shape[0], num_rotated + self.num_kv_heads, -1)  # (N, H + 2 Hkv, D)
-        turned = self.arithmetic.turn(heads, num_rotated, self.head_norm, cos, sin)
+        turned = self.kernels.turn(heads, num_rotated, self.head_norm, cos, sin)
         query, key = turned[:, : self.num_heads], turned[:, self.num_heads :]
         out = run.attend(self.index, query, key, heads[:, num_rotated:], self.scaling, self.window)
         return out.reshape(x.shape[0], -1)
 
 
 class FlatBody:
-    """A whole model; see `body.Body`."""
+    """A whole model; see `base.Body`."""
 
     def __init__(
         self, embedding: nn.Embedding, layers: list[Layer], rotations: list[Rotation], norm: Norm, head: Linear
@@ -111,7 +111,7 @@ class FlatBody:
         return self._head(normed[wanted.to(x.device)])
 
     def num_bytes(self) -> dict[str, int]:
-        """See `Body`; a head that was tied to the embedding is a copy of its own."""
+        """See `base.Body`; a head that was tied to the embedding is a copy of its own."""
         layers = [part for layer in self._layers for part in layer.parts()]
         tensors = [self.embedding.weight, self._norm.weight, *(t for r in self._rotations for t in (r.cos, r.sin))]
         tensors += [part.weight for part in layers if isinstance(part, Norm)]
@@ -120,7 +120,7 @@ class FlatBody:
         return {device: size + sum(linear.num_bytes for linear in linears) for device, size in sizes.items()}
 
 
-def flatten(model: Any, max_len: int) -> FlatBody | None:
+def flatten(model: Any, max_len: int, kernels: Kernels) -> FlatBody | None:
     """The flat body of a model on one device, or None where its family or a feature of it is not known here.
 
     The weights of merged layers are taken out of the model, which cannot be used afterwards.
@@ -130,7 +130,7 @@ def flatten(model: Any, max_len: int) -> FlatBody | None:
     decoder = model.model
     kinds = sorted({_kind(layer) for layer in decoder.layers})
     rotations = [_rotation(model, kind, max_len) for kind in kinds]
-    layers = [_layer(index, layer, kinds) for index, layer in enumerate(decoder.layers)]
+    layers = [_layer(index, layer, kinds, kernels) for index, layer in enumerate(decoder.layers)]
     return FlatBody(decoder.embed_tokens, layers, rotations, _norm(decoder.norm), merged(model.lm_head))
 
 
@@ -187,7 +187,7 @@ def _head_norm(attention: Any, num_heads: int, num_kv_heads: int) -> Norm | None
     return Norm(weight.contiguous(), query.epsilon)
 
 
-def _layer(index: int, layer: Any, kinds: list[str]) -> Layer:
+def _layer(index: int, layer: Any, kinds: list[str], kernels: Kernels) -> Layer:
     attention, mlp = layer.self_attn, layer.mlp
     num_heads = attention.q_proj.out_features // attention.head_dim
     num_kv_heads = attention.k_proj.out_features // attention.head_dim
@@ -210,7 +210,7 @@ def _layer(index: int, layer: Any, kinds: list[str]) -> Layer:
         activation=mlp.act_fn,
         down=_taken(mlp.down_proj),
         after_mlp=_norm(layer.post_feedforward_layernorm) if around_mlp else None,
-        arithmetic=arithmetic_for(attention.q_proj.weight.device, attention.q_proj.weight.dtype),
+        kernels=kernels,
     )
 
 

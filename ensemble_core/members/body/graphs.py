@@ -19,9 +19,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ensemble_core.members.attention.base import Pass
 from ensemble_core.members.attention.pages import Attention, Blocks, PagedPass
-from ensemble_core.members.attention.rows import Pass
-from ensemble_core.members.body.transformers import Body
+from ensemble_core.members.body.base import Body
 from ensemble_core.members.cache.pages import PagedCache
 
 Capture = Callable[[Callable[[], Tensor]], Callable[[], Tensor]]  # a static computation -> what computes it again
@@ -111,7 +111,7 @@ class _Graph:
 
 
 class GraphedBody:
-    """A body whose decode steps are replayed; see `body.Body`."""
+    """A body whose decode steps are replayed; see `base.Body`."""
 
     def __init__(
         self,
@@ -133,7 +133,7 @@ class GraphedBody:
 
     @property
     def embedding(self) -> nn.Module:
-        """See `Body`."""
+        """See `base.Body`."""
         return self._body.embedding
 
     @property
@@ -142,7 +142,7 @@ class GraphedBody:
         return list(self._sizes)
 
     def __call__(self, run: Pass, token_ids: Tensor, wanted: Tensor) -> Tensor:
-        """See `Body`; what comes back is valid until the next call."""
+        """See `base.Body`; what comes back is valid until the next call."""
         num = len(token_ids)
         if not isinstance(run, PagedPass) or num > self._sizes[-1] or len(run.blocks.counts) < num:
             return self._body(run, token_ids, wanted)
@@ -153,7 +153,7 @@ class GraphedBody:
         return logits[:num] if everybody else logits[wanted.to(logits.device)]
 
     def num_bytes(self) -> dict[str, int]:
-        """See `Body`; buffers and what a graph keeps are not weights."""
+        """See `base.Body`; buffers and what a graph keeps are not weights."""
         return self._body.num_bytes()
 
 

@@ -1,32 +1,14 @@
-"""A model's body: what turns the tokens of a packed pass into logits.
-
-`TransformersBody` runs any model that goes through transformers' attention interface, by its own code;
-`flat.FlatBody` runs the families whose layers are known. Does not know feeds, candidates or sequences.
-"""
+"""The body of any model that goes through transformers' attention interface: the model's own code, packed."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ensemble_core.members.attention.rows import NAME, Pass
-
-
-class Body(Protocol):
-    """(tokens of a pass) -> logits."""
-
-    @property
-    def embedding(self) -> nn.Module:
-        """The table of input embeddings."""
-
-    def __call__(self, run: Pass, token_ids: Tensor, wanted: Tensor) -> Tensor:
-        """token_ids: (N,) in the order of the pass; wanted: places that answer. (N_wanted, V) logits."""
-
-    def num_bytes(self) -> dict[str, int]:
-        """Device -> bytes of weights."""
+from ensemble_core.members.attention.base import NAME, Pass
+from ensemble_core.members.body.base import weight_bytes
 
 
 class TransformersBody:
@@ -39,7 +21,7 @@ class TransformersBody:
         self.embedding: nn.Module = model.get_input_embeddings()
 
     def __call__(self, run: Pass, token_ids: Tensor, wanted: Tensor) -> Tensor:
-        """See `Body`."""
+        """See `base.Body`."""
         first = next(self.embedding.parameters()).device
         output = self._model(
             input_ids=token_ids.unsqueeze(0).to(first),
@@ -51,14 +33,5 @@ class TransformersBody:
         return output.logits[0]  # type: ignore[no-any-return]
 
     def num_bytes(self) -> dict[str, int]:
-        """See `Body`."""
+        """See `base.Body`."""
         return weight_bytes(self._model.parameters())
-
-
-def weight_bytes(weights: Iterable[Tensor]) -> dict[str, int]:
-    """Device -> bytes of tensors; one that is shared counts once."""
-    sizes: dict[str, int] = {}
-    for weight in {id(weight): weight for weight in weights}.values():
-        device = str(weight.device)
-        sizes[device] = sizes.get(device, 0) + weight.numel() * weight.element_size()
-    return sizes

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ensemble_core.members.cache.rows import MIN_PREFIX, LayerShape, shared_prefix, tensor_bytes, zeros
+from ensemble_core.members.cache.base import MIN_PREFIX, LayerShape, shared_prefix, tensor_bytes, zeros
 
 
 @dataclass(slots=True, eq=False)

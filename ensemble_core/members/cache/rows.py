@@ -18,70 +18,21 @@ Knows shapes, rows and token ids; does not know models or schedules.
 from __future__ import annotations
 
 import math
-import mmap
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import torch
-from torch import Tensor
 
-MIN_PREFIX = 16  # tokens; a shorter prefix is computed as fast as it is found and copied
+from ensemble_core.members.cache.base import MIN_PREFIX, LayerShape, shared_prefix, tensor_bytes, zeros
 
 
 @dataclass(slots=True)
-class Row:
+class CacheRow:
     """One sequence's place in the pool, or a cached prefix's. token_ids: what the first `length` slots hold."""
 
     index: int
     length: int = 0
     token_ids: list[int] = field(default_factory=list)
-
-
-@dataclass(frozen=True, slots=True)
-class LayerShape:
-    """What one attention layer caches."""
-
-    num_kv_heads: int
-    head_size: int
-    device: torch.device
-
-
-class Cache(Protocol):
-    """What a member asks of its cache, whether that is rows (`KVCache`) or pages (`paged_cache.PagedCache`)."""
-
-    @property
-    def page_size(self) -> int:
-        """Tokens a page; a row is one page."""
-
-    @property
-    def num_pages(self) -> int:
-        """All pages."""
-
-    @property
-    def num_free(self) -> int:
-        """Pages that no sequence holds."""
-
-    def length(self, seq_id: int) -> int:
-        """Tokens cached of a sequence; 0 for an unknown one."""
-
-    def reuse(self, seq_id: int, token_ids: Sequence[int]) -> int:
-        """Begin a sequence with the longest cached prefix of `token_ids`; returns its length, 0 if nothing began."""
-
-    def advance(self, seq_id: int, token_ids: Sequence[int]) -> None:
-        """A forward has written these tokens."""
-
-    def rollback(self, seq_id: int, length: int) -> None:
-        """Keep the first `length` tokens."""
-
-    def release(self, seq_id: int, keep: bool = False) -> None:
-        """Give back what a sequence holds, or keep it as a cached prefix; an unknown sequence is fine."""
-
-    def num_bytes(self) -> dict[str, int]:
-        """Device -> bytes of keys and values."""
-
-    def check(self) -> None:
-        """Integrity of the accounts. For tests and debugging."""
 
 
 class KVCache:
@@ -94,8 +45,8 @@ class KVCache:
         self.num_rows, self.row_len, self.dtype = num_rows, row_len, dtype
         self.keys = [zeros(layer, num_rows * row_len, dtype) for layer in layers]
         self.values = [zeros(layer, num_rows * row_len, dtype) for layer in layers]
-        self._rows: dict[int, Row] = {}
-        self._prefixes: list[Row] = []  # least recently used first
+        self._rows: dict[int, CacheRow] = {}
+        self._prefixes: list[CacheRow] = []  # least recently used first
         self._written = [0] * num_rows  # slots of each row that may hold something, failed ones too
 
     @property
@@ -122,7 +73,7 @@ class KVCache:
         """The token ids of what is cached beyond the running sequences, least recently used first."""
         return [list(row.token_ids) for row in self._prefixes]
 
-    def row(self, seq_id: int) -> Row:
+    def row(self, seq_id: int) -> CacheRow:
         """The row of a sequence; an unknown one gets the lowest row that no sequence holds, empty."""
         if seq_id not in self._rows:
             self._begin(seq_id, None, 0)
@@ -144,7 +95,7 @@ class KVCache:
         self._begin(seq_id, source, length)
         return length
 
-    def reserve(self, seq_id: int, num_new: int) -> Row:
+    def reserve(self, seq_id: int, num_new: int) -> CacheRow:
         """The row of a sequence, whose next `num_new` slots are about to be written."""
         row = self.row(seq_id)
         assert 0 < num_new <= self.row_len - row.length, "a feed passes the end of its row"
@@ -199,11 +150,11 @@ class KVCache:
         )
         assert all(len(row.token_ids) in (0, row.length) for row in rows), "the ids are not those of the row"
 
-    def _begin(self, seq_id: int, source: Row | None, length: int) -> None:
+    def _begin(self, seq_id: int, source: CacheRow | None, length: int) -> None:
         """Give a sequence its row, with the first `length` tokens of `source`."""
         assert self.num_free, "no free row: the scheduler admitted more than fits"
         held = {row.index for row in self._rows.values()}
-        row = Row(next(i for i in range(self.num_rows) if i not in held))
+        row = CacheRow(next(i for i in range(self.num_rows) if i not in held))
         origin = source.index if source is not None else row.index  # what stands there is copied, wherever it goes
         self._make_way(row.index, held)
         if source is not None:
@@ -241,68 +192,23 @@ class KVCache:
                 tensor[start + length : start + written].zero_()
         self._written[index] = length
 
-    def _touch(self, prefix: Row) -> None:
+    def _touch(self, prefix: CacheRow) -> None:
         self._prefixes.remove(prefix)
         self._prefixes.append(prefix)
 
-    def _is_worth_keeping(self, row: Row) -> bool:
+    def _is_worth_keeping(self, row: CacheRow) -> bool:
         known = len(row.token_ids) == row.length >= MIN_PREFIX
         longer = next((old for old in self._prefixes if known and _begins(row, old)), None)
         if longer is not None:
             self._touch(longer)
         return known and longer is None and self._finite(row, row.length)
 
-    def _finite(self, row: Row, length: int) -> bool:
+    def _finite(self, row: CacheRow, length: int) -> bool:
         """Whether the first `length` slots hold finite numbers alone; a sum that overflows counts as not."""
         start = row.index * self.row_len
         sums = [t[start : start + length].sum(dtype=torch.float32) for t in (*self.keys, *self.values)]
         return all(math.isfinite(total.item()) for total in sums)
 
 
-def shared_prefix(left: Sequence[int], right: Sequence[int]) -> int:
-    """How many ids two sequences of ids have in common from their beginning; by halves, since slices compare fast."""
-    low, high = 0, min(len(left), len(right))
-    while low < high:
-        middle = (low + high + 1) // 2
-        if left[low:middle] == right[low:middle]:
-            low = middle
-        else:
-            high = middle - 1
-    return low
-
-
-def _begins(short: Row, long: Row) -> bool:
+def _begins(short: CacheRow, long: CacheRow) -> bool:
     return long.token_ids[: short.length] == short.token_ids
-
-
-def bytes_per_token(layers: list[LayerShape], dtype: torch.dtype) -> int:
-    """Keys and values of one token in all layers, in bytes."""
-    return sum(2 * layer.num_kv_heads * layer.head_size for layer in layers) * dtype.itemsize
-
-
-def tensor_bytes(tensors: Iterable[Tensor]) -> dict[str, int]:
-    """Device -> bytes of tensors."""
-    sizes: dict[str, int] = {}
-    for tensor in tensors:
-        device = str(tensor.device)
-        sizes[device] = sizes.get(device, 0) + tensor.numel() * tensor.element_size()
-    return sizes
-
-
-def zeros(layer: LayerShape, slots: int, dtype: torch.dtype) -> Tensor:
-    """(slots, Hkv, D) of zeros on the layer's device."""
-    shape = (slots, layer.num_kv_heads, layer.head_size)
-    if layer.device.type != "cpu":
-        return torch.zeros(shape, dtype=dtype, device=layer.device)
-    return _zero_pages(slots * layer.num_kv_heads * layer.head_size * dtype.itemsize).view(dtype).view(shape)
-
-
-def _zero_pages(size: int) -> Tensor:
-    """(size,) uint8 zeros that take memory page by page, as they are written.
-
-    Small pages: where a huge one is made at the first write, a new row costs one in every layer, for a few tokens.
-    """
-    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_NOHUGEPAGE"):  # Linux
-        pages.madvise(mmap.MADV_NOHUGEPAGE)
-    return torch.frombuffer(pages, dtype=torch.uint8)

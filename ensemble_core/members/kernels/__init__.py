@@ -1,1 +1,1 @@
-"""What is computed between a model's products: in torch's operations, or as compiled loops."""
+"""What members compute beside products of matrices: plain, or as compiled loops."""

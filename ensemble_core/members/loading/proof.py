@@ -1,8 +1,8 @@
 """What is found out about a model before it serves: what its layers cache, and that the packed forward is its own.
 
-`survey` sees every layer's keys in a one-token forward. `Proof` keeps what the model's own forward says, so that the
-member which is made of it can be compared: in a packed pass, and in decode steps that are captured graphs. Does not
-know checkpoints, devices or configurations.
+`attention_layers` sees every layer's keys in a one-token forward. `Proof` keeps what the model's own forward says, so
+that the member which is made of it can be compared: in a packed pass, and in decode steps that are captured graphs.
+Does not know checkpoints, devices or configurations.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from transformers import AttentionInterface
 from ensemble_core.errors import MemberError, UnsupportedModelError
 from ensemble_core.members.attention.rows import FEW
 from ensemble_core.members.base import Feed, Member
-from ensemble_core.members.cache.rows import LayerShape
+from ensemble_core.members.cache.base import LayerShape
 
 logger = logging.getLogger(__name__)
 
-_SURVEY = "unisono_survey"
+_PROBE = "unisono_probe"
 _PROVED = 12  # positions compared in the proof at load
 _MAX_PROVED_WINDOW = 1024  # a longer sliding window is not filled for the proof
 
 
-def survey(name: str, model: Any) -> list[LayerShape]:
+def attention_layers(name: str, model: Any) -> list[LayerShape]:
     """What each attention layer caches, seen by a one-token forward through the attention interface.
 
     Raises UnsupportedModelError where the model does not go through it, or not once a layer.
@@ -38,9 +38,9 @@ def survey(name: str, model: Any) -> list[LayerShape]:
         raise UnsupportedModelError(
             f"member {name!r}: {type(model).__name__} does not support transformers' attention interface"
         )
-    seen = _Survey()
+    seen = _Seen()
     try:
-        with torch.inference_mode(), _Attention(model, _SURVEY):
+        with torch.inference_mode(), _Attention(model, _PROBE):
             device = model.get_input_embeddings().weight.device
             ids = torch.zeros(1, 1, dtype=torch.long, device=device)
             model(input_ids=ids, position_ids=ids, use_cache=False, unisono=seen)
@@ -163,13 +163,13 @@ class _Attention:
 
 
 @dataclass(frozen=True, slots=True)
-class _Survey:
+class _Seen:
     """What the layers report; an object, since accelerate's hooks hand on copies of lists."""
 
     layers: list[tuple[int, LayerShape]] = field(default_factory=list)
 
 
-def _survey_attention(
+def _probe_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
     if value.shape != key.shape:
@@ -179,4 +179,4 @@ def _survey_attention(
     return torch.zeros_like(query).transpose(1, 2), None
 
 
-AttentionInterface.register(_SURVEY, _survey_attention)
+AttentionInterface.register(_PROBE, _probe_attention)

@@ -18,7 +18,7 @@ import torch
 from numba import carray
 from torch import Tensor
 
-from ensemble_core.members.attention.rows import Spans
+from ensemble_core.members.kernels.base import Spans
 from ensemble_core.members.kernels.compiled.base import (
     Array,
     Frame,

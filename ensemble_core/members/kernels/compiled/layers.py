@@ -14,6 +14,7 @@ from numba import carray
 from torch import Tensor
 from torch.nn.functional import gelu, silu
 
+from ensemble_core.members.kernels.base import Activation, Norm
 from ensemble_core.members.kernels.compiled.base import (
     Array,
     Frame,
@@ -30,42 +31,41 @@ from ensemble_core.members.kernels.compiled.base import (
     wide,
     word,
 )
-from ensemble_core.members.kernels.plain import Activation, Norm, TorchArithmetic
+from ensemble_core.members.kernels.plain import PlainKernels
 
 
-class CompiledArithmetic:
-    """See `arithmetic.Arithmetic`. An activation that is neither SiLU nor GELU by tanh stays with torch."""
-
-    def add_and_norm(self, x: Tensor, change: Tensor, after: Norm | None, before: Norm) -> tuple[Tensor, Tensor]:
-        """See `Arithmetic.add_and_norm`."""
-        assert x.shape == change.shape
-        assert x.dtype is change.dtype
-        total, normed = torch.empty_like(x), torch.empty_like(x)
-        first = before if after is None else after
-        words = (*x.shape, int(after is not None), bits(first.epsilon), bits(before.epsilon))
-        run(_add_and_norm, x.dtype, x.numel(), *words, x, change, first.weight, before.weight, total, normed)
-        return total, normed
-
-    def gate(self, gate_up: Tensor, activation: Activation) -> Tensor:
-        """See `Arithmetic.gate`."""
-        smooth = _is_smooth(activation)
-        if smooth is None:
-            return _torch.gate(gate_up, activation)
-        out = torch.empty(gate_up.shape[0], gate_up.shape[1] // 2, dtype=gate_up.dtype)
-        run(_gate, out.dtype, gate_up.numel(), *out.shape, int(smooth), gate_up, out)
-        return out
-
-    def turn(self, heads: Tensor, num: int, norm: Norm | None, cos: Tensor, sin: Tensor) -> Tensor:
-        """See `Arithmetic.turn`."""
-        assert heads.dtype is cos.dtype is sin.dtype
-        out = torch.empty(heads.shape[0], num, heads.shape[2], dtype=heads.dtype)
-        weight, epsilon = (_none, 0.0) if norm is None else (norm.weight, norm.epsilon)
-        words = (*out.shape, heads.shape[1], int(norm is not None), bits(epsilon))
-        run(_turn, out.dtype, heads.numel(), *words, heads, weight, cos, sin, out)
-        return out
+def add_and_norm(x: Tensor, change: Tensor, after: Norm | None, before: Norm) -> tuple[Tensor, Tensor]:
+    """See `Kernels.add_and_norm`."""
+    assert x.shape == change.shape
+    assert x.dtype is change.dtype
+    total, normed = torch.empty_like(x), torch.empty_like(x)
+    first = before if after is None else after
+    words = (*x.shape, int(after is not None), bits(first.epsilon), bits(before.epsilon))
+    run(_add_and_norm, x.dtype, x.numel(), *words, x, change, first.weight, before.weight, total, normed)
+    return total, normed
 
 
-_torch, _none = TorchArithmetic(), torch.empty(0)
+def gate(gate_up: Tensor, activation: Activation) -> Tensor:
+    """See `Kernels.gate`; an activation that is neither SiLU nor GELU by tanh stays with torch."""
+    smooth = _is_smooth(activation)
+    if smooth is None:
+        return _plain.gate(gate_up, activation)
+    out = torch.empty(gate_up.shape[0], gate_up.shape[1] // 2, dtype=gate_up.dtype)
+    run(_gate, out.dtype, gate_up.numel(), *out.shape, int(smooth), gate_up, out)
+    return out
+
+
+def turn(heads: Tensor, num: int, norm: Norm | None, cos: Tensor, sin: Tensor) -> Tensor:
+    """See `Kernels.turn`."""
+    assert heads.dtype is cos.dtype is sin.dtype
+    out = torch.empty(heads.shape[0], num, heads.shape[2], dtype=heads.dtype)
+    weight, epsilon = (_none, 0.0) if norm is None else (norm.weight, norm.epsilon)
+    words = (*out.shape, heads.shape[1], int(norm is not None), bits(epsilon))
+    run(_turn, out.dtype, heads.numel(), *words, heads, weight, cos, sin, out)
+    return out
+
+
+_plain, _none = PlainKernels(), torch.empty(0)
 
 
 @lru_cache

@@ -1,0 +1,185 @@
+"""From a folder of safetensors to a member that has proved itself.
+
+What cannot be served is refused by name, from the config before anything is loaded where that tells. A model's
+layers are probed for what they cache; its body is the flat one where its family is known; and a packed pass in chunks
+is compared with the model's own forward (`proof`). On CUDA decode steps become captured graphs, unless they fail
+their own proof. Does not know schedules or fusion.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from ensemble_core.config import MemberConfig
+from ensemble_core.errors import CheckpointError, ConfigError, UnsupportedModelError
+from ensemble_core.members.attention.pages import Attention, by_gathering, by_kernel, choose_attention
+from ensemble_core.members.body.base import Body
+from ensemble_core.members.body.flat import flatten
+from ensemble_core.members.body.graphs import Capture, GraphedBody, bucket_sizes, cuda_graphs
+from ensemble_core.members.body.transformers import TransformersBody
+from ensemble_core.members.cache.base import Cache, LayerShape, bytes_per_token
+from ensemble_core.members.cache.pages import PagedCache
+from ensemble_core.members.cache.rows import KVCache
+from ensemble_core.members.kernels.choice import choose
+from ensemble_core.members.loading.placement import DTYPES, page_size, resolve_device
+from ensemble_core.members.loading.proof import Proof, attention_layers
+from ensemble_core.members.local import LocalMember
+from ensemble_core.text.vocabulary import Vocabulary
+
+logger = logging.getLogger(__name__)
+
+_MAX_ROWS = 4096
+_MAX_BATCH = 64
+_LAYER_TYPES = {"full_attention", "sliding_attention", "attention"}
+_STATEFUL_ROPE = {"dynamic", "longrope"}  # frequencies that depend on the longest sequence of a pass
+
+
+def load_member(
+    name: str,
+    config: MemberConfig,
+    folder: Path,
+    vocabulary: Vocabulary,
+    *,
+    max_batch: int = _MAX_BATCH,
+    capture: Capture | None = None,
+) -> LocalMember:
+    """Load a model from a folder of safetensors and place it; keywords as of `make_member`.
+
+    Raises UnsupportedModelError (by name, with the reason), CheckpointError, ConfigError.
+    """
+    _refuse_unsupported(name, _read_config(name, config, folder))
+    placement: dict[str, Any] = {"device_map": config.device_map, "max_memory": config.max_memory}
+    if config.device_map is None:
+        placement = {"device_map": {"": resolve_device(name, config)}}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=DTYPES.get(config.dtype, "auto"),
+            use_safetensors=True,
+            trust_remote_code=config.trust_remote_code,
+            **placement,
+        )
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
+        raise CheckpointError(f"member {name!r}: {folder} cannot be loaded: {error}") from error
+    model.eval().requires_grad_(False)
+    return make_member(name, model, vocabulary, config, max_batch=max_batch, capture=capture)
+
+
+def make_member(
+    name: str,
+    model: Any,
+    vocabulary: Vocabulary,
+    config: MemberConfig,
+    *,
+    max_batch: int = _MAX_BATCH,
+    capture: Capture | None = None,
+) -> LocalMember:
+    """A member out of a model, which cannot be used otherwise afterwards.
+
+    max_batch: sequences that decode at once. capture: how graphs are made; None: as the device can.
+    Raises UnsupportedModelError, ConfigError.
+    """
+    layers = attention_layers(name, model)
+    max_len, device = min(config.max_len, _longest(model)), layers[-1].device
+    cache = _cache(name, config, layers, max_len, model.dtype)
+    kernels = choose((layer.device for layer in layers), model.dtype)
+    with torch.inference_mode():
+        proof = Proof(name, model, len(vocabulary), max_len)
+        flat = flatten(model, max_len, kernels) if config.forward == "auto" else None
+    body: Body = flat or TransformersBody(model, device)
+    attention: Attention = by_gathering
+    if isinstance(cache, PagedCache):
+        attention = choose_attention(name, layers, model.dtype, cache.page_size)
+    member = LocalMember(name, vocabulary, max_len, body, cache, kernels, device, attention)
+    proof.check(member)
+    capture = capture or _capture(attention, layers)
+    if isinstance(cache, PagedCache) and capture is not None:
+        sizes = bucket_sizes(max_batch)
+        graphed = partial(GraphedBody, body, cache, attention, device, sizes, capture)
+        _adopt_graphs(member, body, graphed, proof, sizes)
+    return member
+
+
+def _read_config(name: str, config: MemberConfig, folder: Path) -> Any:
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"member {name!r}: the config of {folder} cannot be read: {error}") from error
+
+
+def _refuse_unsupported(name: str, config: Any) -> None:
+    """What the config says about layers that a cache of keys and values cannot hold."""
+    text = config.get_text_config()
+    if config.is_encoder_decoder:
+        raise UnsupportedModelError(f"member {name!r}: {config.model_type} is an encoder-decoder model")
+    kinds = set(getattr(text, "layer_types", None) or ()) - _LAYER_TYPES
+    if kinds:
+        raise UnsupportedModelError(
+            f"member {name!r}: {config.model_type} has layers of kind {sorted(kinds)}; supported are "
+            f"{sorted(_LAYER_TYPES)}"
+        )
+    if _rope_types(getattr(text, "rope_parameters", None)) & _STATEFUL_ROPE:
+        raise UnsupportedModelError(
+            f"member {name!r}: {config.model_type} has rotary embeddings of kind {sorted(_STATEFUL_ROPE)}, whose "
+            "frequencies depend on the other sequences of a pass; choose another `rope_type` in its config"
+        )
+
+
+def _rope_types(parameters: Any) -> set[str]:
+    if not isinstance(parameters, dict):
+        return set()
+    nested = [_rope_types(value) for value in parameters.values()]
+    return {str(parameters.get("rope_type", "default"))}.union(*nested)
+
+
+def _longest(model: Any) -> int:
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return int(limit) if limit else 2**31
+
+
+def _cache(name: str, config: MemberConfig, layers: list[LayerShape], max_len: int, dtype: torch.dtype) -> Cache:
+    """Rows or pages, as many as the memory holds. Raises ConfigError where that is not one sequence."""
+    memory, token_bytes = config.cache_bytes, bytes_per_token(layers, dtype)
+    size = page_size(config, layers[-1].device)
+    if size is None:
+        _check_memory(name, memory, max_len * token_bytes)
+        return KVCache(layers, min(memory // (max_len * token_bytes), _MAX_ROWS), max_len, dtype)
+    num_pages = memory // (size * token_bytes) - 1  # one more is scratch
+    _check_memory(name, memory, (-(-max_len // size) + 1) * size * token_bytes)
+    return PagedCache(layers, num_pages, size, max_len, dtype)
+
+
+def _capture(attention: Attention, layers: Sequence[LayerShape]) -> Capture | None:
+    """How decode steps are captured: not without the kernel, since copies of whole tables would be captured."""
+    devices = {layer.device for layer in layers}
+    return cuda_graphs(layers[0].device) if attention is by_kernel and len(devices) == 1 else None
+
+
+def _adopt_graphs(
+    member: LocalMember, body: Body, graphed: Callable[[], Body], proof: Proof, sizes: list[int]
+) -> None:
+    """Decode through graphs if they can be captured and answer as the body itself does; else stay without."""
+    try:
+        expected = {size: proof.step(member, size) for size in sizes}
+        member.adopt(graphed)
+        for size in sizes:
+            proof.check_step(member, size, expected[size])
+    except Exception as error:  # whatever libraries raise in a capture
+        logger.warning("%s: decoding goes on without graphs: %s", member.name, error)
+        member.adopt(lambda: body)
+
+
+def _check_memory(name: str, memory: int, needed: int) -> None:
+    if memory < needed:
+        raise ConfigError(
+            f"members.{name}.kv_memory: {memory} bytes hold no sequence of max_len tokens, which needs "
+            f"{needed}; raise kv_memory or lower max_len"
+        )
