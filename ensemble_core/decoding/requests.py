@@ -7,13 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from ensemble_core.config import DEFAULT_TAU
 from ensemble_core.decoding.sampling_params import SamplingParams
 from ensemble_core.stats import Reason
+from ensemble_core.text.vocabulary import readable
 
 FinishReason = Literal["stop", "length", "abort", "error"]
+LEAST_LOGPROB = -9999.0  # as in vLLM: of a token without any mass, since JSON has no infinity
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,20 +72,39 @@ class GenerationRequest:
     group: str | None = None
 
 
+class Alternative(NamedTuple):
+    """A token that could have come, with its fused log-probability. spelling: as of `TokenLogprob`."""
+
+    token_id: int
+    spelling: bytes
+    logprob: float
+
+    @property
+    def text(self) -> str:
+        """The token for people to read."""
+        return readable(self.spelling)
+
+
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
     """One token with its fused log-probability, before temperature, penalties and bias.
 
-    text_offset: where its text begins, in characters of prompt (with echo) and completion. top: the likeliest
-    alternatives, the token itself among them with the identical number; (id, text, log-probability). The prompt's
-    first token has no log-probability and no alternatives.
+    spelling: its bytes, which may be a part of a character; of a control token, its name. text_offset: where its
+    text begins, in characters of prompt (with echo) and completion. top: the likeliest alternatives, the token
+    itself among them with the identical number. The prompt's first token has no log-probability and no
+    alternatives.
     """
 
     token_id: int
-    text: str
+    spelling: bytes
     logprob: float | None
     text_offset: int
-    top: tuple[tuple[int, str, float], ...] = ()
+    top: tuple[Alternative, ...] = ()
+
+    @property
+    def text(self) -> str:
+        """The token for people to read."""
+        return readable(self.spelling)
 
 
 @dataclass(frozen=True, slots=True)

@@ -66,7 +66,7 @@ def _needed(node: dict[str, Any]) -> Iterator[Any]:
     """The schemas that some part of every value must follow."""
     yield from _listed(node.get("allOf"))
     if node.get("type") == "object" and "patternProperties" not in node:
-        properties = node.get("properties")
+        properties: Any = node.get("properties")
         for name in _listed(node.get("required")):
             known = isinstance(properties, dict) and name in properties
             yield properties[name] if known else node.get("additionalProperties")

@@ -6,7 +6,7 @@ import json
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 
-from ensemble_core.decoding.requests import Conversation, Output, TokenLogprob
+from ensemble_core.decoding.requests import Alternative, Conversation, Output, TokenLogprob
 from ensemble_core.decoding.sampling_params import MAX_LOGPROBS, SamplingParams
 from ensemble_core.errors import InvalidRequestError
 from server.api.generation import (
@@ -198,11 +198,11 @@ class ChatJob(Job):
 def to_chat_token(token: TokenLogprob, num_top: int) -> ChatToken:
     """A token and its `num_top` likeliest alternatives, best first."""
     assert token.logprob is not None  # only a prompt's first token has none
-    top = sorted(token.top, key=lambda each: -each[2])[:num_top]
-    alternatives = [_alternative(text, logprob) for _, text, logprob in top]
-    own = _alternative(token.text, token.logprob)
+    own = _alternative(Alternative(token.token_id, token.spelling, token.logprob))
+    top = sorted(token.top, key=lambda each: -each.logprob)[:num_top]
+    alternatives = [_alternative(each) for each in top]
     return ChatToken(token=own.token, logprob=own.logprob, bytes=own.bytes, top_logprobs=alternatives)
 
 
-def _alternative(text: str, logprob: float) -> ChatAlternative:
-    return ChatAlternative(token=text, logprob=finite(logprob), bytes=list(text.encode("utf-8", "replace")))
+def _alternative(each: Alternative) -> ChatAlternative:
+    return ChatAlternative(token=each.text, logprob=finite(each.logprob), bytes=list(each.spelling))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from ensemble_core.decoding.requests import Output, TokenLogprob
+from ensemble_core.decoding.requests import Alternative, Output, TokenLogprob
 from ensemble_core.decoding.sampling_params import SamplingParams
 from ensemble_core.errors import InvalidRequestError
 from server.api.generation import (
@@ -124,6 +124,6 @@ def _alternatives(token: TokenLogprob) -> dict[str, float] | None:
     if token.logprob is None:
         return None
     found: dict[str, float] = {}
-    for _, text, logprob in (*token.top, (token.token_id, token.text, token.logprob)):
-        found[text] = max(found.get(text, -math.inf), finite(logprob))
+    for each in (*token.top, Alternative(token.token_id, token.spelling, token.logprob)):
+        found[each.text] = max(found.get(each.text, -math.inf), finite(each.logprob))
     return found

@@ -19,7 +19,15 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel
 
-from ensemble_core.decoding.requests import GenerationRequest, Output, Overrides, Prompt, Trace, Weighting
+from ensemble_core.decoding.requests import (
+    LEAST_LOGPROB,
+    GenerationRequest,
+    Output,
+    Overrides,
+    Prompt,
+    Trace,
+    Weighting,
+)
 from ensemble_core.decoding.sampling_params import MAX_SEED, SamplingParams
 from ensemble_core.errors import InvalidRequestError, NotReadyError
 from server.edge.errors import RequestFailedError
@@ -34,7 +42,6 @@ _SAME_NAME = (
     "min_tokens", "ignore_eos", "include_stop_str_in_output", "skip_special_tokens", "seed", "repetition_penalty",
     "presence_penalty", "frequency_penalty", "temperature", "top_p", "min_p",
 )  # fmt: skip
-_LEAST_LOGPROB = -9999.0  # JSON has no infinity
 
 
 @dataclass(frozen=True, slots=True)
@@ -281,7 +288,7 @@ def end_of(output: Output) -> Literal["stop", "length"] | None:
 
 def finite(logprob: float) -> float:
     """A log-probability that JSON can spell."""
-    return max(logprob, _LEAST_LOGPROB) if not math.isnan(logprob) else _LEAST_LOGPROB
+    return max(logprob, LEAST_LOGPROB) if not math.isnan(logprob) else LEAST_LOGPROB
 
 
 def trace_steps(traces: Sequence[Trace]) -> list[TraceStep]:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from fake_runtime import FakeRuntime, outputs_of
 
-from ensemble_core.decoding.requests import Output, Overrides, TokenLogprob, Weighting
+from ensemble_core.decoding.requests import Alternative, Output, Overrides, TokenLogprob, Weighting
 from ensemble_core.decoding.sampling_params import MAX_SEED, SamplingParams
 from ensemble_core.errors import InvalidRequestError, NotReadyError
 from server.api.completions import CompletionJob, best, plan, to_logprobs
@@ -361,17 +361,18 @@ def test_best_of_n_is_no_contest() -> None:
 
 def test_a_choice_without_tokens_comes_last() -> None:
     empty = Output("", (), 1, 0, "stop")
-    (told,) = [Output("x", (1,), 1, 1, "stop", logprobs=(TokenLogprob(1, "x", -9.0, 0),))]
+    (told,) = [Output("x", (1,), 1, 1, "stop", logprobs=(TokenLogprob(1, b"x", -9.0, 0),))]
     assert best([empty, told], 1) == [told]
 
 
 def test_of_two_alternatives_with_one_text_the_likelier_counts() -> None:
-    token = TokenLogprob(1, "x", -2.0, 0, ((2, "x", -0.5), (1, "x", -2.0), (3, "y", -3.0)))
+    top = (Alternative(2, b"x", -0.5), Alternative(1, b"x", -2.0), Alternative(3, b"y", -3.0))
+    token = TokenLogprob(1, b"x", -2.0, 0, top)
     assert to_logprobs([token]).top_logprobs == [{"x": -0.5, "y": -3.0}]
 
 
 def test_what_json_cannot_spell_is_floored() -> None:
-    token = TokenLogprob(1, "x", -math.inf, 0, ((1, "x", -math.inf),))
+    token = TokenLogprob(1, b"x", -math.inf, 0, (Alternative(1, b"x", -math.inf),))
     found = to_logprobs([token])
     assert found.token_logprobs == [-9999.0]
     assert found.top_logprobs == [{"x": -9999.0}]
