@@ -5,8 +5,9 @@ A request is one prompt with one set of parameters; `n` choices are n requests. 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Any, Literal, NamedTuple
 
 from ensemble_core.config import DEFAULT_TAU
@@ -144,3 +145,17 @@ class Output:
     prompt_token_ids: tuple[int, ...] = ()  # once, in the first output
     num_cached_tokens: int = 0  # of the prompt, that main did not have to compute
     dropped: Mapping[str, Reason] = field(default_factory=dict)
+
+
+def join(outputs: Sequence[Output]) -> Output:
+    """All outputs of one request, at least one, as if they had come at once."""
+    return replace(
+        outputs[-1],
+        text="".join(each.text for each in outputs),
+        token_ids=tuple(chain.from_iterable(each.token_ids for each in outputs)),
+        logprobs=tuple(chain.from_iterable(each.logprobs for each in outputs)),
+        traces=tuple(chain.from_iterable(each.traces for each in outputs)),
+        prompt_logprobs=tuple(chain.from_iterable(each.prompt_logprobs for each in outputs)),
+        prompt_text="".join(each.prompt_text for each in outputs),
+        prompt_token_ids=tuple(chain.from_iterable(each.prompt_token_ids for each in outputs)),
+    )

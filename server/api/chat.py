@@ -9,16 +9,8 @@ from contextlib import contextmanager
 from ensemble_core.decoding.requests import Alternative, Conversation, Output, TokenLogprob
 from ensemble_core.decoding.sampling_params import MAX_LOGPROBS, SamplingParams
 from ensemble_core.errors import InvalidRequestError
-from server.api.generation import (
-    Job,
-    Ticket,
-    check_count,
-    end_of,
-    finite,
-    make_ticket,
-    sampling_params,
-    trace_steps,
-)
+from server.api.jobs import Job, end_of, finite, trace_steps
+from server.api.tickets import Ticket, check_count, make_ticket, sampling_params
 from server.schema.chat import (
     AssistantMessage,
     ChatAlternative,

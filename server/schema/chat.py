@@ -11,8 +11,8 @@ from pydantic import BaseModel, ConfigDict, Field, PlainValidator, model_validat
 
 from ensemble_core.decoding.requests import Conversation
 from ensemble_core.errors import InvalidRequestError
-from server.schema.answer import Answer, TraceStep
 from server.schema.json_values import Strict, Text, text
+from server.schema.replies import Reply, TraceStep
 from server.schema.sampling import SamplingFields
 from server.schema.unsupported import CHAT_IGNORED, CHAT_NEUTRAL, Neutral
 
@@ -201,7 +201,7 @@ class ChatPiece(_ChatChoice):
     delta: Delta
 
 
-class ChatCompletion(Answer):
+class ChatCompletion(Reply):
     """A whole answer."""
 
     object: Literal["chat.completion"]
@@ -209,7 +209,7 @@ class ChatCompletion(Answer):
     prompt_token_ids: list[int] | None = Field(None, description="With return_token_ids.")
 
 
-class ChatChunk(Answer):
+class ChatChunk(Reply):
     """One chunk of a stream."""
 
     object: Literal["chat.completion.chunk"]

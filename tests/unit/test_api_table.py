@@ -15,9 +15,9 @@ from pydantic import ValidationError
 
 from ensemble_core.errors import InvalidRequestError
 from server.api import chat, completions
-from server.api.generation import Job
+from server.api.jobs import Job
 from server.schema.chat import ChatRequest
-from server.schema.completion import CompletionRequest
+from server.schema.completions import CompletionRequest
 from server.schema.sampling import SamplingFields
 
 DOCUMENT = (Path(__file__).parents[2] / "docs" / "api.md").read_text(encoding="utf-8")

@@ -9,9 +9,9 @@ from pydantic import BaseModel, ValidationError
 
 from ensemble_core.errors import InvalidRequestError
 from server.schema.chat import ChatRequest
-from server.schema.completion import CompletionRequest
+from server.schema.completions import CompletionRequest
 from server.schema.sampling import SamplingFields
-from server.schema.tokenizer import TokenizeRequest
+from server.schema.tokenizers import TokenizeRequest
 
 BASE: dict[str, Any] = {"model": "duo", "prompt": "x"}
 

@@ -6,8 +6,8 @@ from typing import ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from server.schema.answer import Answer, TraceStep
 from server.schema.json_values import Prompts
+from server.schema.replies import Reply, TraceStep
 from server.schema.sampling import SamplingFields
 from server.schema.unsupported import COMPLETION_IGNORED, COMPLETION_NEUTRAL, Neutral
 
@@ -77,7 +77,7 @@ class Choice(BaseModel):
     trace: list[TraceStep] | None = Field(None, description="With ensemble.trace: an entry a token.")
 
 
-class Completion(Answer):
+class TextCompletion(Reply):
     """An answer, or one chunk of a stream. `usage` is left out of chunks unless it was asked for."""
 
     object: Literal["text_completion"]
