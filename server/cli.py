@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from ensemble_core.config import Config, ServerConfig, load_config
+from ensemble_core.decoding.sampling_params import PARAMETERS, SamplingParams
 from ensemble_core.errors import ConfigError, UnisonoError
 
 if TYPE_CHECKING:
-    from ensemble_core.decoding.sampling_params import SamplingParams
     from ensemble_core.llm import LLM
     from ensemble_core.transfer.workshop import BuildReport
 
@@ -200,14 +200,13 @@ def generate(
     config: ConfigPath = DEFAULT_CONFIG,
     model: Annotated[str | None, typer.Option(help="An ensemble or a member; by default the first.")] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of each completion.")] = 64,
-    temperature: Annotated[float, typer.Option(min=0, max=2, help="0 takes the likeliest token.")] = 1.0,
+    temperature: Annotated[float, typer.Option(help=PARAMETERS["temperature"].describe())] = 1.0,
     seed: Annotated[int | None, typer.Option(help="Makes sampling reproducible.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="Ends a completion; may be repeated.")] = None,
     stream: Annotated[bool, typer.Option("--stream", help="Print text as it comes.")] = False,
 ) -> None:
     """Continue prompts without a server."""
     with _one_line_errors():
-        from ensemble_core.decoding.sampling_params import SamplingParams
         from server.edge import logs
 
         params = SamplingParams(max_tokens=max_tokens, temperature=temperature, stop=tuple(stop or ()), seed=seed)

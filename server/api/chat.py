@@ -7,7 +7,7 @@ from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 
 from ensemble_core.decoding.requests import Alternative, Conversation, Output, TokenLogprob
-from ensemble_core.decoding.sampling_params import MAX_LOGPROBS, SamplingParams
+from ensemble_core.decoding.sampling_params import PARAMETERS, SamplingParams
 from ensemble_core.errors import InvalidRequestError
 from server.api.jobs import Job, end_of, finite, trace_steps
 from server.api.tickets import Ticket, check_count, make_ticket, sampling_params
@@ -87,10 +87,7 @@ def _params(body: ChatRequest, max_tokens: int) -> SamplingParams:
 
 def _num_logprobs(body: ChatRequest) -> int | None:
     wanted = body.top_logprobs or 0
-    if not 0 <= wanted <= MAX_LOGPROBS:
-        raise InvalidRequestError(
-            f"top_logprobs must be an integer from 0 to {MAX_LOGPROBS}, got {wanted}", "top_logprobs"
-        )
+    PARAMETERS["logprobs"].check("top_logprobs", wanted)
     if wanted and not body.logprobs:
         raise InvalidRequestError("top_logprobs is only allowed with logprobs: true", "top_logprobs")
     return wanted if body.logprobs else None

@@ -14,15 +14,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ensemble_core.decoding.requests import GenerationRequest, Overrides, Prompt, Weighting
-from ensemble_core.decoding.sampling_params import MAX_SEED, SamplingParams
+from ensemble_core.decoding.sampling_params import MAX_SEED, PARAMETERS, SamplingParams
 from ensemble_core.errors import InvalidRequestError
 from server.schema.sampling import EnsembleOptions, SamplingFields, WeightingChoice
-
-# Fields that are parameters of the same name.
-_SAME_NAME = (
-    "min_tokens", "ignore_eos", "include_stop_str_in_output", "skip_special_tokens", "seed", "repetition_penalty",
-    "presence_penalty", "frequency_penalty", "temperature", "top_p", "min_p",
-)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,14 +95,18 @@ def sampling_params(body: SamplingFields, **own: Any) -> SamplingParams:
 
     Raises InvalidRequestError.
     """
-    sent = {name: getattr(body, name) for name in _SAME_NAME} | own
-    if body.top_k is not None:
-        sent["top_k"] = 0 if body.top_k == -1 else body.top_k
-    if body.stop_token_ids is not None:
-        sent["stop_token_ids"] = tuple(body.stop_token_ids)
-    if body.logit_bias is not None:
-        sent["logit_bias"] = tuple(body.logit_bias.items())
-    return SamplingParams(stop=body.stops, **{name: value for name, value in sent.items() if value is not None})
+    sent = {name: getattr(body, name) for name in PARAMETERS if name in SamplingFields.model_fields} | own
+    sent["stop"] = body.stops
+    if body.top_k == -1:
+        sent["top_k"] = 0
+    return SamplingParams(**{name: _in_tuples(value) for name, value in sent.items() if value is not None})
+
+
+def _in_tuples(value: Any) -> Any:
+    """Lists and objects of JSON in the engine's form, which nobody can change."""
+    if isinstance(value, dict):
+        return tuple(value.items())
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _with_seed(params: SamplingParams, index: int) -> SamplingParams:
