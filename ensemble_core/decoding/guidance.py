@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import threading
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import numpy as np
 import torch
@@ -25,12 +25,13 @@ ANY_OBJECT = json.dumps({"type": "object"})
 # Between the parts of a value: a space, or a new line with its indentation. Free white space would let a model that
 # likes it write nothing else until its tokens are used up. A schema's own `x-guidance` may say otherwise.
 _LAYOUT = r" |\n {0,16}"
-# What one schema may cost. Measured: a first mask takes up to 0.2 s, in the caller's thread; a later one 10 ms; the
-# states 50 MB. Ordinary schemas, with hundreds of fields and formats, stay below a tenth of each.
+# What one schema may cost. Measured: its first mask takes up to 0.2 s, in the caller's thread; a later one 10 ms, in
+# the engine's; a state about 1 kB. Ordinary schemas, with hundreds of fields and formats, need at most half of it.
 _LIMITS = LLParserLimits(
     initial_lexer_fuel=200_000, step_lexer_fuel=100_000, max_lexer_states=50_000, verbose_errors=False
 )
 _NUM_PROBED = 4  # tokens that a new constraint is tried on: many a schema that costs too much fails at once
+_NUM_GROUPS = 4  # prompts whose grammar is kept for their next choice
 _CONTRADICTION = "no text can satisfy it"
 
 
@@ -58,7 +59,7 @@ class Grammars:
     def __init__(self, vocabulary: Vocabulary) -> None:
         self._vocabulary = vocabulary
         self._lock = threading.Lock()
-        self._latest: tuple[tuple[str, str | None], Constraint] | None = None
+        self._of_group = lru_cache(_NUM_GROUPS)(lambda schema, _group: self._compiled(schema))
 
     def compile(self, schema: str, group: str | None = None) -> Constraint:
         """A constraint for JSON text of a schema; "" is any object. group: of the request, if it has one.
@@ -66,10 +67,8 @@ class Grammars:
         Raises InvalidRequestError for what is no schema, for one that nothing can satisfy, and for one that costs
         too much.
         """
-        latest, key = self._latest, (schema, group)
-        if latest is None or group is None or latest[0] != key:
-            latest = self._latest = key, self._compiled(schema or ANY_OBJECT)
-        return latest[1].copy()
+        schema = schema or ANY_OBJECT
+        return self._compiled(schema) if group is None else self._of_group(schema, group).copy()
 
     def _compiled(self, schema: str) -> Constraint:
         if not self._vocabulary.stop_ids:
