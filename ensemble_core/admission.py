@@ -50,6 +50,7 @@ class Admission:
         schemas that cannot be served.
         """
         recipe, params = self._book.resolve(request.model, request.overrides), request.params
+        schema = params.json_schema
         main = self._speakers[recipe.main]
         _check_ids("logit_bias", [token_id for token_id, _ in params.logit_bias], main.vocabulary)
         _check_ids("stop_token_ids", params.stop_token_ids, main.vocabulary)
@@ -71,7 +72,7 @@ class Admission:
             recipe=recipe,
             tracks=tracks,
             prompt_text=self._text(request.prompt, main.vocabulary),
-            constraint=main.grammars.compile(params.json_schema) if params.json_schema is not None else None,
+            constraint=None if schema is None else main.grammars.compile(schema, request.group),
             scores=PromptScores(params.logprobs or 0) if scored else None,
             likelihood=PromptLikelihood() if recipe.tau is not None else None,
         )

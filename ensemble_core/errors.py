@@ -48,6 +48,14 @@ class MemberTimeoutError(MemberError):
     """A member's forward took longer than `scheduler.member_timeout`."""
 
 
+class ConstraintError(UnisonoError):
+    """The text of one request can no longer follow its grammar. It ends that request alone."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"response_format: the text cannot follow its JSON schema: {reason}; simplify the schema")
+        self.reason = reason
+
+
 class CheckpointError(UnisonoError):
     """Model files are missing, damaged, or could not be fetched."""
 

@@ -25,6 +25,7 @@ from ensemble_core.decoding.requests import (
     Overrides,
     Prompt,
     TokenLogprob,
+    join,
 )
 from ensemble_core.decoding.sampling_params import SamplingParams
 from ensemble_core.decoding.sequence import Sequence as Request
@@ -80,7 +81,7 @@ class LLM:
             for seq_id, output in self._run(requests):
                 outputs[seq_id].append(output)
                 bar.update(output.finish_reason is not None)
-        return [_fold(outputs[request.seq_id]) for request in requests]
+        return [_completion(outputs[request.seq_id]) for request in requests]
 
     def stream(
         self,
@@ -178,17 +179,17 @@ class LLM:
             return
 
 
-def _fold(outputs: list[Output]) -> Completion:
-    last = outputs[-1]
-    if last.error or last.finish_reason is None:
-        raise UnisonoError(last.error or "the request did not end")
+def _completion(outputs: list[Output]) -> Completion:
+    whole = join(outputs)
+    if whole.error or whole.finish_reason is None:
+        raise UnisonoError(whole.error or "the request did not end")
     return Completion(
-        text="".join(output.text for output in outputs),
-        token_ids=tuple(token for output in outputs for token in output.token_ids),
-        finish_reason=last.finish_reason,
-        stop_reason=last.stop_reason,
-        num_prompt_tokens=last.num_prompt_tokens,
-        logprobs=tuple(entry for output in outputs for entry in output.logprobs),
-        prompt_logprobs=outputs[0].prompt_logprobs,
-        dropped=last.dropped,
+        text=whole.text,
+        token_ids=whole.token_ids,
+        finish_reason=whole.finish_reason,
+        stop_reason=whole.stop_reason,
+        num_prompt_tokens=whole.num_prompt_tokens,
+        logprobs=whole.logprobs,
+        prompt_logprobs=whole.prompt_logprobs,
+        dropped=whole.dropped,
     )

@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from ensemble_core.config import Config, ServerConfig, load_config
-from ensemble_core.errors import UnisonoError
+from ensemble_core.decoding.sampling_params import PARAMETERS, SamplingParams
+from ensemble_core.errors import ConfigError, UnisonoError
 
 if TYPE_CHECKING:
-    from ensemble_core.decoding.sampling_params import SamplingParams
     from ensemble_core.llm import LLM
     from ensemble_core.transfer.workshop import BuildReport
 
@@ -35,6 +35,7 @@ ConfigPath = Annotated[
     Path, typer.Option("--config", "-c", envvar="UNISONO_CONFIG", help="The YAML file to work from.")
 ]
 DEFAULT_CONFIG = Path("configs/demo.yaml")
+_KEY_VARIABLES = ("UNISONO_API_KEY", "UNISONO_API_KEYS")  # the former is what clients set, too
 
 
 def main() -> None:
@@ -94,9 +95,9 @@ def serve(
     api_key: Annotated[
         list[str] | None,
         typer.Option(
-            envvar="UNISONO_API_KEYS",
             show_default=False,
-            help="One more key that lets clients in; may be repeated, or hold several with commas.",
+            help="One more key that lets clients in, beside those of UNISONO_API_KEY and UNISONO_API_KEYS; may be "
+            "repeated. Each may hold several with commas.",
         ),
     ] = None,
     api_key_file: Annotated[Path | None, typer.Option(help="In place of server.api_key_file.")] = None,
@@ -133,8 +134,18 @@ def _chosen(server: ServerConfig, **options: object) -> ServerConfig:
 
 
 def _all_keys(server: ServerConfig, given: list[str] | None) -> list[object] | None:
-    """The file's keys and those of the command line, each of which may hold several."""
-    more = [key.strip() for keys in given or [] for key in keys.split(",") if key.strip()]
+    """The keys of the file, the command line and the environment; all count, and each may hold several.
+
+    Raises ConfigError for a source without a key, so that a secret that came out empty does not open the door.
+    """
+    sources = [("--api-key", keys) for keys in given or []]
+    sources += [(name, os.environ[name]) for name in _KEY_VARIABLES if name in os.environ]
+    more: list[str] = []
+    for name, keys in sources:
+        found = [key.strip() for key in keys.split(",") if key.strip()]
+        if not found:
+            raise ConfigError(f"{name}: is set and holds no key; give one, or do without it to let everybody in")
+        more += found
     return [*server.api_keys, *more] if more else None
 
 
@@ -189,14 +200,13 @@ def generate(
     config: ConfigPath = DEFAULT_CONFIG,
     model: Annotated[str | None, typer.Option(help="An ensemble or a member; by default the first.")] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of each completion.")] = 64,
-    temperature: Annotated[float, typer.Option(min=0, max=2, help="0 takes the likeliest token.")] = 1.0,
+    temperature: Annotated[float, typer.Option(help=PARAMETERS["temperature"].describe())] = 1.0,
     seed: Annotated[int | None, typer.Option(help="Makes sampling reproducible.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="Ends a completion; may be repeated.")] = None,
     stream: Annotated[bool, typer.Option("--stream", help="Print text as it comes.")] = False,
 ) -> None:
     """Continue prompts without a server."""
     with _one_line_errors():
-        from ensemble_core.decoding.sampling_params import SamplingParams
         from server.edge import logs
 
         params = SamplingParams(max_tokens=max_tokens, temperature=temperature, stop=tuple(stop or ()), seed=seed)

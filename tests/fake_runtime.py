@@ -21,7 +21,15 @@ from typing import Any
 import uvicorn
 
 from ensemble_core.config import ServerConfig
-from ensemble_core.decoding.requests import Conversation, GenerationRequest, Output, Prompt, TokenLogprob, Trace
+from ensemble_core.decoding.requests import (
+    Alternative,
+    Conversation,
+    GenerationRequest,
+    Output,
+    Prompt,
+    TokenLogprob,
+    Trace,
+)
 from ensemble_core.errors import InvalidRequestError, ModelNotFoundError, NotReadyError
 from server.edge.app import create_app
 from server.edge.metrics import PrometheusSink
@@ -96,8 +104,9 @@ def logprob_of(token_id: int, seed: int | None) -> float:
 
 def entry(token_id: int, text: str, offset: int, num_top: int, seed: int | None) -> TokenLogprob:
     logprob = logprob_of(token_id, seed)
-    others = [(token_id + k, f"alt{k}", logprob - k / 4) for k in range(1, num_top)]
-    return TokenLogprob(token_id, text, logprob, offset, ((token_id, text, logprob), *others))
+    own = Alternative(token_id, text.encode(), logprob)
+    others = [Alternative(token_id + k, f"alt{k}".encode(), logprob - k / 4) for k in range(1, num_top)]
+    return TokenLogprob(token_id, text.encode(), logprob, offset, (own, *others))
 
 
 def trace_of(text: str) -> Trace:
@@ -280,7 +289,7 @@ def _echo(request: GenerationRequest, words: list[str]) -> dict[str, Any]:
     entries, offset = [], 0
     for rank, word in enumerate(words):
         if rank == 0:
-            entries.append(TokenLogprob(id_of(word), word, None, 0))
+            entries.append(TokenLogprob(id_of(word), word.encode(), None, 0))
         else:
             entries.append(entry(id_of(word), word, offset, request.params.logprobs, None))
         offset += len(word)

@@ -1,28 +1,38 @@
 """Constrained decoding: which of main's tokens may come next, so that the text is JSON of a schema.
 
-The grammar engine is llguidance, fed with our own vocabulary, so that every kind of tokenizer works alike. Main's
-stop tokens are allowed where the text is complete, and only then. Masks act on the fused distribution; assistants
-know nothing of them. Knows vocabularies; does not know sequences or members.
+The grammar engine is llguidance, fed with our own vocabulary, so that every kind of tokenizer works alike.
+Invariants: main's stop tokens are allowed where the text is complete, and only then; a grammar that fails raises and
+never lets text pass. Masks act on the fused distribution; assistants know nothing of them. Knows vocabularies; does
+not know sequences or members.
 """
 
 from __future__ import annotations
 
 import json
 import threading
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import numpy as np
 import torch
-from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 from torch import Tensor
 
-from ensemble_core.errors import InvalidRequestError
+from ensemble_core.decoding.schemas import endless
+from ensemble_core.errors import ConstraintError, InvalidRequestError
 from ensemble_core.text.vocabulary import Vocabulary
 
 ANY_OBJECT = json.dumps({"type": "object"})
 # Between the parts of a value: a space, or a new line with its indentation. Free white space would let a model that
 # likes it write nothing else until its tokens are used up. A schema's own `x-guidance` may say otherwise.
 _LAYOUT = r" |\n {0,16}"
+# What one schema may cost. Measured: its first mask takes up to 0.2 s, in the caller's thread; a later one 10 ms, in
+# the engine's; a state about 1 kB. Ordinary schemas, with hundreds of fields and formats, need at most half of it.
+_LIMITS = LLParserLimits(
+    initial_lexer_fuel=200_000, step_lexer_fuel=100_000, max_lexer_states=50_000, verbose_errors=False
+)
+_NUM_PROBED = 4  # tokens that a new constraint is tried on: many a schema that costs too much fails at once
+_NUM_GROUPS = 4  # prompts whose grammar is kept for their next choice
+_CONTRADICTION = "no text can satisfy it"
 
 
 class _Spelling:
@@ -41,57 +51,96 @@ class _Spelling:
 
 
 class Grammars:
-    """Makes constraints over one vocabulary; what is costly is made once, at the first constraint."""
+    """Makes constraints over one vocabulary; what is costly is made once, at the first constraint.
+
+    The choices of a prompt share a compiled grammar, its limits too: 128 choices cost little more than one.
+    """
 
     def __init__(self, vocabulary: Vocabulary) -> None:
         self._vocabulary = vocabulary
         self._lock = threading.Lock()
+        self._of_group = lru_cache(_NUM_GROUPS)(lambda schema, _group: self._compiled(schema))
 
-    def compile(self, schema: str) -> Constraint:
-        """A constraint for JSON text of a schema; "" is any object. Raises InvalidRequestError for a bad one."""
+    def compile(self, schema: str, group: str | None = None) -> Constraint:
+        """A constraint for JSON text of a schema; "" is any object. group: of the request, if it has one.
+
+        Raises InvalidRequestError for what is no schema, for one that nothing can satisfy, and for one that costs
+        too much.
+        """
+        schema = schema or ANY_OBJECT
+        return self._compiled(schema) if group is None else self._of_group(schema, group).copy()
+
+    def _compiled(self, schema: str) -> Constraint:
         if not self._vocabulary.stop_ids:
             raise InvalidRequestError(
                 "response_format: this model has no stop token, so constrained text could not end",
                 "response_format",
             )
         with self._lock:
-            tokenizer = self._tokenizer
+            tokenizer, lengths = self._tokenizer, self._lengths
         try:
-            grammar = LLMatcher.grammar_from_json_schema(
-                schema or ANY_OBJECT, defaults={"whitespace_pattern": _LAYOUT}
-            )
+            grammar = LLMatcher.grammar_from_json_schema(schema, defaults={"whitespace_pattern": _LAYOUT})
+            matcher = LLMatcher(tokenizer, grammar, log_level=0, limits=_LIMITS)
+            constraint = Constraint(matcher, self._vocabulary)
+            constraint.probe(lengths)
+        except ConstraintError as error:
+            raise _refusal(error.reason) from error
         except ValueError as error:
             raise _refusal(str(error)) from error
-        matcher = LLMatcher(tokenizer, grammar, log_level=0)
-        if matcher.is_error():
-            raise _refusal(matcher.get_error())
-        return Constraint(matcher, len(self._vocabulary), self._vocabulary.stop_ids)
+        if (ref := endless(schema)) is not None:
+            raise _refusal(f"no finite value can satisfy it, since $ref {ref!r} always needs itself again")
+        return constraint
 
     @cached_property
     def _tokenizer(self) -> LLTokenizer:
         return LLTokenizer(TokenizerWrapper(_Spelling(self._vocabulary)), n_vocab=len(self._vocabulary))
 
+    @cached_property
+    def _lengths(self) -> Tensor:
+        """(V,) bytes of every token."""
+        return torch.tensor([len(token) for token in self._vocabulary.tokens])
+
 
 class Constraint:
-    """Where one sequence stands in its grammar."""
+    """Where one sequence stands in its grammar. Once the grammar has failed its methods raise ConstraintError."""
 
-    def __init__(self, matcher: LLMatcher, num_tokens: int, stop_ids: frozenset[int]) -> None:
-        self._matcher = matcher
-        self._num_tokens = num_tokens
-        self._stop_ids = sorted(stop_ids)
+    def __init__(self, matcher: LLMatcher, vocabulary: Vocabulary) -> None:
+        self._matcher, self._vocabulary = matcher, vocabulary
+        self._stop_ids = sorted(vocabulary.stop_ids)
 
     def allowed(self) -> Tensor:
-        """(V,) bool on the CPU: the tokens that may come next."""
+        """(V,) bool on the CPU: the tokens that may come next, at least one."""
         bits = np.frombuffer(self._matcher.compute_logit_bias(), dtype=np.uint8)
-        allowed = torch.from_numpy(bits[: self._num_tokens] > 0)
-        if self._matcher.is_accepting() or self._matcher.is_stopped():
-            allowed[self._stop_ids] = True
+        self._check()
+        allowed = torch.from_numpy(bits[: len(self._vocabulary)] > 0)
+        allowed[self._stop_ids] = self._matcher.is_accepting()
+        if not allowed.any():
+            raise ConstraintError("no token of this model can go on with the text")
         return allowed
 
     def accept(self, token_id: int) -> None:
         """Move on over a token that `allowed` let through."""
-        if token_id not in self._stop_ids:
+        if token_id not in self._vocabulary.stop_ids:
             self._matcher.consume_token(token_id)
+            self._check()
+
+    def copy(self) -> Constraint:
+        """Another that stands at the same place."""
+        return Constraint(self._matcher.deep_copy(), self._vocabulary)
+
+    def probe(self, lengths: Tensor) -> None:
+        """Try how some text would begin, with the longest token that is allowed each time. Does not move.
+
+        lengths: (V,) bytes of every token.
+        """
+        trial = self.copy()
+        for _ in range(_NUM_PROBED):
+            trial.accept(int((lengths * trial.allowed()).argmax()))
+
+    def _check(self) -> None:
+        if self._matcher.is_error():
+            reason = self._matcher.get_error().removesuffix("<non-verbose/>").strip()
+            raise ConstraintError(_CONTRADICTION if reason == "NoExtensionBias" else reason)
 
 
 def _refusal(reason: str) -> InvalidRequestError:

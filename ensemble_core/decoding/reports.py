@@ -11,7 +11,7 @@ from collections.abc import Sequence as Rows
 
 from torch import Tensor
 
-from ensemble_core.decoding.requests import Trace
+from ensemble_core.decoding.requests import LEAST_LOGPROB, Trace
 from ensemble_core.decoding.sequence import Scored, Sequence
 from ensemble_core.fusion.base import Fused
 from ensemble_core.members.base import Candidates
@@ -19,16 +19,14 @@ from ensemble_core.members.ranking import ranked
 from ensemble_core.stats import Reason
 
 NUM_TRACED = 5  # candidates of each member in a trace
-_NEVER = -9999.0
 
 
 def score(token_ids: Tensor, logprobs: Tensor, token_id: int, num_top: int) -> Scored:
     """A token's log-probability in one row (S,), and the `num_top` likeliest with the token itself among them.
 
-    An id may stand twice in a row; the likelier entry counts. A token without any mass gets the number that vLLM
-    gives it, since JSON has no infinity.
+    An id may stand twice in a row; the likelier entry counts. A token without any mass gets `LEAST_LOGPROB`.
     """
-    own = max(logprobs[token_ids == token_id].amax().item(), _NEVER)
+    own = max(logprobs[token_ids == token_id].amax().item(), LEAST_LOGPROB)
     best = _best(token_ids, logprobs, num_top)
     if num_top and token_id not in (other for other, _ in best):
         best = (*best, (token_id, own))

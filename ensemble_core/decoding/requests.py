@@ -5,15 +5,18 @@ A request is one prompt with one set of parameters; `n` choices are n requests. 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import chain
+from typing import Any, Literal, NamedTuple
 
 from ensemble_core.config import DEFAULT_TAU
 from ensemble_core.decoding.sampling_params import SamplingParams
 from ensemble_core.stats import Reason
+from ensemble_core.text.vocabulary import readable
 
 FinishReason = Literal["stop", "length", "abort", "error"]
+LEAST_LOGPROB = -9999.0  # as in vLLM: of a token without any mass, since JSON has no infinity
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,20 +73,39 @@ class GenerationRequest:
     group: str | None = None
 
 
+class Alternative(NamedTuple):
+    """A token that could have come, with its fused log-probability. spelling: as of `TokenLogprob`."""
+
+    token_id: int
+    spelling: bytes
+    logprob: float
+
+    @property
+    def text(self) -> str:
+        """The token for people to read."""
+        return readable(self.spelling)
+
+
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
     """One token with its fused log-probability, before temperature, penalties and bias.
 
-    text_offset: where its text begins, in characters of prompt (with echo) and completion. top: the likeliest
-    alternatives, the token itself among them with the identical number; (id, text, log-probability). The prompt's
-    first token has no log-probability and no alternatives.
+    spelling: its bytes, which may be a part of a character; of a control token, its name. text_offset: where its
+    text begins, in characters of prompt (with echo) and completion. top: the likeliest alternatives, the token
+    itself among them with the identical number. The prompt's first token has no log-probability and no
+    alternatives.
     """
 
     token_id: int
-    text: str
+    spelling: bytes
     logprob: float | None
     text_offset: int
-    top: tuple[tuple[int, str, float], ...] = ()
+    top: tuple[Alternative, ...] = ()
+
+    @property
+    def text(self) -> str:
+        """The token for people to read."""
+        return readable(self.spelling)
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,3 +145,17 @@ class Output:
     prompt_token_ids: tuple[int, ...] = ()  # once, in the first output
     num_cached_tokens: int = 0  # of the prompt, that main did not have to compute
     dropped: Mapping[str, Reason] = field(default_factory=dict)
+
+
+def join(outputs: Sequence[Output]) -> Output:
+    """All outputs of one request, at least one, as if they had come at once."""
+    return replace(
+        outputs[-1],
+        text="".join(each.text for each in outputs),
+        token_ids=tuple(chain.from_iterable(each.token_ids for each in outputs)),
+        logprobs=tuple(chain.from_iterable(each.logprobs for each in outputs)),
+        traces=tuple(chain.from_iterable(each.traces for each in outputs)),
+        prompt_logprobs=tuple(chain.from_iterable(each.prompt_logprobs for each in outputs)),
+        prompt_text="".join(each.prompt_text for each in outputs),
+        prompt_token_ids=tuple(chain.from_iterable(each.prompt_token_ids for each in outputs)),
+    )

@@ -6,16 +6,11 @@ is checked on construction, so the offline API and HTTP refuse the same values w
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 
-from ensemble_core.errors import InvalidRequestError
+from ensemble_core.decoding.parameters import Parameter, declared
 
-MAX_STOPS = 16
-MAX_STOP_LENGTH = 1024
-MAX_STOP_TOKENS = 64
-MAX_BIASES = 1024
-MAX_LOGPROBS = 20
 MAX_SEED = 2**63 - 1
 MAX_GRAMMAR_LENGTH = 65_536
 
@@ -24,64 +19,62 @@ MAX_GRAMMAR_LENGTH = 65_536
 class SamplingParams:
     """Parameters that act once, after fusion, in the order of the fields from `repetition_penalty` on.
 
-    Token ids are the main member's. temperature: 0 is greedy. top_k: 0 is off. logprobs: how many alternatives to
-    report per token, None for none; of the fused distribution, before everything below. echo: report the prompt
-    too (with logprobs: its teacher-forced fused log-probabilities); the one case in which max_tokens may be 0.
-    json_schema: the text must be JSON of this schema ("" is any JSON object); None is free text.
+    Every default from there on changes nothing. Token ids are the main member's. temperature: 0 is greedy. top_k: 0
+    is off. logprobs: how many alternatives to report per token, None for none; of the fused distribution, before
+    everything below. echo: report the prompt too (with logprobs: its teacher-forced fused log-probabilities); the one
+    case in which max_tokens may be 0. json_schema: the text must be JSON of this schema ("" is any JSON object); None
+    is free text.
     """
 
-    max_tokens: int = 16
-    min_tokens: int = 0
-    stop: tuple[str, ...] = ()
-    stop_token_ids: tuple[int, ...] = ()
-    ignore_eos: bool = False
-    include_stop_str_in_output: bool = False
-    skip_special_tokens: bool = True
-    seed: int | None = None
-    logprobs: int | None = None
-    echo: bool = False
-    json_schema: str | None = None
-    repetition_penalty: float = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    logit_bias: tuple[tuple[int, float], ...] = ()
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
+    max_tokens: int = declared("integer", 16, "most tokens of each choice", 5, low=1)
+    min_tokens: int = declared("integer", 0, "up to the length limit: no end of text, no stop before these", 3)
+    stop: tuple[str, ...] = declared(
+        "texts", (), "one text or a list: each ends a choice and is not part of it", ["\n", "END"],
+        low=1, high=1024, most=16,
+    )  # fmt: skip
+    stop_token_ids: tuple[int, ...] = declared("ids", (), "each ends a choice", [13], most=64)
+    ignore_eos: bool = declared("boolean", False, "go on past the end of text", True)
+    include_stop_str_in_output: bool = declared("boolean", False, "keep the stop string in the text", True)
+    skip_special_tokens: bool = declared("boolean", True, "leave special tokens out of the text", False)
+    seed: int | None = declared(
+        "integer", None, "64 bit; makes sampling reproducible: choice i of each prompt draws with seed + i", 7,
+        low=-MAX_SEED - 1, high=MAX_SEED,
+    )  # fmt: skip
+    logprobs: int | None = declared(
+        "integer", None, "send each token's fused log-probability and this many alternatives", 3, high=20
+    )
+    echo: bool = declared("boolean", False, "the prompt comes first in `text`, and in `logprobs`", True)
+    json_schema: str | None = declared(
+        "text", None, "the text is JSON of this schema", "", high=MAX_GRAMMAR_LENGTH
+    )
+    repetition_penalty: float = declared(
+        "number", 1.0, "over 1: tokens of prompt and completion become less likely", 1.2, low=0.01, high=10
+    )
+    presence_penalty: float = declared(
+        "number", 0.0, "taken off the log-probability of generated tokens", 0.5, low=-2, high=2
+    )
+    frequency_penalty: float = declared(
+        "number", 0.0, "taken off the log-probability of generated tokens, times their count", 0.5, low=-2, high=2
+    )
+    logit_bias: tuple[tuple[int, float], ...] = declared(
+        "biases", (), "token id -> added to its log-probability", {"50": -100}, low=-100, high=100, most=1024
+    )
+    temperature: float = declared("number", 1.0, "0 is greedy: it takes the likeliest token", 0.5, high=2)
+    top_k: int = declared("integer", 0, "keep this many of the likeliest tokens; 0 or -1 is off", 40)
+    top_p: float = declared(
+        "number", 1.0, "keep the likeliest tokens that together hold this mass", 0.5, high=1, above=True
+    )
+    min_p: float = declared(
+        "number", 0.0, "keep tokens at least this likely relative to the likeliest", 0.1, high=1
+    )
 
     def __post_init__(self) -> None:
-        _check_int("max_tokens", self.max_tokens, 0 if self.echo else 1, 2**31 - 1)
-        _check_int("min_tokens", self.min_tokens, 0, max(self.max_tokens, 0))
-        _check_stops(self.stop)
-        _check_ids("stop_token_ids", self.stop_token_ids, MAX_STOP_TOKENS)
-        for name in ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens", "echo"):
-            _check_bool(name, getattr(self, name))
-        if self.seed is not None:
-            _check_int("seed", self.seed, -MAX_SEED - 1, MAX_SEED)
-        if self.logprobs is not None:
-            _check_int("logprobs", self.logprobs, 0, MAX_LOGPROBS)
-        if self.json_schema is not None and len(self.json_schema) > MAX_GRAMMAR_LENGTH:
-            raise InvalidRequestError(
-                f"response_format: a schema may have up to {MAX_GRAMMAR_LENGTH} characters, got "
-                f"{len(self.json_schema)}",
-                "response_format",
-            )
-        self._check_numbers()
-
-    def _check_numbers(self) -> None:
-        _check_float("repetition_penalty", self.repetition_penalty, 0.01, 10.0)
-        _check_float("presence_penalty", self.presence_penalty, -2.0, 2.0)
-        _check_float("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
-        _check_ids("logit_bias", tuple(token_id for token_id, _ in self.logit_bias), MAX_BIASES)
-        for _, bias in self.logit_bias:
-            _check_float("logit_bias", bias, -100.0, 100.0)
-        _check_float("temperature", self.temperature, 0.0, 2.0)
-        _check_int("top_k", self.top_k, 0, 2**31 - 1)
-        _check_float("top_p", self.top_p, 0.0, 1.0)
-        _check_float("min_p", self.min_p, 0.0, 1.0)
-        if self.top_p == 0.0:
-            raise InvalidRequestError("top_p must be greater than 0 and at most 1, got 0", "top_p")
+        for name, parameter in PARAMETERS.items():
+            if name not in _OWN_CHECKS:
+                parameter.check(name, getattr(self, name))
+        PARAMETERS["max_tokens"].check("max_tokens", self.max_tokens, low=0 if self.echo else None)
+        PARAMETERS["min_tokens"].check("min_tokens", self.min_tokens, high=self.max_tokens)
+        PARAMETERS["json_schema"].check("response_format", self.json_schema)
 
     @property
     def greedy(self) -> bool:
@@ -91,40 +84,13 @@ class SamplingParams:
     @property
     def shapes_logits(self) -> bool:
         """True where penalties or biases change the fused distribution."""
-        neutral = (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) == (1.0, 0.0, 0.0)
-        return not neutral or bool(self.logit_bias)
+        penalties = (self.repetition_penalty, self.presence_penalty, self.frequency_penalty)
+        return (*penalties, self.logit_bias) != _NEUTRAL
 
 
-def _check_int(name: str, value: int, low: int, high: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise InvalidRequestError(f"{name} must be an integer from {low} to {high}, got {value!r}", name)
-
-
-def _check_float(name: str, value: float, low: float, high: float) -> None:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or math.isnan(value) or not low <= value <= high:
-        raise InvalidRequestError(f"{name} must be a number from {low:g} to {high:g}, got {value!r}", name)
-
-
-def _check_bool(name: str, value: bool) -> None:
-    if not isinstance(value, bool):
-        raise InvalidRequestError(f"{name} must be true or false, got {value!r}", name)
-
-
-def _check_ids(name: str, ids: tuple[int, ...], most: int) -> None:
-    if len(ids) > most:
-        raise InvalidRequestError(f"{name} takes up to {most} entries, got {len(ids)}", name)
-    for token_id in ids:
-        _check_int(name, token_id, 0, 2**31 - 1)
-
-
-def _check_stops(stops: tuple[str, ...]) -> None:
-    if isinstance(stops, str):
-        raise InvalidRequestError(f"stop must be a tuple of strings, got the string {stops!r}", "stop")
-    if len(stops) > MAX_STOPS:
-        raise InvalidRequestError(f"stop takes up to {MAX_STOPS} strings, got {len(stops)}", "stop")
-    for stop in stops:
-        if not 1 <= len(stop) <= MAX_STOP_LENGTH:
-            raise InvalidRequestError(
-                f"each stop string must have 1 to {MAX_STOP_LENGTH} characters, got {len(stop)}", "stop"
-            )
+PARAMETERS: Mapping[str, Parameter] = {each.name: each.metadata["parameter"] for each in fields(SamplingParams)}
+_OWN_CHECKS = ("max_tokens", "min_tokens", "json_schema")  # they depend on other fields, or have other names
+_NEUTRAL = tuple(
+    PARAMETERS[name].default
+    for name in ("repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias")
+)

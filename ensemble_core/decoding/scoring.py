@@ -200,7 +200,7 @@ def _joined(parts: list[Candidates]) -> Candidates:
 def _described(main: Track, scored: dict[int, Scored], text: str) -> Iterator[TokenLogprob]:
     for row, (token_id, offset) in enumerate(zip(main.prompt_ids, _offsets(main, text), strict=True)):
         if row == 0:
-            yield TokenLogprob(token_id, main.vocabulary.name_of(token_id), None, offset)
+            yield TokenLogprob(token_id, main.vocabulary.tokens[token_id], None, offset)
         else:
             yield describe_token(main, token_id, scored[row - 1], offset)
 

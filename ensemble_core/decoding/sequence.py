@@ -13,7 +13,14 @@ from enum import Enum, auto
 from typing import TYPE_CHECKING
 
 from ensemble_core.decoding.recipe import Recipe
-from ensemble_core.decoding.requests import FinishReason, GenerationRequest, Output, TokenLogprob, Trace
+from ensemble_core.decoding.requests import (
+    Alternative,
+    FinishReason,
+    GenerationRequest,
+    Output,
+    TokenLogprob,
+    Trace,
+)
 from ensemble_core.stats import Reason
 from ensemble_core.text.alignment import Track
 from ensemble_core.text.detokenizer import Detokenizer
@@ -235,7 +242,7 @@ class Sequence:
 
 
 def describe_token(track: Track, token_id: int, scored: Scored, offset: int) -> TokenLogprob:
-    """A token with its numbers in words."""
-    name = track.vocabulary.name_of
-    top = tuple((other, name(other), logprob) for other, logprob in scored.top)
-    return TokenLogprob(token_id, name(token_id), scored.logprob, offset, top)
+    """A token and its alternatives with their spellings."""
+    tokens = track.vocabulary.tokens
+    top = tuple(Alternative(other, tokens[other], logprob) for other, logprob in scored.top)
+    return TokenLogprob(token_id, tokens[token_id], scored.logprob, offset, top)

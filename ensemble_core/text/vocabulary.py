@@ -69,12 +69,8 @@ class Vocabulary:
         return self.tokens[token_id]
 
     def name_of(self, token_id: int) -> str:
-        """A token for people to read: its text, or its bytes in hex where they are no text by themselves."""
-        token = self.tokens[token_id]
-        try:
-            return token.decode()
-        except UnicodeDecodeError:
-            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in token)
+        """A token for people to read."""
+        return readable(self.tokens[token_id])
 
     @cached_property
     def fingerprint(self) -> str:
@@ -112,6 +108,14 @@ class Vocabulary:
             text = token.decode("utf-8", "ignore")
             found.update(a for a, b in pairwise(text) if b == " " and a.isalnum())
         return frozenset(found)
+
+
+def readable(token: bytes) -> str:
+    """A token for people to read: its text, or its bytes in hex where they are no text by themselves."""
+    try:
+        return token.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in token)
 
 
 def from_tokenizer(tokenizer: Any, size: int, stop_ids: Iterable[int], name: str) -> Vocabulary:

@@ -6,19 +6,11 @@ import json
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 
-from ensemble_core.decoding.requests import Conversation, Output, TokenLogprob
-from ensemble_core.decoding.sampling_params import MAX_LOGPROBS, SamplingParams
+from ensemble_core.decoding.requests import Alternative, Conversation, Output, TokenLogprob
+from ensemble_core.decoding.sampling_params import PARAMETERS, SamplingParams
 from ensemble_core.errors import InvalidRequestError
-from server.api.generation import (
-    Job,
-    Ticket,
-    check_count,
-    end_of,
-    finite,
-    make_ticket,
-    sampling_params,
-    trace_steps,
-)
+from server.api.jobs import Job, end_of, finite, trace_steps
+from server.api.tickets import Ticket, check_count, make_ticket, sampling_params
 from server.schema.chat import (
     AssistantMessage,
     ChatAlternative,
@@ -95,10 +87,7 @@ def _params(body: ChatRequest, max_tokens: int) -> SamplingParams:
 
 def _num_logprobs(body: ChatRequest) -> int | None:
     wanted = body.top_logprobs or 0
-    if not 0 <= wanted <= MAX_LOGPROBS:
-        raise InvalidRequestError(
-            f"top_logprobs must be an integer from 0 to {MAX_LOGPROBS}, got {wanted}", "top_logprobs"
-        )
+    PARAMETERS["logprobs"].check("top_logprobs", wanted)
     if wanted and not body.logprobs:
         raise InvalidRequestError("top_logprobs is only allowed with logprobs: true", "top_logprobs")
     return wanted if body.logprobs else None
@@ -198,11 +187,11 @@ class ChatJob(Job):
 def to_chat_token(token: TokenLogprob, num_top: int) -> ChatToken:
     """A token and its `num_top` likeliest alternatives, best first."""
     assert token.logprob is not None  # only a prompt's first token has none
-    top = sorted(token.top, key=lambda each: -each[2])[:num_top]
-    alternatives = [_alternative(text, logprob) for _, text, logprob in top]
-    own = _alternative(token.text, token.logprob)
+    own = _alternative(Alternative(token.token_id, token.spelling, token.logprob))
+    top = sorted(token.top, key=lambda each: -each.logprob)[:num_top]
+    alternatives = [_alternative(each) for each in top]
     return ChatToken(token=own.token, logprob=own.logprob, bytes=own.bytes, top_logprobs=alternatives)
 
 
-def _alternative(text: str, logprob: float) -> ChatAlternative:
-    return ChatAlternative(token=text, logprob=finite(logprob), bytes=list(text.encode("utf-8", "replace")))
+def _alternative(each: Alternative) -> ChatAlternative:
+    return ChatAlternative(token=each.text, logprob=finite(each.logprob), bytes=list(each.spelling))

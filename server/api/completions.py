@@ -5,20 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from ensemble_core.decoding.requests import Output, TokenLogprob
+from ensemble_core.decoding.requests import Alternative, Output, TokenLogprob
 from ensemble_core.decoding.sampling_params import SamplingParams
 from ensemble_core.errors import InvalidRequestError
-from server.api.generation import (
-    Job,
-    Ticket,
-    check_count,
-    end_of,
-    finite,
-    make_ticket,
-    sampling_params,
-    trace_steps,
-)
-from server.schema.completion import Choice, Completion, CompletionRequest, Logprobs
+from server.api.jobs import Job, end_of, finite, trace_steps
+from server.api.tickets import Ticket, check_count, make_ticket, sampling_params
+from server.schema.completions import Choice, CompletionRequest, Logprobs, TextCompletion
 
 
 def plan(body: CompletionRequest, max_choices: int) -> CompletionJob:
@@ -56,15 +48,15 @@ class CompletionJob(Job):
         self._sends_logprobs = body.logprobs is not None
         self._sends_trace = bool(body.ensemble and body.ensemble.trace)
 
-    def piece(self, index: int, output: Output, *, first: bool) -> Completion:
+    def piece(self, index: int, output: Output, *, first: bool) -> TextCompletion:
         """A chunk with one choice."""
         return self._completion([self._choice(index, output, first)])
 
-    def usage_chunk(self) -> Completion:
+    def usage_chunk(self) -> TextCompletion:
         """A chunk without choices."""
         return self._completion([])
 
-    def whole(self, outputs: Sequence[Output]) -> Completion:
+    def whole(self, outputs: Sequence[Output]) -> TextCompletion:
         """All choices; of each prompt the n best where more were sampled."""
         size = self.ticket.num_sampled
         kept = [
@@ -74,9 +66,9 @@ class CompletionJob(Job):
         ]
         return self._completion([self._choice(index, output, True) for index, output in enumerate(kept)])
 
-    def _completion(self, choices: list[Choice]) -> Completion:
+    def _completion(self, choices: list[Choice]) -> TextCompletion:
         ticket = self.ticket
-        return Completion(
+        return TextCompletion(
             id=ticket.id, object="text_completion", created=ticket.created, model=ticket.model, choices=choices
         )
 
@@ -124,6 +116,6 @@ def _alternatives(token: TokenLogprob) -> dict[str, float] | None:
     if token.logprob is None:
         return None
     found: dict[str, float] = {}
-    for _, text, logprob in (*token.top, (token.token_id, token.text, token.logprob)):
-        found[text] = max(found.get(text, -math.inf), finite(logprob))
+    for each in (*token.top, Alternative(token.token_id, token.spelling, token.logprob)):
+        found[each.text] = max(found.get(each.text, -math.inf), finite(each.logprob))
     return found

@@ -13,13 +13,13 @@ from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
 from ensemble_core.config import ServerConfig
-from server.api import routes, routes_tokenizer
+from server.api import probes, routes, tokenizers
+from server.api.services import Services
 from server.edge import errors
 from server.edge.auth import Gate, KeyRing, load_keys
 from server.edge.metrics import PrometheusSink
 from server.edge.middleware import BodyLimit, RequestContext, RootPath
 from server.edge.openapi import require_key
-from server.edge.state import Edge
 
 if TYPE_CHECKING:
     from ensemble_core.runtime import Runtime
@@ -49,9 +49,9 @@ def create_app(runtime: Runtime, config: ServerConfig, metrics: PrometheusSink) 
         redoc_url=None,
         redirect_slashes=False,
     )
-    app.state.edge = Edge(runtime, config, metrics, created=int(time.time()))
-    app.include_router(routes.router)
-    app.include_router(routes_tokenizer.router)
+    app.state.services = Services(runtime, config, metrics, created=int(time.time()))
+    for module in (routes, tokenizers, probes):
+        app.include_router(module.router)
     _add_middleware(app, config, keys, metrics)
     errors.install(app, metrics)
     return app

@@ -5,16 +5,17 @@ A message is flattened to role and text here; which tokens it becomes is each me
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, model_validator
 
 from ensemble_core.decoding.requests import Conversation
 from ensemble_core.errors import InvalidRequestError
-from server.schema.answer import Answer, TraceStep
 from server.schema.json_values import Strict, Text, text
-from server.schema.sampling import SamplingFields
-from server.schema.unsupported import CHAT_IGNORED, CHAT_NEUTRAL, Neutral
+from server.schema.replies import Reply, TraceStep
+from server.schema.sampling import SamplingFields, parameter
+from server.schema.unsupported import CHAT_IGNORED, CHAT_REFUSED, Ignored, Refused
 
 # Fields of a message that would change the answer; null and empty lists are neutral.
 _MESSAGE_UNSUPPORTED = ("audio", "function_call", "tool_call_id", "tool_calls")
@@ -117,32 +118,42 @@ class ChatRequest(SamplingFields):
     model_config = ConfigDict(
         json_schema_extra={"example": {"model": "duo", "messages": [{"role": "user", "content": "Hello!"}]}}
     )
-    neutral: ClassVar[Neutral] = CHAT_NEUTRAL
-    ignored: ClassVar[frozenset[str]] = CHAT_IGNORED
+    refused: ClassVar[Mapping[str, Refused]] = CHAT_REFUSED
+    ignored: ClassVar[Mapping[str, Ignored]] = CHAT_IGNORED
 
-    messages: list[Message] = Field(min_length=1, description="The conversation so far.")
-    add_generation_prompt: bool | None = Field(
-        None, description="Open the assistant's turn; true if not sent. false only with continue_final_message."
-    )
-    continue_final_message: bool | None = Field(
-        None, description="Go on from the last message, an assistant's; needs add_generation_prompt: false."
+    messages: list[Message] = Field(
+        min_length=1,
+        description="text, or parts of type text; other parts, `tool_calls`, `audio`: 400; `name` changes nothing",
+        examples=[[{"role": "user", "content": [{"type": "text", "text": "Bye!"}]}]],
     )
     max_completion_tokens: int | None = Field(
         None,
-        description="Most tokens of each choice; what is left of the context if not sent.",
+        description="most tokens of each choice; what is left of the context if not sent",
+        examples=[5],
         json_schema_extra={"minimum": 1},
     )
     max_tokens: int | None = Field(
-        None, description="The older name of max_completion_tokens.", json_schema_extra={"minimum": 1}
+        None, description="its older name", examples=[5], json_schema_extra={"minimum": 1}
     )
-    logprobs: bool | None = Field(None, description="Send each token's fused log-probability.")
-    top_logprobs: int | None = Field(
-        None,
-        description="With logprobs: this many alternatives for each token.",
-        json_schema_extra={"minimum": 0, "maximum": 20},
+    logprobs: bool | None = Field(
+        None, description="`{content: [{token, logprob, bytes, top_logprobs}]}`", examples=[True]
     )
+    top_logprobs: int | None = parameter("logprobs", "only with `logprobs`: alternatives for each token")
     response_format: ResponseFormat | None = Field(
-        None, description="Free text, any JSON object, or JSON of a schema; a mask over the fused distribution."
+        None,
+        description="`text`, `json_object`, `json_schema`; a mask over the fused distribution, so the schema always "
+        "binds: a text that can no longer follow it ends with an error",
+        examples=[{"type": "json_object"}],
+    )
+    add_generation_prompt: bool | None = Field(
+        None,
+        description="true if not sent; open the assistant's turn; false only with `continue_final_message`",
+        examples=[False],
+    )
+    continue_final_message: bool | None = Field(
+        None,
+        description="go on from the last message, an assistant's; needs `add_generation_prompt: false`",
+        examples=[True],
     )
 
 
@@ -201,7 +212,7 @@ class ChatPiece(_ChatChoice):
     delta: Delta
 
 
-class ChatCompletion(Answer):
+class ChatCompletion(Reply):
     """A whole answer."""
 
     object: Literal["chat.completion"]
@@ -209,7 +220,7 @@ class ChatCompletion(Answer):
     prompt_token_ids: list[int] | None = Field(None, description="With return_token_ids.")
 
 
-class ChatChunk(Answer):
+class ChatChunk(Reply):
     """One chunk of a stream."""
 
     object: Literal["chat.completion.chunk"]

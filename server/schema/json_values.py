@@ -13,9 +13,9 @@ from typing import Annotated, Any, TypeAlias
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainValidator
 
-from ensemble_core.decoding.sampling_params import MAX_BIASES, MAX_STOP_TOKENS, MAX_STOPS
+from ensemble_core.decoding.parameters import MAX_INT
+from ensemble_core.decoding.sampling_params import PARAMETERS
 
-MAX_TOKEN_ID = 2**31 - 1
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 _TOKEN_ID = re.compile(r"0|[1-9][0-9]{0,9}")
 
@@ -56,8 +56,8 @@ def _texts(value: object) -> str | list[str]:
 def _token_id(value: object) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
         raise ValueError("a token id must be a valid integer")
-    if not 0 <= value <= MAX_TOKEN_ID:
-        raise ValueError(f"a token id must be an integer from 0 to {MAX_TOKEN_ID}")
+    if not 0 <= value <= MAX_INT:
+        raise ValueError(f"a token id must be an integer from 0 to {MAX_INT}")
     return value
 
 
@@ -81,14 +81,12 @@ def _prompt(value: object) -> str | list[str] | list[int] | list[list[int]]:
 
 
 def _stop(value: object) -> str | list[str]:
-    if isinstance(value, list) and len(value) > MAX_STOPS:
-        raise ValueError(f"takes up to {MAX_STOPS} strings, got {len(value)}")
+    _check_most("stop", value, "strings")
     return _texts(value)
 
 
 def _stop_token_ids(value: object) -> list[int]:
-    if isinstance(value, list) and len(value) > MAX_STOP_TOKENS:
-        raise ValueError(f"takes up to {MAX_STOP_TOKENS} entries, got {len(value)}")
+    _check_most("stop_token_ids", value, "entries")
     return token_ids(value)
 
 
@@ -96,8 +94,7 @@ def _logit_bias(value: object) -> dict[int, float]:
     """Token id -> bias. JSON's keys are strings, so ids come as their decimal digits."""
     if not isinstance(value, dict):
         raise ValueError("must be an object of token id -> bias")
-    if len(value) > MAX_BIASES:
-        raise ValueError(f"takes up to {MAX_BIASES} entries, got {len(value)}")
+    _check_most("logit_bias", value, "entries")
     return {_key_id(key): _bias(bias) for key, bias in value.items()}
 
 
@@ -110,9 +107,17 @@ def _key_id(key: object) -> int:
 def _bias(value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ValueError("each bias must be a valid number")
-    if not -100 <= value <= 100:
-        raise ValueError("each bias must be a number from -100 to 100")
+    bounds = PARAMETERS["logit_bias"]
+    if not bounds.low <= value <= bounds.high:
+        raise ValueError(f"each bias must be a number from {bounds.low} to {bounds.high}")
     return float(value)
+
+
+def _check_most(name: str, value: object, what: str) -> None:
+    """Before each entry is looked at: a list may be as long as a body."""
+    most = PARAMETERS[name].most
+    if isinstance(value, list | dict) and len(value) > most:
+        raise ValueError(f"takes up to {most} {what}, got {len(value)}")
 
 
 def optional(check: Callable[[object], Any]) -> Callable[[object], Any]:

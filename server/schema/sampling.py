@@ -1,19 +1,21 @@
 """The parameters that completions and chat share: sampling, stops, streaming, our extension.
 
-Ranges are checked by `SamplingParams`, in the same words for the offline API; here they only document.
+Ranges are declared and checked by `SamplingParams`, in the same words for the offline API; here they only document.
+The tables of docs/api.md are made of the fields' descriptions and first examples.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
-from ensemble_core.decoding.sampling_params import MAX_STOP_TOKENS, MAX_STOPS
+from ensemble_core.decoding.sampling_params import PARAMETERS
 from ensemble_core.errors import InvalidRequestError
 from server.schema.json_values import LogitBias, Stop, StopTokenIds, Strict, Text, decoded
-from server.schema.unsupported import Neutral, refuse_unsupported
+from server.schema.unsupported import Ignored, Refused, refuse_unsupported
 
 logger = logging.getLogger(__name__)
 
@@ -23,8 +25,18 @@ def _fusion(value: object) -> object:
     return {"name": value} if isinstance(value, str) else value
 
 
-def _range(low: float, high: float) -> dict[str, Any]:
-    return {"minimum": low, "maximum": high}
+def parameter(name: str, note: str = "", **schema: Any) -> Any:
+    """A field that is the parameter of that name in `SamplingParams`, which declares all that is told of it.
+
+    note, schema: what the endpoint says otherwise.
+    """
+    found = PARAMETERS[name]
+    return Field(
+        None,
+        description=found.describe(note),
+        examples=[found.example],
+        json_schema_extra=found.json_schema() | schema,
+    )
 
 
 class StreamOptions(Strict):
@@ -96,75 +108,56 @@ class EnsembleOptions(Strict):
 class SamplingFields(Strict):
     """A body that asks for text. Subclasses say what they refuse and what they know to ignore."""
 
-    neutral: ClassVar[Neutral] = {}
-    ignored: ClassVar[frozenset[str]] = frozenset()
+    refused: ClassVar[Mapping[str, Refused]] = {}
+    ignored: ClassVar[Mapping[str, Ignored]] = {}
 
-    model: Text = Field(description="An ensemble or a member; GET /v1/models lists them.")
-    temperature: float | None = Field(
-        None, description="1 if not sent; 0 takes the likeliest token.", json_schema_extra=_range(0, 2)
+    model: Text = Field(
+        description="an ensemble or a member, as `/v1/models` names it; unknown: 404", examples=["a"]
     )
-    top_p: float | None = Field(
-        None,
-        description="Keep the likeliest tokens that together hold this mass; 1 (all) if not sent.",
-        json_schema_extra={"exclusiveMinimum": 0, "maximum": 1},
-    )
-    top_k: int | None = Field(
-        None,
-        description="Keep this many of the likeliest tokens; -1 or 0 (all) if not sent.",
-        json_schema_extra=_range(-1, 2**31 - 1),
-    )
-    min_p: float | None = Field(
-        None,
-        description="Keep tokens at least this likely relative to the likeliest; 0 (all) if not sent.",
-        json_schema_extra=_range(0, 1),
-    )
-    presence_penalty: float | None = Field(
-        None,
-        description="Off the logit of generated tokens; 0 if not sent.",
-        json_schema_extra=_range(-2, 2),
-    )
-    frequency_penalty: float | None = Field(
-        None,
-        description="Off the logit of generated tokens, times their count; 0 if not sent.",
-        json_schema_extra=_range(-2, 2),
-    )
-    repetition_penalty: float | None = Field(
-        None,
-        description="Divides the logit of tokens of prompt and completion; 1 if not sent.",
-        json_schema_extra=_range(0.01, 10),
-    )
-    logit_bias: LogitBias = Field(None, description="Id of the main member -> added to its logit, -100..100.")
+    temperature: float | None = parameter("temperature")
+    top_p: float | None = parameter("top_p")
+    top_k: int | None = parameter("top_k", minimum=-1)
+    min_p: float | None = parameter("min_p")
+    presence_penalty: float | None = parameter("presence_penalty")
+    frequency_penalty: float | None = parameter("frequency_penalty")
+    repetition_penalty: float | None = parameter("repetition_penalty")
+    logit_bias: LogitBias = parameter("logit_bias")
     n: int | None = Field(
-        None, description="Choices for each prompt, 1 if not sent.", json_schema_extra={"minimum": 1}
-    )
-    seed: int | None = Field(
         None,
-        description="Makes sampling reproducible. Choice i of each prompt draws with seed + i.",
-        json_schema_extra=_range(-(2**63), 2**63 - 1),
+        description="1 if not sent; choices of each prompt, which share its prefill",
+        examples=[2],
+        json_schema_extra={"minimum": 1},
     )
-    stop: Stop = Field(None, description=f"Up to {MAX_STOPS} texts that end a choice; they are not part of it.")
-    stop_token_ids: StopTokenIds = Field(
-        None, description=f"Up to {MAX_STOP_TOKENS} ids of the main member that end a choice."
+    seed: int | None = parameter("seed")
+    stop: Stop = parameter("stop")
+    stop_token_ids: StopTokenIds = parameter("stop_token_ids")
+    include_stop_str_in_output: bool | None = parameter("include_stop_str_in_output")
+    ignore_eos: bool | None = parameter("ignore_eos")
+    min_tokens: int | None = parameter("min_tokens")
+    skip_special_tokens: bool | None = parameter("skip_special_tokens")
+    return_token_ids: bool | None = Field(
+        None,
+        description="send the ids of the prompt and of each choice; in streams the former once",
+        examples=[True],
     )
-    include_stop_str_in_output: bool | None = Field(None, description="Keep the stop string in the text.")
-    ignore_eos: bool | None = Field(None, description="Go on past the end of text.")
-    min_tokens: int | None = Field(
-        None, description="No end of text and no stop before this many tokens.", json_schema_extra={"minimum": 0}
+    stream: bool | None = Field(
+        None, description="send server-sent events as text comes, then `[DONE]`", examples=[True]
     )
-    skip_special_tokens: bool | None = Field(None, description="Leave special tokens out of the text; true.")
-    return_token_ids: bool | None = Field(None, description="Send the ids of prompt and choices, too.")
-    stream: bool | None = Field(None, description="Send server-sent events as text comes.")
-    stream_options: StreamOptions | None = Field(None, description="Only with stream.")
-    user: str | None = Field(None, description="Accepted; changes nothing.")
-    ensemble: EnsembleOptions | None = Field(None, description="What to change of the ensemble; see there.")
+    stream_options: StreamOptions | None = Field(
+        None,
+        description="`include_usage`, `continuous_usage_stats`; only with `stream`",
+        examples=[{"include_usage": True}],
+    )
+    ensemble: EnsembleOptions | None = Field(None, description="ours, see below", examples=[{"members": ["a"]}])
+    user: str | None = Field(None, description="nothing is kept about users", examples=["me"])
 
     @model_validator(mode="before")
     @classmethod
     def _supported(cls, value: object) -> object:
         body = decoded(value)
         if isinstance(body, dict):
-            refuse_unsupported(body, cls.neutral)
-            if unknown := body.keys() - cls.model_fields.keys() - cls.neutral.keys() - cls.ignored:
+            refuse_unsupported(body, cls.refused)
+            if unknown := body.keys() - cls.model_fields.keys() - cls.refused.keys() - cls.ignored.keys():
                 logger.debug("ignored unknown fields: %s", sorted(unknown))
         return body
 

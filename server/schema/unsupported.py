@@ -1,87 +1,102 @@
 """What the endpoints know of and do not do: parameters that are refused by name, and those that change nothing.
 
 Invariant: a parameter that would change the answer and is not supported is refused unless its value is neutral.
-null is neutral for all of them. docs/api.md lists every name here with its reason; a test holds the two together.
+null is neutral for all of them. The tables of docs/api.md list every name here with its reason.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from ensemble_core.errors import InvalidRequestError
 
-Neutral = Mapping[str, tuple[Any, ...]]  # parameter -> the values that change nothing
 
-_BOTH: dict[str, tuple[Any, ...]] = {
-    "allowed_token_ids": (),
-    "bad_words": ([],),
-    "cache_salt": (),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "guided_json": (),
-    "guided_regex": (),
-    "length_penalty": (1,),
-    "logprob_token_ids": ([],),
-    "logits_processors": ([],),
-    "prompt_logprobs": (),
-    "repetition_detection": (),
-    "return_tokens_as_token_ids": (False,),
-    "spaces_between_special_tokens": (True,),
-    "structured_outputs": (),
-    "thinking_token_budget": (),
-    "truncate_prompt_tokens": (),
-    "use_beam_search": (False,),
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """A parameter that would change the answer. example: a value that is refused; neutral: those that pass."""
+
+    example: Any
+    neutral: tuple[Any, ...] = ()
+    why: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Ignored:
+    """A parameter that is accepted and does not change the answer."""
+
+    example: Any
+    why: str
+
+
+_REFUSED: dict[str, Refused] = {
+    "structured_outputs": Refused({"regex": "a+"}, why="chat completions have `response_format`"),
+    "guided_json": Refused({"type": "object"}, why="older name of the same"),
+    "guided_regex": Refused("a+", why="older name of the same"),
+    "guided_choice": Refused(["a", "b"], why="older name of the same"),
+    "guided_grammar": Refused("root ::= x", why="older name of the same"),
+    "use_beam_search": Refused(True, (False,)),
+    "length_penalty": Refused(2.0, (1,), "of beam search"),
+    "allowed_token_ids": Refused([1, 2]),
+    "bad_words": Refused(["x"], ([],)),
+    "logits_processors": Refused(["x"], ([],), "would run code"),
+    "prompt_logprobs": Refused(1, why="`echo` with `logprobs` tells the same"),
+    "logprob_token_ids": Refused([1, 2], ([],)),
+    "truncate_prompt_tokens": Refused(10, why="a prompt that is too long is refused"),
+    "return_tokens_as_token_ids": Refused(True, (False,), "`return_token_ids` has them"),
+    "spaces_between_special_tokens": Refused(False, (True,)),
+    "repetition_detection": Refused({"max_pattern_size": 3}),
+    "thinking_token_budget": Refused(5),
+    "cache_salt": Refused("salt", why="the isolation that it asks for is not there"),
 }
-COMPLETION_NEUTRAL: Neutral = _BOTH | {
-    "prompt_embeds": (),
-    "response_format": ({"type": "text"},),
-    "suffix": ("",),
+COMPLETION_REFUSED: dict[str, Refused] = _REFUSED | {
+    "suffix": Refused("the end", ("",), "no member here fills in the middle"),
+    "response_format": Refused({"type": "json_object"}, ({"type": "text"},), "chat completions have it"),
+    "prompt_embeds": Refused("AAAA", why="members have different embeddings"),
 }
-CHAT_NEUTRAL: Neutral = _BOTH | {
-    "add_special_tokens": (False,),
-    "audio": (),
-    "best_of": (1,),
-    "chat_template": (),
-    "chat_template_kwargs": ({},),
-    "documents": ([],),
-    "echo": (False,),
-    "function_call": ("none", "auto"),
-    "functions": ([],),
-    "mm_processor_kwargs": ({},),
-    "modalities": (["text"],),
-    "moderation": (),
-    "prediction": (),
-    "reasoning_effort": ("none",),
-    "tool_choice": ("none", "auto"),
-    "tools": ([],),
-    "verbosity": ("medium",),
-    "web_search_options": (),
+CHAT_REFUSED: dict[str, Refused] = _REFUSED | {
+    "tools": Refused([{"type": "function"}], ([],)),
+    "tool_choice": Refused("required", ("none", "auto")),
+    "functions": Refused([{"name": "f"}], ([],)),
+    "function_call": Refused({"name": "f"}, ("none", "auto")),
+    "modalities": Refused(["audio"], (["text"],)),
+    "audio": Refused({"voice": "x"}),
+    "prediction": Refused({"type": "content"}),
+    "web_search_options": Refused({}),
+    "moderation": Refused({"model": "x"}),
+    "reasoning_effort": Refused("high", ("none",)),
+    "verbosity": Refused("low", ("medium",)),
+    "add_special_tokens": Refused(True, (False,), "templates write their own"),
+    "best_of": Refused(2, (1,), "of completions"),
+    "echo": Refused(True, (False,), "of completions"),
+    "chat_template": Refused("{{ messages }}", why="templates run code: set it in the server's YAML"),
+    "chat_template_kwargs": Refused({"x": 1}, ({},)),
+    "documents": Refused([{"text": "x"}], ([],)),
+    "mm_processor_kwargs": Refused({"x": 1}, ({},)),
+    "structured_outputs": Refused({"regex": "a+"}, why="`response_format` takes JSON schemas"),
+    "prompt_logprobs": Refused(1, why="of completions: `echo` with `logprobs`"),
 }
-# Known, accepted, and without effect on the answer.
-_BOTH_IGNORED = frozenset(
-    {
-        "ec_transfer_params",
-        "kv_transfer_params",
-        "priority",
-        "request_id",
-        "return_token_offsets",
-        "truncation_side",
-        "vllm_xargs",
-    }
-)
-COMPLETION_IGNORED = _BOTH_IGNORED
-CHAT_IGNORED = _BOTH_IGNORED | {
-    "include_reasoning",
-    "metadata",
-    "parallel_tool_calls",
-    "prompt_cache_key",
-    "prompt_cache_options",
-    "prompt_cache_retention",
-    "safety_identifier",
-    "service_tier",
-    "store",
+COMPLETION_IGNORED: dict[str, Ignored] = {
+    "truncation_side": Ignored("left", "nothing is truncated"),
+    "return_token_offsets": Ignored(True, "acts on routes that are not here"),
+    "priority": Ignored(1, "first come, first served"),
+    "request_id": Ignored("mine", "the `X-Request-Id` header does this"),
+    "kv_transfer_params": Ignored({}, "there is one server"),
+    "ec_transfer_params": Ignored({}, "there is one server"),
+    "vllm_xargs": Ignored({"x": 1}, "there are no such extensions"),
+}
+CHAT_IGNORED: dict[str, Ignored] = COMPLETION_IGNORED | {
+    "parallel_tool_calls": Ignored(False, "there are no tools"),
+    "metadata": Ignored({"a": "b"}, "nothing is stored"),
+    "store": Ignored(True, "nothing is stored"),
+    "service_tier": Ignored("flex", "there is one"),
+    "safety_identifier": Ignored("me", "nothing is kept about users"),
+    "prompt_cache_key": Ignored("key", "speed only"),
+    "prompt_cache_options": Ignored({}, "speed only"),
+    "prompt_cache_retention": Ignored("24h", "speed only"),
+    "include_reasoning": Ignored(True, "no answer has a part for it"),
 }
 
 
@@ -90,10 +105,12 @@ def _same(value: object, neutral: object) -> bool:
     return value == neutral and isinstance(value, bool) == isinstance(neutral, bool)
 
 
-def refuse_unsupported(body: Mapping[str, Any], neutral: Neutral) -> None:
+def refuse_unsupported(body: Mapping[str, Any], refused: Mapping[str, Refused]) -> None:
     """Raise InvalidRequestError for the first parameter whose value would change the answer."""
     for name, value in body.items():
-        if name not in neutral or value is None or any(_same(value, each) for each in neutral[name]):
+        found = refused.get(name)
+        if found is None or value is None or any(_same(value, each) for each in found.neutral):
             continue
-        allowed = " or ".join([*(json.dumps(each) for each in neutral[name]), "null"])
-        raise InvalidRequestError(f"{name} is not supported; leave it out or send {allowed}", name)
+        why = f" ({found.why})" if found.why else ""
+        allowed = " or ".join([*map(json.dumps, found.neutral), "null"])
+        raise InvalidRequestError(f"{name} is not supported{why}; leave it out or send {allowed}", name)

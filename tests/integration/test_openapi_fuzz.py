@@ -25,8 +25,8 @@ from ensemble_core.config import ServerConfig
 from server.edge.app import create_app
 from server.edge.metrics import PrometheusSink
 from server.schema.chat import ChatRequest
-from server.schema.completion import CompletionRequest
-from server.schema.tokenizer import DetokenizeRequest, TokenizeRequest
+from server.schema.completions import CompletionRequest
+from server.schema.tokenizers import DetokenizeRequest, TokenizeRequest
 
 BOUNDS = settings(
     max_examples=25,

@@ -1,11 +1,10 @@
-"""docs/api.md holds every parameter, and each row's status is what the schema does with the row's example."""
+"""docs/api.md has every parameter, and each row's status is what the schema does with the row's example."""
 
 from __future__ import annotations
 
 import json
 import re
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, get_type_hints
 
 import pytest
@@ -15,14 +14,14 @@ from pydantic import ValidationError
 
 from ensemble_core.errors import InvalidRequestError
 from server.api import chat, completions
-from server.api.generation import Job
+from server.api.jobs import Job
+from server.schema import table
 from server.schema.chat import ChatRequest
-from server.schema.completion import CompletionRequest
-from server.schema.sampling import SamplingFields
+from server.schema.completions import CompletionRequest
 
-DOCUMENT = (Path(__file__).parents[2] / "docs" / "api.md").read_text(encoding="utf-8")
+DOCUMENT = table.DOCUMENT.read_text(encoding="utf-8")
 ROW = re.compile(r"^\| `(\w+)` \| (supported|400|no effect) \| `(.+?)` \|", re.MULTILINE)
-KINDS: dict[str, type[SamplingFields]] = {"completions": CompletionRequest, "chat": ChatRequest}
+KINDS = table.TABLES
 
 # The parameters of vLLM's completions; best_of is of its older releases.
 VLLM = """
@@ -63,12 +62,12 @@ class Row:
 
 def rows() -> list[Row]:
     found = []
-    for table in KINDS:
-        text = DOCUMENT.partition(f"<!-- {table}: begin -->")[2].partition(f"<!-- {table}: end -->")[0]
+    for kind in KINDS:
+        text = DOCUMENT.partition(f"<!-- {kind}: begin -->")[2].partition(f"<!-- {kind}: end -->")[0]
         lines = [line for line in text.strip().splitlines()[2:] if line]
         matches = ROW.findall(text)
-        assert len(matches) == len(lines), f"{table}: a row does not have the form of the others"
-        found += [Row(table, name, status, json.loads(example)) for name, status, example in matches]
+        assert len(matches) == len(lines), f"{kind}: a row does not have the form of the others"
+        found += [Row(kind, name, status, json.loads(example)) for name, status, example in matches]
     return found
 
 
@@ -94,12 +93,18 @@ def effect(table: str, body: dict[str, Any]) -> object:
     return requests, told, counts, stream
 
 
+def test_the_tables_are_those_of_the_schemas() -> None:
+    written = table.with_tables(DOCUMENT)
+    assert written == DOCUMENT, "docs/api.md is out of date: run `python -m server.schema.table`"
+    assert table.with_tables(DOCUMENT.replace("| supported |", "| 400 |")) == written
+
+
 @pytest.mark.parametrize("table", KINDS)
 def test_the_table_and_the_schema_name_the_same_parameters(table: str) -> None:
     names = [row.name for row in ROWS if row.table == table]
     assert len(names) == len(set(names))
     kind = KINDS[table]
-    assert set(names) == kind.model_fields.keys() | kind.neutral.keys() | kind.ignored
+    assert set(names) == kind.model_fields.keys() | kind.refused.keys() | kind.ignored.keys()
 
 
 def test_no_parameter_of_the_sdk_or_of_vllm_is_left_out() -> None:
@@ -133,7 +138,7 @@ def test_what_is_a_400_is_refused_by_name(row: Row) -> None:
 def test_the_neutral_values_of_a_row_are_those_that_pass(row: Row) -> None:
     line = next(each for each in table_lines(row.table) if each.startswith(f"| `{row.name}` |"))
     told = re.findall(r"`(.+?)`", line.partition("neutral: ")[2])
-    assert [json.loads(value) for value in told] == list(KINDS[row.table].neutral[row.name])
+    assert [json.loads(value) for value in told] == list(KINDS[row.table].refused[row.name].neutral)
 
 
 def table_lines(table: str) -> list[str]:

@@ -10,8 +10,8 @@ import pytest
 from fakes import byte_vocabulary, pair_vocabulary
 from tiny_models import byte_level, metaspace, replacing
 
-from ensemble_core.decoding.guidance import Grammars
-from ensemble_core.errors import InvalidRequestError
+from ensemble_core.decoding.guidance import Constraint, Grammars
+from ensemble_core.errors import InvalidRequestError, UnisonoError
 from ensemble_core.text.vocabulary import Vocabulary, from_tokenizer
 
 PERSON = json.dumps(
@@ -128,6 +128,94 @@ def test_a_schema_that_cannot_be_used_is_refused(schema: str) -> None:
     with pytest.raises(InvalidRequestError, match="response_format") as caught:
         Grammars(byte_vocabulary()).compile(schema)
     assert caught.value.param == "response_format"
+
+
+ENDLESS = [
+    '{"$ref": "#"}',
+    '{"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}}',
+    '{"anyOf": [{"$ref": "#"}, {"$ref": "#"}]}',
+    '{"type": "object", "properties": {"a": {"$ref": "#"}}, "required": ["a"]}',
+    '{"type": "array", "items": {"$ref": "#"}, "minItems": 1}',
+    '{"type": "array", "prefixItems": [{"type": "null"}, {"$ref": "#"}], "minItems": 2}',
+]
+CHOICES = {"anyOf": [{"type": "object", "properties": {f"p{i}_{j}": {} for j in range(5)}} for i in range(150)]}
+
+
+@pytest.mark.parametrize("schema", [*ENDLESS, json.dumps(CHOICES)])
+@pytest.mark.parametrize("kind", VOCABULARIES)
+def test_a_schema_that_nothing_satisfies_or_that_costs_too_much_is_refused(kind: str, schema: str) -> None:
+    with pytest.raises(InvalidRequestError, match=r"^response_format") as caught:
+        Grammars(VOCABULARIES[kind]()).compile(schema)
+    assert caught.value.param == "response_format"
+    assert len(str(caught.value)) < 500
+
+
+def test_a_pattern_that_costs_too_much_is_refused() -> None:
+    pattern = "|".join(f".*{letter}.{{20}}" for letter in "abcdefghijklmnop")
+    rng, plain = random.Random(0), byte_vocabulary()
+    tokens = [*plain.tokens, *(bytes(rng.choices(range(97, 123), k=rng.randrange(2, 12))) for _ in range(5000))]
+    long_tokens = Vocabulary(tokens, plain.special_ids, plain.stop_ids, plain.encode)
+    with pytest.raises(InvalidRequestError, match="too many"):
+        Grammars(long_tokens).compile(json.dumps({"type": "string", "pattern": pattern}))
+
+
+def test_a_grammar_that_fails_on_the_way_raises_and_lets_no_stop_token_through() -> None:
+    late = {"type": "array", "prefixItems": [{"const": "abcdefgh"}, CHOICES], "minItems": 2}
+    vocabulary = byte_vocabulary()
+    constraint, text = Grammars(vocabulary).compile(json.dumps(late)), b'["abcdefgh",{'
+    for byte in text[:-1]:
+        allowed = constraint.allowed()
+        assert allowed[byte]
+        assert not allowed[list(vocabulary.stop_ids)].any()
+        constraint.accept(byte)
+    with pytest.raises(UnisonoError, match=r"cannot follow its JSON schema.*simplify"):
+        follow(constraint, text[-1])
+    with pytest.raises(UnisonoError):  # and it stays so
+        constraint.allowed()
+    with pytest.raises(UnisonoError):
+        constraint.accept(ord("}"))
+
+
+def follow(constraint: Constraint, byte: int) -> None:
+    assert constraint.allowed()[byte]
+    constraint.accept(byte)
+    constraint.allowed()
+
+
+def test_a_token_that_was_not_allowed_ends_the_constraint() -> None:
+    constraint = Grammars(byte_vocabulary()).compile('{"enum": [7]}')
+    with pytest.raises(UnisonoError):
+        constraint.accept(ord("8"))
+    with pytest.raises(UnisonoError):
+        constraint.allowed()
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        '{"type": "object", "properties": {"a": {"$ref": "#"}}}',
+        '{"type": "object", "properties": {"a": {"anyOf": [{"$ref": "#"}, {"type": "null"}]}}, "required": ["a"]}',
+        '{"anyOf": [{"$ref": "#"}, {"type": "integer"}]}',
+        '{"type": "array", "items": {"$ref": "#"}}',
+        '{"$ref": "#/$defs/z", "$defs": {"z": {"enum": [1]}}}',
+    ],
+)
+def test_a_schema_that_comes_back_to_itself_may_end(schema: str) -> None:
+    vocabulary = byte_vocabulary()
+    for seed in range(4):
+        json.loads(b"".join(vocabulary.tokens[i] for i in write(vocabulary, schema, random.Random(seed))[:-1]))
+
+
+def test_choices_of_a_prompt_share_a_grammar_and_stand_apart() -> None:
+    grammars = Grammars(byte_vocabulary())
+    first, second = (grammars.compile('{"enum": ["ab", "cd"]}', "group") for _ in range(2))
+    other = grammars.compile('{"enum": [7]}', "group")
+    first.accept(ord('"'))
+    first.accept(ord("a"))
+    second.accept(ord('"'))
+    assert first.allowed().nonzero().flatten().tolist() == [ord("b")]
+    assert second.allowed().nonzero().flatten().tolist() == [ord("a"), ord("c")]
+    assert other.allowed().nonzero().flatten().tolist() == [ord("7")]
 
 
 def test_a_member_that_cannot_stop_is_refused() -> None:

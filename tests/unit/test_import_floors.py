@@ -35,6 +35,7 @@ EDGE_MAY_IMPORT = {
     "ensemble_core.config",
     "ensemble_core.errors",
     "ensemble_core.stats",
+    "ensemble_core.decoding.parameters",
     "ensemble_core.decoding.sampling_params",
     "ensemble_core.decoding.requests",
 }
@@ -49,6 +50,7 @@ TORCHLESS = (
     "ensemble_core/errors.py",
     "ensemble_core/config.py",
     "ensemble_core/stats.py",
+    "ensemble_core/decoding/parameters.py",
     "ensemble_core/decoding/sampling_params.py",
     "ensemble_core/decoding/requests.py",
     "ensemble_core/decoding/recipe.py",

@@ -2,14 +2,20 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 from fake_runtime import FakeRuntime
+from fakes import byte_vocabulary
+from tiny_models import byte_level, metaspace
 
-from ensemble_core.decoding.requests import Conversation, TokenLogprob
+from ensemble_core.decoding.requests import Alternative, Conversation, TokenLogprob
 from ensemble_core.decoding.sampling_params import SamplingParams
+from ensemble_core.decoding.sequence import Scored, describe_token
 from ensemble_core.errors import InvalidRequestError
+from ensemble_core.text.alignment import Track
+from ensemble_core.text.vocabulary import Vocabulary, from_tokenizer
 from server.api.chat import (
     ChatJob,
     chat_words,
@@ -237,7 +243,8 @@ def test_what_was_not_asked_for_is_left_out() -> None:
 
 
 def test_a_token_has_its_bytes_and_the_likeliest_alternatives() -> None:
-    token = TokenLogprob(1, "é", -3.0, 0, ((1, "é", -3.0), (2, "b", -0.5), (3, "c", -1.0)))
+    top = (Alternative(1, "é".encode(), -3.0), Alternative(2, b"b", -0.5), Alternative(3, b"c", -1.0))
+    token = TokenLogprob(1, "é".encode(), -3.0, 0, top)
     told = to_chat_token(token, 2).model_dump()
     assert told == {
         "token": "é",
@@ -249,3 +256,27 @@ def test_a_token_has_its_bytes_and_the_likeliest_alternatives() -> None:
         ],
     }
     assert to_chat_token(token, 0).top_logprobs == []
+
+
+VOCABULARIES: dict[str, Callable[[], Vocabulary]] = {
+    "bytes": byte_vocabulary,
+    "byte level": lambda: from_tokenizer(byte_level(397, "<eos>", ("<|im_end|>",)), 400, [0], "m"),
+    "metaspace": lambda: from_tokenizer(metaspace(477), 480, [2], "m"),
+}
+
+
+@pytest.mark.parametrize("kind", VOCABULARIES)
+def test_the_bytes_of_tokens_that_split_a_character_join_to_it(kind: str) -> None:
+    vocabulary, text = VOCABULARIES[kind](), "é中😀👩‍👩‍👧"
+    track = Track(vocabulary, [])
+    ids = vocabulary.encode(text)
+    described = [describe_token(track, i, Scored(-1.0, ((i, -1.0), (ids[0], -2.0))), 0) for i in ids]
+    told = [to_chat_token(each, 2) for each in described]
+    assert b"".join(bytes(each.bytes or []) for each in told).decode() == text
+    assert any(each.token.startswith("bytes:\\x") for each in told), "no character is split"
+    for each, token_id in zip(told, ids, strict=True):
+        assert each.token == vocabulary.name_of(token_id)
+        assert [bytes(top.bytes or []) for top in each.top_logprobs] == [
+            vocabulary.tokens[token_id],
+            vocabulary.tokens[ids[0]],
+        ]

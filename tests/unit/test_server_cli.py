@@ -136,6 +136,7 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[ServerConfig]:
 
     monkeypatch.setattr("server.edge.serving.serve", serve)
     monkeypatch.delenv("UNISONO_API_KEYS", raising=False)
+    monkeypatch.delenv("UNISONO_API_KEY", raising=False)
     return found
 
 
@@ -177,8 +178,33 @@ def test_keys_of_the_file_and_of_the_options_add_up(
     assert keys_of(served[1]) == ["own", "env-one", "env-two"]
 
 
+def test_both_variables_are_read_and_add_up(
+    config: str, served: list[ServerConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("UNISONO_API_KEY", "one")
+    assert invoke("serve", "--config", config).exit_code == 0
+    monkeypatch.setenv("UNISONO_API_KEYS", "two,three")
+    assert invoke("serve", "--config", config).exit_code == 0
+    assert invoke("serve", "--config", config, "--api-key", "four").exit_code == 0
+    found = [["one"], ["one", "two", "three"], ["four", "one", "two", "three"]]
+    assert [keys_of(each) for each in served] == found
+
+
+@pytest.mark.parametrize("name", ["UNISONO_API_KEY", "UNISONO_API_KEYS"])
+@pytest.mark.parametrize("value", ["", " , "])
+def test_a_variable_that_holds_no_key_does_not_open_the_door(
+    config: str, served: list[ServerConfig], monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    result = invoke("serve", "--config", config)
+    assert result.exit_code == 1
+    assert f"{name}: is set and holds no key" in result.stderr
+    assert served == []
+
+
 def test_no_help_shows_a_key(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("UNISONO_API_KEYS", "sk-secret")
+    monkeypatch.setenv("UNISONO_API_KEY", "sk-secret")
     assert "sk-secret" not in invoke("serve", "--help").output
 
 

@@ -8,27 +8,27 @@ from typing import Any
 import pytest
 from fake_runtime import FakeRuntime, outputs_of
 
-from ensemble_core.decoding.requests import Output, Overrides, TokenLogprob, Weighting
+from ensemble_core.decoding.requests import Alternative, Output, Overrides, TokenLogprob, Weighting
 from ensemble_core.decoding.sampling_params import MAX_SEED, SamplingParams
 from ensemble_core.errors import InvalidRequestError, NotReadyError
 from server.api.completions import CompletionJob, best, plan, to_logprobs
 from server.edge.errors import RequestFailedError
-from server.schema.completion import Completion, CompletionRequest
+from server.schema.completions import CompletionRequest, TextCompletion
 
 
 def job_of(max_choices: int = 128, **fields: Any) -> CompletionJob:
     return plan(CompletionRequest.model_validate({"model": "duo", "prompt": "a b c"} | fields), max_choices)
 
 
-def run(job: CompletionJob, runtime: FakeRuntime) -> list[Completion]:
-    async def collect() -> list[Completion]:
+def run(job: CompletionJob, runtime: FakeRuntime) -> list[TextCompletion]:
+    async def collect() -> list[TextCompletion]:
         return [chunk async for chunk in job.chunks(await runtime.submit(job.ticket.requests))]  # type: ignore[arg-type,misc]
 
     return asyncio.run(collect())
 
 
-def answer(job: CompletionJob, runtime: FakeRuntime) -> Completion:
-    async def collect() -> Completion:
+def answer(job: CompletionJob, runtime: FakeRuntime) -> TextCompletion:
+    async def collect() -> TextCompletion:
         return await job.answer(await runtime.submit(job.ticket.requests))  # type: ignore[arg-type,return-value]
 
     return asyncio.run(collect())
@@ -58,6 +58,17 @@ def test_choice_i_of_each_prompt_draws_with_seed_plus_i() -> None:
 def test_the_largest_seed_wraps() -> None:
     seeds = [request.params.seed for request in job_of(n=2, seed=MAX_SEED).ticket.requests]
     assert seeds == [MAX_SEED, -MAX_SEED - 1]
+
+
+@pytest.mark.parametrize("seed", [-1, -2, 0, -MAX_SEED - 1, MAX_SEED, MAX_SEED - 1])
+@pytest.mark.parametrize("counts", [{"n": 5}, {"n": 2, "best_of": 5}])
+def test_every_choice_has_a_seed_of_its_own(seed: int, counts: dict[str, int]) -> None:
+    """Negative ones and those around the ends too. Choice i draws as the only choice of a request with seed + i."""
+    seeds = [request.params.seed for request in job_of(seed=seed, **counts).ticket.requests]
+    assert len(set(seeds)) == 5
+    lone = [seed + i if seed + i <= MAX_SEED else seed + i - 2**64 for i in range(5)]
+    assert seeds == lone
+    assert [job_of(seed=each).ticket.requests[0].params.seed for each in lone] == lone
 
 
 def test_without_a_seed_no_choice_has_one() -> None:
@@ -257,7 +268,7 @@ def test_choices_of_one_prompt_share_its_group() -> None:
     assert groups == [f"{job.ticket.id}-0"] * 2 + [f"{job.ticket.id}-1"] * 2
 
 
-def logprobs_of(answer: Completion) -> list[Any]:
+def logprobs_of(answer: TextCompletion) -> list[Any]:
     return [choice.logprobs for choice in answer.choices]
 
 
@@ -361,17 +372,18 @@ def test_best_of_n_is_no_contest() -> None:
 
 def test_a_choice_without_tokens_comes_last() -> None:
     empty = Output("", (), 1, 0, "stop")
-    (told,) = [Output("x", (1,), 1, 1, "stop", logprobs=(TokenLogprob(1, "x", -9.0, 0),))]
+    (told,) = [Output("x", (1,), 1, 1, "stop", logprobs=(TokenLogprob(1, b"x", -9.0, 0),))]
     assert best([empty, told], 1) == [told]
 
 
 def test_of_two_alternatives_with_one_text_the_likelier_counts() -> None:
-    token = TokenLogprob(1, "x", -2.0, 0, ((2, "x", -0.5), (1, "x", -2.0), (3, "y", -3.0)))
+    top = (Alternative(2, b"x", -0.5), Alternative(1, b"x", -2.0), Alternative(3, b"y", -3.0))
+    token = TokenLogprob(1, b"x", -2.0, 0, top)
     assert to_logprobs([token]).top_logprobs == [{"x": -0.5, "y": -3.0}]
 
 
 def test_what_json_cannot_spell_is_floored() -> None:
-    token = TokenLogprob(1, "x", -math.inf, 0, ((1, "x", -math.inf),))
+    token = TokenLogprob(1, b"x", -math.inf, 0, (Alternative(1, b"x", -math.inf),))
     found = to_logprobs([token])
     assert found.token_logprobs == [-9999.0]
     assert found.top_logprobs == [{"x": -9999.0}]

@@ -9,9 +9,9 @@ from pydantic import BaseModel, ValidationError
 
 from ensemble_core.errors import InvalidRequestError
 from server.schema.chat import ChatRequest
-from server.schema.completion import CompletionRequest
+from server.schema.completions import CompletionRequest
 from server.schema.sampling import SamplingFields
-from server.schema.tokenizer import TokenizeRequest
+from server.schema.tokenizers import TokenizeRequest
 
 BASE: dict[str, Any] = {"model": "duo", "prompt": "x"}
 
@@ -21,7 +21,7 @@ def parse(**fields: Any) -> CompletionRequest:
 
 
 CHAT: dict[str, Any] = {"model": "duo", "messages": [{"role": "user", "content": "x"}]}
-REFUSED = [(kind, name) for kind in (CompletionRequest, ChatRequest) for name in sorted(kind.neutral)]
+REFUSED = [(kind, name) for kind in (CompletionRequest, ChatRequest) for name in sorted(kind.refused)]
 
 
 def base_of(kind: type[SamplingFields]) -> dict[str, Any]:
@@ -35,7 +35,7 @@ def chat(**fields: Any) -> ChatRequest:
 @pytest.mark.parametrize(("kind", "name"), REFUSED)
 def test_unsupported_parameters_pass_only_with_neutral_values(kind: type[SamplingFields], name: str) -> None:
     kind.model_validate(base_of(kind) | {name: None})
-    for value in kind.neutral[name]:
+    for value in kind.refused[name].neutral:
         kind.model_validate(base_of(kind) | {name: value})
     with pytest.raises(InvalidRequestError, match=rf"^{name} is not supported") as caught:
         kind.model_validate(base_of(kind) | {name: "something else"})
@@ -64,8 +64,8 @@ def test_a_float_is_as_neutral_as_an_integer() -> None:
 
 @pytest.mark.parametrize("kind", [CompletionRequest, ChatRequest])
 def test_what_is_supported_refused_and_ignored_does_not_overlap(kind: type[SamplingFields]) -> None:
-    assert not kind.neutral.keys() & kind.model_fields.keys()
-    assert not kind.ignored & (kind.model_fields.keys() | kind.neutral.keys())
+    assert not kind.refused.keys() & kind.model_fields.keys()
+    assert not kind.ignored.keys() & (kind.model_fields.keys() | kind.refused.keys())
 
 
 def test_unknown_fields_are_ignored_with_a_debug_line(caplog: pytest.LogCaptureFixture) -> None:

@@ -9,7 +9,7 @@ from pydantic import BaseModel
 from starlette.types import Message
 
 from ensemble_core.errors import MemberError
-from server.api.sse import DONE, EventStream, encode, event, unless_gone
+from server.api.streams import DONE, EventStream, encode, event, unless_gone
 from server.edge.errors import ClientGoneError
 
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from server.schema.answer import Answer, TraceStep
 from server.schema.json_values import Prompts
-from server.schema.sampling import SamplingFields
-from server.schema.unsupported import COMPLETION_IGNORED, COMPLETION_NEUTRAL, Neutral
+from server.schema.replies import Reply, TraceStep
+from server.schema.sampling import SamplingFields, parameter
+from server.schema.unsupported import COMPLETION_IGNORED, COMPLETION_REFUSED, Ignored, Refused
 
 
 class CompletionRequest(SamplingFields):
@@ -18,30 +19,27 @@ class CompletionRequest(SamplingFields):
     model_config = ConfigDict(
         json_schema_extra={"example": {"model": "duo", "prompt": "The capital of France is", "max_tokens": 32}}
     )
-    neutral: ClassVar[Neutral] = COMPLETION_NEUTRAL
-    ignored: ClassVar[frozenset[str]] = COMPLETION_IGNORED
+    refused: ClassVar[Mapping[str, Refused]] = COMPLETION_REFUSED
+    ignored: ClassVar[Mapping[str, Ignored]] = COMPLETION_IGNORED
 
     prompt: Prompts = Field(
-        description="One text or several, or token ids of the main member, one list or several; none empty."
+        description="one text or several, or token ids of the main member, one list or several; none empty",
+        examples=[[[1, 2], [3]]],
     )
-    max_tokens: int | None = Field(
-        None,
-        description="Most tokens of each choice, 16 if not sent; 0 only with echo.",
-        json_schema_extra={"minimum": 0},
-    )
+    max_tokens: int | None = parameter("max_tokens", "most tokens of each choice; 0 only with `echo`", minimum=0)
     best_of: int | None = Field(
         None,
-        description="Sample this many and send the n with the highest mean log-probability; not in streams.",
+        description="samples this many, sends the n with the highest mean log-probability, best first; `usage` "
+        "counts all. At least n; greater than n: not with `stream`",
+        examples=[2],
         json_schema_extra={"minimum": 1},
     )
-    echo: bool | None = Field(None, description="Send the prompt in front of each choice, too.")
-    logprobs: int | None = Field(
-        None,
-        description="Send each token's log-probability and this many alternatives, of the fused distribution.",
-        json_schema_extra={"minimum": 0, "maximum": 20},
-    )
+    echo: bool | None = parameter("echo")
+    logprobs: int | None = parameter("logprobs")
     add_special_tokens: bool | None = Field(
-        None, description="Let tokenizers put their own tokens in front of a text prompt; true if not sent."
+        None,
+        description="true if not sent; let tokenizers put their own tokens in front of a text prompt",
+        examples=[False],
     )
 
     @property
@@ -77,7 +75,7 @@ class Choice(BaseModel):
     trace: list[TraceStep] | None = Field(None, description="With ensemble.trace: an entry a token.")
 
 
-class Completion(Answer):
+class TextCompletion(Reply):
     """An answer, or one chunk of a stream. `usage` is left out of chunks unless it was asked for."""
 
     object: Literal["text_completion"]

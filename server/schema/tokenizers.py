@@ -48,7 +48,7 @@ class TokenizeRequest(_TokenizerBody):
         )
 
 
-class TokenizeAnswer(BaseModel):
+class TokenizeReply(BaseModel):
     """Token ids of the model's main member."""
 
     count: int
@@ -65,7 +65,7 @@ class DetokenizeRequest(_TokenizerBody):
     tokens: TokenIds = Field(description="Token ids of the model's main member.")
 
 
-class DetokenizeAnswer(BaseModel):
+class DetokenizeReply(BaseModel):
     """The text that the ids spell."""
 
     prompt: str

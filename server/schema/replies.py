@@ -26,7 +26,7 @@ class Usage(BaseModel):
     )
 
 
-class Answer(BaseModel):
+class Reply(BaseModel):
     """What completions, chat completions and their chunks have in common."""
 
     id: str
@@ -37,7 +37,7 @@ class Answer(BaseModel):
     usage: Usage | None = None
 
 
-class Candidate(BaseModel):
+class TracedToken(BaseModel):
     """One token that a member, or all of them fused, could have gone on with."""
 
     token: str
@@ -49,8 +49,8 @@ class TraceStep(BaseModel):
 
     token: str
     consulted: bool = Field(description="False where the main member decided alone.")
-    members: dict[str, list[Candidate]] = Field(description="Member -> its likeliest tokens, best first.")
-    fused: list[Candidate]
+    members: dict[str, list[TracedToken]] = Field(description="Member -> its likeliest tokens, best first.")
+    fused: list[TracedToken]
     agreed: dict[str, bool] = Field(description="Assistant -> whether its likeliest token spells the same.")
     weights: dict[str, float] = Field(description="Of the members that were consulted; they sum to 1.")
     left_out: dict[str, str] = Field(description="Member that failed -> why it was not asked.")

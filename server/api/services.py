@@ -9,14 +9,14 @@ from fastapi import Depends, Request
 
 from ensemble_core.config import ServerConfig
 from server.edge.metrics import PrometheusSink
-from server.schema.answer import ErrorBody
+from server.schema.replies import ErrorBody
 
 if TYPE_CHECKING:
     from ensemble_core.runtime import Runtime
 
 
 @dataclass(frozen=True, slots=True)
-class Edge:
+class Services:
     """The engine's runtime and what surrounds it."""
 
     runtime: Runtime
@@ -25,11 +25,11 @@ class Edge:
     created: int  # Unix time of the app's start
 
 
-async def _edge(request: Request) -> Edge:
-    return cast(Edge, request.app.state.edge)
+async def _services(request: Request) -> Services:
+    return cast(Services, request.app.state.services)
 
 
-EdgeOf = Annotated[Edge, Depends(_edge)]
+ServicesOf = Annotated[Services, Depends(_services)]
 REFUSALS: dict[int | str, dict[str, Any]] = {
     "default": {"model": ErrorBody, "description": "Any refusal, in OpenAI's shape."}
 }

@@ -1,0 +1,166 @@
+"""From the engine's outputs to an answer: the life of a stream, usage, and what completions and chat word alike.
+
+Invariant: a whole answer is worded from all outputs of its stream joined. Nothing here knows HTTP, or how an
+endpoint words its answers.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import BaseModel
+
+from ensemble_core.decoding.requests import LEAST_LOGPROB, Output, Trace, join
+from ensemble_core.errors import NotReadyError
+from server.api.tickets import Ticket
+from server.edge.errors import RequestFailedError
+from server.schema.replies import PromptTokensDetails, Reply, TracedToken, TraceStep, Usage
+
+if TYPE_CHECKING:
+    from ensemble_core.runtime import OutputStream
+
+
+@dataclass(slots=True)
+class Tally:
+    """Tokens so far: of each prompt once, of each choice. dropped: members that some choice has lost.
+
+    A prompt's first choice alone computes it, so of the cached tokens that choices tell the fewest count.
+    """
+
+    num_sampled: int
+    prompts: dict[int, int] = field(default_factory=dict)
+    completions: dict[int, int] = field(default_factory=dict)
+    cached: dict[int, int] = field(default_factory=dict)
+    dropped: dict[str, str] = field(default_factory=dict)
+
+    def add(self, index: int, output: Output) -> None:
+        """Take in the counts of one output."""
+        prompt = index // self.num_sampled
+        self.prompts[prompt] = output.num_prompt_tokens
+        self.completions[index] = output.num_completion_tokens
+        self.cached[prompt] = min(output.num_cached_tokens, self.cached.get(prompt, output.num_cached_tokens))
+        self.dropped |= output.dropped
+
+    def usage(self) -> Usage:
+        """As the API reports it."""
+        prompt, completion = sum(self.prompts.values()), sum(self.completions.values())
+        usage = Usage(
+            prompt_tokens=prompt,
+            completion_tokens=completion,
+            total_tokens=prompt + completion,
+            prompt_tokens_details=PromptTokensDetails(cached_tokens=sum(self.cached.values())),
+        )
+        if self.dropped:
+            usage.dropped_members = dict(self.dropped)
+        return usage
+
+
+class Job(ABC):
+    """A ticket and the wording of its answers."""
+
+    def __init__(self, ticket: Ticket, sends_ids: bool) -> None:
+        self.ticket = ticket
+        self._sends_ids = sends_ids
+
+    @abstractmethod
+    def piece(self, index: int, output: Output, *, first: bool) -> Reply:
+        """A chunk that tells one output of one choice. first: nothing was told of this choice before."""
+
+    @abstractmethod
+    def usage_chunk(self) -> Reply:
+        """A chunk without choices."""
+
+    @abstractmethod
+    def whole(self, outputs: Sequence[Output]) -> Reply:
+        """The answer out of each choice's joined outputs."""
+
+    async def chunks(self, outputs: OutputStream) -> AsyncGenerator[BaseModel]:
+        """The stream. Closing it closes `outputs`, which aborts what is unfinished.
+
+        Raises RequestFailedError or NotReadyError where the engine gives up on one of the choices.
+        """
+        tally = Tally(self.ticket.num_sampled)
+        begun: set[int] = set()
+        async with aclosing(_checked(self.ticket, outputs)) as news:
+            async for index, output in news:
+                tally.add(index, output)
+                if self.ticket.running_usage or self._says_something(output):
+                    chunk = self.piece(index, output, first=index not in begun)
+                    begun.add(index)
+                    yield self._counted(chunk, tally.usage() if self.ticket.running_usage else None)
+        if self.ticket.final_usage:
+            yield self._counted(self.usage_chunk(), tally.usage())
+
+    async def answer(self, outputs: OutputStream) -> BaseModel:
+        """The whole answer; closes and raises as `chunks` does."""
+        tally = Tally(self.ticket.num_sampled)
+        parts: list[list[Output]] = [[] for _ in self.ticket.requests]
+        async with aclosing(_checked(self.ticket, outputs)) as news:
+            async for index, output in news:
+                tally.add(index, output)
+                parts[index].append(output)
+        return self._counted(self.whole([join(each) for each in parts]), tally.usage())
+
+    def _counted(self, chunk: Reply, usage: Usage | None) -> Reply:
+        """A chunk's `usage` is only set where some chunk of this stream carries one."""
+        if self.ticket.final_usage or self.ticket.running_usage:
+            chunk.usage = usage
+        return chunk
+
+    def _says_something(self, output: Output) -> bool:
+        news = (output.text, output.finish_reason, output.logprobs, output.traces)
+        prompt = (output.prompt_text, output.prompt_logprobs)
+        ids = self._sends_ids and (output.token_ids or output.prompt_token_ids)
+        return any(news) or any(prompt) or bool(ids)
+
+
+async def _checked(ticket: Ticket, outputs: OutputStream) -> AsyncGenerator[tuple[int, Output]]:
+    """The outputs; raises what a failed, aborted or missing one stands for."""
+    left = set(range(len(ticket.requests)))
+    async with aclosing(outputs):
+        async for index, output in outputs:
+            if output.finish_reason == "error":
+                raise RequestFailedError(output.error or "the engine failed at this request")
+            if output.finish_reason == "abort":
+                raise NotReadyError("the server is stopping and ended this request; try again later")
+            if output.finish_reason is not None:
+                left.discard(index)
+            yield index, output
+    if left:
+        raise RequestFailedError("the engine stopped before all choices were done; try again")
+
+
+def end_of(output: Output) -> Literal["stop", "length"] | None:
+    """The reasons that a choice can carry; the others were raised before."""
+    assert output.finish_reason in ("stop", "length", None)
+    return output.finish_reason
+
+
+def finite(logprob: float) -> float:
+    """A log-probability that JSON can spell."""
+    return max(logprob, LEAST_LOGPROB) if not math.isnan(logprob) else LEAST_LOGPROB
+
+
+def trace_steps(traces: Sequence[Trace]) -> list[TraceStep]:
+    """As the API reports them."""
+    return [
+        TraceStep(
+            token=trace.token,
+            consulted=trace.consulted,
+            members={name: _traced(proposed) for name, proposed in trace.members.items()},
+            fused=_traced(trace.fused),
+            agreed=dict(trace.agreed),
+            weights=dict(trace.weights),
+            left_out=dict(trace.left_out),
+        )
+        for trace in traces
+    ]
+
+
+def _traced(proposed: Sequence[tuple[str, float]]) -> list[TracedToken]:
+    return [TracedToken(token=token, prob=prob) for token, prob in proposed]

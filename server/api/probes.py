@@ -1,0 +1,45 @@
+"""The endpoints that tell how the server is: health, readiness, version, metrics."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+
+from fastapi import APIRouter, Response
+
+from ensemble_core.errors import NotReadyError
+from server.api.services import REFUSALS, ServicesOf
+from server.edge.metrics import CONTENT_TYPE
+
+router = APIRouter(responses=REFUSALS)
+
+
+@router.get("/health")
+async def health(services: ServicesOf) -> dict[str, str]:
+    """200 while the engine's loop is alive, be it loading or draining."""
+    status = services.runtime.status()
+    if status.state == "dead":
+        raise NotReadyError(f"the engine is dead: {status.reason}")
+    return {"status": status.state}
+
+
+@router.get("/ready")
+async def ready(services: ServicesOf) -> dict[str, str]:
+    """200 once everything is loaded and while nothing drains."""
+    status = services.runtime.status()
+    if status.state != "ready":
+        raise NotReadyError(f"not ready, {status.state}: {status.reason}")
+    return {"status": status.state}
+
+
+@router.get("/version")
+async def get_version() -> dict[str, str]:
+    """Of this server."""
+    return {"version": version("unisono")}
+
+
+@router.get("/metrics", response_class=Response)
+async def get_metrics(services: ServicesOf) -> Response:
+    """Prometheus' text format."""
+    members = [model.name for model in services.runtime.models() if model.kind == "member"]
+    services.metrics.members_up(members, services.runtime.status().state in ("ready", "draining"))
+    return Response(services.metrics.render(), headers={"Content-Type": CONTENT_TYPE})
