@@ -84,13 +84,16 @@ class SamplingParams:
     @property
     def shapes_logits(self) -> bool:
         """True where penalties or biases change the fused distribution."""
-        penalties = (self.repetition_penalty, self.presence_penalty, self.frequency_penalty)
-        return (*penalties, self.logit_bias) != _NEUTRAL
+        return self.penalises or self.logit_bias != PARAMETERS["logit_bias"].default
+
+    @property
+    def penalises(self) -> bool:
+        """True where what stands in the text changes the fused distribution."""
+        return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != _NEUTRAL
 
 
 PARAMETERS: Mapping[str, Parameter] = {each.name: each.metadata["parameter"] for each in fields(SamplingParams)}
 _OWN_CHECKS = ("max_tokens", "min_tokens", "json_schema")  # they depend on other fields, or have other names
 _NEUTRAL = tuple(
-    PARAMETERS[name].default
-    for name in ("repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias")
+    PARAMETERS[name].default for name in ("repetition_penalty", "presence_penalty", "frequency_penalty")
 )

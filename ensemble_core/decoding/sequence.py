@@ -12,6 +12,8 @@ from dataclasses import dataclass, field, replace
 from enum import Enum, auto
 from typing import TYPE_CHECKING
 
+from ensemble_core.decoding.counts import TokenCounts, TokenValues
+from ensemble_core.decoding.randomness import generator
 from ensemble_core.decoding.recipe import Recipe
 from ensemble_core.decoding.requests import (
     Alternative,
@@ -87,6 +89,9 @@ class Sequence:
     first_token: float | None = None
     last_token: float | None = None
     rng: random.Random = field(init=False)
+    biases: TokenValues = field(init=False)
+    biased: tuple[int, ...] = field(init=False)  # main's ids with a positive bias: always in the support
+    counts: TokenCounts = field(init=False)  # of main's tokens
     shown: Detokenizer = field(init=False)  # the text as the client sees it
     spelt: Detokenizer = field(init=False)  # the text as assistants spell it: never the names of control tokens
     _pending: _Pending = field(default_factory=_Pending)
@@ -94,7 +99,10 @@ class Sequence:
 
     def __post_init__(self) -> None:
         params = self.request.params
-        self.rng = random.Random(params.seed)  # seed None: from the system
+        self.rng = generator(params.seed)
+        self.biases = TokenValues(dict(params.logit_bias))
+        self.biased = tuple(token_id for token_id, bias in params.logit_bias if bias > 0)
+        self.counts = TokenCounts(self.main)
         self.shown = Detokenizer(params.stop, include_stop=params.include_stop_str_in_output)
         self.spelt = self.shown if params.skip_special_tokens else Detokenizer()
 
@@ -102,11 +110,6 @@ class Sequence:
     def main(self) -> Track:
         """The main member's tokens."""
         return self.tracks[self.recipe.main]
-
-    @property
-    def biased(self) -> tuple[int, ...]:
-        """Main's ids that a bias makes likelier: they must be in the support, whatever their rank."""
-        return tuple(token_id for token_id, bias in self.request.params.logit_bias if bias > 0)
 
     @property
     def num_completion_tokens(self) -> int:
@@ -140,6 +143,7 @@ class Sequence:
         if trace is not None:
             self._pending.traces.append(trace)
         self.main.append(token_id)
+        self.counts.add(token_id)
         if self.constraint is not None:
             self.constraint.accept(token_id)
         self._spell(token_id)

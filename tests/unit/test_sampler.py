@@ -71,6 +71,79 @@ def test_draws_are_those_of_the_reference() -> None:
         assert token == reference_draw(probs, temperature, top_p, uniform)
 
 
+def tied(num: int, size: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Rows with many equals, as bf16 logits have, and ids in an order of their own: both (num, size)."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randint(-6, 3, (num, size), generator=generator) / 2
+    return logits.log_softmax(dim=1), torch.stack(
+        [torch.randperm(5000, generator=generator)[:size] for _ in range(num)]
+    )
+
+
+REACHES: list[dict[str, float]] = [
+    {},
+    {"top_k": 1},
+    {"top_k": 7},
+    {"top_p": 0.5},
+    {"min_p": 1.0},
+    {"top_k": 9, "top_p": 0.7, "min_p": 0.2},
+    {"temperature": 0.3, "top_p": 0.25},
+    {"temperature": 0.0},
+]
+
+
+@pytest.mark.parametrize("reach", REACHES, ids=str)
+def test_neither_order_nor_width_of_columns_nor_neighbours_matter(reach: dict[str, float]) -> None:
+    num = 40
+    logprobs, ids = tied(num, 60, seed=1)
+
+    def draw(ids: Tensor, logprobs: Tensor, seeds: Sequence[int]) -> list[int]:
+        rows = [
+            sequence(0, "a", [MEMBER], RECIPE, SamplingParams(seed=seed, **reach))  # type: ignore[arg-type]
+            for seed in seeds
+        ]
+        return sample(Fused(ids, logprobs, torch.zeros(len(ids)), torch.zeros(len(ids), 1)), rows)
+
+    expected = draw(ids, logprobs, range(num))
+    for seed, width in ((2, 60), (3, 61), (4, 333)):
+        generator = torch.Generator().manual_seed(seed)
+        padding = ids[:, torch.randint(60, (width - 60,), generator=generator)]  # ids that stand twice
+        wide = torch.cat([ids, padding], dim=1)
+        padded = torch.cat([logprobs, torch.full(padding.shape, -torch.inf)], dim=1)
+        order = torch.stack([torch.randperm(width, generator=generator) for _ in range(num)])
+        wide, padded = wide.gather(1, order), padded.gather(1, order)
+        assert draw(wide, padded, range(num)) == expected
+        assert [draw(wide[i : i + 1], padded[i : i + 1], [i])[0] for i in range(num)] == expected
+
+
+def test_equals_are_drawn_from_the_lowest_id_on() -> None:
+    ids, logprobs = torch.tensor([[9, 4, 7, 2]]), torch.full((1, 4), 0.25).log()
+    for top_k, kept in ((1, {2}), (2, {2, 4}), (3, {2, 4, 7})):
+        rows = [sequence(0, "a", [MEMBER], RECIPE, SamplingParams(seed=i, top_k=top_k)) for i in range(100)]
+        many = Fused(ids.expand(100, 4), logprobs.expand(100, 4), torch.zeros(100), torch.zeros(100, 1))
+        assert set(sample(many, rows)) == kept
+
+
+@pytest.mark.parametrize("size", [2, 3, 5, 6, 10, 49, 100, 1000])
+def test_top_p_cuts_equals_at_the_exact_share(size: int) -> None:
+    for num in {1, size // 2, size - 1}:
+        rows = [
+            sequence(0, "a", [MEMBER], RECIPE, SamplingParams(seed=i, top_p=(num - 0.5) / size))
+            for i in range(400)
+        ]
+        assert max(sample(fused(torch.zeros(400, size)), rows)) < num
+
+
+def test_a_step_takes_one_random_number_and_greedy_none() -> None:
+    logits = torch.randn(1, 50, generator=torch.Generator().manual_seed(0))
+    for temperature, num in ((0.0, 0), (1.0, 1)):
+        made, other = request(temperature, seed=5), random.Random(5)
+        sample(fused(logits), [made])
+        for _ in range(num):
+            other.random()
+        assert made.rng.getstate() == other.getstate()
+
+
 def test_top_p_keeps_the_token_that_crosses_it() -> None:
     logits = torch.tensor([[0.5, 0.25, 0.15, 0.1]]).log()
     for top_p, kept in [(0.4, {0}), (0.6, {0, 1}), (0.76, {0, 1, 2}), (1.0, {0, 1, 2, 3})]:
@@ -120,6 +193,8 @@ def test_a_row_that_is_not_finite_harms_no_other() -> None:
 def test_extreme_temperatures() -> None:
     logits = torch.tensor([[3.0, 9.0, 1.0]]).expand(200, 3)
     assert set(sample(fused(logits), [request(1e-6, seed=i) for i in range(200)])) == {1}
+    for lowest in (1e-300, 1e-308, 5e-324):
+        assert set(sample(fused(logits), [request(lowest, seed=i) for i in range(200)])) == {1}
     flat = torch.tensor([[0.0, 0.1]]).expand(200, 2)
     assert set(sample(fused(flat), [request(2.0, seed=i) for i in range(200)])) == {0, 1}
 

@@ -124,3 +124,8 @@ def test_the_first_output_speaks_of_the_prompt_once() -> None:
     first, second = feed(request, ord("a"), ord("b"))
     assert first.prompt_token_ids == tuple(VOCABULARY.encode("abc"))
     assert (second.prompt_token_ids, second.prompt_text, second.prompt_logprobs) == ((), "", ())
+
+
+def test_choices_whose_seeds_differ_in_sign_differ() -> None:
+    drawn = {seed: made(seed=seed).rng.random() for seed in (-1, 0, 1)}
+    assert len(set(drawn.values())) == 3
