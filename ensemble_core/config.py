@@ -257,6 +257,9 @@ class Config(_Section):
     ensembles: dict[Name, EnsembleConfig] = Field(default_factory=dict, description="Recipes by name.")
     matrices: MatricesConfig = Field(default_factory=lambda: MatricesConfig())
     scheduler: SchedulerConfig = Field(default_factory=lambda: SchedulerConfig())
+    deterministic: bool = Field(
+        False, description="A request's answer is the same, bit for bit, whatever else is running. CPU only."
+    )
     server: ServerConfig = Field(default_factory=lambda: ServerConfig())
     _source: Path | None = PrivateAttr(None)
 

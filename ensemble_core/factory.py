@@ -10,6 +10,7 @@ import importlib
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -85,9 +86,9 @@ def _load_members(config: Config, vocabularies: Mapping[str, Vocabulary]) -> dic
     members: dict[str, Member] = {}
     folders = {name: resolve_folder(member) for name, member in config.members.items()}
     planned = plan_caches(config.members, folders, config.scheduler.max_running)
+    load = partial(load_member, max_batch=config.scheduler.max_running, deterministic=config.deterministic)
     for name, member in tqdm(planned.items(), desc="loading members", unit="member", disable=None):
-        max_batch = config.scheduler.max_running
-        loaded = load_member(name, member, folders[name], vocabularies[name], max_batch=max_batch)
+        loaded = load(name, member, folders[name], vocabularies[name])
         logger.info("%s: ready, cache of %d pages of %d tokens", name, loaded.num_pages, loaded.page_size)
         members[name] = loaded
     return members

@@ -93,6 +93,7 @@ class RecipeBook:
             name,
             tau=_tau(ensemble, overrides) if fusion is not None else None,
             on_failure=ensemble.on_member_failure,
+            apart=self._config.deterministic,
             refit=partial(self._refit, model, ensemble, overrides),
         )
 
@@ -113,7 +114,7 @@ class RecipeBook:
                 f"{list(self._config.ensembles)} or leave `ensemble` out",
                 "ensemble",
             )
-        return Recipe(model, (model,), (1.0,), None, "single")
+        return Recipe(model, (model,), (1.0,), None, "single", apart=self._config.deterministic)
 
     def _fusion(
         self, model: str, ensemble: EnsembleConfig, members: tuple[str, ...], overrides: Overrides

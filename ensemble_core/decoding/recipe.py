@@ -20,7 +20,8 @@ class Recipe:
 
     tau: the weights are times what each prompt says, see `decoding/perplexity.py`; None: they are fixed.
     on_failure: what an assistant's failure does to a request. refit: the same fusion over fewer members (main first,
-    two or more); None where it cannot do without the others.
+    two or more); None where it cannot do without the others. apart: each position is fused by itself, never in one
+    batch with others, so that its numbers cannot depend on them.
     """
 
     model: str
@@ -31,6 +32,7 @@ class Recipe:
     mode: str = "lockstep"
     tau: float | None = None
     on_failure: Literal["fail", "drop"] = "fail"
+    apart: bool = False
     refit: Callable[[tuple[str, ...]], Fusion | None] | None = field(default=None, compare=False, repr=False)
 
     @property

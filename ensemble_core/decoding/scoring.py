@@ -102,7 +102,8 @@ class PromptScores:
             if limit is not None:
                 stop = min(stop, run.num_fused + limit - (len(self._scored) - before))
             while run.num_fused < stop:
-                block = run.places[run.num_fused : min(run.num_fused + _BLOCK, stop)]
+                size = 1 if recipe.apart else _BLOCK
+                block = run.places[run.num_fused : min(run.num_fused + size, stop)]
                 self._scored |= self._fuse(recipe, tracks[recipe.main].prompt_ids, block)
                 run.num_fused += len(block)
         self.num_ready = sum(run.num_ready - run.num_fused for run in self._runs)

@@ -93,12 +93,13 @@ def top_candidates(logits: Tensor, top_k: int, also: Sequence[tuple[int, ...]] =
 def likelihoods(logits: Tensor, following: Sequence[tuple[int, ...]]) -> tuple[float, ...]:
     """For each feed the sum of the log-probabilities of its `following` ids, without a search for the likeliest.
 
-    logits: (N, V), a row for every id that is not -1, in the order of feeds and positions. Summed in float64.
+    logits: (N, V), a row for every id that is not -1, in the order of feeds and positions. Each is rounded to 2^-30
+    nats and summed in float64, which is exact: so the sum of a prompt does not depend on where it was cut.
     """
     asked = [[token_id for token_id in ids if token_id >= 0] for ids in following]
     columns = torch.tensor([token_id for ids in asked for token_id in ids], dtype=torch.long, device=logits.device)
     own = logits.gather(1, columns.unsqueeze(1)).squeeze(1).float() - survey(logits).normaliser  # (N,)
-    parts = torch.split(own.double(), [len(ids) for ids in asked])
+    parts = torch.split((own.double() * 2**30).round() / 2**30, [len(ids) for ids in asked])
     return tuple(torch.stack([part.sum() for part in parts]).tolist())
 
 

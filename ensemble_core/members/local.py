@@ -15,7 +15,7 @@ import torch
 from ensemble_core.errors import MemberError
 from ensemble_core.members.attention.base import Pass
 from ensemble_core.members.attention.pages import Attention, by_gathering, pack_pages
-from ensemble_core.members.attention.rows import pack
+from ensemble_core.members.attention.rows import FEW, pack
 from ensemble_core.members.base import Candidates, Feed
 from ensemble_core.members.body.base import Body
 from ensemble_core.members.cache.base import Cache
@@ -40,12 +40,16 @@ class LocalMember:
         kernels: Kernels,
         device: torch.device,
         attention: Attention = by_gathering,
+        few: int = FEW,
     ) -> None:
-        """device: where logits come out. attention: over pages; a cache of rows has no use for it."""
+        """device: where logits come out.
+
+        attention: over pages; a cache of rows has no use for it. few: see `rows.pack`.
+        """
         self.name, self.vocabulary, self.max_len, self.device = name, vocabulary, max_len, device
         self._body, self._cache, self._kernels, self._attention = body, cache, kernels, attention
         self._memory = dict(Counter(body.num_bytes()) + Counter(cache.num_bytes()))
-        self._lane = lane_on(device)
+        self._lane, self._few = lane_on(device), few
 
     def adopt(self, make: Callable[[], Body]) -> None:
         """Run from now on through the body that `make` makes, within this member's lane."""
@@ -121,7 +125,7 @@ class LocalMember:
             return pack_pages(cache, chains, counts, self._attention)
         assert isinstance(cache, KVCache)
         rows = [cache.reserve(feed.seq_id, count) for feed, count in zip(feeds, counts, strict=True)]
-        return pack(cache, rows, counts, self._kernels.attend_spans)
+        return pack(cache, rows, counts, self._kernels.attend_spans, self._few)
 
 
 def _places(feeds: Sequence[Feed], order: Sequence[int]) -> tuple[list[int], list[int]]:

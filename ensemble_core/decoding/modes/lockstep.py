@@ -116,7 +116,8 @@ def _groups(rows: Rows[Row], num_candidates: int) -> list[list[Row]]:
     groups: dict[tuple[object, ...], list[Row]] = {}
     for row in rows:
         recipe = row.recipe
-        key = (recipe.model, tuple(row.places), id(recipe.fusion), row.width(num_candidates))
+        alone = row.sequence.seq_id if recipe.apart else None
+        key = (recipe.model, tuple(row.places), id(recipe.fusion), row.width(num_candidates), alone)
         groups.setdefault(key, []).append(row)
     return list(groups.values())
 

@@ -123,15 +123,19 @@ class PackedPass:
 
 
 def pack(
-    cache: KVCache, rows: Sequence[CacheRow], counts: Sequence[int], by_spans: SpanAttention | None = None
+    cache: KVCache,
+    rows: Sequence[CacheRow],
+    counts: Sequence[int],
+    by_spans: SpanAttention | None = None,
+    few: int = FEW,
 ) -> tuple[PackedPass, list[int]]:
     """Order the sequences of a forward and group them.
 
-    rows, counts: each sequence's row and number of new tokens. by_spans: what attends for sequences with few of
-    them, None to group them, too. Returns the pass and the order: position in the pass -> index in `rows`.
+    rows, counts: each sequence's row and number of new tokens. by_spans: what attends for sequences with up to `few`
+    of them, None to group them, too. Returns the pass and the order: position in the pass -> index in `rows`.
     """
     order = sorted(range(len(rows)), key=lambda i: (counts[i], rows[i].index))
-    num_few = sum(count for count in counts if count <= FEW) if by_spans is not None else 0
+    num_few = sum(count for count in counts if count <= few) if by_spans is not None else 0
     groups: list[Group] = []
     positions: list[int] = []
     slots: list[int] = []

@@ -110,14 +110,22 @@ class FlatBody:
             x, normed = layer.forward(x, normed, run, *angles[layer.kind], following)
         return self._head(normed[wanted.to(x.device)])
 
+    def make_steady(self) -> bool:
+        """Whether each token's logits now depend on its own sequence alone, bit for bit, as far as products go."""
+        return all(linear.make_steady() for linear in self._linears())
+
     def num_bytes(self) -> dict[str, int]:
         """See `base.Body`; a head that was tied to the embedding is a copy of its own."""
         layers = [part for layer in self._layers for part in layer.parts()]
         tensors = [self.embedding.weight, self._norm.weight, *(t for r in self._rotations for t in (r.cos, r.sin))]
         tensors += [part.weight for part in layers if isinstance(part, Norm)]
         sizes = weight_bytes(tensors)
-        linears = [self._head, *(part for part in layers if isinstance(part, Linear))]
-        return {device: size + sum(linear.num_bytes for linear in linears) for device, size in sizes.items()}
+        linears = sum(linear.num_bytes for linear in self._linears())
+        return {device: size + linears for device, size in sizes.items()}
+
+    def _linears(self) -> list[Linear]:
+        parts = [part for layer in self._layers for part in layer.parts()]
+        return [self._head, *(part for part in parts if isinstance(part, Linear))]
 
 
 def flatten(model: Any, max_len: int, kernels: Kernels) -> FlatBody | None:

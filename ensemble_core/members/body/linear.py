@@ -4,29 +4,59 @@ A decode step is bound by reading weights. Projections of one input (query, key 
 matrix, so that a layer reads its weights in fewer and longer runs; on CPU a matrix is kept in the blocked layout of
 oneDNN, so that a call neither strides through it nor reorders it. Each output is the same sum of the same products.
 
+In which order a library sums depends on how many rows it is given: on CPU oneDNN splits long sums where there is one
+row alone. A layer that is made steady calls it with a few numbers of rows that agree bit for bit, so that a row comes
+out the same whatever stands beside it.
+
 Knows weights and biases; does not know models, caches or tokens.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from functools import lru_cache
+
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
+from torch.nn.functional import linear, pad
 
+_TILE = 64  # rows that a steady layer takes at once; more are not faster
+_COUNTS = (1, 2, 4, *range(8, 32, 4), *range(32, _TILE + 1, 8))  # of rows that it may be called with
+_PROBED = 256  # outputs of a probe that differ; more are repeated
 _BATCH = 32  # rows that the blocked layout is chosen for; any number is served, nearly as well
 
 
 class Linear:
-    """y = x W^T + b. weight: (out, in), in the library's blocked layout where that is faster."""
+    """y = x W^T + b. weight: (out, in), in the library's blocked layout where that is faster.
+
+    counts: numbers of rows that the library is called with, rising; none: any.
+    """
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        self.blocked = _can_block(weight)
+        self.blocked, self._shape = _can_block(weight), (weight.shape[0], weight.shape[1])
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, _BATCH) if self.blocked else weight
         self.bias = bias
         self.num_bytes = sum(t.numel() * t.element_size() for t in (weight, bias) if t is not None)
+        self.counts: tuple[int, ...] = ()
 
     def __call__(self, x: Tensor) -> Tensor:
         """(N, in) -> (N, out)."""
+        if not self.counts:
+            return self._product(x)
+        tiles = [self._padded(tile) for tile in torch.split(x, self.counts[-1])]
+        return tiles[0] if len(tiles) == 1 else torch.cat(tiles)
+
+    def make_steady(self) -> bool:
+        """Whether each row now comes out the same, bit for bit, whatever other rows there are."""
+        self.counts = _agreeing(self._shape, self.weight.dtype, self.weight.device, self.bias is not None)
+        return bool(self.counts)
+
+    def _padded(self, x: Tensor) -> Tensor:
+        num = len(x)
+        more = self.counts[bisect_left(self.counts, num)] - num
+        return self._product(pad(x, (0, 0, 0, more)))[:num] if more else self._product(x)
+
+    def _product(self, x: Tensor) -> Tensor:
         if self.blocked:
             return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")  # type: ignore[no-any-return]
         return linear(x, self.weight, self.bias)
@@ -47,3 +77,33 @@ def _can_block(weight: Tensor) -> bool:
     if weight.dtype is torch.bfloat16:
         return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     return weight.dtype is torch.float32
+
+
+@lru_cache
+def _agreeing(shape: tuple[int, int], dtype: torch.dtype, device: torch.device, has_bias: bool) -> tuple[int, ...]:
+    """Numbers of rows for which a layer of this shape sums in the order in which it sums for _TILE; none: no order.
+
+    Tried on products that cancel in pairs, so that what is left of each sum is rounding: another order shows at once,
+    in bfloat16 too, where it would change one output in ten thousand otherwise.
+    """
+    x, weight = _cancelling(shape, dtype, device)
+    layer = Linear(weight, torch.zeros_like(weight[:, 0]) if has_bias else None)
+    tile = layer(x)
+    if not torch.equal(layer(x.flip(0)).flip(0), tile):
+        return ()
+    found = [n for n in _COUNTS if torch.equal(layer(x[:n]), tile[:n]) and torch.equal(layer(x[-n:]), tile[-n:])]
+    return tuple(found)
+
+
+def _cancelling(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(_TILE, in) inputs and (out, in) weights whose products are the same in pairs but for their sign."""
+    num_out, num_in = shape
+    random = torch.Generator().manual_seed(0)
+    order = torch.randperm(num_in, generator=random)
+    one, other = order[: num_in // 2], order[num_in // 2 : num_in // 2 * 2]
+    x = torch.randn(_TILE, num_in, generator=random)
+    weight = torch.randn(min(num_out, _PROBED), num_in, generator=random)
+    x[:, other], weight[:, other] = x[:, one], -weight[:, one]
+    weight[:, order[num_in // 2 * 2 :]] = 0.0
+    weight = weight.to(device, dtype).repeat(-(-num_out // len(weight)), 1)[:num_out]
+    return x.to(device, dtype), weight.contiguous()

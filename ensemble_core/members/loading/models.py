@@ -21,13 +21,15 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from ensemble_core.config import MemberConfig
 from ensemble_core.errors import CheckpointError, ConfigError, UnsupportedModelError
 from ensemble_core.members.attention.pages import Attention, by_gathering, by_kernel, choose_attention
+from ensemble_core.members.attention.rows import FEW
 from ensemble_core.members.body.base import Body
-from ensemble_core.members.body.flat import flatten
+from ensemble_core.members.body.flat import FAMILIES, FlatBody, flatten
 from ensemble_core.members.body.graphs import Capture, GraphedBody, bucket_sizes, cuda_graphs
 from ensemble_core.members.body.transformers import TransformersBody
 from ensemble_core.members.cache.base import Cache, LayerShape, bytes_per_token
 from ensemble_core.members.cache.pages import PagedCache
 from ensemble_core.members.cache.rows import KVCache
+from ensemble_core.members.kernels.base import Kernels
 from ensemble_core.members.kernels.choice import choose
 from ensemble_core.members.loading.placement import DTYPES, page_size, resolve_device
 from ensemble_core.members.loading.proof import Proof, attention_layers
@@ -50,6 +52,7 @@ def load_member(
     *,
     max_batch: int = _MAX_BATCH,
     capture: Capture | None = None,
+    deterministic: bool = False,
 ) -> LocalMember:
     """Load a model from a folder of safetensors and place it; keywords as of `make_member`.
 
@@ -70,7 +73,9 @@ def load_member(
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         raise CheckpointError(f"member {name!r}: {folder} cannot be loaded: {error}") from error
     model.eval().requires_grad_(False)
-    return make_member(name, model, vocabulary, config, max_batch=max_batch, capture=capture)
+    return make_member(
+        name, model, vocabulary, config, max_batch=max_batch, capture=capture, deterministic=deterministic
+    )
 
 
 def make_member(
@@ -81,10 +86,12 @@ def make_member(
     *,
     max_batch: int = _MAX_BATCH,
     capture: Capture | None = None,
+    deterministic: bool = False,
 ) -> LocalMember:
     """A member out of a model, which cannot be used otherwise afterwards.
 
-    max_batch: sequences that decode at once. capture: how graphs are made; None: as the device can.
+    max_batch: sequences that decode at once. capture: how graphs are made; None: as the device can. deterministic:
+    answers do not depend, in any bit, on what else is in a pass or on how a sequence was cut into feeds.
     Raises UnsupportedModelError, ConfigError.
     """
     layers = attention_layers(name, model)
@@ -98,14 +105,38 @@ def make_member(
     attention: Attention = by_gathering
     if isinstance(cache, PagedCache):
         attention = choose_attention(name, layers, model.dtype, cache.page_size)
-    member = LocalMember(name, vocabulary, max_len, body, cache, kernels, device, attention)
+    few = FEW
+    if deterministic:
+        _make_steady(name, body, cache, kernels)
+        few = max_len
+    member = LocalMember(name, vocabulary, max_len, body, cache, kernels, device, attention, few)
     proof.check(member)
+    if deterministic:
+        proof.check_steady(member)
     capture = capture or _capture(attention, layers)
     if isinstance(cache, PagedCache) and capture is not None:
         sizes = bucket_sizes(max_batch)
         graphed = partial(GraphedBody, body, cache, attention, device, sizes, capture)
         _adopt_graphs(member, body, graphed, proof, sizes)
     return member
+
+
+def _make_steady(name: str, body: Body, cache: Cache, kernels: Kernels) -> None:
+    """Let each token's numbers be a function of its own sequence; raises ConfigError where that cannot be had."""
+    needs = {
+        "a cache in rows (device: cpu, kv_cache: rows)": isinstance(cache, KVCache),
+        "compiled attention (device: cpu, dtype: float32 or bfloat16, unisono[cpu])": kernels.attend_spans
+        is not None,
+        f"forward: auto and one of the families {', '.join(sorted(FAMILIES))}": isinstance(body, FlatBody),
+        "products of matrices that do not depend on where a row stands, which this processor lacks": (
+            not isinstance(body, FlatBody) or body.make_steady()
+        ),
+    }
+    if lacking := [what for what, given in needs.items() if not given]:
+        raise ConfigError(
+            f"deterministic: true cannot be kept by member {name!r}, which needs {', and '.join(lacking)}; change "
+            "that, or drop `deterministic`"
+        )
 
 
 def _read_config(name: str, config: MemberConfig, folder: Path) -> Any:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import logging
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -18,13 +19,14 @@ from transformers import AttentionInterface
 
 from ensemble_core.errors import MemberError, UnsupportedModelError
 from ensemble_core.members.attention.rows import FEW
-from ensemble_core.members.base import Feed, Member
+from ensemble_core.members.base import Candidates, Feed, Member
 from ensemble_core.members.cache.base import LayerShape
 
 logger = logging.getLogger(__name__)
 
 _PROBE = "unisono_probe"
 _PROVED = 12  # positions compared in the proof at load
+_COMPARED = 64  # candidates, where every bit of them must agree
 _MAX_PROVED_WINDOW = 1024  # a longer sliding window is not filled for the proof
 
 
@@ -104,6 +106,29 @@ class Proof:
     def _last(self, member: Member, num: int) -> Tensor:
         """Probabilities of the wanted positions, with the last `num` tokens fed at once."""
         return member.forward([Feed(-1, self._ids[-num:], self._wanted)], len(member.vocabulary)).logprobs.exp()
+
+    def check_steady(self, member: Member) -> None:
+        """The same answers, bit for bit, alone at once and in pieces in a crowd; raises UnsupportedModelError."""
+        alone = member.forward([Feed(-1, self._ids, self._wanted)], _COMPARED)
+        member.release(-1)
+        ends = [0, self._wanted // 2, *range(len(self._ids) - self._wanted, len(self._ids) + 1)]
+        pieces = [self._ids[begin:end] for begin, end in pairwise(ends)]
+        crowd = [self._in_a_crowd(member, piece, num) for num, piece in enumerate(pieces)][2:]
+        member.release(-1)
+        for name in ("token_ids", "logprobs", "tail"):
+            if not torch.equal(getattr(alone, name), torch.cat([getattr(answer, name) for answer in crowd])):
+                raise UnsupportedModelError(
+                    f"member {member.name!r}: {self._kind} does not answer the same alone and in a crowd, as "
+                    "`deterministic` wants it to; drop that"
+                )
+
+    def _in_a_crowd(self, member: Member, piece: list[int], num: int) -> Candidates:
+        """What the sequence answers to its next tokens beside `num` others, each as long as its place."""
+        others = [Feed(-2 - i, self._ids[i : 2 * i + 1]) for i in range(min(num, member.num_pages - 1))]
+        answer = member.forward([*others, Feed(-1, piece)], _COMPARED)
+        for other in others:
+            member.release(other.seq_id)
+        return answer.rows([len(others)])
 
     def check_step(self, member: Member, size: int, expected: Tensor) -> None:
         """A decode step against the same step taken in another way; raises UnsupportedModelError."""

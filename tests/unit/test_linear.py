@@ -1,0 +1,66 @@
+"""Linear layers against torch's, and rows that do not depend on each other."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ensemble_core.members.body.linear import Linear, merged
+
+SHAPES = [
+    (3, 5),
+    (96, 64),
+    (53, 37),
+    (64, 2048),
+    (33, 1537),
+]  # (out, in); long sums are split where a row is alone
+
+
+def layer(
+    shape: tuple[int, int], dtype: torch.dtype, bias: bool, steady: bool
+) -> tuple[Linear, Tensor, Tensor | None]:
+    random = torch.Generator().manual_seed(sum(shape))
+    weight = torch.randn(shape, generator=random).to(dtype)
+    added = torch.randn(shape[0], generator=random).to(dtype) if bias else None
+    made = Linear(weight, added)
+    assert not steady or made.make_steady()
+    return made, weight, added
+
+
+@pytest.mark.parametrize("steady", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_it_is_the_product(shape: tuple[int, int], dtype: torch.dtype, bias: bool, steady: bool) -> None:
+    made, weight, added = layer(shape, dtype, bias, steady)
+    for num in (1, 2, 7, 33, 64, 65, 200):
+        x = torch.randn(num, shape[1]).to(dtype)
+        expected = x.double() @ weight.double().t() + (0.0 if added is None else added.double())
+        bound = {torch.float32: 1e-4, torch.bfloat16: 1e-1, torch.float16: 2e-2}[dtype] * shape[1] ** 0.5
+        torch.testing.assert_close(made(x).double(), expected, atol=bound, rtol=1e-2)
+        assert made(x).dtype is dtype
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_row_of_a_steady_layer_is_the_same_whatever_stands_beside_it(
+    shape: tuple[int, int], dtype: torch.dtype
+) -> None:
+    """Bit for bit: alone, and at any place among any number of others, ones that are not finite included."""
+    made, *_ = layer(shape, dtype, False, True)
+    x = torch.randn(150, shape[1]).to(dtype)
+    alone = torch.cat([made(x[i : i + 1]) for i in range(len(x))])
+    for num in (*range(1, 40), 63, 64, 65, 100, 129, 150):
+        assert torch.equal(made(x[:num]), alone[:num])
+        assert torch.equal(made(x[-num:]), alone[-num:])
+    x[::2] = torch.nan
+    assert torch.equal(made(x)[1::2], alone[1::2])
+    assert made(x)[::2].isnan().all()
+
+
+def test_merged_layers_give_their_outputs_side_by_side() -> None:
+    layers = [nn.Linear(8, 3), nn.Linear(8, 5)]
+    x = torch.randn(4, 8)
+    expected = torch.cat([each(x) for each in layers], dim=1)
+    torch.testing.assert_close(merged(*layers)(x), expected, atol=1e-6, rtol=1e-5)
