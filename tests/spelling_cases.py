@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from itertools import pairwise
 
 from tiny_models import CORPUS, byte_level, metaspace, replacing
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -39,9 +40,11 @@ _TEXTS = [
 ALIKE = [chr(0x5107 + 64 * rank) for rank in range(40)]
 
 
-def across_spaces(size: int = SIZE) -> PreTrainedTokenizerFast:
+def across_spaces(size: int = SIZE, *, nfc: bool = False) -> PreTrainedTokenizerFast:
     """Byte-level BPE without a pattern: tokens run over spaces and end within characters, as SuperBPE's do."""
     backend = Tokenizer(models.BPE())
+    if nfc:
+        backend.normalizer = normalizers.NFC()
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     return _byte_level(backend, size, [*_TEXTS, " ".join(ALIKE)])
 
@@ -148,13 +151,24 @@ def random_merges(seed: int, use_regex: bool = False) -> Vocabulary:
             symbols.append(pair[0] + pair[1])
     order = list(merges)
     rng.shuffle(order)
-    names = dict.fromkeys([*alphabet, *symbols, "<eos>"])
+    return _merging([*alphabet, *symbols], order, use_regex)
+
+
+def chained(letters: str) -> Vocabulary:
+    """BPE that merges neighbours in the alphabet, the last first: each letter more moves all tokens before it."""
+    order = [(left, right) for left, right in pairwise(letters)][::-1]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    return _merging([*alphabet, *map("".join, order)], order, use_regex=False)
+
+
+def _merging(symbols: list[str], order: list[tuple[str, str]], use_regex: bool) -> Vocabulary:
+    names = dict.fromkeys([*symbols, "<eos>"])
     backend = Tokenizer(models.BPE({name: rank for rank, name in enumerate(names)}, order))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=use_regex)
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens(["<eos>"])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>")
-    return from_tokenizer(tokenizer, len(names), [tokenizer.eos_token_id], f"random merges {seed}")
+    return from_tokenizer(tokenizer, len(names), [tokenizer.eos_token_id], "merging")
 
 
 def every_kind() -> dict[str, Vocabulary]:
@@ -166,6 +180,7 @@ def every_kind() -> dict[str, Vocabulary]:
         "replace-prepend": replacing(SIZE, prepend=True),
         "across-spaces": across_spaces(),
         "across-spaces-names": with_names(across_spaces()),
+        "across-spaces-nfc": across_spaces(nfc=True),
         "unpatterned": replacing(SIZE, across=True),
         "unpatterned-lines": with_lines(replacing(SIZE, across=True)),
         "unpatterned-names": with_names(replacing(SIZE, across=True)),

@@ -9,7 +9,7 @@ from itertools import accumulate
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from spelling_cases import ALIKE, UNCOVERED, every_kind, random_merges
+from spelling_cases import ALIKE, UNCOVERED, chained, every_kind, random_merges
 
 from ensemble_core.config import Config
 from ensemble_core.members.loading.checkpoints import load_vocabulary
@@ -24,7 +24,23 @@ SCRAPS = [
     *("the", " the", "ing", "fox", "a", "B", " ", "  ", "   ", "\t", "\n", "\n\n", "\r\n", "'s", "'", "."),
     *(", ", "!?", "42", " 7", "1000", "x1", "é", "e\u0301", "\u0301", "ß", "Привет", " мир", "你好", "。"),
     *("世界 ", "日", "😀", "🏳️‍🌈", "\u200b", "\u3000", "½", "_", "<eos>", "</s>", "def f(x):\n\t", "\ufffd"),
-    *("aaaa", "====", "hahaha", "ABC", "你AB", "l", "ll", "=", "/", "//", '{"a":1,', "<td>", "<|x\n|>", "<tr>"),
+    *(
+        "aaaa",
+        "====",
+        "hahaha",
+        "ABC",
+        "你AB",
+        "l",
+        "ll",
+        "=",
+        "/",
+        "//",
+        '{"a":1,',
+        "<td>",
+        "<|x\n|>",
+        "<tr>",
+        "> x",
+    ),
     *(ALIKE[0], f" {ALIKE[1]}", f"{ALIKE[2]} {ALIKE[3]}", "가", "\u11a8", "ª", "你好 你好"),
 ]
 pieces = st.sampled_from(SCRAPS) | st.text(max_size=3)
@@ -80,6 +96,7 @@ def late(step: int) -> int:
 @example(growth=["e", "\u0301", " e", "\u0301 x"], slow=True)
 @example(growth=["\n"] * 12 + ["x"], slow=False)
 @example(growth=["it", "'", "l", "l", "l", " ", "'", "ll", "x"], slow=False)
+@example(growth=["가", "\u11a8", " e", "\u0301", "a", "\u0301"], slow=False)
 @example(growth=["<", "|", "x", "\n", "|", ">", "a", "<", "t", "d", ">", " ", "x"], slow=False)
 def test_grown_text_is_spelt_as_the_whole(kind: str, growth: list[str], slow: bool) -> None:
     texts = [plain(kind, text) for text in accumulate(growth)]
@@ -106,8 +123,19 @@ def test_no_order_of_merges_breaks_it(seed: int, use_regex: bool, steps: list[tu
     follow(random_merges(seed, use_regex), texts_of(steps), at_once)
 
 
-@pytest.mark.parametrize("kind", ["across-spaces", "unpatterned", "unpatterned-names", "gpt4o"])
-@pytest.mark.parametrize("unit", ["a", "ab", "aab", " ", "\n", "=", "你", "你好", "ha", "<td>", "a<t", "7", "'"])
+def test_a_letter_that_moves_every_token_before_it() -> None:
+    letters = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
+    vocabulary = chained(letters)
+    assert vocabulary.encode(letters[:-1])[-20:] != vocabulary.encode(letters)[-21:-1]
+    follow(vocabulary, [letters[:length] for length in (*range(len(letters)), 40, 41, 60, 30)], at_once)
+
+
+@pytest.mark.parametrize(
+    "kind", ["across-spaces", "unpatterned", "unpatterned-names", "normalized-names", "gpt4o"]
+)
+@pytest.mark.parametrize(
+    "unit", ["> x", "a", "ab", "aab", " ", "\n", "=", "你", "你好", "ha", "<td>", "a<t", "7", "'"]
+)
 def test_repetition_is_spelt_as_the_whole(kind: str, unit: str) -> None:
     text = unit * 60
     follow(VOCABULARIES[kind], [text[:length] for length in (*range(60), *range(60, 30, -7), 60)], at_once)

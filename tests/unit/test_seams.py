@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import unicodedata
+from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from spelling_cases import PATTERNS, QWEN, UNCOVERED, every_kind
+from spelling_cases import PATTERNS, QWEN, SIZE, UNCOVERED, every_kind
 from tokenizers import AddedToken, Regex, models, pre_tokenizers
 
 from ensemble_core.text.seams import Seam, Seams, find_seams
@@ -70,6 +73,7 @@ def test_each_side_of_a_seam_splits_as_it_does_alone(kind: str, text: str) -> No
 @pytest.mark.parametrize("kind", ["gpt2", "digits-gpt2", *PATTERNS])
 @settings(max_examples=200, deadline=None)
 @given(left=texts, right=texts, text=texts)
+@example(left="=\n", right="", text="/==")
 def test_what_lies_far_away_does_not_decide_a_split_at_a_seam(kind: str, left: str, right: str, text: str) -> None:
     pre_tokenizer = PRE_TOKENIZERS[kind]
     seams = seams_of(pre_tokenizer)
@@ -95,6 +99,52 @@ def test_both_sides_of_a_split_are_spelt_alone(kind: str, text: str) -> None:
     for place in range(len(text) + 1):
         if vocabulary.seams.at(text, place) is Seam.SPLIT:
             assert vocabulary.encode(text) == vocabulary.encode(text[:place]) + vocabulary.encode(text[place:])
+
+
+NAMES = ["a<td>", "<tr>", "<td>", "\n", "\n\n\n", "<|x\n|", ">", "> x", "x", "你好", "你好\n", " ", "<eos>"]
+
+
+@pytest.mark.parametrize("kind", ["names", "across-spaces-names", "unpatterned-names", "normalized-names"])
+@settings(max_examples=200, deadline=None)
+@given(text=st.lists(st.sampled_from(NAMES), max_size=8).map("".join))
+@example(text="<|x\n|> x")
+@example(text="<tr><td>a<td> x")
+def test_added_tokens_on_each_side_of_a_seam_are_those_that_are_found_alone(kind: str, text: str) -> None:
+    vocabulary = VOCABULARIES[kind]
+    assert vocabulary.seams is not None
+
+    def found(piece: str, start: int = 0) -> list[tuple[int, int]]:
+        ids = vocabulary.encode(piece)
+        ends = accumulate((len(vocabulary.tokens[i]) for i in ids), initial=start)
+        return [(i, end) for i, end in zip(ids, ends, strict=False) if i >= SIZE]
+
+    for place in range(1, len(text)):
+        if vocabulary.seams.at(text, place) is not Seam.NONE:
+            left, right = text[:place], text[place:]
+            assert found(text) == found(left) + found(right, len(left.encode()))
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    text=st.text("ae가각ᄀ\u1161\u11a8\u0301\u0327\u093c\u3099かé字\u0958 ", min_size=2, max_size=8)
+    | st.text(max_size=6)
+)
+def test_nothing_composes_over_a_seam(text: str) -> None:
+    seams = find_seams(models.BPE(), {}, [{"type": "NFC"}], [])
+    assert seams is not None
+    nfc = partial(unicodedata.normalize, "NFC")
+    for place in range(1, len(text)):
+        if seams.at(text, place) is not Seam.NONE:
+            assert nfc(text) == nfc(text[:place]) + nfc(text[place:])
+
+
+def test_an_added_token_within_a_control_token_settles_nothing() -> None:
+    names = {5: AddedToken("ing"), 6: AddedToken("\n\n"), 7: AddedToken("<|ing|>", special=True)}
+    seams = find_seams(models.BPE(), names, [], [])
+    assert seams is not None
+    longest = len("<|ing|>")
+    assert [seams.settled(token_id, 2 * longest) for token_id in (4, 5, 6, 7)] == [False, False, True, False]
+    assert not seams.settled(6, 2 * longest - 1)
 
 
 def byte_level(use_regex: bool = True) -> dict[str, Any]:
