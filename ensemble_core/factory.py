@@ -108,7 +108,6 @@ def _engine(config: Config, members: Mapping[str, Member], sink: StatsSink) -> E
 
 
 def _speaker(name: str, config: Config, member: Member) -> Speaker:
-    _ = member.vocabulary.bridged  # computed now, not in the first request's first step
     template = read_template(name, config.members[name].chat_template)
     prompts = PromptEncoder(name, load_tokenizer(name, config.members[name]), template)
     return Speaker(member.vocabulary, prompts, member.max_len, Grammars(member.vocabulary))

@@ -34,7 +34,7 @@ VOCAB_SIZES: dict[Kind, int] = {"llama": 480, "gemma3": 640, "qwen3": 560, "gpt2
 MAX_POSITIONS = 512
 STD = 0.3  # of the random weights
 
-_CORPUS = [
+CORPUS = [
     "The quick brown fox jumps over the lazy dog, and the dog does not mind at all.",
     "In a village by the sea there lived a fisherman who had three daughters and a boat.",
     "def add(left, right):\n\treturn left + right\n\n\nprint(add(1, 22))\n",
@@ -45,7 +45,7 @@ _CORPUS = [
     "emoji 😀😀 and 🏳️‍🌈 too; two  spaces and   three.",
 ]
 # Made-up words, so that large vocabularies find enough to merge.
-_CORPUS += [" ".join(map("".join, product(["ba", "ke", "mi", "to", "du", "sha", "len"], repeat=3)))]
+CORPUS += [" ".join(map("".join, product(["ba", "ke", "mi", "to", "du", "sha", "len"], repeat=3)))]
 _ASCII = [chr(code) for code in range(0x20, 0x7F)]
 
 
@@ -88,7 +88,7 @@ def byte_level(size: int, eos: str, extra: tuple[str, ...] = ()) -> PreTrainedTo
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    backend.train_from_iterator(_CORPUS, trainer)
+    backend.train_from_iterator(CORPUS, trainer)
     return _wrapped(backend, size, eos_token=eos)
 
 
@@ -102,8 +102,11 @@ def metaspace(size: int, prepend_scheme: str = "first") -> PreTrainedTokenizerFa
     return _sentencepiece(backend, size, bos="<s>", eos="</s>")
 
 
-def replacing(size: int, prepend: bool = False) -> PreTrainedTokenizerFast:
-    """SentencePiece-like BPE with byte fallback; spaces through a Replace, as Gemma; `prepend` as Llama 2."""
+def replacing(size: int, prepend: bool = False, across: bool = False) -> PreTrainedTokenizerFast:
+    """SentencePiece-like BPE with byte fallback; spaces through a Replace, as Gemma; `prepend` as Llama 2.
+
+    across: tokens may run over spaces, as Gemma's do.
+    """
     backend = _byte_fallback_bpe()
     replace = normalizers.Replace(" ", "▁")
     backend.normalizer = (
@@ -111,16 +114,19 @@ def replacing(size: int, prepend: bool = False) -> PreTrainedTokenizerFast:
     )
     steps: list[Any] = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     backend.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)] if prepend else steps)
-    # Without a pre-tokenizer whole lines would become tokens of a corpus as small as this.
-    backend.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
-    return _sentencepiece(backend, size, bos="<bos>", eos="<eos>")
+    # Without a pre-tokenizer, or a bound, whole lines would become tokens of a corpus as small as this.
+    split = (" ", "merged_with_previous") if across else ("▁", "merged_with_next")
+    backend.pre_tokenizer = pre_tokenizers.Split(*split)
+    return _sentencepiece(backend, size, bos="<bos>", eos="<eos>", longest=8 if across else None)
 
 
 def _byte_fallback_bpe() -> Tokenizer:
     return Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
 
 
-def _sentencepiece(backend: Tokenizer, size: int, bos: str, eos: str) -> PreTrainedTokenizerFast:
+def _sentencepiece(
+    backend: Tokenizer, size: int, bos: str, eos: str, longest: int | None = None
+) -> PreTrainedTokenizerFast:
     specials = ["<unk>", bos, eos]
     bytes_ = [AddedToken(f"<0x{byte:02X}>", special=False) for byte in range(256)]
     trainer = trainers.BpeTrainer(
@@ -129,8 +135,9 @@ def _sentencepiece(backend: Tokenizer, size: int, bos: str, eos: str) -> PreTrai
         initial_alphabet=["▁", *_ASCII],
         limit_alphabet=len(_ASCII) + 1,
         show_progress=False,
+        max_token_length=longest,
     )
-    backend.train_from_iterator(_CORPUS, trainer)
+    backend.train_from_iterator(CORPUS, trainer)
     return _wrapped(_only_specials_added(backend, specials), size, bos_token=bos, eos_token=eos, unk_token="<unk>")
 
 

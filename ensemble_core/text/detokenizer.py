@@ -11,6 +11,8 @@ from __future__ import annotations
 import codecs
 from collections.abc import Sequence
 
+from ensemble_core.text.stops import StopState
+
 
 class Detokenizer:
     """One sequence's text so far.
@@ -22,11 +24,10 @@ class Detokenizer:
     def __init__(self, stops: Sequence[str] = (), *, include_stop: bool = False) -> None:
         self.text = ""
         self.stop: str | None = None
-        self._stops = tuple(stops)
-        self._longest = max(map(len, stops), default=0)
+        self._beginning = StopState(stops) if stops else None
+        self._ending = self._beginning  # what the text ends in that may become a stop string
         self._include_stop = include_stop
         self._released = 0
-        self._unarmed = 0  # stop strings that begin before this character do not count
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     @property
@@ -38,45 +39,33 @@ class Detokenizer:
         """Take in bytes; the characters that can be shown now. Unarmed, no stop string ends in them or before."""
         more = self._decoder.decode(data)
         if not armed:
-            self._unarmed = len(self.text) + len(more)
-        return self._grow(more)
+            self._ending = self._beginning
+        return self._grow(more, armed)
 
     def flush(self) -> str:
         """The end: everything held back; an incomplete character becomes U+FFFD."""
         shown = self._grow(self._decoder.decode(b"", final=True))
         return shown + self._release(len(self.text))
 
-    def _grow(self, more: str) -> str:
+    def _grow(self, more: str, armed: bool = True) -> str:
         if self.stop is not None or not more:
             return ""
-        start = max(self._unarmed, len(self.text) - self._longest + 1, 0)
-        self.text += more
-        found = _first_stop(self.text, start, self._stops)
-        if found is None:
-            return self._release(len(self.text) - self._num_held())
-        position, self.stop = found
-        position += len(self.stop) if self._include_stop else 0
-        self.text = self.text[:position]
-        return self._release(position)
+        start, self.text = len(self.text), self.text + more
+        if self._ending is None:
+            return self._release(len(self.text))
+        for end, char in enumerate(more if armed else "", start + 1):
+            self._ending = self._ending.step(char)
+            if self._ending.match is not None:
+                return self._cut(self._ending.match, end)
+        return self._release(len(self.text) - self._ending.depth)
+
+    def _cut(self, stop: str, end: int) -> str:
+        """End the text with the stop string that is complete at `end`, or before it."""
+        self.stop = stop
+        self.text = self.text[: end if self._include_stop else end - len(stop)]
+        return self._release(len(self.text))
 
     def _release(self, until: int) -> str:
         shown = self.text[self._released : until]
         self._released = max(self._released, until)
         return shown
-
-    def _num_held(self) -> int:
-        """Length of the longest end of the text that begins a stop string."""
-        for length in range(min(self._longest - 1, len(self.text) - self._unarmed), 0, -1):
-            end = self.text[-length:]
-            if any(stop.startswith(end) for stop in self._stops):
-                return length
-        return 0
-
-
-def _first_stop(text: str, start: int, stops: tuple[str, ...]) -> tuple[int, str] | None:
-    """Where the first completed stop string begins, and which it is."""
-    matches = [(at + len(stop), at, stop) for stop in stops if (at := text.find(stop, start)) >= 0]
-    if not matches:
-        return None
-    _, at, stop = min(matches)
-    return at, stop

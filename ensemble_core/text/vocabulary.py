@@ -16,12 +16,12 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
-from itertools import pairwise
 from typing import Any
 
 from tokenizers import Tokenizer
 
 from ensemble_core.errors import UnsupportedModelError
+from ensemble_core.text.seams import Seams, find_seams
 
 # Composed forms only: a normaliser (NFC) may rewrite text, which is no fault of the byte table.
 PROOF_SAMPLES = (
@@ -52,12 +52,14 @@ class Vocabulary:
     special_ids: control tokens (their bytes are their name; they add nothing to a completion's text).
     stop_ids: ids that end a text (generation config included); a subset of the specials is usual.
     encode: text that goes on from a prompt -> ids; adds nothing and reads no control token out of the text.
+    seams: where a text may be cut before it is spelt; None where nothing is proved.
     """
 
     tokens: list[bytes] = field(repr=False)
     special_ids: frozenset[int] = field(repr=False)
     stop_ids: frozenset[int]
     encode: Callable[[str], list[int]] = field(repr=False, compare=False)
+    seams: Seams | None = field(default=None, repr=False, compare=False)
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -97,18 +99,6 @@ class Vocabulary:
                 ordinary[token] = token_id
         return ordinary
 
-    @cached_property
-    def bridged(self) -> frozenset[str]:
-        """Letters and digits after which some token runs on over a space: `x` for a token `x y`.
-
-        After all others, a space is where no token of this vocabulary can straddle.
-        """
-        found: set[str] = set()
-        for token in self.tokens:
-            text = token.decode("utf-8", "ignore")
-            found.update(a for a, b in pairwise(text) if b == " " and a.isalnum())
-        return frozenset(found)
-
 
 def readable(token: bytes) -> str:
     """A token for people to read: its text, or its bytes in hex where they are no text by themselves."""
@@ -142,6 +132,7 @@ def from_tokenizer(tokenizer: Any, size: int, stop_ids: Iterable[int], name: str
         special_ids=frozenset(i for i in specials if i < size),
         stop_ids=frozenset(i for i in stop_ids if 0 <= i < size),
         encode=lambda text: list(continuation.encode(text, add_special_tokens=False).ids),
+        seams=_seams(continuation),
     )
     prove(vocabulary, name)
     return vocabulary
@@ -204,6 +195,13 @@ def _continuation_tokenizer(backend: Tokenizer, pipeline: dict[str, Any]) -> Tok
     assert tokenizer.get_added_tokens_decoder().keys() == added.keys(), "added tokens changed their ids"
     tokenizer.encode_special_tokens = True
     return tokenizer
+
+
+def _seams(continuation: Tokenizer) -> Seams | None:
+    pipeline = _pipeline(continuation)
+    normalizers = _parts(pipeline["normalizer"], "normalizers")
+    pre_tokenizers = _parts(pipeline["pre_tokenizer"], "pretokenizers")
+    return find_seams(continuation.model, continuation.get_added_tokens_decoder(), normalizers, pre_tokenizers)
 
 
 def _without_prepend(normalizer: dict[str, Any] | None) -> dict[str, Any] | None:

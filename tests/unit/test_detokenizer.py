@@ -132,3 +132,47 @@ def test_the_stop_string_is_shown_where_it_is_asked_for() -> None:
     assert detokenizer.feed(b"ab") == "a"
     assert detokenizer.feed(b"cd") == "bc"
     assert (detokenizer.text, detokenizer.stop, detokenizer.flush()) == ("abc", "bc", "")
+
+
+def held_by_reference(text: str, stop_strings: tuple[str, ...]) -> int:
+    """Length of the longest end of the text that begins a stop string, tried one by one."""
+    lengths = range(min(max(map(len, stop_strings), default=1) - 1, len(text)), 0, -1)
+    return next((n for n in lengths if any(stop.startswith(text[-n:]) for stop in stop_strings)), 0)
+
+
+# Stop strings that are nearly complete again and again, and that begin and end in one another.
+repeating = st.tuples(
+    st.sampled_from(["a", "ab", "aab"]), st.integers(1, 12), st.sampled_from(["", "b", "c", "aa"])
+).map(lambda parts: parts[0] * parts[1] + parts[2])
+
+
+@settings(max_examples=400, deadline=None)
+@given(
+    text=st.lists(st.sampled_from(["a", "a" * 7, "b", "ab" * 4, "aab", "c"]), max_size=30).map("".join),
+    stop_strings=st.lists(repeating, max_size=16).map(tuple),
+    cuts=st.lists(st.integers(0, 200), max_size=40),
+    num_early=st.integers(0, 3),
+)
+@example(text="a" * 12 + "b", stop_strings=tuple("a" * n + "b" for n in range(5, 13)), cuts=[], num_early=0)
+@example(text="aabaabaac", stop_strings=("aabaac", "abaab" * 2), cuts=[1, 2, 3, 4, 5, 6, 7, 8], num_early=0)
+def test_as_much_is_held_back_as_could_become_a_stop(
+    text: str, stop_strings: tuple[str, ...], cuts: list[int], num_early: int
+) -> None:
+    detokenizer = Detokenizer(stop_strings)
+    shown, early = "", 0
+    for index, piece in enumerate(pieces(text.encode(), cuts)):
+        armed = index >= num_early
+        shown += detokenizer.feed(piece, armed=armed)
+        early = early if armed else len(detokenizer.text)
+        if detokenizer.stop is None:
+            held = held_by_reference(detokenizer.text[early:], stop_strings)
+            assert shown == detokenizer.text[: len(detokenizer.text) - held]
+    rest, stop = reference(text[early:].encode(), stop_strings)
+    assert (detokenizer.stop, shown + detokenizer.flush()) == (stop, text[:early] + rest)
+
+
+def test_thousands_of_stop_strings_that_fall_back_on_each_other() -> None:
+    stop_strings = tuple("a" * length + "b" for length in range(1500, 3000))
+    detokenizer = Detokenizer(stop_strings)
+    shown = detokenizer.feed(b"a" * 4000 + b"b")
+    assert (shown, detokenizer.stop) == ("a" * 1001, "a" * 2999 + "b")

@@ -187,23 +187,6 @@ def test_added_tokens_keep_their_bytes_and_ids() -> None:
     assert not {SIZE, SIZE + 1} & vocabulary.special_ids
 
 
-def test_bridged_knows_after_what_a_token_runs_on() -> None:
-    def made(*tokens: str) -> frozenset[str]:
-        return Vocabulary([t.encode() for t in tokens], frozenset(), frozenset(), lambda _: []).bridged
-
-    assert made("the", " the", "  ", "a b", "9 x", "e ") == {"a", "9", "e"}
-    assert made(". The", ", a") == frozenset()
-
-
-@every_kind
-def test_no_token_straddles_a_space_after_a_letter_that_is_not_bridged(kind: str) -> None:
-    vocabulary = VOCABULARIES[kind]
-    whole = vocabulary.encode("quick brown fox")
-    parts = [*vocabulary.encode("quick"), *vocabulary.encode(" brown"), *vocabulary.encode(" fox")]
-    assert not {"k", "n"} & vocabulary.bridged
-    assert whole == parts
-
-
 def word_level(normalizer: object = None) -> PreTrainedTokenizerFast:
     """A tokenizer of a few whole words that knows nothing of byte alphabets."""
     words = ["<unk>", "Hello", "world", " ", "hello"]
