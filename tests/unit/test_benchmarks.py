@@ -14,9 +14,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks import __main__ as bench
 from benchmarks import prose
-from benchmarks.ledger import Check, Report, cell, markdown, put_between, table
+from benchmarks.__main__ import SPEED
+from benchmarks.ledger import Check, Findings, cell, markdown, put_between, table
+from benchmarks.runner import Suite, fill, main
 from benchmarks.stopwatch import Spread, Timed, percentile, ratios, take_turns
 from benchmarks.traffic import Call, Stream, play, replay, schedule
 
@@ -158,7 +159,7 @@ def test_tables_align_text_left_and_numbers_right() -> None:
 
 
 def test_the_last_line_of_a_report_is_its_json(capsys: pytest.CaptureFixture[str]) -> None:
-    Report("demo", {"first": ROWS}, [Check("ratio", 2.0, "<=", 1.0)], {"rounds": 3}).print()
+    Findings("demo", {"first": ROWS}, [Check("ratio", 2.0, "<=", 1.0)], {"rounds": 3}).print()
     *above, last = capsys.readouterr().out.strip().splitlines()
     record = json.loads(last)
     assert record["tables"] == {"first": ROWS}
@@ -177,10 +178,10 @@ def test_tables_go_between_their_marks_again_and_again() -> None:
 
 
 def test_the_document_has_a_place_for_every_benchmark() -> None:
-    record = Report("demo", {"first": ROWS}, [Check("ratio", 2.0, "<=", 1.0)], {"rounds": 3}).record()
-    text = bench.fill(bench.DOCUMENT.read_text(), dict.fromkeys(bench.NAMES, record))
-    assert text.count("| longer | 12.2 | 32 |") == len(bench.NAMES)
-    assert text.count("| ratio | 2.000 | <= 1.000 | NOT MET |") == len(bench.NAMES)
+    record = Findings("demo", {"first": ROWS}, [Check("ratio", 2.0, "<=", 1.0)], {"rounds": 3}).record()
+    text = fill(SPEED.page.read_text(), dict.fromkeys(SPEED.names, record))
+    assert text.count("| longer | 12.2 | 32 |") == len(SPEED.names)
+    assert text.count("| ratio | 2.000 | <= 1.000 | NOT MET |") == len(SPEED.names)
 
 
 def test_prompts_of_other_seeds_differ_from_the_start() -> None:
