@@ -256,7 +256,9 @@ def main() -> None:
         print(NO_DEVICE)
         return
     steps, batches = (4, args.batch[:2]) if args.quick else (args.steps, args.batch)
-    plan = GpuPlan(torch.device("cuda:0"), torch.bfloat16, SHAPES, tuple(batches), args.length, steps, copied=2**30)
+    plan = GpuPlan(
+        torch.device("cuda:0"), torch.bfloat16, SHAPES, tuple(batches), args.length, steps, copied=2**30
+    )
     rows, bandwidth = measure(plan)
     settings = {
         "gpu": torch.cuda.get_device_name(plan.device),

@@ -38,7 +38,7 @@ Record = Mapping[str, Any]  # what `Findings.record` made and JSON kept
 
 @dataclass(frozen=True, slots=True)
 class Suite:
-    """A folder of commands. names: all of them, in the order in which they run; page: the document of their tables."""
+    """A folder of commands. names: all of them, in the order of a run; page: the document with their tables."""
 
     package: str
     names: tuple[str, ...]

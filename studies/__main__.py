@@ -1,4 +1,4 @@
-"""`python -m studies [NAME ...]`: what fusion is worth, in docs/studies.md. See `benchmarks/runner.py` for the options.
+"""`python -m studies [NAME ...]`: what fusion is worth, in docs/studies.md. `benchmarks/runner.py` has the options.
 
 `fusion_table` and `relative_sweep` read the development tasks in ../shared/data.
 """
