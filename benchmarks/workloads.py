@@ -179,7 +179,8 @@ def chinese(num_chars: int) -> str:
 
 def minified_json(num_chars: int) -> str:
     """An array of records without a space."""
-    draw, records = random.Random(2), []
+    draw = random.Random(2)
+    records: list[dict[str, object]] = []
     while len(text := json.dumps(records, separators=(",", ":"))) < num_chars:
         for _ in range(50):
             name = "".join(draw.choices("abcdefghijklmnopqrstuvwxyz", k=8))
