@@ -95,8 +95,13 @@ bench-vllm: models .venv-vllm/installed ## the benchmark against vLLM alone
 	@$(BIN)/python -m benchmarks against_vllm
 
 .PHONY: bench-document
-bench-document: $(INSTALLED) ## put the kept results into docs/performance.md
+bench-document: $(INSTALLED) ## put the kept results into docs/performance.md and docs/studies.md
 	@$(BIN)/python -m benchmarks --no-run --document
+	@$(BIN)/python -m studies --no-run --document
+
+.PHONY: studies
+studies: models ## what fusion is worth: tables, sweeps, a trained pair (long; needs ../shared/data)
+	@$(BIN)/python -m studies
 
 .PHONY: lint
 lint: $(INSTALLED) ## ruff (rules and format) and mypy

@@ -23,7 +23,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from benchmarks.ledger import ROOT, Check, Report, Value, arguments
+from benchmarks.ledger import ROOT, Check, Findings, Value, arguments
 from ensemble_core.config import load_config
 from ensemble_core.members.loading.checkpoints import resolve_folder
 
@@ -37,9 +37,9 @@ Steps = dict[int, list[float]]  # batch -> seconds a step
 
 def ours(args: argparse.Namespace) -> dict[str, Any]:
     """Our steps; what this script does as a child of itself."""
-    from benchmarks.recorder import Bench, step_to_step
+    from benchmarks.recorder import DecodeBench, step_to_step
 
-    bench = Bench(load_config(args.config))
+    bench = DecodeBench(load_config(args.config))
     steps: Steps = {}
     for batch in args.batch:
         told = bench.decode(args.ensemble, batch, args.length, args.tokens * args.repeats)
@@ -90,7 +90,7 @@ def row(ensemble: str, batch: int, rounds: Sequence[Mapping[str, Steps]]) -> dic
     }
 
 
-def measure(args: argparse.Namespace) -> Report:
+def measure(args: argparse.Namespace) -> Findings:
     """All rounds of all contestants."""
     contestants = commands(args)
     rounds: list[dict[str, Steps]] = []
@@ -115,7 +115,7 @@ def measure(args: argparse.Namespace) -> Report:
         for each in rows
     ]
     settings = {"rounds": args.rounds, "length": args.length, "tokens": args.tokens, "quick": args.quick}
-    return Report(
+    return Findings(
         "against_vllm",
         {"steps": rows},
         checks,

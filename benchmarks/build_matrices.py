@@ -16,7 +16,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.ledger import Check, Report, Value, arguments
+from benchmarks.ledger import Check, Findings, Value, arguments
 from benchmarks.stopwatch import Spread
 from ensemble_core.config import Config, load_config
 from ensemble_core.errors import TransferMatrixError
@@ -80,7 +80,7 @@ def main() -> None:
         "build: peak memory beyond the embedding tables, GB", (peak - tables) / 1e9, "<=", ALLOWED_BYTES / 1e9
     )
     rows = {"matrices": [each.row() for each in built], "process": [whole]}
-    Report("build_matrices", rows, [] if args.quick else [bound], {"quick": args.quick}).print()
+    Findings("build_matrices", rows, [] if args.quick else [bound], {"quick": args.quick}).print()
 
 
 def _build(config: Config) -> list[Built]:

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.ledger import Report, Value, arguments
+from benchmarks.ledger import Findings, Value, arguments
 from ensemble_core.config import MemberConfig, load_config
 from ensemble_core.factory import Spaces
 from ensemble_core.fusion.base import Fusion, FusionSpace, build_fusion, parse_options
@@ -82,7 +82,7 @@ def resized(matrix: TransferMatrix, width: int) -> TransferMatrix:
     )
 
 
-class Bench:
+class FusionBench:
     """The ensemble's space, and what its members said of the prefixes."""
 
     def __init__(self, path: Path, ensemble: str, num_rows: int, num_candidates: int) -> None:
@@ -138,14 +138,14 @@ def main() -> None:
     args = parser.parse_args()
     repeats = 3 if args.quick else args.repeats
     shapes = [(num, batch) for num in (64, 256) for batch in (1, 32)]
-    bench = Bench(args.config, args.ensemble, 32, 256)
+    bench = FusionBench(args.config, args.ensemble, 32, 256)
     rows = []
     for name, options in METHODS:
         relative = "relative" in (name, options.get("base", {}).get("name") if name == "core" else None)
         for width in WIDTHS if relative else (None,):
             rows.append(bench.row(name, options, width, shapes, repeats))
     settings = {"ensemble": args.ensemble, "repeats": repeats, "quick": args.quick}
-    Report("fusion_time", {"fusions": rows}, settings=settings).print()
+    Findings("fusion_time", {"fusions": rows}, settings=settings).print()
 
 
 if __name__ == "__main__":

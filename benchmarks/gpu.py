@@ -17,7 +17,7 @@ Milliseconds are medians. Where there is no CUDA device it says so and measures 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -25,14 +25,14 @@ from typing import Any
 import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
-from benchmarks.ledger import Report, Value, arguments
+from benchmarks.ledger import Findings, Value, arguments
 from benchmarks.recorder import SETTLING, StepRecorder
 from ensemble_core.config import MemberConfig
 from ensemble_core.decoding.recipe import Recipe
 from ensemble_core.decoding.requests import GenerationRequest
 from ensemble_core.decoding.sampling_params import SamplingParams
 from ensemble_core.decoding.scheduler import Limits
-from ensemble_core.decoding.sequence import Sequence as Request
+from ensemble_core.decoding.sequence import Sequence
 from ensemble_core.engine import Engine
 from ensemble_core.fusion.base import FusionSpace
 from ensemble_core.fusion.projection import ProjectionFusion, ProjectionOptions
@@ -62,19 +62,19 @@ SHAPES = (Shape("7B, 32k", 32_768), Shape("8B, 128k", 128_256))
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class GpuPlan:
     """What is measured, where."""
 
     device: torch.device
     dtype: torch.dtype
-    shapes: Sequence[Shape]
-    batches: Sequence[int]
+    shapes: tuple[Shape, ...]
+    batches: tuple[int, ...]
     length: int  # L, tokens of context around which steps are measured
     steps: int
     copied: int  # bytes of the copy that measures bandwidth
 
 
-def measure(plan: Plan) -> tuple[list[dict[str, Value]], float]:
+def measure(plan: GpuPlan) -> tuple[list[dict[str, Value]], float]:
     """A row for each batch, and the bandwidth in bytes a second."""
     bandwidth = copy_bandwidth(plan)
     members: dict[str, LocalMember] = {}
@@ -87,7 +87,7 @@ def measure(plan: Plan) -> tuple[list[dict[str, Value]], float]:
         for batch in plan.batches:
             own[batch] += own_seconds(model, batch, plan)
         members[shape.name] = as_member(shape, model, plan)
-    bench = Bench(members, plan)
+    bench = PairBench(members, plan)
     rows: list[dict[str, Value]] = []
     for batch in plan.batches:
         step, forwards = bench.step_seconds(batch)
@@ -111,7 +111,7 @@ def row(batch: int, length: int, step: float, forwards: float, floor: float, own
     }
 
 
-def copy_bandwidth(plan: Plan) -> float:
+def copy_bandwidth(plan: GpuPlan) -> float:
     """Bytes read and written in a second by a copy on the device."""
     source = torch.ones(plan.copied, dtype=torch.uint8, device=plan.device)
     goal = torch.empty_like(source)
@@ -127,7 +127,7 @@ def read_bytes(model: Any) -> int:
     return sum(sizes.values())
 
 
-def timed(run: Callable[[], object], plan: Plan, before: Callable[[], None] | None = None) -> list[float]:
+def timed(run: Callable[[], object], plan: GpuPlan, before: Callable[[], None] | None = None) -> list[float]:
     """Seconds of each of `plan.steps` runs, each to the device's end, after some that do not count."""
     seconds = []
     for turn in range(-SETTLING, plan.steps):
@@ -148,7 +148,7 @@ def wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def build(shape: Shape, plan: Plan) -> Any:
+def build(shape: Shape, plan: GpuPlan) -> Any:
     """A model with random weights, made where it will run."""
     config = LlamaConfig(
         vocab_size=shape.vocabulary,
@@ -170,7 +170,7 @@ def build(shape: Shape, plan: Plan) -> Any:
 
 
 @torch.inference_mode()
-def own_seconds(model: Any, batch: int, plan: Plan) -> float:
+def own_seconds(model: Any, batch: int, plan: GpuPlan) -> float:
     """The model's own forward of one new token for each of B rows that hold L: the median."""
     cache = DynamicCache(config=model.config)
     ids = torch.randint(1, 1000, (1, plan.length), device=plan.device) % model.config.vocab_size
@@ -192,7 +192,7 @@ def words(size: int) -> Vocabulary:
     return Vocabulary(tokens, frozenset({0}), frozenset({0}), lambda text: [int(word) for word in text.split()])
 
 
-def as_member(shape: Shape, model: Any, plan: Plan) -> LocalMember:
+def as_member(shape: Shape, model: Any, plan: GpuPlan) -> LocalMember:
     """The model as a member with a paged cache for the largest batch; its weights are taken over."""
     batch, longest = max(plan.batches), plan.length + plan.steps + 64
     head = shape.hidden // shape.heads
@@ -205,10 +205,10 @@ def as_member(shape: Shape, model: Any, plan: Plan) -> LocalMember:
     return make_member(shape.name, model, words(shape.vocabulary), config, max_batch=batch)
 
 
-class Bench:
+class PairBench:
     """An engine over the members; the one with the smaller vocabulary is main."""
 
-    def __init__(self, members: dict[str, LocalMember], plan: Plan) -> None:
+    def __init__(self, members: dict[str, LocalMember], plan: GpuPlan) -> None:
         self._members, self._plan, self._recorder = members, plan, StepRecorder()
         names = sorted(members, key=lambda name: len(members[name].vocabulary))
         vocabularies = [members[name].vocabulary for name in names]
@@ -237,13 +237,13 @@ class Bench:
         told = (told for told in self._recorder.steps if told.stats.batch_size == batch)
         return [t for t in told if all(member.phase == "decode" for member in t.stats.members)]
 
-    def _request(self, row_index: int) -> Request:
+    def _request(self, row_index: int) -> Sequence:
         length = self._plan.length - SETTLING - self._plan.steps // 2
         ids = [1 + (37 * row_index + i) % 250 for i in range(length)]
         params = SamplingParams(max_tokens=self._plan.steps + 48, ignore_eos=True, temperature=0.0)
         request = GenerationRequest(f"row-{row_index}", "pair", tuple(ids), params)
         tracks = {name: Track(self._members[name].vocabulary, list(ids)) for name in self._recipe.members}
-        return Request(row_index, request, self._recipe, tracks)
+        return Sequence(row_index, request, self._recipe, tracks)
 
 
 def main() -> None:
@@ -257,7 +257,9 @@ def main() -> None:
         print(NO_DEVICE)
         return
     steps, batches = (4, args.batch[:2]) if args.quick else (args.steps, args.batch)
-    plan = Plan(torch.device("cuda:0"), torch.bfloat16, SHAPES, batches, args.length, steps, copied=2**30)
+    plan = GpuPlan(
+        torch.device("cuda:0"), torch.bfloat16, SHAPES, tuple(batches), args.length, steps, copied=2**30
+    )
     rows, bandwidth = measure(plan)
     settings = {
         "gpu": torch.cuda.get_device_name(plan.device),
@@ -265,7 +267,7 @@ def main() -> None:
         "steps": steps,
         "quick": args.quick,
     }
-    Report("gpu", {"steps": rows}, settings=settings).print()
+    Findings("gpu", {"steps": rows}, settings=settings).print()
 
 
 if __name__ == "__main__":

@@ -17,8 +17,8 @@ from typing import Any
 
 from safetensors.torch import load_file, save_file
 
-from benchmarks.ledger import RESULTS, Report, Row, Value, arguments
-from benchmarks.recorder import Bench, Told
+from benchmarks.ledger import Findings, TableRow, Value, arguments, results_folder
+from benchmarks.recorder import DecodeBench, Told
 from benchmarks.stopwatch import Spread
 from ensemble_core.config import Config, EnsembleConfig, load_config
 from ensemble_core.transfer.store import matrix_path, read_metadata
@@ -65,7 +65,7 @@ def step_row(steps: Sequence[Told], **where: Value) -> dict[str, Value]:
 
 
 def sweep(
-    bench: Bench, models: Sequence[str], batches: Sequence[int], lengths: Sequence[int], num: int
+    bench: DecodeBench, models: Sequence[str], batches: Sequence[int], lengths: Sequence[int], num: int
 ) -> dict[str, list[dict[str, Value]]]:
     """The three tables."""
     pair = models[1]
@@ -109,7 +109,7 @@ def draw(tables: dict[str, list[dict[str, Value]]], path: Path, caption: str) ->
     pyplot.close(figure)
 
 
-def _by_batch(panel: Any, rows: Sequence[Row], x: str) -> None:
+def _by_batch(panel: Any, rows: Sequence[TableRow], x: str) -> None:
     """A line of steps for each batch size, and the forwards alone, dashed."""
     for batch in sorted({int(str(row["B"])) for row in rows}):
         mine = [row for row in rows if row["B"] == batch]
@@ -119,7 +119,7 @@ def _by_batch(panel: Any, rows: Sequence[Row], x: str) -> None:
         panel.plot(places, forwards, "--", color=line.get_color(), lw=1, label=f"forwards, {_count(batch)}")
 
 
-def _rows_panel(panel: Any, rows: Sequence[Row]) -> None:
+def _rows_panel(panel: Any, rows: Sequence[TableRow]) -> None:
     """Steps over rows, against one row after the other."""
     batches = [float(str(row["B"])) for row in rows]
     steps = [float(str(row["step ms"])) for row in rows]
@@ -146,13 +146,13 @@ def main() -> None:
     num = 4 if args.quick else args.steps
     with tempfile.TemporaryDirectory() as scratch:
         config, models = crowd(load_config(args.config), Path(scratch))
-        tables = sweep(Bench(config), models, batches, lengths, num)
-    report = Report("growth", tables, settings={"steps": num, "quick": args.quick, "models": models})
+        tables = sweep(DecodeBench(config), models, batches, lengths, num)
+    report = Findings("growth", tables, settings={"steps": num, "quick": args.quick, "models": models})
     facts = report.record()["machine"]
     caption = (
         f"Lockstep step, demo pair (3 and 4: twins), {facts['cpu']}, {facts['threads']} threads, {facts['date']}"
     )
-    draw(tables, (RESULTS / "quick" if args.quick else RESULTS) / "growth.png", caption)
+    draw(tables, results_folder("benchmarks", args.quick) / "growth.png", caption)
     report.print()
 
 

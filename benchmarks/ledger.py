@@ -1,7 +1,7 @@
-"""What a benchmark reports: rows for a table, figures held against their bounds, the machine; as text and as JSON.
+"""What a benchmark or a study reports: rows of tables, figures with their bounds, the machine; as text and as JSON.
 
-A report is printed as a table and then as one line of JSON, the last of the output. The same rows make the
-Markdown of docs/performance.md. Knows nothing of what is measured.
+A report is printed as tables and then as one line of JSON, the last of the output. The same rows make the Markdown
+of docs/performance.md and docs/studies.md. Knows nothing of what is measured.
 """
 
 from __future__ import annotations
@@ -21,11 +21,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 ROOT = Path(__file__).parents[1]
-RESULTS = Path(__file__).parent / "results"
 DEMO = ROOT / "configs" / "demo.yaml"
 
 Value = str | int | float | None
-Row = Mapping[str, Value]
+TableRow = Mapping[str, Value]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,11 +43,11 @@ class Check:
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
+class Findings:
     """One benchmark's outcome. tables: by name; settings: what a reader needs to repeat it."""
 
     benchmark: str
-    tables: Mapping[str, Sequence[Row]]
+    tables: Mapping[str, Sequence[TableRow]]
     checks: Sequence[Check] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
 
@@ -67,6 +66,12 @@ class Report:
             "tables": {name: [dict(row) for row in rows] for name, rows in self.tables.items()},
             "checks": [asdict(check) | {"met": check.met} for check in self.checks],
         }
+
+
+def results_folder(package: str, quick: bool) -> Path:
+    """Where results of `benchmarks` or `studies` are kept; those of --quick apart, since they mean nothing."""
+    folder = ROOT / package / "results"
+    return folder / "quick" if quick else folder
 
 
 def arguments(doc: str | None, *, config: bool = True) -> argparse.ArgumentParser:
@@ -161,7 +166,7 @@ def cell(value: Value) -> str:
     return f"{value:.0f}" if size >= 1000 else f"{value:.1f}" if size >= 10 else f"{value:.3f}"
 
 
-def table(rows: Sequence[Row]) -> str:
+def table(rows: Sequence[TableRow]) -> str:
     """Columns of the first row, aligned: text to the left, numbers to the right."""
     if not rows:
         return "(no rows)"
@@ -175,7 +180,7 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
-def markdown(rows: Sequence[Row]) -> str:
+def markdown(rows: Sequence[TableRow]) -> str:
     """The same table for a document."""
     if not rows:
         return "(no rows)"

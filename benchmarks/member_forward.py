@@ -26,7 +26,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from benchmarks import prose
-from benchmarks.ledger import Check, Report, Value, arguments
+from benchmarks.ledger import Check, Findings, Value, arguments
 from benchmarks.stopwatch import Spread, Timed, ratios, take_turns
 from ensemble_core.config import Config, load_config
 from ensemble_core.members.base import Feed, Member
@@ -168,7 +168,7 @@ def main() -> None:
         rows += more_rows
         checks += more_checks
     settings = {"rounds": rounds, "num_candidates": NUM_CANDIDATES, "quick": args.quick}
-    Report("member_forward", {"forwards": rows}, checks, settings).print()
+    Findings("member_forward", {"forwards": rows}, checks, settings).print()
 
 
 if __name__ == "__main__":

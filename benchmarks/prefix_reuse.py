@@ -13,7 +13,7 @@ import asyncio
 from typing import Any
 
 from benchmarks import prose
-from benchmarks.ledger import Check, Report, Value, arguments
+from benchmarks.ledger import Check, Findings, Value, arguments
 from benchmarks.stopwatch import Spread, ratios
 from benchmarks.traffic import Call, play, serving
 from ensemble_core.config import load_config
@@ -54,7 +54,7 @@ def main() -> None:
     shared = min(length for _, length in measured)
     figure = ratios(seconds["other question"], seconds["first"]).median
     check = Check(f"{model}: second TTFT / first, {shared} shared tokens", figure, "<=", BOUND)
-    Report(
+    Findings(
         "prefix_reuse", {"requests": rows}, [check], {"model": model, "rounds": rounds, "quick": args.quick}
     ).print()
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from benchmarks import prose
@@ -16,7 +15,7 @@ from ensemble_core import factory
 from ensemble_core.config import Config
 from ensemble_core.decoding.requests import GenerationRequest
 from ensemble_core.decoding.sampling_params import SamplingParams
-from ensemble_core.decoding.sequence import Sequence as Request
+from ensemble_core.decoding.sequence import Sequence
 from ensemble_core.members.loading.checkpoints import load_tokenizer
 from ensemble_core.stats import NullSink, StepStats
 
@@ -47,7 +46,7 @@ class StepRecorder(NullSink):
         self.steps.append(Told(stats, time.perf_counter()))
 
 
-class Bench:
+class DecodeBench:
     """A loaded configuration whose decode steps can be measured at any batch and length."""
 
     def __init__(self, config: Config) -> None:
@@ -82,7 +81,7 @@ class Bench:
     def _full_steps(self, batch: int) -> list[Told]:
         return [told for told in self._recorder.steps if _all_decode(told.stats, batch)]
 
-    def _request(self, model: str, seed: int, length: int) -> Request:
+    def _request(self, model: str, seed: int, length: int) -> Sequence:
         ensemble = self._config.ensembles.get(model)
         main = ensemble.main if ensemble else model
         ids = prose.token_ids(load_tokenizer(main, self._config.members[main]), seed, length)
@@ -93,7 +92,7 @@ class Bench:
         )
 
 
-def step_to_step(steps: Sequence[Told]) -> list[float]:
+def step_to_step(steps: list[Told]) -> list[float]:
     """Seconds from one step to the next, everything between them included."""
     return [after.at - before.at for before, after in itertools.pairwise(steps)]
 

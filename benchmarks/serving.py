@@ -21,7 +21,7 @@ from statistics import median
 from typing import Any
 
 from benchmarks import prose
-from benchmarks.ledger import Check, Report, Row, Value, arguments
+from benchmarks.ledger import Check, Findings, TableRow, Value, arguments
 from benchmarks.stopwatch import percentile
 from benchmarks.traffic import Call, Stream, client, follow, play, replay, schedule, send, serving
 from ensemble_core.config import load_config
@@ -37,7 +37,7 @@ PAUSE = 0.5  # seconds
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class LoadPlan:
     """How much to send."""
 
     closed: Sequence[int] = (1, 4, 16, 32)
@@ -47,7 +47,7 @@ class Plan:
     beside: Sequence[int] = (1, 8, 16)
     long_prompts: int = 3
 
-    def quick(self) -> Plan:
+    def quick(self) -> LoadPlan:
         """To see that it runs."""
         return replace(
             self,
@@ -88,7 +88,7 @@ def summarise(load: str, streams: Sequence[Stream]) -> dict[str, Value]:
     }
 
 
-def closed_sets(url: str, prompts: Prompts, plan: Plan) -> list[dict[str, Value]]:
+def closed_sets(url: str, prompts: Prompts, plan: LoadPlan) -> list[dict[str, Value]]:
     """A row for every number of concurrent streams."""
     rows = []
     for num in plan.closed:
@@ -97,7 +97,7 @@ def closed_sets(url: str, prompts: Prompts, plan: Plan) -> list[dict[str, Value]
     return rows
 
 
-def open_loads(url: str, prompts: Prompts, plan: Plan, tokens_a_second: float) -> list[dict[str, Value]]:
+def open_loads(url: str, prompts: Prompts, plan: LoadPlan, tokens_a_second: float) -> list[dict[str, Value]]:
     """A row for every offered load."""
     rows = []
     for load in LOADS:
@@ -117,7 +117,7 @@ class Beside:
     ttft: float
 
 
-async def beside_a_prompt(url: str, prompts: Prompts, plan: Plan, num: int) -> Beside:
+async def beside_a_prompt(url: str, prompts: Prompts, plan: LoadPlan, num: int) -> Beside:
     """Let `num` streams run, send a long prompt, and hang up when it has its first tokens."""
     async with client(url) as session:
         running = [Stream(time.perf_counter()) for _ in range(num)]
@@ -148,7 +148,7 @@ async def _all_have(streams: Sequence[Stream], num_tokens: int, tasks: Sequence[
     return time.perf_counter()
 
 
-def beside_rows(url: str, prompts: Prompts, plan: Plan) -> list[dict[str, Value]]:
+def beside_rows(url: str, prompts: Prompts, plan: LoadPlan) -> list[dict[str, Value]]:
     """A row for every number of running streams."""
     rows = []
     for num in plan.beside:
@@ -162,7 +162,7 @@ def beside_rows(url: str, prompts: Prompts, plan: Plan) -> list[dict[str, Value]
     return rows
 
 
-def checks_of(plan: Plan, loads: Sequence[Row], beside: Sequence[Row]) -> list[Check]:
+def checks_of(plan: LoadPlan, loads: Sequence[TableRow], beside: Sequence[TableRow]) -> list[Check]:
     """The bounds; that on throughput where both ends of it were measured."""
     rate = {row["load"]: float(str(row["tokens/s"])) for row in loads}
     checks = []
@@ -178,7 +178,7 @@ def checks_of(plan: Plan, loads: Sequence[Row], beside: Sequence[Row]) -> list[C
 def main() -> None:
     """Measure the first ensemble of the configuration."""
     args = arguments(__doc__).parse_args()
-    plan = Plan().quick() if args.quick else Plan()
+    plan = LoadPlan().quick() if args.quick else LoadPlan()
     config = load_config(args.config)
     model = next(iter(config.ensembles))
     main_member = config.ensembles[model].main
@@ -189,7 +189,7 @@ def main() -> None:
         loads += open_loads(url, prompts, plan, float(str(loads[-1]["tokens/s"])))
         beside = beside_rows(url, prompts, plan)
     settings = {"model": model, **asdict(plan), "quick": args.quick}
-    Report("serving", {"loads": loads, "beside": beside}, checks_of(plan, loads, beside), settings).print()
+    Findings("serving", {"loads": loads, "beside": beside}, checks_of(plan, loads, beside), settings).print()
 
 
 if __name__ == "__main__":

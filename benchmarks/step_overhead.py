@@ -11,8 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from benchmarks.ledger import Check, Report, Value, arguments
-from benchmarks.recorder import Bench, Told
+from benchmarks.ledger import Check, Findings, Value, arguments
+from benchmarks.recorder import DecodeBench, Told
 from benchmarks.stopwatch import Spread, ratios
 from ensemble_core.config import load_config
 
@@ -54,7 +54,7 @@ def main() -> None:
     args = parser.parse_args()
     batches, num_steps = ([1, 4], 6) if args.quick else (args.batch, args.steps)
     config = load_config(args.config)
-    bench = Bench(config)
+    bench = DecodeBench(config)
     rows, checks = [], []
     for model in config.ensembles:
         for batch in batches:
@@ -64,7 +64,7 @@ def main() -> None:
                 what = f"{model}: step / sum of its members' forwards, B = {batch}"
                 checks.append(Check(what, float(str(row["step / forwards"])), "<=", bound))
     settings = {"steps": num_steps, "length": args.length, "quick": args.quick}
-    Report("step_overhead", {"steps": rows}, checks, settings).print()
+    Findings("step_overhead", {"steps": rows}, checks, settings).print()
 
 
 if __name__ == "__main__":

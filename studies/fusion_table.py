@@ -6,7 +6,7 @@ Every model is scored on the odd documents of the five development tasks; each f
 ones. A member alone is scored over the same bytes in its own tokens, and the better one is the one to beat. Accuracy
 is that of the likeliest option of the odd ARC and PIQA questions. Intervals are 95 %, over documents, differences
 paired. What is finished is kept in the cache under the digest of what it was made from, so a run that was cut off
-goes on. Prints tables and then one JSON line; writes benchmarks/results/fusion_table.png.
+goes on. Prints tables and then one JSON line; writes studies/results/fusion_table.png.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.ledger import RESULTS, Check, Report, Value, arguments
+from benchmarks.ledger import Check, Findings, Value, arguments, results_folder
 from ensemble_core.config import load_config
 from ensemble_core.decoding.recipe import Recipe
 from ensemble_core.evaluation.bootstrap import Interval, Ratio, draws, paired_interval
@@ -377,12 +377,8 @@ def main() -> None:
             "K": bench.num_candidates,
         }
         tables = figures.tables(said)
-    draw(
-        entries,
-        figures.pooled("bits_per_byte"),
-        (RESULTS / "quick" if args.quick else RESULTS) / "fusion_table.png",
-    )
-    Report("fusion_table", tables, figures.checks(), settings).print()
+    draw(entries, figures.pooled("bits_per_byte"), results_folder("studies", args.quick) / "fusion_table.png")
+    Findings("fusion_table", tables, figures.checks(), settings).print()
 
 
 if __name__ == "__main__":

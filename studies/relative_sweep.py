@@ -7,7 +7,7 @@ grid on even documents, its nats per position are of odd ones, with 95 % interva
 to main alone, and of that to the linear projection with a weight found in the same way. One search for the nearest
 anchors a member and similarity is kept in the cache (minutes the first time); every matrix follows from it. Finished
 points are kept there, too, so a sweep that was cut off goes on. Prints tables and then one JSON line; writes
-benchmarks/results/relative_sweep.png.
+studies/results/relative_sweep.png.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from benchmarks.ledger import RESULTS, Report, Row, Value, arguments
+from benchmarks.ledger import Findings, TableRow, Value, arguments, results_folder
 from ensemble_core.config import load_config
 from ensemble_core.decoding.recipe import Recipe
 from ensemble_core.evaluation.bootstrap import Interval, Ratio, draws, paired_interval
@@ -222,7 +222,7 @@ def _shown(found: Interval) -> str:
     return f"{found.value:+.4f} ({found.low:+.4f} .. {found.high:+.4f})"
 
 
-def draw(rows: Mapping[str, Sequence[Row]], path: Path) -> None:
+def draw(rows: Mapping[str, Sequence[TableRow]], path: Path) -> None:
     """Small multiples: a panel for each main and kind of point; lower is better."""
     import matplotlib
 
@@ -249,7 +249,7 @@ def draw(rows: Mapping[str, Sequence[Row]], path: Path) -> None:
     pyplot.close(figure)
 
 
-def _panel(panel: Any, rows: Sequence[Row], x: str, line: str) -> None:
+def _panel(panel: Any, rows: Sequence[TableRow], x: str, line: str) -> None:
     for value in dict.fromkeys(each[line] for each in rows):
         mine = [each for each in rows if each[line] == value]
         panel.plot(
@@ -307,8 +307,8 @@ def main() -> None:
         "figures of": f"{NUM_POSITIONS} odd positions",
         "K": bench.num_candidates,
     }
-    draw(tables, (RESULTS / "quick" if args.quick else RESULTS) / "relative_sweep.png")
-    Report("relative_sweep", tables, settings=settings).print()
+    draw(tables, results_folder("studies", args.quick) / "relative_sweep.png")
+    Findings("relative_sweep", tables, settings=settings).print()
 
 
 if __name__ == "__main__":

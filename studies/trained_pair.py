@@ -23,7 +23,7 @@ from typing import Any
 
 import yaml
 
-from benchmarks.ledger import Check, Report, Row, Value, arguments
+from benchmarks.ledger import Check, Findings, TableRow, Value, arguments
 from ensemble_core.config import load_config
 from ensemble_core.decoding.requests import Overrides
 from ensemble_core.decoding.sampling_params import SamplingParams
@@ -52,7 +52,7 @@ _FUSIONS: Mapping[str, Mapping[str, Any]] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class TrainingPlan:
     """What is trained and measured. fusions: of _FUSIONS, with the code member as main; others: with prose's."""
 
     sizes: Mapping[str, tuple[Family, Size]]  # domain -> its member
@@ -65,7 +65,7 @@ class Plan:
     others: tuple[str, ...] = ()
 
 
-FULL = Plan(
+FULL = TrainingPlan(
     sizes={
         "code": ("qwen3", Size(1024, 128, 2, 500, window=128, rate=5e-3)),
         "prose": ("llama", Size(1536, 128, 2, 500, window=128, rate=5e-3)),
@@ -78,7 +78,7 @@ FULL = Plan(
     fusions=tuple(_FUSIONS),
     others=("relative", "linear"),
 )
-SMALL = Plan(
+SMALL = TrainingPlan(
     sizes={"code": ("qwen3", Size(480, 64, 1, 330)), "prose": ("llama", Size(640, 64, 1, 330))},
     num_modules=120,
     num_documents=80,
@@ -103,7 +103,7 @@ class Measured:
         """Its bits over another's on the same documents, with the paired interval."""
         return interval(Ratio(self.bits.numerators, other.bits.numerators), draws(len(self.bits.numerators)))
 
-    def row(self, best: Measured) -> Row:
+    def row(self, best: Measured) -> TableRow:
         """Of the table."""
         against, shown = self.over(best), interval(self.bits, draws(len(self.bits.numerators)))
         weights = ", ".join(f"{name} {weight:.2f}" for name, weight in self.weights.items())
@@ -119,7 +119,7 @@ class Measured:
         }
 
 
-def prepare(plan: Plan, folder: Path, seed: int) -> Path:
+def prepare(plan: TrainingPlan, folder: Path, seed: int) -> Path:
     """Train the members, write the mixed documents, the configuration and the matrices; returns the configuration."""
     corpora = domains.read_domains(seed, plan.num_modules)
     for domain, (family, size) in plan.sizes.items():
@@ -150,7 +150,7 @@ def best_member(found: Sequence[Measured]) -> Measured:
     return min((each for each in found if not each.weights), key=lambda each: each.bits.value)
 
 
-def _configuration(plan: Plan) -> dict[str, Any]:
+def _configuration(plan: TrainingPlan) -> dict[str, Any]:
     """Weights begin equal."""
     code, prose = plan.sizes
     member = {"dtype": "float32", "device": "cpu", "kv_memory": "64MiB", "max_len": small_models.MAX_LEN}
@@ -194,13 +194,13 @@ def _echoed(bench: Workbench, model: str, texts: Sequence[str]) -> float:
     return nats / math.log(2) / num_bytes
 
 
-def report(found: Sequence[Measured], settings: Mapping[str, Value]) -> Report:
+def report(found: Sequence[Measured], settings: Mapping[str, Value]) -> Findings:
     """The table, and what the first ensemble must do: its whole interval better than the best member by GAIN."""
     best = best_member(found)
     first = next(each for each in found if each.weights)
     what = f"{first.model}: bits per byte / {best.model}'s, the better member; upper end of the interval"
     check = Check(what, first.over(best).high, "<=", 1 - GAIN)
-    return Report("trained_pair", {"models": [each.row(best) for each in found]}, [check], settings)
+    return Findings("trained_pair", {"models": [each.row(best) for each in found]}, [check], settings)
 
 
 def draw(found: Sequence[Measured], path: Path) -> None:

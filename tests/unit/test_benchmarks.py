@@ -8,15 +8,21 @@ import math
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks import __main__ as bench
-from benchmarks import prose
-from benchmarks.ledger import Check, Report, cell, markdown, put_between, table
+from benchmarks import prose, workloads
+from benchmarks.__main__ import SPEED
+from benchmarks.costs import PARTS, Cost, checks_of, measure
+from benchmarks.costs import row as cost_row
+from benchmarks.ledger import Check, Findings, Value, cell, markdown, put_between, table
+from benchmarks.paired import compare
+from benchmarks.runner import Suite, fill, main
 from benchmarks.stopwatch import Spread, Timed, percentile, ratios, take_turns
 from benchmarks.traffic import Call, Stream, play, replay, schedule
 
@@ -158,7 +164,7 @@ def test_tables_align_text_left_and_numbers_right() -> None:
 
 
 def test_the_last_line_of_a_report_is_its_json(capsys: pytest.CaptureFixture[str]) -> None:
-    Report("demo", {"first": ROWS}, [Check("ratio", 2.0, "<=", 1.0)], {"rounds": 3}).print()
+    Findings("demo", {"first": ROWS}, [Check("ratio", 2.0, "<=", 1.0)], {"rounds": 3}).print()
     *above, last = capsys.readouterr().out.strip().splitlines()
     record = json.loads(last)
     assert record["tables"] == {"first": ROWS}
@@ -177,10 +183,165 @@ def test_tables_go_between_their_marks_again_and_again() -> None:
 
 
 def test_the_document_has_a_place_for_every_benchmark() -> None:
-    record = Report("demo", {"first": ROWS}, [Check("ratio", 2.0, "<=", 1.0)], {"rounds": 3}).record()
-    text = bench.fill(bench.DOCUMENT.read_text(), dict.fromkeys(bench.NAMES, record))
-    assert text.count("| longer | 12.2 | 32 |") == len(bench.NAMES)
-    assert text.count("| ratio | 2.000 | <= 1.000 | NOT MET |") == len(bench.NAMES)
+    record = Findings("demo", {"first": ROWS}, [Check("ratio", 2.0, "<=", 1.0)], {"rounds": 3}).record()
+    text = fill(SPEED.page.read_text(), dict.fromkeys(SPEED.names, record))
+    assert text.count("| longer | 12.2 | 32 |") == len(SPEED.names)
+    assert text.count("| ratio | 2.000 | <= 1.000 | NOT MET |") == len(SPEED.names)
+
+
+def record_of(*rows: dict[str, Value]) -> dict[str, Any]:
+    return Findings("demo", {"steps": rows}).record()
+
+
+def test_paired_figures_are_compared_round_by_round() -> None:
+    """Both rounds doubled in one figure and halved in the other, however slow the machine was in each."""
+    base = [
+        record_of(
+            {"load": "open", "requests": 22, "ms": ms, "tokens/s": 8.0, "note": "x", "none": None, "zero": 0.0}
+        )
+        for ms in (1.0, 10.0)
+    ]
+    now = [
+        record_of({"load": "open", "requests": 23, "ms": ms, "tokens/s": 4.0, "new": 1.0}) for ms in (2.0, 20.0)
+    ]
+    tables = compare(base, now)
+    assert tables["figures"] == [
+        {
+            "row": "open, requests 22",
+            "figure": "ms",
+            "base": 5.5,
+            "now": 11.0,
+            "ratio": 2.0,
+            "over rounds": "2.000 .. 2.000",
+        },
+        {
+            "row": "open, requests 22",
+            "figure": "tokens/s",
+            "base": 8.0,
+            "now": 4.0,
+            "ratio": 0.5,
+            "over rounds": "0.500 .. 0.500",
+        },
+    ]
+
+
+def test_a_column_of_paired_figures_has_its_geometric_mean() -> None:
+    base, now = (
+        record_of({"B": 1, "ms": 1.0}, {"B": 8, "ms": 1.0}),
+        record_of({"B": 1, "ms": 4.0}, {"B": 8, "ms": 1.0}),
+    )
+    (column,) = compare([base], [now])["columns"]
+    assert (column["figure"], column["rows"], column["mean ratio"]) == ("ms", 2, pytest.approx(2.0))
+
+
+@pytest.fixture
+def toys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Suite:
+    """A folder with a command that works and one that fails, and a document with places for their tables."""
+    package, page = tmp_path / "toys", tmp_path / "toys.md"
+    package.mkdir()
+    record = json.dumps(Findings("works", {"first": ROWS}, [Check("ratio", 2.0, "<=", 1.0)]).record())
+    (package / "works.py").write_text(f"import sys\nprint('options', *sys.argv[1:])\nprint({record!r})\n")
+    (package / "fails.py").write_text(f"print({record!r})\nraise SystemExit(1)\n")
+    page.write_text(
+        "".join(f"<!-- begin {name} -->\n<!-- end {name} -->\n" for name in ("works", "fails", "bounds"))
+    )
+    monkeypatch.setattr("benchmarks.ledger.ROOT", tmp_path)
+    monkeypatch.setattr("benchmarks.runner.ROOT", tmp_path)
+    return Suite("toys", ("works", "fails"), page)
+
+
+def call(suite: Suite, monkeypatch: pytest.MonkeyPatch, *options: str) -> None:
+    monkeypatch.setattr("sys.argv", [suite.package, *options])
+    main(suite)
+
+
+def test_a_suite_keeps_results_and_fills_its_document(
+    toys: Suite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    call(toys, monkeypatch, "works", "--document")
+    assert json.loads((tmp_path / "toys/results/works.json").read_text())["tables"] == {"first": ROWS}
+    assert "| longer | 12.2 | 32 |" in toys.page.read_text()
+    assert "| ratio | 2.000 | <= 1.000 | NOT MET |" in toys.page.read_text()
+    assert "options\n" in capsys.readouterr().out
+
+
+def test_quick_results_are_kept_apart(
+    toys: Suite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    call(toys, monkeypatch, "works", "--quick")
+    assert [path.relative_to(tmp_path / "toys") for path in tmp_path.glob("toys/results/**/*.json")] == [
+        Path("results/quick/works.json")
+    ]
+    assert "options --quick" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        call(toys, monkeypatch, "works", "--quick", "--document")
+
+
+def test_a_command_that_fails_is_named_and_keeps_nothing(
+    toys: Suite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(SystemExit, match="failed: fails"):
+        call(toys, monkeypatch)
+    assert [path.name for path in tmp_path.glob("toys/results/*.json")] == ["works.json"]
+    with pytest.raises(SystemExit):
+        call(toys, monkeypatch, "unknown")
+
+
+def test_a_cost_is_held_against_its_bound_its_base_and_its_growth() -> None:
+    cost = Cost(
+        "x", "tokens", (10, 20, 40, 80), lambda size: lambda: float(size), 1.5, lambda _: lambda: 40.0, 2.0
+    )
+    found = measure(cost, cost.sizes, rounds=3)
+    assert found == {"10": 10.0, "20": 20.0, "40": 40.0, "80": 80.0, "base": 40.0}
+    over_base, growth = checks_of(cost, cost.sizes, found)
+    assert (over_base.figure, over_base.bound, over_base.met) == (2.0, 1.5, False)
+    assert (growth.figure, growth.bound, growth.met) == (8.0, 2.0, False)
+    shown = cost_row(cost, cost.sizes, found, {"whole ms": 160.0, "base ms": None})
+    assert (shown["1/8 ms"], shown["whole ms"], shown["before, whole ms"]) == (10.0, 80.0, 160.0)
+    assert shown["must"] == "<= 1.5 x base, <= 2 x that of 10"
+
+
+def test_a_cost_of_three_sizes_has_no_eighth() -> None:
+    cost = Cost("x", "members", (2, 4, 8), lambda size: lambda: float(size), 5.0)
+    shown = cost_row(cost, cost.sizes, measure(cost, cost.sizes, rounds=1), None)
+    assert [shown[f"{part} ms"] for part in PARTS] == [None, 2.0, 4.0, 8.0]
+    (check,) = checks_of(cost, cost.sizes, {"2": 2.0, "4": 4.0, "8": 8.0})
+    assert not check.met
+
+
+def test_texts_of_the_spelling_costs_have_no_spaces() -> None:
+    for write in (workloads.chinese, workloads.minified_json):
+        text = write(3000)
+        assert len(text) == 3000
+        assert not set(text) & set(" \n\t")
+        assert write(1000) == text[:1000]
+
+
+@pytest.mark.parametrize(
+    "sample",
+    [
+        lambda: workloads.prefix_search(3, 32),
+        lambda: workloads.admit(4),
+        lambda: workloads.candidates(1024, whole=True),
+        lambda: workloads.penalties(16),
+        lambda: workloads.stop_strings(32),
+        lambda: workloads.fusion("projection", 2),
+        lambda: workloads.fusion("union", 3),
+    ],
+)
+def test_every_kind_of_work_can_be_done_again_and_again(sample: Callable[[], workloads.Sample]) -> None:
+    work = sample()
+    assert all(math.isfinite(work()) for _ in range(3))
+
+
+def test_a_search_for_prefixes_finds_its_kept_ones() -> None:
+    """What is measured is a search among 24 kept prefixes per member, by prompts that are all untouched."""
+    crowd = workloads.Crowd(3, 32, prefix_reuse=True)
+    crowd.step()
+    engine = crowd.engine
+    assert [sum(t.num_cached for t in s.tracks.values()) for s in engine.scheduler.running] == [4, 0, 0]
+    for member in engine.members.values():
+        assert member.reuse(99, workloads.ids_of(0, 32)) == 32  # the first kept prefix is there
 
 
 def test_prompts_of_other_seeds_differ_from_the_start() -> None:

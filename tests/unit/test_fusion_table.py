@@ -10,13 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import __main__ as bench
-from benchmarks.ledger import Report
+from benchmarks.ledger import Findings, has_marks
+from benchmarks.runner import fill
 from ensemble_core.decoding.recipe import Recipe
 from ensemble_core.evaluation.scores import MemberScores, Scores
 from ensemble_core.fusion.base import Fused
 from ensemble_core.members.base import Candidates, log_rest
 from studies import fusion_table, relative_sweep
+from studies.__main__ import WORTH
 from studies.fusion_table import Entry, Figures, paired, where_gained
 from studies.halves import over_grid, over_simplex, positions
 from studies.relative_sweep import Point, difference, points
@@ -190,15 +191,16 @@ def test_every_sweep_weight_lies_in_the_simplex() -> None:
     assert fusion_table.PROJECTION in fusion_table.FUSIONS
 
 
-def test_the_document_of_methods_has_a_place_for_every_table() -> None:
+def test_the_document_of_studies_has_a_place_for_every_table() -> None:
     titles = {
         "fusion_table": ["fusions", "by task", "against projection", "places", "builder"],
         "relative_sweep": ["baseline", *points()],
+        "trained_pair": ["models"],
     }
     rows = [{"what": "a", "figure": 12.25}]
-    records = {name: Report(name, dict.fromkeys(found, rows)).record() for name, found in titles.items()}
-    assert tuple(records) == bench.STUDIES
-    marks = [f"{name}: {title}" for name, found in titles.items() for title in found]
-    assert all(bench.has_marks(bench.METHODS.read_text(), mark) for mark in marks)
-    text = bench.fill(bench.METHODS.read_text(), records)
-    assert text.count("| a | 12.2 |") == sum(map(len, titles.values()))
+    records = {name: Findings(name, dict.fromkeys(found, rows)).record() for name, found in titles.items()}
+    assert tuple(records) == WORTH.names
+    page = WORTH.page.read_text()
+    apart = [f"{name}: {title}" for name, found in titles.items() for title in found if name != "trained_pair"]
+    assert all(has_marks(page, mark) for mark in apart)
+    assert fill(page, records).count("| a | 12.2 |") == sum(map(len, titles.values()))

@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from benchmarks import gpu
-from benchmarks.gpu import Plan, Shape, build, measure, read_bytes, row, words
+from benchmarks.gpu import GpuPlan, Shape, build, measure, read_bytes, row, words
 
 TINY = (
     Shape("small", 300, hidden=32, layers=2, heads=4, kv_heads=2, intermediate=48),
     Shape("large", 700, hidden=64, layers=1, heads=4, kv_heads=1, intermediate=64),
 )
-PLAN = Plan(torch.device("cpu"), torch.float32, TINY, (1, 3), length=64, steps=4, copied=2**20)
+PLAN = GpuPlan(torch.device("cpu"), torch.float32, TINY, (1, 3), length=64, steps=4, copied=2**20)
 
 
 def test_what_a_step_reads() -> None:
