@@ -107,11 +107,28 @@ class MemberConfig(_Section):
         return self
 
 
-class FusionConfig(_Section):
-    """Which strategy, and its options."""
+class _StrategyConfig(_Section):
+    """Which strategy, and its options; a name is short for `{name: NAME}`."""
 
-    name: str = Field("relative", description="A registered strategy: relative, ...")
+    name: str
     options: dict[str, Any] = Field(default_factory=dict, description="Checked against the strategy's own.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _by_name(cls, value: object) -> object:
+        return {"name": value} if isinstance(value, str) else value
+
+
+class FusionConfig(_StrategyConfig):
+    """How members' distributions are fused."""
+
+    name: str = Field("relative", description="A registered fusion: relative, ...")
+
+
+class ModeConfig(_StrategyConfig):
+    """How the next step of a sequence is taken."""
+
+    name: str = Field("lockstep", description="A registered mode: lockstep: every member at every step.")
 
 
 class WeightingConfig(_Section):
@@ -145,7 +162,7 @@ class EnsembleConfig(_Section):
     weighting: WeightingConfig = Field(
         default_factory=lambda: WeightingConfig(), description="fixed, or by each prompt's perplexity."
     )
-    mode: Literal["lockstep"] = Field("lockstep", description="lockstep: every member at every step.")
+    mode: ModeConfig = Field(default_factory=lambda: ModeConfig(), description="How steps are taken.")
     on_member_failure: Literal["fail", "drop"] = Field(
         "fail",
         description="An assistant fails. fail: the request does, too; drop: it goes on without that member.",

@@ -27,8 +27,8 @@ from ensemble_core.members.loading.checkpoints import load_tokenizer, load_vocab
 from ensemble_core.members.loading.memory import plan_caches
 from ensemble_core.members.loading.models import load_member
 from ensemble_core.members.loading.placement import log_plan
-from ensemble_core.recipes import ModelInfo, RecipeBook, check_fusions, list_models
-from ensemble_core.stats import StatsSink
+from ensemble_core.recipes import ModelInfo, RecipeBook, check_strategies, list_models
+from ensemble_core.stats import Record
 from ensemble_core.text.prompt import PromptEncoder, read_template
 from ensemble_core.text.vocabulary import Vocabulary
 from ensemble_core.transfer.matrix import TransferMatrix, common_anchors
@@ -37,9 +37,10 @@ from ensemble_core.transfer.workshop import origin_of, recipe_of
 
 logger = logging.getLogger(__name__)
 
-_STRATEGIES = ("relative", "projection", "union", "gac", "eva", "contrastive", "robust", "consistency")
-for _strategy in _STRATEGIES:  # a fusion registers itself when its file is imported
-    importlib.import_module(f"ensemble_core.fusion.{_strategy}")
+_FUSIONS = ("relative", "projection", "union", "gac", "eva", "contrastive", "robust", "consistency")
+_MODES = ("lockstep",)
+for _strategy in (*(f"fusion.{name}" for name in _FUSIONS), *(f"decoding.modes.{name}" for name in _MODES)):
+    importlib.import_module(f"ensemble_core.{_strategy}")  # a strategy registers itself when its file is imported
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,12 +54,12 @@ class Loaded:
 
 def check(config: Config) -> None:
     """What can be found wrong without loading anything. Raises ConfigError."""
-    check_fusions(config)
+    check_strategies(config)
     for name, member in config.members.items():
         read_template(name, member.chat_template)
 
 
-def load(config: Config, sink: StatsSink) -> Loaded:
+def load(config: Config, record: Record) -> Loaded:
     """Load all members and matrices. Raises a UnisonoError that says what is missing and what to do."""
     check(config)
     log_plan(config.members)
@@ -68,7 +69,7 @@ def load(config: Config, sink: StatsSink) -> Loaded:
     book.warm()
     speakers = {name: _speaker(name, config, members[name]) for name in members}
     max_len = {name: member.max_len for name, member in members.items()}
-    return Loaded(_engine(config, members, sink), Admission(book, speakers), list_models(config, max_len))
+    return Loaded(_engine(config, members, record), Admission(book, speakers), list_models(config, max_len))
 
 
 def load_recipes(config: Config) -> tuple[RecipeBook, dict[str, Vocabulary]]:
@@ -94,14 +95,14 @@ def _load_members(config: Config, vocabularies: Mapping[str, Vocabulary]) -> dic
     return members
 
 
-def _engine(config: Config, members: Mapping[str, Member], sink: StatsSink) -> Engine:
+def _engine(config: Config, members: Mapping[str, Member], record: Record) -> Engine:
     scheduler = config.scheduler
     limits = Limits(scheduler.max_running, scheduler.max_waiting, scheduler.token_budget, scheduler.max_stretch)
     return Engine(
         members,
         limits,
         scheduler.num_candidates,
-        sink,
+        record,
         prefix_reuse=scheduler.prefix_reuse,
         member_timeout=scheduler.member_timeout,
     )

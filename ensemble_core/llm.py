@@ -32,7 +32,7 @@ from ensemble_core.decoding.sequence import Sequence as Request
 from ensemble_core.errors import InvalidRequestError, QueueFullError, UnisonoError
 from ensemble_core.members.base import Member
 from ensemble_core.recipes import ModelInfo
-from ensemble_core.stats import NullSink, Reason, StatsSink
+from ensemble_core.stats import Reason, Record, discard
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,9 +55,9 @@ class Completion:
 class LLM:
     """All models of a configuration, in this process. Raises a UnisonoError if they cannot be loaded."""
 
-    def __init__(self, config: str | Path | Config, sink: StatsSink | None = None) -> None:
+    def __init__(self, config: str | Path | Config, record: Record = discard) -> None:
         self._config = config if isinstance(config, Config) else load_config(config)
-        loaded = factory.load(self._config, sink or NullSink())
+        loaded = factory.load(self._config, record)
         self._engine, self._admission = loaded.engine, loaded.admission
         self.models: list[ModelInfo] = loaded.models
         self._inbox: dict[int, list[Output]] = {}  # news of every open call's sequences, not read yet

@@ -16,6 +16,8 @@ from functools import partial
 from typing import Any, Literal
 
 from ensemble_core.config import Config, EnsembleConfig
+from ensemble_core.decoding.modes.base import Mode, build_mode
+from ensemble_core.decoding.modes.lockstep import Lockstep
 from ensemble_core.decoding.recipe import Recipe
 from ensemble_core.decoding.requests import Overrides, Weighting
 from ensemble_core.errors import (
@@ -43,11 +45,12 @@ class ModelInfo:
     recipe: dict[str, Any] | None
 
 
-def check_fusions(config: Config) -> None:
-    """Check every ensemble's fusion and options against the registry. Raises ConfigError with the field's path."""
+def check_strategies(config: Config) -> None:
+    """Check every ensemble's fusion and mode, with their options. Raises ConfigError with the field's path."""
     for name, ensemble in config.ensembles.items():
         try:
             parse_options(ensemble.fusion.name, ensemble.fusion.options, f"ensembles.{name}.fusion")
+            build_mode(ensemble.mode.name, ensemble.mode.options, f"ensembles.{name}.mode")
         except UnknownStrategyError as error:
             raise ConfigError(str(error)) from error
 
@@ -78,10 +81,6 @@ class RecipeBook:
         if ensemble is None:
             known = [*self._config.ensembles, *self._config.members]
             raise ModelNotFoundError(f"model {model!r} does not exist; this server has {', '.join(known)}")
-        if overrides.mode not in (None, "lockstep"):
-            raise InvalidRequestError(
-                f"ensemble.mode {overrides.mode!r} is unknown; allowed is lockstep", "ensemble.mode"
-            )
         weights = _weights(ensemble, overrides)
         members = tuple(weights)
         name, fusion = self._fusion(model, ensemble, members, overrides)
@@ -91,6 +90,7 @@ class RecipeBook:
             tuple(weights.values()),
             fusion,
             name,
+            _mode(ensemble, overrides),
             tau=_tau(ensemble, overrides) if fusion is not None else None,
             on_failure=ensemble.on_member_failure,
             apart=self._config.deterministic,
@@ -114,7 +114,7 @@ class RecipeBook:
                 f"{list(self._config.ensembles)} or leave `ensemble` out",
                 "ensemble",
             )
-        return Recipe(model, (model,), (1.0,), None, "single", apart=self._config.deterministic)
+        return Recipe(model, (model,), (1.0,), None, "single", Lockstep(), apart=self._config.deterministic)
 
     def _fusion(
         self, model: str, ensemble: EnsembleConfig, members: tuple[str, ...], overrides: Overrides
@@ -197,6 +197,18 @@ def _tau(ensemble: EnsembleConfig, overrides: Overrides) -> float | None:
     return chosen.tau if chosen.by == "perplexity" else None
 
 
+def _mode(ensemble: EnsembleConfig, overrides: Overrides) -> Mode:
+    """How steps are taken. Options that a request does not send are the configured ones, if the mode is."""
+    name = overrides.mode or ensemble.mode.name
+    options = dict(ensemble.mode.options) if name == ensemble.mode.name else {}
+    if overrides.mode_options is not None:
+        options = dict(overrides.mode_options)
+    try:
+        return build_mode(name, options, "ensemble.mode")
+    except (UnknownStrategyError, ConfigError) as error:
+        raise InvalidRequestError(str(error), "ensemble.mode") from error
+
+
 def _require_members(names: tuple[str, ...], ensemble: EnsembleConfig, param: str) -> None:
     if unknown := [name for name in names if name not in ensemble.members]:
         raise InvalidRequestError(
@@ -210,6 +222,6 @@ def _described(ensemble: EnsembleConfig) -> dict[str, Any]:
         "main": ensemble.main,
         "weighting": ensemble.weighting.model_dump(exclude={"tau"} if ensemble.weighting.by == "fixed" else None),
         "fusion": {"name": ensemble.fusion.name, "options": ensemble.fusion.options},
-        "mode": ensemble.mode,
+        "mode": ensemble.mode.name,
         "on_member_failure": ensemble.on_member_failure,
     }

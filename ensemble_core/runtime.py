@@ -23,7 +23,7 @@ from ensemble_core.decoding.sequence import Sequence
 from ensemble_core.engine import Engine, News
 from ensemble_core.errors import NotReadyError, UnisonoError
 from ensemble_core.recipes import ModelInfo, list_models
-from ensemble_core.stats import NullSink, StatsSink
+from ensemble_core.stats import Record, discard
 
 __all__ = ["ModelInfo", "OutputStream", "Runtime", "State", "Status", "Tokenized"]
 
@@ -84,10 +84,10 @@ class OutputStream(AsyncIterator[tuple[int, Output]]):
 class Runtime:
     """Loads a configuration and serves requests from one thread."""
 
-    def __init__(self, config: Config, sink: StatsSink | None = None) -> None:
+    def __init__(self, config: Config, record: Record = discard) -> None:
         factory.check(config)
         self._config = config
-        self._sink = sink or NullSink()
+        self._record = record
         self._status = Status("loading", "members and matrices are being loaded")
         self._loaded: factory.Loaded | None = None
         self._failure: BaseException | None = None
@@ -212,7 +212,7 @@ class Runtime:
     def _run(self) -> None:
         """The thread: load, then loop until stopped. Whatever goes wrong here ends the engine, not the process."""
         try:
-            loaded = factory.load(self._config, self._sink)
+            loaded = factory.load(self._config, self._record)
         except BaseException as error:
             self._die(error, "loading failed")
             return

@@ -1,13 +1,14 @@
 """Plain numbers that the engine hands out; floor 0, no torch, no Prometheus.
 
-The engine fills these records and gives them to a `StatsSink`. `server/edge/metrics.py` is the sink that knows
-Prometheus; tests use a list. All durations are seconds.
+The engine fills these records and hands each to one `record(stats)`. `server/edge/metrics.py` is the one that knows
+Prometheus; tests use the `append` of a list. All durations are seconds.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Literal
 
 Phase = Literal["prefill", "decode"]
 Cause = Literal["exception", "non_finite", "timeout"]  # how a member fails
@@ -125,63 +126,20 @@ class QueueStats:
     num_waiting: int
 
 
-class StatsSink(Protocol):
-    """Where numbers go. Called from the engine's thread; must be quick and must not raise."""
-
-    def step(self, stats: StepStats) -> None:
-        """Take in one step."""
-
-    def token(self, stats: TokenStats) -> None:
-        """Take in one emitted token."""
-
-    def request(self, stats: RequestStats) -> None:
-        """Take in one finished request."""
-
-    def queue(self, stats: QueueStats) -> None:
-        """Take in the lengths of the queues."""
-
-    def cache(self, stats: CacheStats) -> None:
-        """Take in one member's cache usage."""
-
-    def prefix(self, stats: PrefixStats) -> None:
-        """Take in one reused prefix."""
-
-    def health(self, stats: HealthStats) -> None:
-        """Take in one member's failure or recovery."""
-
-    def drop(self, stats: DropStats) -> None:
-        """Take in one request's loss of a member."""
-
-    def preemption(self, stats: PreemptionStats) -> None:
-        """Take in one preemption."""
+Stats = (
+    StepStats
+    | RequestStats
+    | TokenStats
+    | CacheStats
+    | PrefixStats
+    | HealthStats
+    | DropStats
+    | PreemptionStats
+    | QueueStats
+)
+# Takes in one record. Called from the engine's thread; must be quick and must not raise.
+Record = Callable[[Stats], None]
 
 
-class NullSink:
-    """Drops everything; the offline API uses it."""
-
-    def step(self, stats: StepStats) -> None:
-        """Drop it."""
-
-    def token(self, stats: TokenStats) -> None:
-        """Drop it."""
-
-    def request(self, stats: RequestStats) -> None:
-        """Drop it."""
-
-    def queue(self, stats: QueueStats) -> None:
-        """Drop it."""
-
-    def cache(self, stats: CacheStats) -> None:
-        """Drop it."""
-
-    def prefix(self, stats: PrefixStats) -> None:
-        """Drop it."""
-
-    def health(self, stats: HealthStats) -> None:
-        """Drop it."""
-
-    def drop(self, stats: DropStats) -> None:
-        """Drop it."""
-
-    def preemption(self, stats: PreemptionStats) -> None:
-        """Drop it."""
+def discard(stats: Stats) -> None:
+    """The `Record` of those who want no numbers."""

@@ -152,11 +152,11 @@ def _all_keys(server: ServerConfig, given: list[str] | None) -> list[object] | N
 def _serve(settings: Config) -> None:
     from ensemble_core.runtime import Runtime
     from server.edge.app import create_app
-    from server.edge.metrics import PrometheusSink
+    from server.edge.metrics import PrometheusMetrics
     from server.edge.serving import serve as serve_app
 
-    metrics = PrometheusSink()
-    runtime = Runtime(settings, metrics)
+    metrics = PrometheusMetrics()
+    runtime = Runtime(settings, metrics.record)
     serve_app(create_app(runtime, settings.server, metrics), runtime, settings.server, _say)
 
 

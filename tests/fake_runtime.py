@@ -32,7 +32,7 @@ from ensemble_core.decoding.requests import (
 )
 from ensemble_core.errors import InvalidRequestError, ModelNotFoundError, NotReadyError
 from server.edge.app import create_app
-from server.edge.metrics import PrometheusSink
+from server.edge.metrics import PrometheusMetrics
 from server.edge.serving import check_tls
 
 VOCAB_SIZE = 10_000
@@ -301,7 +301,7 @@ def live_server(runtime: FakeRuntime, config: ServerConfig | None = None) -> Ite
     """A real server on a free loopback port, in a thread; yields its address."""
     config = config or ServerConfig()
     listener = socket.create_server(("127.0.0.1", 0))
-    app = create_app(runtime, config, PrometheusSink())  # type: ignore[arg-type]
+    app = create_app(runtime, config, PrometheusMetrics())  # type: ignore[arg-type]
     server = uvicorn.Server(
         uvicorn.Config(
             app,

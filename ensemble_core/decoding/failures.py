@@ -18,13 +18,16 @@ Knows sequences, shares and the pool; does not know fusion or the engine's loop.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 
+from ensemble_core.decoding.requests import Output
 from ensemble_core.decoding.scheduler import Share
 from ensemble_core.decoding.sequence import Phase, Sequence
-from ensemble_core.members.parallel import MemberPool
-from ensemble_core.stats import Cause, DropStats, HealthStats, Reason, StatsSink
+from ensemble_core.errors import MemberError, UnisonoError
+from ensemble_core.members.parallel import MemberPool, cause_of
+from ensemble_core.stats import Cause, DropStats, HealthStats, Reason, Record
 
 logger = logging.getLogger(__name__)
 
@@ -32,8 +35,8 @@ logger = logging.getLogger(__name__)
 class Failures:
     """See the module. max_behind: tokens that a member may have to catch up with after it was busy."""
 
-    def __init__(self, pool: MemberPool, sink: StatsSink, max_behind: int) -> None:
-        self._pool, self._sink, self._max_behind = pool, sink, max_behind
+    def __init__(self, pool: MemberPool, record: Record, max_behind: int) -> None:
+        self._pool, self._record, self._max_behind = pool, record, max_behind
         self._failed: dict[str, Cause] = {}  # in this step
         self._down: set[str] = set()
 
@@ -45,6 +48,10 @@ class Failures:
         else:
             fail(sequence, detail)
 
+    def lose_to(self, sequence: Sequence, member: str, error: MemberError) -> None:
+        """A member has raised at what it was asked of a sequence."""
+        self.lose(sequence, member, cause_of(error), str(error))
+
     def feasible(self, shares: Iterable[Share]) -> list[Share]:
         """What of a schedule can be done while members are busy."""
         busy = self._pool.busy
@@ -53,11 +60,11 @@ class Failures:
         return [left for share in shares if (left := self._without(share, busy)) is not None]
 
     def report(self, answered: Iterable[str]) -> None:
-        """Tell the sink who failed in a step, and who works again."""
+        """Record who failed in a step, and who works again."""
         for member, cause in self._failed.items():
-            self._sink.health(HealthStats(member, cause))
+            self._record(HealthStats(member, cause))
         for member in self._down.intersection(answered) - self._failed.keys():
-            self._sink.health(HealthStats(member, None))
+            self._record(HealthStats(member, None))
             self._down.discard(member)
         self._down |= self._failed.keys()
         self._failed = {}
@@ -81,7 +88,7 @@ class Failures:
         for gone in sequence.drop(member, reason):
             self._pool.release(gone, sequence.seq_id)
             told = sequence.dropped[gone]
-            self._sink.drop(DropStats(sequence.recipe.model, gone, told))
+            self._record(DropStats(sequence.recipe.model, gone, told))
             logger.warning(
                 "request %s goes on without member %s (%s): %s", sequence.request.request_id, gone, told, detail
             )
@@ -96,3 +103,31 @@ def fail(sequence: Sequence, message: str) -> None:
     if sequence.phase is not Phase.FINISHED:
         logger.error("request %s failed: %s", sequence.request.request_id, message)
         sequence.finish("error", error=message)
+
+
+@contextmanager
+def own_fault(sequence: Sequence) -> Iterator[None]:
+    """Whatever is raised within the block is this sequence's own fault: it fails, and nobody else."""
+    try:
+        yield
+    except Exception as error:
+        fail(sequence, fault(sequence, error))
+
+
+def fault(sequence: Sequence, error: Exception) -> str:
+    """What a client is told of an error that its own request has raised; one that nobody expected is logged whole."""
+    if isinstance(error, UnisonoError):
+        return str(error)
+    logger.error("request %s raised", sequence.request.request_id, exc_info=error)
+    return f"the engine failed at this request: {type(error).__name__}: {error}"
+
+
+def last_output(sequence: Sequence) -> Output:
+    """The last news of a sequence that has ended, whatever is wrong with it."""
+    try:
+        return sequence.take()
+    except Exception as error:
+        message = fault(sequence, error)
+        return Output(
+            "", (), len(sequence.main.prompt_ids), sequence.num_completion_tokens, "error", error=message
+        )

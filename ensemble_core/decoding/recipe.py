@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
+    from ensemble_core.decoding.modes.base import Mode
     from ensemble_core.fusion.base import Fusion
 
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 class Recipe:
     """How one model of the API answers: members (main first), their weights, how they are fused.
 
+    mode: how steps are taken; None: this recipe scores text and never decodes.
     tau: the weights are times what each prompt says, see `decoding/perplexity.py`; None: they are fixed.
     on_failure: what an assistant's failure does to a request. refit: the same fusion over fewer members (main first,
     two or more); None where it cannot do without the others. apart: each position is fused by itself, never in one
@@ -29,7 +31,7 @@ class Recipe:
     weights: tuple[float, ...]
     fusion: Fusion | None  # None: one member alone
     fusion_name: str
-    mode: str = "lockstep"
+    mode: Mode | None = None
     tau: float | None = None
     on_failure: Literal["fail", "drop"] = "fail"
     apart: bool = False

@@ -36,6 +36,7 @@ class Overrides:
     fusion: str | None = None
     fusion_options: Mapping[str, Any] | None = None
     mode: str | None = None
+    mode_options: Mapping[str, Any] | None = None
     weighting: Weighting | None = None
 
 

@@ -50,7 +50,7 @@ def _draw(token_ids: Tensor, logprobs: Tensor, sequences: Sequence[Request]) -> 
     """(B,) ids drawn from (B, S) log-probabilities under each sequence's parameters."""
     params = [sequence.request.params for sequence in sequences]
     device = logprobs.device
-    uniform = torch.tensor([[s.rng.random()] for s in sequences], dtype=torch.float64, device=device)
+    uniform = torch.tensor([[s.draw()] for s in sequences], dtype=torch.float64, device=device)
     order = ranked(logprobs, logprobs.shape[1], token_ids)
     logprobs = logprobs.gather(1, order).double()
     distance = logprobs - logprobs[:, :1]  # that of the likeliest is 0: no temperature makes it overflow

@@ -19,11 +19,15 @@ import math
 import time
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from ensemble_core.decoding.pace import LEAST, SCORING, Kind, Pace
 from ensemble_core.decoding.sequence import Phase, Sequence
 from ensemble_core.errors import QueueFullError
+
+if TYPE_CHECKING:
+    from ensemble_core.decoding.modes.base import Ask
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,15 +41,17 @@ class Capacity:
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """One sequence's part of a step: tokens to feed per member, and whether a token is decided.
+    """One sequence's part of a step: tokens to feed per member, and whether the answers decide anything.
 
-    scores: positions of a scored prompt that may be fused.
+    wanted: member -> how many of its last tokens must be answered, where the share decides. scores: positions of a
+    scored prompt that may be fused.
     """
 
     sequence: Sequence
     counts: dict[str, int]
     decides: bool
     prefill: bool  # the tokens are a part of the prompt
+    wanted: Mapping[str, int] = field(default_factory=dict)
     scores: int = 0
 
 
@@ -155,7 +161,7 @@ class Scheduler:
     def check(self) -> None:
         """Integrity: what is cached fits, and only of those that run. For tests and debugging."""
         for member, capacity in self._capacities.items():
-            cached = [s.tracks[member].num_cached for s in self.running if member in s.tracks]
+            cached = [s.tracks[member].num_held for s in self.running if member in s.tracks]
             assert sum(-(-tokens // capacity.page_size) for tokens in cached) <= capacity.num_pages
         assert not any(track.num_cached for s in self.waiting for track in s.tracks.values())
 
@@ -171,8 +177,9 @@ class Scheduler:
         return _untouched(sequence) and self._leader(sequence) is not None
 
     def _pages(self, sequence: Sequence, member: str) -> int:
-        """Pages for the tokens that the sequence has now."""
-        return -(-len(sequence.tracks[member]) // self._capacities[member].page_size)
+        """Pages for the tokens that the sequence has now, and for those that the member has not dropped yet."""
+        track = sequence.tracks[member]
+        return -(-max(len(track), track.num_held) // self._capacities[member].page_size)
 
     def _can_grow(self, sequence: Sequence, member: str) -> bool:
         """Whether the sequence may come to need more pages than now.
@@ -192,8 +199,18 @@ def _untouched(sequence: Sequence) -> bool:
 
 
 def _decode_share(sequence: Sequence) -> Share:
-    counts = {member: sequence.tracks[member].num_uncached for member in sequence.consulted}
-    return Share(sequence, counts, decides=True, prefill=False)
+    return _deciding_share(sequence, _plan(sequence), prefill=False)
+
+
+def _plan(sequence: Sequence) -> Mapping[str, Ask]:
+    assert sequence.recipe.mode is not None, "a recipe that only scores text is not decoded"
+    return sequence.recipe.mode.plan(sequence)
+
+
+def _deciding_share(sequence: Sequence, plan: Mapping[str, Ask], prefill: bool) -> Share:
+    counts = {member: ask.count for member, ask in plan.items()}
+    wanted = {member: ask.wanted for member, ask in plan.items()}
+    return Share(sequence, counts, decides=True, prefill=prefill, wanted=wanted)
 
 
 def _kinds(prompts: list[Sequence]) -> set[Kind]:
@@ -217,16 +234,18 @@ def _prefill_shares(prompts: list[Sequence], left: dict[str, int], positions: fl
 
 
 def _prefill_share(sequence: Sequence, left: Mapping[str, int], positions: float) -> Share:
-    """All that is left of every member's prompt if it fits, else a chunk that leaves each its last token.
+    """What the mode plans for the deciding step if that fits, else a chunk that leaves each member its last token.
 
-    A sequence that was preempted within a character decides by main alone; the others are fed all but the last token.
+    A member that the plan leaves out is fed all but its last token first. A scored prompt whose answer is constrained
+    decides with its last token alone, since only that position needs main's whole vocabulary.
     """
     rest = {member: track.num_uncached for member, track in sequence.tracks.items()}
-    last = {member: rest[member] for member in sequence.consulted}
+    plan = _plan(sequence)
+    apart = sequence.scoring and sequence.constraint is not None
     ready = sequence.scores.num_ready if sequence.scores is not None and sequence.scoring else 0
-    fits = all(count <= (left[member] if member in last else 1) for member, count in rest.items())
+    fits = all(count <= (left[m] if m in plan and not apart else 1) for m, count in rest.items())
     if fits and ready + sequence.scoring * rest[sequence.recipe.main] <= max(positions, LEAST):
-        return Share(sequence, last, decides=True, prefill=True)
+        return _deciding_share(sequence, plan, prefill=True)
     chunks = {member: min(count - 1, left[member]) for member, count in rest.items()}
     counts = {member: count for member, count in chunks.items() if count > 0}
     if not sequence.scoring:

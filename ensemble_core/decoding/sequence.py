@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from enum import Enum, auto
 from typing import TYPE_CHECKING
@@ -41,6 +42,15 @@ class Scored:
     top: tuple[tuple[int, float], ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A token that becomes final, with what its request wants to be told."""
+
+    token_id: int
+    scored: Scored | None = None
+    trace: Trace | None = None
+
+
 @dataclass(slots=True)
 class _Pending:
     """What a sequence has to say since its last output."""
@@ -67,7 +77,8 @@ class Sequence:
     prompt_text: what the prompt says, for echo and for the offsets of a scored prompt. constraint: where it stands
     in its grammar. scores: what is known of its prompt's log-probabilities, where they are asked for. likelihood: of
     its prompt in every member, where the weights follow it. dropped: members that it has lost, which are in recipe
-    and tracks no more. num_reused: prompt tokens that main had cached.
+    and tracks no more. num_reused: prompt tokens that main had cached. num_drafted: tokens at the end of main's track
+    that are not final; no client has seen them.
     """
 
     seq_id: int
@@ -80,6 +91,7 @@ class Sequence:
     likelihood: PromptLikelihood | None = None
     dropped: dict[str, Reason] = field(default_factory=dict)
     num_reused: int = 0
+    num_drafted: int = 0
     phase: Phase = Phase.WAITING
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
@@ -96,6 +108,7 @@ class Sequence:
     spelt: Detokenizer = field(init=False)  # the text as assistants spell it: never the names of control tokens
     _pending: _Pending = field(default_factory=_Pending)
     _opened: bool = False  # the first output is out
+    _drawn: float | None = None
 
     def __post_init__(self) -> None:
         params = self.request.params
@@ -112,9 +125,30 @@ class Sequence:
         return self.tracks[self.recipe.main]
 
     @property
+    def is_finished(self) -> bool:
+        """True once it has ended, however."""
+        return self.phase is Phase.FINISHED
+
+    @property
     def num_completion_tokens(self) -> int:
-        """Main's tokens so far, a stop token included."""
-        return len(self.main.completion_ids)
+        """Main's final tokens so far, a stop token included."""
+        return len(self.main.completion_ids) - self.num_drafted
+
+    @property
+    def draft(self) -> list[int]:
+        """Main's tokens that are not final yet."""
+        return self.main.completion_ids[self.num_completion_tokens :]
+
+    @property
+    def spelling(self) -> tuple[str, bool]:
+        """What assistants spell, draft included, in whole characters; and whether it ends within a character."""
+        spell = self.main.vocabulary.text_bytes
+        return self.spelt.foresee(b"".join(spell(token_id) for token_id in self.draft))
+
+    @property
+    def mid_character(self) -> bool:
+        """True while the last character is incomplete."""
+        return self.spelling[1]
 
     @property
     def scoring(self) -> bool:
@@ -126,28 +160,60 @@ class Sequence:
         """True while the weights follow the prompt's likelihood and it is not known yet."""
         return self.likelihood is not None and self.likelihood.weights is None
 
-    @property
-    def consulted(self) -> tuple[str, ...]:
-        """The members that answer next: main alone while the last character is incomplete."""
-        if self.spelt.mid_character:
-            return self.recipe.members[:1]
-        return self.recipe.members
+    def draw(self) -> float:
+        """A uniform number from [0, 1) for the next token; the same one until that token is final."""
+        if self._drawn is None:
+            self._drawn = self.rng.random()
+        return self._drawn
 
     def append(self, token_id: int, scored: Scored | None = None, trace: Trace | None = None) -> None:
-        """Take in a decided token; may finish the sequence."""
+        """Take in one final token; may finish the sequence."""
+        self.decide((Choice(token_id, scored, trace),))
+
+    def decide(self, tokens: Iterable[Choice], draft: Iterable[int] = ()) -> None:
+        """Main's track ends with `tokens`, which are final now, then with `draft`; may finish the sequence.
+
+        What they have in common with the old draft stays cached; the rest of that is taken back.
+        """
+        tokens = tuple(tokens)
         self.phase = Phase.DECODE
+        self._redraft([*(choice.token_id for choice in tokens), *draft])
+        for choice in tokens:
+            self.num_drafted -= 1
+            self._take_in(choice)
+            if self.finish_reason is not None:
+                self._redraft([])
+                return
+
+    def _redraft(self, token_ids: list[int]) -> None:
+        """Put other tokens in the place of the draft."""
+        draft = self.draft
+        common = next(
+            (i for i, (old, new) in enumerate(zip(draft, token_ids, strict=False)) if old != new),
+            min(len(draft), len(token_ids)),
+        )
+        for token_id in draft[common:]:
+            self.counts.remove(token_id)
+        if common < len(draft):
+            self.main.take_back(len(draft) - common)
+        for token_id in token_ids[common:]:
+            self.main.append(token_id)
+            self.counts.add(token_id)
+        self.num_drafted = len(token_ids)
+
+    def _take_in(self, choice: Choice) -> None:
+        """A token of the draft is final."""
+        self._drawn = None
         offset = len(self.shown.text) + (len(self.prompt_text) if self.request.params.echo else 0)
-        self._pending.token_ids.append(token_id)
-        if scored is not None:
-            self._pending.logprobs.append(describe_token(self.main, token_id, scored, offset))
-        if trace is not None:
-            self._pending.traces.append(trace)
-        self.main.append(token_id)
-        self.counts.add(token_id)
+        self._pending.token_ids.append(choice.token_id)
+        if choice.scored is not None:
+            self._pending.logprobs.append(describe_token(self.main, choice.token_id, choice.scored, offset))
+        if choice.trace is not None:
+            self._pending.traces.append(choice.trace)
         if self.constraint is not None:
-            self.constraint.accept(token_id)
-        self._spell(token_id)
-        self._maybe_finish(token_id)
+            self.constraint.accept(choice.token_id)
+        self._spell(choice.token_id)
+        self._maybe_finish(choice.token_id)
 
     def take(self) -> Output:
         """News since the last output; the first also says what was asked of the prompt."""
@@ -185,7 +251,9 @@ class Sequence:
             self.recipe = replace(self.recipe, weights=self.likelihood.settle(prior, self.recipe.tau))
 
     def follow(self, leader: Sequence) -> None:
-        """Take over the weights of a sequence with the same prompt, if it has lost nobody."""
+        """Take over what a sequence with the same prompt knows of it: scores, and weights if it has lost nobody."""
+        if self.scores is not None and leader.scores is not None:
+            self.scores.described = leader.scores.described
         mine, theirs = self.likelihood, leader.likelihood
         if mine is not None and theirs is not None and self.recipe.members == leader.recipe.members:
             mine.weights = theirs.weights
@@ -206,7 +274,7 @@ class Sequence:
         """Back to the queue with nothing cached; the text and the state of sampling stay."""
         self.phase = Phase.WAITING
         for track in self.tracks.values():
-            track.num_cached = 0
+            track.cache(0)
         if self.scores is not None and self.scoring:
             self.scores.reset()
         if self.likelihood is not None and self.weighing:

@@ -23,7 +23,7 @@ from ensemble_core.errors import EvaluationError
 from ensemble_core.evaluation.scores import MemberScores, Scores, join_scores, load_scores, save_scores
 from ensemble_core.evaluation.spelling import Document, Spelling, SpeltDocument, spell
 from ensemble_core.llm import LLM
-from ensemble_core.members.base import Candidates, Feed, Member
+from ensemble_core.members.base import Candidates, Feed, Member, ask
 from ensemble_core.members.loading.checkpoints import resolve_folder
 from ensemble_core.text.alignment import Track
 
@@ -125,9 +125,10 @@ def _answers(
     """The member's candidates for all rows, in their order, the next ids among them; and these."""
     for piece in _passes(spellings, member, budget):
         feeds = [_feed(index, spellings[index], start, end) for index, start, end in piece]
-        candidates = member.forward(feeds, top_k)
-        if len(candidates):
-            yield candidates, [ids[0] for feed in feeds for ids in feed.also]
+        if any(feed.wanted for feed in feeds):
+            yield ask(member, feeds, top_k), [ids[0] for feed in feeds for ids in feed.also]
+        else:
+            member.forward(feeds)
         for index, _, end in piece:
             if end == len(spellings[index].token_ids) - 1:
                 member.release(_FIRST_ID - index)

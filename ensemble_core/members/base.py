@@ -7,7 +7,7 @@ here knows transformers, caches, scheduling or fusion.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -19,7 +19,7 @@ from ensemble_core.text.vocabulary import Vocabulary
 
 @dataclass(frozen=True, slots=True)
 class Feed:
-    """One sequence's share of a forward.
+    """One sequence's part of a forward.
 
     token_ids: appended to what the member has cached of the sequence; never empty.
     wanted: answer for the last `wanted` of them (0: a prefill chunk that is not the last).
@@ -27,34 +27,31 @@ class Feed:
         empty, or as long as `wanted`.
     following: for each of token_ids the id whose log-probability after it is asked for, -1 for none; empty: none at
         all. The answer has their sum.
+    top_k: candidates of each wanted position; the size of the vocabulary or more: whole distributions.
+    keep: cached tokens of the sequence to keep; the member rolls back the rest before it appends. None: all.
     """
 
     seq_id: int
-    token_ids: list[int]
+    token_ids: Sequence[int]
     wanted: int = 1
     also: tuple[tuple[int, ...], ...] = ()
     following: tuple[int, ...] = ()
+    top_k: int = 1
+    keep: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Candidates:
-    """What a member answers: for each wanted position its likeliest tokens, and the mass of the rest.
+    """The likeliest tokens of some positions, and the mass of the rest.
 
-    Rows follow the order of the feeds, and within a feed the order of its positions. The log-softmax behind
-    the numbers is taken over the member's full vocabulary. A row runs from likely to unlikely, of equals the
-    lowest id first, and holds the ids asked for by `also` whatever their rank; a row that holds the whole
-    vocabulary is in the order of ids.
-
-    clock: waits for the end of the forward and says what it took, in seconds; None: it was over when it came back.
-    likelihoods: for each feed the sum of the log-probabilities that its `following` asks for, in nats; empty where no
-    feed asks. Not of rows that are taken out of an answer.
+    The log-softmax behind the numbers is taken over the member's full vocabulary. A row runs from likely to unlikely,
+    of equals the lowest id first, and holds the ids asked for by `also` whatever their rank; a row that holds the
+    whole vocabulary is in the order of ids.
     """
 
     token_ids: Tensor  # (N, K) int64
     logprobs: Tensor  # (N, K) float32, exact
     tail: Tensor  # (N,) float32, log of the mass outside the K candidates; -inf where K is everything
-    clock: Callable[[], float] | None = None
-    likelihoods: tuple[float, ...] = ()
 
     def __len__(self) -> int:
         return self.token_ids.shape[0]
@@ -82,6 +79,67 @@ class Candidates:
         return Candidates(self.token_ids.to(device), self.logprobs.to(device), self.tail.to(device))
 
 
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Where a feed's answer lies: rows [start, stop) of a block."""
+
+    block: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True)
+class Answers:
+    """What a member answers to the feeds of one forward.
+
+    Positions of one width lie together in a block, so that a feed that asks for a whole vocabulary costs the others
+    nothing. spans: one for each feed, in their order.
+    likelihoods: for each feed the sum of the log-probabilities that its `following` asks for, in nats; empty where no
+    feed asks.
+    clock: waits for the end of the forward and says what it took, in seconds; None: it was over when it came back.
+    """
+
+    blocks: tuple[Candidates, ...]
+    spans: tuple[Span, ...]
+    likelihoods: tuple[float, ...] = ()
+    clock: Callable[[], float] | None = None
+
+    def of(self, feed: int) -> Candidates:
+        """The wanted positions of feed number `feed`, in order; at least one."""
+        span = self.spans[feed]
+        block = self.blocks[span.block]
+        rows = slice(span.start, span.stop)
+        return Candidates(block.token_ids[rows], block.logprobs[rows], block.tail[rows])
+
+    def last(self, feeds: Sequence[int]) -> Candidates:
+        """The last wanted position of each of `feeds`, which all asked for the same width: (len(feeds), K)."""
+        spans = [self.spans[feed] for feed in feeds]
+        assert len({span.block for span in spans}) == 1, "feeds of several widths have no common rows"
+        return self.blocks[spans[0].block].rows([span.stop - 1 for span in spans])
+
+    def joined(self) -> Candidates:
+        """All wanted positions, feed by feed; all of the same width. No rows where nothing is wanted."""
+        if not self.blocks:
+            return Candidates(torch.empty(0, 0, dtype=torch.long), torch.empty(0, 0), torch.empty(0))
+        (block,) = self.blocks
+        return block.rows([row for span in self.spans for row in range(span.start, span.stop)])
+
+
+@dataclass(frozen=True, slots=True)
+class Abilities:
+    """What a member can do. Those behind another vendor's server can do less.
+
+    max_k: most candidates of a position; None: whole vocabularies. every_position: whether a feed may want answers,
+    or `following`, at more positions than its last.
+    """
+
+    max_k: int | None = None
+    every_position: bool = True
+
+
+ALL_ABILITIES = Abilities()
+
+
 def log_rest(logprobs: Tensor) -> Tensor:
     """Log of the mass outside (N, K) log-probabilities, (N,) float32; NaN for a row that is not finite.
 
@@ -94,15 +152,20 @@ def log_rest(logprobs: Tensor) -> Tensor:
 class Member(Protocol):
     """One resident language model with its own tokenizer and KV cache.
 
-    `num_pages` pages of `page_size` tokens hold the cache; a sequence holds whole pages. A forward over more
-    pages than are free is the scheduler's fault and trips an assertion. Prefixes that are cached beyond the running
+    `num_pages` pages of `page_size` tokens hold the cache; a sequence holds whole pages. A forward over more pages
+    than are free is the scheduler's fault and trips an assertion. Prefixes that are cached beyond the running
     sequences hold no page: they make way.
+
+    Every call may fail, and what it raises concerns the sequences of that call alone. `MemberPool` makes the calls.
+    lane: members of one lane work in turn, members of different lanes at the same time.
     """
 
     name: str
     vocabulary: Vocabulary
     max_len: int
     device: torch.device
+    lane: str
+    abilities: Abilities
 
     @property
     def page_size(self) -> int:
@@ -116,15 +179,12 @@ class Member(Protocol):
     def free_pages(self) -> int:
         """Pages that no running sequence holds."""
 
-    def forward(self, feeds: Sequence[Feed], top_k: int) -> Candidates:
-        """One packed pass over any mix of prefill, decode and verification.
+    def forward(self, feeds: Sequence[Feed]) -> Answers:
+        """One packed pass over any mix of prefill, decode and verification; a sequence is fed once.
 
-        Raises MemberError if the pass fails. A row whose logits are not finite comes back as NaN and harms no
-        other row.
+        Rollback comes first: each feed says how many cached tokens to keep. Raises MemberError if the pass fails. A
+        row whose logits are not finite comes back as NaN and harms no other row.
         """
-
-    def rollback(self, seq_id: int, length: int) -> None:
-        """Keep the first `length` cached tokens of a sequence."""
 
     def reuse(self, seq_id: int, token_ids: Sequence[int]) -> int:
         """Begin a sequence with the longest prefix of `token_ids` that a running or kept sequence has cached.
@@ -142,3 +202,8 @@ class Member(Protocol):
 
     def memory_bytes(self) -> dict[str, int]:
         """Device -> bytes of weights and cache."""
+
+
+def ask(member: Member, feeds: Sequence[Feed], top_k: int) -> Candidates:
+    """`top_k` candidates of every wanted position, feed by feed. For callers that drive a member by hand."""
+    return member.forward([replace(feed, top_k=top_k) for feed in feeds]).joined()

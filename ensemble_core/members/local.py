@@ -8,20 +8,19 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 import torch
 
 from ensemble_core.errors import MemberError
+from ensemble_core.members.answering import Layout, answer, lay_out
 from ensemble_core.members.attention.base import Pass
 from ensemble_core.members.attention.pages import Attention, by_gathering, pack_pages
 from ensemble_core.members.attention.rows import FEW, pack
-from ensemble_core.members.base import Candidates, Feed
+from ensemble_core.members.base import ALL_ABILITIES, Answers, Feed
 from ensemble_core.members.body.base import Body
 from ensemble_core.members.cache.base import Cache
 from ensemble_core.members.cache.pages import PagedCache
 from ensemble_core.members.cache.rows import KVCache
-from ensemble_core.members.candidates import likelihoods, top_candidates
 from ensemble_core.members.kernels.base import Kernels
 from ensemble_core.members.streams import lane_on
 from ensemble_core.text.vocabulary import Vocabulary
@@ -47,6 +46,7 @@ class LocalMember:
         attention: over pages; a cache of rows has no use for it. few: see `rows.pack`.
         """
         self.name, self.vocabulary, self.max_len, self.device = name, vocabulary, max_len, device
+        self.lane, self.abilities = str(device), ALL_ABILITIES
         self._body, self._cache, self._kernels, self._attention = body, cache, kernels, attention
         self._memory = dict(Counter(body.num_bytes()) + Counter(cache.num_bytes()))
         self._lane, self._few = lane_on(device), few
@@ -71,21 +71,16 @@ class LocalMember:
         """Pages, or rows, that no sequence holds."""
         return self._cache.num_free
 
-    def forward(self, feeds: Sequence[Feed], top_k: int) -> Candidates:
+    def forward(self, feeds: Sequence[Feed]) -> Answers:
         """See `Member.forward`."""
         try:
             with torch.inference_mode():
-                candidates = self._lane.forward(lambda: self._forward(feeds, top_k))
+                answers = self._lane.forward(lambda: self._forward(feeds))
         except Exception as error:
             raise MemberError(self.name, f"forward failed: {type(error).__name__}: {error}") from error
         for feed in feeds:
             self._cache.advance(feed.seq_id, feed.token_ids)
-        return candidates
-
-    def rollback(self, seq_id: int, length: int) -> None:
-        """See `Member.rollback`."""
-        with self._lane.work():
-            self._cache.rollback(seq_id, length)
+        return answers
 
     def reuse(self, seq_id: int, token_ids: Sequence[int]) -> int:
         """See `Member.reuse`; a shorter prefix than `cache.base.MIN_PREFIX` is not worth it."""
@@ -105,17 +100,16 @@ class LocalMember:
         """Integrity of the cache; see `Cache.check`."""
         self._cache.check()
 
-    def _forward(self, feeds: Sequence[Feed], top_k: int) -> Candidates:
+    def _forward(self, feeds: Sequence[Feed]) -> Answers:
+        for feed in feeds:
+            if feed.keep is not None:
+                self._cache.rollback(feed.seq_id, feed.keep)
         run, order = self._pack(feeds)
         token_ids = [token_id for i in order for token_id in feeds[i].token_ids]
-        answering, followed = _places(feeds, order)
-        logits = self._body(run, torch.tensor(token_ids), torch.tensor(answering + followed, dtype=torch.long))
-        also = [ids for feed in feeds for ids in feed.also or ((),) * feed.wanted]
-        candidates = top_candidates(logits[: len(answering)], top_k, also)
-        if not followed:
-            return candidates
-        found = likelihoods(logits[len(answering) :], [feed.following for feed in feeds])
-        return replace(candidates, likelihoods=found)
+        layout = lay_out(feeds)
+        places = _places(feeds, order, layout)
+        logits = self._body(run, torch.tensor(token_ids), torch.tensor(places, dtype=torch.long))
+        return answer(logits, feeds, layout)
 
     def _pack(self, feeds: Sequence[Feed]) -> tuple[Pass, list[int]]:
         assert len({feed.seq_id for feed in feeds}) == len(feeds), "a sequence is fed twice"
@@ -128,18 +122,18 @@ class LocalMember:
         return pack(cache, rows, counts, self._kernels.attend_spans, self._few)
 
 
-def _places(feeds: Sequence[Feed], order: Sequence[int]) -> tuple[list[int], list[int]]:
-    """Places in the pass that must answer, and those where a following id is asked for, in the order of the feeds."""
+def _places(feeds: Sequence[Feed], order: Sequence[int], layout: Layout) -> list[int]:
+    """Places in the pass that must answer, in the layout's order, then those where a following id is asked for."""
     ends: dict[int, int] = {}
     end = 0
     for i in order:
         end += len(feeds[i].token_ids)
         ends[i] = end
-    answering = [p for i, feed in enumerate(feeds) for p in range(ends[i] - feed.wanted, ends[i])]
+    answering = [p for i in layout.order for p in range(ends[i] - feeds[i].wanted, ends[i])]
     followed = [
         ends[i] - len(feed.token_ids) + at
         for i, feed in enumerate(feeds)
         for at, token_id in enumerate(feed.following)
         if token_id >= 0
     ]
-    return answering, followed
+    return answering + followed

@@ -13,7 +13,7 @@ from dataclasses import replace
 
 import torch
 
-from ensemble_core.members.base import Candidates
+from ensemble_core.members.base import Answers
 
 
 class Lane:
@@ -24,7 +24,7 @@ class Lane:
         """Within the block, what is done is queued here."""
         yield
 
-    def forward(self, compute: Callable[[], Candidates]) -> Candidates:
+    def forward(self, compute: Callable[[], Answers]) -> Answers:
         """An answer that the caller may read."""
         return compute()
 
@@ -44,23 +44,24 @@ class CudaLane(Lane):
         with torch.cuda.stream(self._stream):
             yield
 
-    def forward(self, compute: Callable[[], Candidates]) -> Candidates:
+    def forward(self, compute: Callable[[], Answers]) -> Answers:
         """The caller's stream reads the answer after it is there; the host does not wait."""
         begun, done = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         reader = torch.cuda.current_stream(self._device)
         with self.work():
             begun.record()
-            candidates = compute()
+            answers = compute()
             done.record()
         reader.wait_stream(self._stream)
-        for tensor in (candidates.token_ids, candidates.logprobs, candidates.tail):
-            tensor.record_stream(reader)
+        for block in answers.blocks:
+            for tensor in (block.token_ids, block.logprobs, block.tail):
+                tensor.record_stream(reader)
 
         def seconds() -> float:
             done.synchronize()
             return float(begun.elapsed_time(done)) / 1e3
 
-        return replace(candidates, clock=seconds)
+        return replace(answers, clock=seconds)
 
 
 def lane_on(device: torch.device) -> Lane:

@@ -27,13 +27,15 @@ _LAST_TRY = 256  # and before the text is spelt as a whole
 class Track:
     """The tokens that one member should hold of one sequence, and how many of them it has cached.
 
-    prompt_ids: as the member's own template made them, never touched again.
+    prompt_ids: as the member's own template made them, never touched again. num_cached: of these tokens. num_held:
+    tokens that the member keeps pages for; more than num_cached until its next feed rolls back what was dropped.
     """
 
     vocabulary: Vocabulary
     prompt_ids: list[int]
     completion_ids: list[int] = field(default_factory=list)
     num_cached: int = 0
+    num_held: int = 0
     _text: str | None = None  # what the completion ids spell, if they were respelt
 
     def __len__(self) -> int:
@@ -50,6 +52,10 @@ class Track:
         if start >= prompt:
             return self.completion_ids[start - prompt : start - prompt + count]
         return (self.prompt_ids[start:] + self.completion_ids)[:count]
+
+    def cache(self, num_cached: int) -> None:
+        """The member has this many tokens cached now, and no others."""
+        self.num_cached = self.num_held = num_cached
 
     def append(self, token_id: int) -> None:
         """Main's way: the sampled token is the truth."""

@@ -35,6 +35,14 @@ class Detokenizer:
         """True while the last character is incomplete."""
         return bool(self._decoder.getstate()[0])
 
+    def foresee(self, data: bytes) -> tuple[str, bool]:
+        """What the text would be with `data` behind it, in whole characters; and whether it would end within one."""
+        if not data:
+            return self.text, self.mid_character
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        decoder.setstate(self._decoder.getstate())
+        return self.text + decoder.decode(data), bool(decoder.getstate()[0])
+
     def feed(self, data: bytes, *, armed: bool = True) -> str:
         """Take in bytes; the characters that can be shown now. Unarmed, no stop string ends in them or before."""
         more = self._decoder.decode(data)

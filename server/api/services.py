@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 from fastapi import Depends, Request
 
 from ensemble_core.config import ServerConfig
-from server.edge.metrics import PrometheusSink
+from server.edge.metrics import PrometheusMetrics
 from server.schema.replies import ErrorBody
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ class Services:
 
     runtime: Runtime
     config: ServerConfig
-    metrics: PrometheusSink
+    metrics: PrometheusMetrics
     created: int  # Unix time of the app's start
 
 

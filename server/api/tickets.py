@@ -127,7 +127,8 @@ def to_overrides(options: EnsembleOptions | None) -> Overrides:
         weighting=None if weighting is None else _weighting(weighting),
         fusion=None if fusion is None else fusion.name,
         fusion_options=None if fusion is None else fusion.options,
-        mode=options.mode,
+        mode=None if options.mode is None else options.mode.name,
+        mode_options=None if options.mode is None else options.mode.options,
     )
 
 

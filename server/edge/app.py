@@ -17,7 +17,7 @@ from server.api import probes, routes, tokenizers
 from server.api.services import Services
 from server.edge import errors
 from server.edge.auth import Gate, KeyRing, load_keys
-from server.edge.metrics import PrometheusSink
+from server.edge.metrics import PrometheusMetrics
 from server.edge.middleware import BodyLimit, RequestContext, RootPath
 from server.edge.openapi import require_key
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from ensemble_core.runtime import Runtime
 
 
-def create_app(runtime: Runtime, config: ServerConfig, metrics: PrometheusSink) -> FastAPI:
+def create_app(runtime: Runtime, config: ServerConfig, metrics: PrometheusMetrics) -> FastAPI:
     """An app that serves `runtime`: its lifespan starts the runtime, and drains and stops it at shutdown.
 
     Raises ConfigError where the API keys cannot be had.
@@ -57,7 +57,7 @@ def create_app(runtime: Runtime, config: ServerConfig, metrics: PrometheusSink) 
     return app
 
 
-def _add_middleware(app: FastAPI, config: ServerConfig, keys: KeyRing, metrics: PrometheusSink) -> None:
+def _add_middleware(app: FastAPI, config: ServerConfig, keys: KeyRing, metrics: PrometheusMetrics) -> None:
     """The one added last is the outermost: a preflight carries no key, and a web page may read a 401."""
     app.add_middleware(BodyLimit, max_bytes=config.max_body_bytes)
     if keys:

@@ -20,7 +20,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from ensemble_core.config import ServerConfig
 from ensemble_core.errors import ConfigError
 from server.edge.errors import ApiError
-from server.edge.metrics import PrometheusSink
+from server.edge.metrics import PrometheusMetrics
 
 logger = logging.getLogger(__name__)
 
@@ -93,7 +93,7 @@ def _from_file(config: ServerConfig) -> Iterator[SecretStr]:
 class Gate:
     """Answers 401 for requests without a key. Pure ASGI, around everything that has routes."""
 
-    def __init__(self, app: ASGIApp, keys: KeyRing, protect_metrics: bool, metrics: PrometheusSink) -> None:
+    def __init__(self, app: ASGIApp, keys: KeyRing, protect_metrics: bool, metrics: PrometheusMetrics) -> None:
         self._app = app
         self._keys = keys
         self._open = OPEN_PATHS if protect_metrics else OPEN_PATHS | {_METRICS}

@@ -24,7 +24,7 @@ from ensemble_core.errors import (
     QueueFullError,
     UnisonoError,
 )
-from server.edge.metrics import PrometheusSink
+from server.edge.metrics import PrometheusMetrics
 
 logger = logging.getLogger(__name__)
 
@@ -139,7 +139,7 @@ def _log(refusal: ApiError, level: int) -> None:
         logger.log(level, "refused: status=%d code=%s param=%s", refusal.status, refusal.code, refusal.param)
 
 
-def install(app: FastAPI, metrics: PrometheusSink) -> None:
+def install(app: FastAPI, metrics: PrometheusMetrics) -> None:
     """Register the handlers that turn each kind of exception into its answer, and count the refusals."""
 
     def refuse(request: Request, refusal: ApiError) -> Response:

@@ -7,6 +7,7 @@ Names are those of the HTTP contract, durations are seconds, sizes bytes.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import assert_never
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
@@ -23,6 +24,7 @@ from ensemble_core.stats import (
     PrefixStats,
     QueueStats,
     RequestStats,
+    Stats,
     StepStats,
     TokenStats,
 )
@@ -37,8 +39,8 @@ BATCH_BUCKETS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0)
 MASS_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0)
 
 
-class PrometheusSink:
-    """A `StatsSink`; safe to call from any thread."""
+class PrometheusMetrics:
+    """Takes in the engine's records; safe to call from any thread."""
 
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
@@ -48,8 +50,31 @@ class PrometheusSink:
         self._ensembles = _EnsembleMetrics(self._registry)
         self._down: frozenset[str] = frozenset()  # members whose last forward failed
 
-    def step(self, stats: StepStats) -> None:
-        """Take in one step."""
+    def record(self, stats: Stats) -> None:
+        """Take in one record of the engine; see `ensemble_core.stats.Record`."""
+        match stats:
+            case StepStats():
+                self._step(stats)
+            case TokenStats():
+                self._requests.gap.labels(stats.model).observe(stats.inter_token_seconds)
+            case RequestStats():
+                self._requests.finished(stats)
+            case QueueStats():
+                self._requests.queues(stats)
+            case CacheStats():
+                self._members.cache(stats)
+            case PrefixStats():
+                self._members.prefix_hits.labels(stats.member).inc(stats.num_tokens)
+            case HealthStats():
+                self._health(stats)
+            case DropStats():
+                self._ensembles.drops.labels(stats.model, stats.member, stats.reason).inc()
+            case PreemptionStats():
+                self._engine.preemptions.labels(stats.model).inc()
+            case _:
+                assert_never(stats)
+
+    def _step(self, stats: StepStats) -> None:
         self._engine.step(stats)
         for member in stats.members:
             self._members.step(member)
@@ -57,42 +82,12 @@ class PrometheusSink:
             self._engine.fusion_seconds.labels(fusion.fusion).observe(fusion.seconds)
             self._ensembles.fused(fusion)
 
-    def token(self, stats: TokenStats) -> None:
-        """Take in one emitted token."""
-        self._requests.gap.labels(stats.model).observe(stats.inter_token_seconds)
-
-    def request(self, stats: RequestStats) -> None:
-        """Take in one finished request."""
-        self._requests.finished(stats)
-
-    def queue(self, stats: QueueStats) -> None:
-        """Take in the lengths of the queues."""
-        self._requests.running.set(stats.num_running)
-        self._requests.waiting.set(stats.num_waiting)
-
-    def cache(self, stats: CacheStats) -> None:
-        """Take in one member's cache usage."""
-        self._members.cache(stats)
-
-    def prefix(self, stats: PrefixStats) -> None:
-        """Take in one reused prefix."""
-        self._members.prefix_hits.labels(stats.member).inc(stats.num_tokens)
-
-    def health(self, stats: HealthStats) -> None:
-        """Take in one member's failure or recovery."""
+    def _health(self, stats: HealthStats) -> None:
         if stats.failure is None:
             self._down -= {stats.member}
         else:
             self._down |= {stats.member}
             self._members.failures.labels(stats.member, stats.failure).inc()
-
-    def drop(self, stats: DropStats) -> None:
-        """Take in one request's loss of a member."""
-        self._ensembles.drops.labels(stats.model, stats.member, stats.reason).inc()
-
-    def preemption(self, stats: PreemptionStats) -> None:
-        """Take in one preemption."""
-        self._engine.preemptions.labels(stats.model).inc()
 
     def rejected(self, reason: str) -> None:
         """Count one refused request of the HTTP edge."""
@@ -154,6 +149,10 @@ class _RequestMetrics(_Family):
 
     def _latency(self, name: str, text: str) -> Histogram:
         return self._histogram(name, text, REQUEST_BUCKETS, "model")
+
+    def queues(self, stats: QueueStats) -> None:
+        self.running.set(stats.num_running)
+        self.waiting.set(stats.num_waiting)
 
     def finished(self, stats: RequestStats) -> None:
         self.requests.labels(stats.model, stats.finish_reason).inc()

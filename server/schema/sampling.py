@@ -20,7 +20,7 @@ from server.schema.unsupported import Ignored, Refused, refuse_unsupported
 logger = logging.getLogger(__name__)
 
 
-def _fusion(value: object) -> object:
+def _strategy(value: object) -> object:
     """`"relative"` is short for `{"name": "relative"}`."""
     return {"name": value} if isinstance(value, str) else value
 
@@ -48,8 +48,8 @@ class StreamOptions(Strict):
     continuous_usage_stats: bool | None = Field(None, description="Usage so far in each chunk.")
 
 
-class FusionChoice(Strict):
-    """A registered fusion and its options."""
+class StrategyChoice(Strict):
+    """A registered fusion or mode, and its options."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -88,9 +88,11 @@ class EnsembleOptions(Strict):
         WeightingChoice | None, BeforeValidator(_weighting, json_schema_input_type=str | WeightingChoice | None)
     ] = Field(None, description="fixed, perplexity, or {by, tau}: whether weights follow the prompt's perplexity.")
     fusion: Annotated[
-        FusionChoice | None, BeforeValidator(_fusion, json_schema_input_type=str | FusionChoice | None)
+        StrategyChoice | None, BeforeValidator(_strategy, json_schema_input_type=str | StrategyChoice | None)
     ] = Field(None, description="Name of a fusion, or {name, options}.")
-    mode: Literal["lockstep"] | None = Field(None, description="How steps are taken.")
+    mode: Annotated[
+        StrategyChoice | None, BeforeValidator(_strategy, json_schema_input_type=str | StrategyChoice | None)
+    ] = Field(None, description="Name of a mode (lockstep), or {name, options}: how steps are taken.")
     trace: bool | None = Field(
         None, description="Each choice carries, for each of its tokens, what every member proposed."
     )

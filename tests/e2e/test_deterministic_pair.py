@@ -13,7 +13,9 @@ from ensemble_core.config import Config
 from ensemble_core.decoding.sampling_params import SamplingParams
 from ensemble_core.llm import LLM
 
-HEAD = "Once upon a time, in a small village by the sea, there lived a fisherman who had three daughters and a boat. "
+HEAD = (
+    "Once upon a time, in a small village by the sea, there lived a fisherman who had three daughters and a boat. "
+)
 SCHEMA = json.dumps({"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]})
 GREEDY = SamplingParams(max_tokens=12, temperature=0.0, logprobs=5)
 SEEDED = replace(GREEDY, temperature=0.8, top_p=0.95, seed=7)

@@ -17,7 +17,7 @@ from ensemble_core.config import MemberConfig, load_config
 from ensemble_core.decoding.sampling_params import SamplingParams
 from ensemble_core.llm import LLM
 from ensemble_core.members.attention.pages import by_gathering, by_kernel
-from ensemble_core.members.base import Feed
+from ensemble_core.members.base import Feed, ask
 from ensemble_core.members.body.graphs import GraphedBody, cuda_graphs
 from ensemble_core.members.loading.checkpoints import load_vocabulary
 from ensemble_core.members.loading.models import load_member
@@ -51,11 +51,9 @@ def answers(member: LocalMember, seed: int) -> list[Tensor]:
         feeds = []
         for seq, count in zip(seqs, counts, strict=True):
             begin = min(done[seq], 380 - count)
-            if begin < done[seq]:
-                member.rollback(seq, begin)
-            feeds.append(Feed(seq, texts[seq][begin : begin + count]))
+            feeds.append(Feed(seq, texts[seq][begin : begin + count], keep=begin))
             done[seq] = begin + count
-        found.append(member.forward(feeds, WHOLE).logprobs.cpu())
+        found.append(ask(member, feeds, WHOLE).logprobs.cpu())
         gone = rng.choice(seqs)
         member.release(gone, keep=True)
         done[gone] = member.reuse(gone, texts[gone])
@@ -103,15 +101,16 @@ def test_members_of_one_gpu_do_not_disturb_each_other(tiny_checkpoints: dict[Kin
     members = {kind: load(tiny_checkpoints[kind], kind) for kind in ("llama", "gemma3")}
     pool = MemberPool(members)
     ids = [5 + i for i in range(300)]
-    alone = {name: member.forward([Feed(1, ids, 300)], WHOLE).logprobs.cpu() for name, member in members.items()}
+    alone = {name: ask(member, [Feed(1, ids, 300)], WHOLE).logprobs.cpu() for name, member in members.items()}
     for turn in range(20):
         for member in members.values():
             member.release(1)
-        found = pool.forward({name: [Feed(1, ids, 300)] for name in members}, dict.fromkeys(members, WHOLE))
-        for name, answer in found.items():
-            assert answer.candidates is not None
-            torch.testing.assert_close(answer.candidates.logprobs.cpu(), alone[name], msg=f"turn {turn}, {name}")
-            assert answer.started < answer.ended
+        found = pool.forward({name: [Feed(1, ids, 300, top_k=WHOLE)] for name in members})
+        for name, attempt in found.items():
+            assert attempt.answers is not None
+            logprobs = attempt.answers.of(0).logprobs.cpu()
+            torch.testing.assert_close(logprobs, alone[name], msg=f"turn {turn}, {name}")
+            assert attempt.started < attempt.ended
     pool.close()
 
 

@@ -19,7 +19,7 @@ from starlette.testclient import TestClient
 from ensemble_core.config import ServerConfig
 from ensemble_core.errors import ConfigError
 from server.edge.app import create_app
-from server.edge.metrics import PrometheusSink
+from server.edge.metrics import PrometheusMetrics
 from server.edge.serving import check_tls
 
 KEYS = (SecretStr("sk-one"), SecretStr("sk-two"))
@@ -27,7 +27,7 @@ BODY = {"model": "duo", "prompt": "p"}
 
 
 def client_of(**fields: Any) -> TestClient:
-    app = create_app(FakeRuntime(), ServerConfig(**fields), PrometheusSink())  # type: ignore[arg-type]
+    app = create_app(FakeRuntime(), ServerConfig(**fields), PrometheusMetrics())  # type: ignore[arg-type]
     return TestClient(app, raise_server_exceptions=False)
 
 

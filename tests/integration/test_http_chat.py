@@ -14,7 +14,7 @@ from ensemble_core.config import ServerConfig
 from ensemble_core.decoding.requests import Conversation
 from ensemble_core.errors import InvalidRequestError, MemberError, NotReadyError, QueueFullError
 from server.edge.app import create_app
-from server.edge.metrics import PrometheusSink
+from server.edge.metrics import PrometheusMetrics
 
 USER = {"role": "user", "content": "a b c"}
 BEGUN = {"role": "assistant", "content": "Well,"}
@@ -29,7 +29,7 @@ def runtime() -> FakeRuntime:
 
 @pytest.fixture
 def client(runtime: FakeRuntime) -> Iterator[TestClient]:
-    app = create_app(runtime, ServerConfig(max_choices=8), PrometheusSink())  # type: ignore[arg-type]
+    app = create_app(runtime, ServerConfig(max_choices=8), PrometheusMetrics())  # type: ignore[arg-type]
     with TestClient(app, raise_server_exceptions=False) as client:
         yield client
 

@@ -15,7 +15,7 @@ from ensemble_core.decoding.requests import Output
 from ensemble_core.errors import MemberError, NotReadyError, QueueFullError
 from server.edge.app import create_app
 from server.edge.logs import RequestIdFilter
-from server.edge.metrics import PrometheusSink
+from server.edge.metrics import PrometheusMetrics
 
 CONFIG = ServerConfig(max_choices=8, max_body_bytes=4096)
 BASE: dict[str, Any] = {"model": "duo", "prompt": "a b c"}
@@ -28,7 +28,7 @@ def runtime() -> FakeRuntime:
 
 @pytest.fixture
 def client(runtime: FakeRuntime) -> Iterator[TestClient]:
-    app = create_app(runtime, CONFIG, PrometheusSink())  # type: ignore[arg-type]
+    app = create_app(runtime, CONFIG, PrometheusMetrics())  # type: ignore[arg-type]
     with TestClient(app, raise_server_exceptions=False) as client:
         yield client
 

@@ -12,7 +12,7 @@ from starlette.testclient import TestClient
 
 from ensemble_core.config import ServerConfig
 from server.edge.app import create_app
-from server.edge.metrics import PrometheusSink
+from server.edge.metrics import PrometheusMetrics
 
 
 @pytest.fixture
@@ -22,7 +22,7 @@ def runtime() -> FakeRuntime:
 
 @pytest.fixture
 def client(runtime: FakeRuntime) -> Iterator[TestClient]:
-    with TestClient(create_app(runtime, ServerConfig(), PrometheusSink())) as client:  # type: ignore[arg-type]
+    with TestClient(create_app(runtime, ServerConfig(), PrometheusMetrics())) as client:  # type: ignore[arg-type]
         yield client
 
 
@@ -127,14 +127,14 @@ def test_the_documentation_describes_the_api(client: TestClient) -> None:
 
 def test_the_lifespan_starts_drains_and_stops() -> None:
     runtime = FakeRuntime()
-    app = create_app(runtime, ServerConfig(drain_seconds=0.5), PrometheusSink())  # type: ignore[arg-type]
+    app = create_app(runtime, ServerConfig(drain_seconds=0.5), PrometheusMetrics())  # type: ignore[arg-type]
     with TestClient(app):
         assert runtime.log == ["start"]
     assert runtime.log == ["start", "drain 0.5", "stop"]
 
 
 def test_two_apps_share_nothing() -> None:
-    first, second = (create_app(FakeRuntime(), ServerConfig(), PrometheusSink()) for _ in range(2))  # type: ignore[arg-type]
+    first, second = (create_app(FakeRuntime(), ServerConfig(), PrometheusMetrics()) for _ in range(2))  # type: ignore[arg-type]
     with TestClient(first) as one, TestClient(second) as two:
         one.post("/v1/completions", json={})
         assert "unisono_requests_rejected_total{" in one.get("/metrics").text

@@ -14,9 +14,9 @@ from ensemble_core import factory
 from ensemble_core.config import Config, ServerConfig
 from ensemble_core.factory import Loaded
 from ensemble_core.runtime import Runtime
-from ensemble_core.stats import StatsSink
+from ensemble_core.stats import Record
 from server.edge.app import create_app
-from server.edge.metrics import PrometheusSink
+from server.edge.metrics import PrometheusMetrics
 
 Members = dict[str, FakeMember]
 DUO = {"members": {"alpha": 0.5, "beta": 0.5}, "main": "alpha", "fusion": {"name": "projection"}}
@@ -33,13 +33,15 @@ def members() -> Members:
 
 @pytest.fixture
 def client(members: Members, monkeypatch: pytest.MonkeyPatch) -> Iterator[TestClient]:
-    def load(config: Config, sink: StatsSink) -> Loaded:
-        return fake_loaded(config, members, sink)
+    def load(config: Config, record: Record) -> Loaded:
+        return fake_loaded(config, members, record)
 
     monkeypatch.setattr(factory, "load", load)
-    sink = PrometheusSink()
-    runtime = Runtime(fake_config(ensembles={"lenient": DUO | {"on_member_failure": "drop"}, "strict": DUO}), sink)
-    with TestClient(create_app(runtime, ServerConfig(), sink), raise_server_exceptions=False) as client:
+    metrics = PrometheusMetrics()
+    runtime = Runtime(
+        fake_config(ensembles={"lenient": DUO | {"on_member_failure": "drop"}, "strict": DUO}), metrics.record
+    )
+    with TestClient(create_app(runtime, ServerConfig(), metrics), raise_server_exceptions=False) as client:
         runtime.wait_ready()
         yield client
 

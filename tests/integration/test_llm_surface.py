@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from ensemble_core.config import load_config
 from ensemble_core.decoding.sampling_params import SamplingParams
 from ensemble_core.llm import LLM, Completion
-from ensemble_core.members.base import Feed
+from ensemble_core.members.base import Feed, ask
 from ensemble_core.transfer.workshop import build_matrices
 
 ECHO = SamplingParams(max_tokens=0, echo=True, logprobs=1, temperature=0.0)
@@ -156,11 +156,11 @@ def test_a_reused_prompt_is_a_fresh_prefill(kind: Kind, llm: LLM) -> None:
     member = llm._engine.members[kind]
     ids = [(7 * i) % 250 + 5 for i in range(30)]
     try:
-        member.forward([Feed(90_001, ids)], 10_000)
+        ask(member, [Feed(90_001, ids)], 10_000)
         assert member.reuse(90_002, ids[:29]) == 29
-        member.rollback(90_001, 3)  # the copy stands by itself
-        reused = member.forward([Feed(90_002, ids[29:])], 10_000)
-        fresh = member.forward([Feed(90_003, ids)], 10_000)
+        member.forward([Feed(90_001, [5], 0, keep=3)])  # the copy stands by itself
+        reused = ask(member, [Feed(90_002, ids[29:])], 10_000)
+        fresh = ask(member, [Feed(90_003, ids)], 10_000)
         torch.testing.assert_close(reused.logprobs, fresh.logprobs, atol=2e-5, rtol=1e-5)
     finally:
         for seq_id in (90_001, 90_002, 90_003):

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from ensemble_core.config import MemberConfig
 from ensemble_core.errors import MemberError
-from ensemble_core.members.base import Feed
+from ensemble_core.members.base import Feed, ask
 from ensemble_core.members.body.flat import FlatBody
 from ensemble_core.members.body.graphs import GraphedBody, eagerly
 from ensemble_core.members.cache.rows import KVCache
@@ -114,7 +114,7 @@ def own_logprobs(original: Any, ids: list[int]) -> Tensor:
 
 def whole(member: LocalMember, feeds: list[Feed]) -> Tensor:
     """(N, V) log-probabilities of every wanted position."""
-    return member.forward(feeds, WHOLE).logprobs
+    return ask(member, feeds, WHOLE).logprobs
 
 
 def test_known_families_are_flat(loaded: dict[Kind, LocalMember], request: pytest.FixtureRequest) -> None:
@@ -126,7 +126,7 @@ def test_known_families_are_flat(loaded: dict[Kind, LocalMember], request: pytes
 def fragment(member: LocalMember, first: int = 50) -> None:
     """Hold every second of the low rows, so that new sequences lie apart."""
     for seq_id in range(first, first + 10):
-        member.forward([Feed(seq_id, [5, 6, 7], 0)], 1)
+        ask(member, [Feed(seq_id, [5, 6, 7], 0)], 1)
     for seq_id in range(first, first + 10, 2):
         member.release(seq_id)
 
@@ -136,7 +136,7 @@ def test_greedy_alone_is_generate(member: LocalMember, original: Any) -> None:
     prompt = random_ids(member, 11, seed=1)
     feed, found = prompt, []
     for _ in range(64):
-        feed = [int(member.forward([Feed(1, feed)], 4).token_ids[0, 0])]
+        feed = [int(ask(member, [Feed(1, feed)], 4).token_ids[0, 0])]
         found += feed
     assert found == greedy(original, prompt, 64)
 
@@ -155,7 +155,7 @@ def test_greedy_in_a_changing_batch_is_generate(member: LocalMember, original: A
             seq = waiting.pop(0)
             feeds[seq] = prompts[seq]
         sizes.append(len(feeds))
-        answer = member.forward([Feed(seq, ids) for seq, ids in feeds.items()], 4)
+        answer = ask(member, [Feed(seq, ids) for seq, ids in feeds.items()], 4)
         for seq, token in zip(list(feeds), answer.token_ids[:, 0].tolist(), strict=True):
             found[seq].append(token)
             feeds[seq] = [token]
@@ -176,7 +176,7 @@ def test_one_pass_is_many_passes(member: LocalMember, original: Any, seed: int) 
     done = {seq: rng.choice([0, 0, 5, 30, rng.randint(1, 60)]) for seq in texts}
     for seq, length in done.items():
         if length:
-            member.forward([Feed(seq, texts[seq][:length], 0)], 1)
+            ask(member, [Feed(seq, texts[seq][:length], 0)], 1)
     for _ in range(5):
         feeds, expected = [], []
         for seq in rng.sample(sorted(texts), rng.randint(2, 9)):
@@ -203,7 +203,7 @@ def test_together_is_apart(member: LocalMember) -> None:
     for seq, (begin, _) in cuts.items():
         for offset in (0, 20):
             if begin:
-                member.forward([Feed(seq + offset, texts[seq][:begin], 0)], 1)
+                ask(member, [Feed(seq + offset, texts[seq][:begin], 0)], 1)
     together = whole(member, feeds(0))
     apart = torch.cat([whole(member, [feed]) for feed in feeds(20)])
     torch.testing.assert_close(together, apart, **EXACT)
@@ -224,10 +224,9 @@ def test_any_cut_of_a_prefill_is_the_whole(member: LocalMember, original: Any, c
 def test_rollback_is_a_fresh_prefill(member: LocalMember, original: Any, kept: int) -> None:
     """Far past Gemma 3's window of 8, back to before it and within it, then other tokens."""
     ids, other = random_ids(member, 60, seed=4), random_ids(member, 30, seed=5)
-    member.forward([Feed(1, ids, 0), Feed(2, ids[:50], 0)], 1)
-    member.rollback(1, kept)
+    ask(member, [Feed(1, ids, 0), Feed(2, ids[:50], 0)], 1)
     expected = own_logprobs(original, ids[:kept] + other)[kept:]
-    first = whole(member, [Feed(1, other[:9], 9), Feed(2, [5])])[:9]
+    first = whole(member, [Feed(1, other[:9], 9, keep=kept), Feed(2, [5])])[:9]
     rest = whole(member, [Feed(1, other[9:], 21)])
     torch.testing.assert_close(torch.cat([first, rest]), expected, **EXACT)
     member.check_cache()
@@ -238,7 +237,7 @@ def test_rows_follow_feeds_and_positions(member: LocalMember, original: Any) -> 
     """Long feeds stand last in the pass, not in the answer."""
     texts = {seq: random_ids(member, 20, seed=seq) for seq in range(4)}
     feeds = [Feed(3, texts[3][:9], 3), Feed(0, texts[0][:2], 2), Feed(2, texts[2][:6], 0), Feed(1, texts[1][:4])]
-    found = member.forward(feeds, 5)
+    found = ask(member, feeds, 5)
     own = [own_logprobs(original, feed.token_ids)[len(feed.token_ids) - feed.wanted :] for feed in feeds]
     best = torch.cat(own).topk(5, dim=1)
     assert len(found) == 6
@@ -267,7 +266,7 @@ def test_a_failed_forward_advances_nothing(
 ) -> None:
     """It dies after all layers have written; then the same feeds go through."""
     ids = random_ids(member, 30, seed=6)
-    member.forward([Feed(1, ids[:20], 0)], 1)
+    ask(member, [Feed(1, ids[:20], 0)], 1)
     feeds = [Feed(1, ids[20:], 10), Feed(2, ids[:10], 10)]
     body = member._body
     with monkeypatch.context() as patch:
@@ -275,7 +274,7 @@ def test_a_failed_forward_advances_nothing(
         with pytest.raises(
             MemberError, match=f"member '{member.name}': forward failed: RuntimeError: out of luck"
         ):
-            member.forward(feeds, 3)
+            ask(member, feeds, 3)
     assert [member._cache.length(seq) for seq in (1, 2)] == [20, 0]
     member.check_cache()
     expected = torch.cat([own_logprobs(original, ids)[20:], own_logprobs(original, ids[:10])])
@@ -312,7 +311,7 @@ def test_a_sequence_that_is_not_finite_harms_no_other(
     member.release(1)
     if isinstance(member._cache, KVCache):
         assert member._cache.row(3).index == 0
-    member.forward([Feed(3, ids[:2], 0)], 1)  # short, in the sick one's row, grouped with a long one
+    ask(member, [Feed(3, ids[:2], 0)], 1)  # short, in the sick one's row, grouped with a long one
     after = whole(member, [Feed(3, ids[2:3]), Feed(2, ids[32:33])])
     expected = torch.stack([own_logprobs(original, ids[:3])[2], own_logprobs(original, ids[:33])[32]])
     torch.testing.assert_close(after, expected, **EXACT)
@@ -321,14 +320,14 @@ def test_a_sequence_that_is_not_finite_harms_no_other(
 @pytest.mark.parametrize("misuse", ["too long", "no row", "twice"])
 @pytest.mark.parametrize("kind", ["llama"])
 def test_misuse_is_an_error_that_advances_nothing(member: LocalMember, misuse: str) -> None:
-    member.forward([Feed(0, [5] * 150, 0)], 1)
+    ask(member, [Feed(0, [5] * 150, 0)], 1)
     feeds = {
         "too long": [Feed(0, [5] * 11)],
         "no row": [Feed(seq, [5]) for seq in range(member.num_pages + 1)],
         "twice": [Feed(0, [5]), Feed(0, [6])],
     }[misuse]
     with pytest.raises(MemberError, match="AssertionError"):
-        member.forward(feeds, 1)
+        ask(member, feeds, 1)
     assert member._cache.length(0) == 150
     member.check_cache()
 
@@ -365,8 +364,8 @@ def test_reuse_is_a_fresh_prefill(
 ) -> None:
     """From a running sequence and from one that is gone, to its end or before it, past Gemma 3's window of 8."""
     ids, other = random_ids(member, 60, seed=11), random_ids(member, 20, seed=12)
-    member.forward([Feed(1, ids, 0), Feed(2, other, 0)], 1)
-    member.rollback(1, held)
+    ask(member, [Feed(1, ids, 0), Feed(2, other, 0)], 1)
+    member._cache.rollback(1, held)
     if not running:
         member.release(1, keep=True)
     prompt = ids[:shared] + other
@@ -392,7 +391,7 @@ def test_prefixes_that_make_way_for_each_other_stay_exact(member: LocalMember, o
         reused += found >= 30
         feed, text = prompt[found:], []
         for _ in range(3):
-            feed = [int(member.forward([Feed(turn % 5, feed)], 4).token_ids[0, 0])]
+            feed = [int(ask(member, [Feed(turn % 5, feed)], 4).token_ids[0, 0])]
             text += feed
         member.check_cache()
         member.release(turn % 5, keep=True)
@@ -406,7 +405,7 @@ def test_a_poisoned_prompt_is_never_reused(member: LocalMember, original: Any, p
     """It is prefilled without an answer, so nobody has seen that it is not finite."""
     ids = [i if i != poisoned else 8 for i in random_ids(member, 40, seed=7)]
     sick = [*ids[:20], poisoned, *ids[20:]]
-    member.forward([Feed(1, sick, 0)], 1)
+    ask(member, [Feed(1, sick, 0)], 1)
     assert member.reuse(2, sick) == 0
     member.release(1, keep=True)
     assert member.reuse(3, sick) == 0

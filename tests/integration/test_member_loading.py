@@ -17,7 +17,7 @@ from torch import nn
 from ensemble_core.config import MemberConfig
 from ensemble_core.errors import CheckpointError, ConfigError, UnisonoError, UnsupportedModelError
 from ensemble_core.members.attention import rows as attention
-from ensemble_core.members.base import Feed
+from ensemble_core.members.base import Feed, ask
 from ensemble_core.members.body.flat import FlatBody
 from ensemble_core.members.body.transformers import TransformersBody
 from ensemble_core.members.loading.checkpoints import resolve_folder
@@ -349,9 +349,9 @@ def test_survey_wants_one_attention_a_layer(layers: list[int]) -> None:
 def test_a_device_map_answers_as_one_device(tmp_path: Path, device_map: Any) -> None:
     folder = saved(tmp_path, llama())
     ids = list(range(3, 23))
-    expected = load(folder).forward([Feed(1, ids, 20)], SIZE).logprobs
+    expected = ask(load(folder), [Feed(1, ids, 20)], SIZE).logprobs
     member = load(folder, device="auto", device_map=device_map)
-    found = member.forward([Feed(1, ids, 20)], SIZE).logprobs
+    found = ask(member, [Feed(1, ids, 20)], SIZE).logprobs
     torch.testing.assert_close(found.cpu(), expected, atol=1e-4, rtol=1e-4)
 
 
@@ -361,7 +361,7 @@ def test_accelerate_hooks_pass_the_packed_forward_through(tmp_path: Path) -> Non
 
     folder = saved(tmp_path, llama())
     ids = list(range(3, 23))
-    expected = load(folder).forward([Feed(1, ids, 20)], SIZE).logprobs
+    expected = ask(load(folder), [Feed(1, ids, 20)], SIZE).logprobs
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     device_map = {
         "model.embed_tokens": "cpu",
@@ -372,7 +372,7 @@ def test_accelerate_hooks_pass_the_packed_forward_through(tmp_path: Path) -> Non
     model = dispatch_model(model, device_map | {"lm_head": "cpu"}, main_device="cpu", force_hooks=True)
     assert hasattr(model.model.layers[0], "_hf_hook")
     member = make_member("tiny", model, letters(), config_of(folder))
-    found = member.forward([Feed(1, ids, 20)], SIZE).logprobs
+    found = ask(member, [Feed(1, ids, 20)], SIZE).logprobs
     torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-5)
 
 

@@ -23,7 +23,7 @@ from starlette.testclient import TestClient
 
 from ensemble_core.config import ServerConfig
 from server.edge.app import create_app
-from server.edge.metrics import PrometheusSink
+from server.edge.metrics import PrometheusMetrics
 from server.schema.chat import ChatRequest
 from server.schema.completions import CompletionRequest
 from server.schema.tokenizers import DetokenizeRequest, TokenizeRequest
@@ -53,7 +53,7 @@ def runtime() -> FakeRuntime:
 
 @cache
 def app() -> Any:
-    return create_app(runtime(), ServerConfig(max_choices=8), PrometheusSink())  # type: ignore[arg-type]
+    return create_app(runtime(), ServerConfig(max_choices=8), PrometheusMetrics())  # type: ignore[arg-type]
 
 
 document = schemathesis.openapi.from_asgi("/openapi.json", app())
@@ -86,7 +86,7 @@ def test_the_fuzz_went_past_the_checks() -> None:
 
 @pytest.fixture(scope="module")
 def client() -> Iterator[TestClient]:
-    fresh = create_app(FakeRuntime(), ServerConfig(max_choices=8), PrometheusSink())  # type: ignore[arg-type]
+    fresh = create_app(FakeRuntime(), ServerConfig(max_choices=8), PrometheusMetrics())  # type: ignore[arg-type]
     with TestClient(fresh, raise_server_exceptions=False) as client:
         yield client
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from ensemble_core.config import MemberConfig, load_config
 from ensemble_core.decoding.sampling_params import SamplingParams
 from ensemble_core.llm import LLM
-from ensemble_core.members.base import Feed
+from ensemble_core.members.base import Feed, ask
 from ensemble_core.members.body.graphs import GraphedBody, eagerly
 from ensemble_core.members.cache.pages import PagedCache
 from ensemble_core.members.loading.checkpoints import load_vocabulary
@@ -125,7 +125,7 @@ def test_graphs_that_fail_or_differ_are_done_without(
     assert not isinstance(member._body, GraphedBody)
     assert member.free_pages == member.num_pages
     member.check_cache()
-    assert member.forward([Feed(1, [5, 6, 7])], 4).logprobs.isfinite().all()
+    assert ask(member, [Feed(1, [5, 6, 7])], 4).logprobs.isfinite().all()
 
 
 def test_graphs_need_pages(tiny_checkpoints: dict[Kind, Path]) -> None:

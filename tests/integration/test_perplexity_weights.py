@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -53,13 +54,13 @@ def test_likelihoods_are_transformers_own_whatever_else_is_fed(
     ids = torch.randint(3, len(member.vocabulary) - 3, (40,), generator=torch.Generator().manual_seed(7)).tolist()
     asked = (*ids[1:20], -1, *ids[21:], -1)
     feeds = [Feed(0, ids[:9], 2), Feed(1, ids, 1, (), asked), Feed(2, ids[:30], 0)]
-    answer = member.forward(feeds, 16)
+    found = member.forward([replace(feed, top_k=16) for feed in feeds])
     own = own_logprobs(tiny_checkpoints[kind], ids)
     expected = sum(own[at, token_id].item() for at, token_id in enumerate(asked) if token_id >= 0)
-    assert answer.likelihoods == (0.0, pytest.approx(expected, rel=1e-5), 0.0)
-    plain = member.forward([Feed(3, ids[:9], 2), Feed(4, ids, 1)], 16)
+    assert found.likelihoods == (0.0, pytest.approx(expected, rel=1e-5), 0.0)
+    plain = member.forward([Feed(3, ids[:9], 2, top_k=16), Feed(4, ids, 1, top_k=16)])
     assert plain.likelihoods == ()
-    torch.testing.assert_close(answer.logprobs, plain.logprobs, atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(found.joined().logprobs, plain.joined().logprobs, atol=2e-5, rtol=1e-5)
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,7 @@ from ensemble_core import factory
 from ensemble_core.config import Config
 from ensemble_core.decoding.requests import Conversation, GenerationRequest, Output
 from ensemble_core.decoding.sampling_params import SamplingParams
+from ensemble_core.engine import News
 from ensemble_core.errors import (
     CheckpointError,
     InvalidRequestError,
@@ -23,7 +24,7 @@ from ensemble_core.errors import (
 )
 from ensemble_core.factory import Loaded
 from ensemble_core.runtime import Runtime
-from ensemble_core.stats import StatsSink
+from ensemble_core.stats import Record
 
 Members = dict[str, FakeMember]
 
@@ -45,8 +46,8 @@ def runtime(members: Members, monkeypatch: pytest.MonkeyPatch) -> Iterator[Runti
 
 @contextmanager
 def started(members: Members, monkeypatch: pytest.MonkeyPatch, **sections: object) -> Iterator[Runtime]:
-    def load(config: Config, sink: StatsSink) -> Loaded:
-        return fake_loaded(config, members, sink)
+    def load(config: Config, record: Record) -> Loaded:
+        return fake_loaded(config, members, record)
 
     monkeypatch.setattr(factory, "load", load)
     made = Runtime(fake_config(**sections))  # type: ignore[arg-type]
@@ -150,7 +151,7 @@ def test_nothing_is_taken_while_loading(members: Members, monkeypatch: pytest.Mo
 
 
 def test_a_failure_to_load_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    def load(config: Config, sink: StatsSink) -> Loaded:
+    def load(config: Config, record: Record) -> Loaded:
         raise CheckpointError("no weights here")
 
     monkeypatch.setattr(factory, "load", load)
@@ -173,11 +174,15 @@ def test_a_member_that_fails_ends_its_requests_alone(runtime: Runtime, members: 
     wait_empty(members)
 
 
-def test_an_engine_that_breaks_ends_every_stream(runtime: Runtime, members: Members) -> None:
+def test_an_engine_that_breaks_ends_every_stream(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> list[News]:
+        raise ZeroDivisionError("a bug")
+
     async def both() -> dict[int, list[Output]]:
         first = await runtime.submit([request(240), request(240)])
         second = await runtime.submit([request(240)])
-        members["alpha"].breaks = ZeroDivisionError("a bug")
+        assert runtime._loaded is not None
+        monkeypatch.setattr(runtime._loaded.engine, "step", broken)
         outputs: dict[int, list[Output]] = {0: [], 1: []}
         async for index, output in first:
             outputs[index].append(output)

@@ -9,7 +9,7 @@ from concurrent.futures import Future
 from typing import Any
 
 import pytest
-from fakes import FakeMember, ListSink, byte_vocabulary, fake_config, fake_loaded, pair_vocabulary
+from fakes import FakeMember, Records, byte_vocabulary, fake_config, fake_loaded, pair_vocabulary
 
 from ensemble_core.decoding.recipe import Recipe
 from ensemble_core.decoding.requests import GenerationRequest, Output, Overrides, Prompt, TokenLogprob
@@ -17,7 +17,7 @@ from ensemble_core.decoding.sampling_params import SamplingParams
 from ensemble_core.decoding.sequence import Phase
 from ensemble_core.decoding.sequence import Sequence as Request
 from ensemble_core.members.parallel import _Late
-from ensemble_core.stats import Cause, DropStats, HealthStats
+from ensemble_core.stats import Cause, DropStats, HealthStats, StepStats
 
 WEIGHTS = {"alpha": 0.5, "beta": 0.25, "gamma": 0.25}
 FUSIONS: dict[str, dict[str, Any]] = {
@@ -55,11 +55,11 @@ class Bench:
         }
         ensembles["strict"] = base | {"fusion": {"name": "projection"}}
         ensembles["weighed"] = ensembles["linear"] | {"weighting": {"by": "perplexity", "tau": 0.5}}
-        self.sink = ListSink()
+        self.records = Records()
         config = fake_config(
             tuple(self.members), ensembles=ensembles, scheduler={"num_candidates": 32} | scheduler
         )
-        self.loaded = fake_loaded(config, self.members, self.sink)
+        self.loaded = fake_loaded(config, self.members, self.records.append)
         self.engine = self.loaded.engine
         self.outputs: dict[int, list[Output]] = {}
 
@@ -136,7 +136,7 @@ def test_what_is_left_is_the_smaller_ensemble(fusion: str, cause: Cause, params:
     assert all(trace.left_out == gone for trace in traces)
     assert all(trace.members.keys() <= set(left) for trace in traces)
     assert all(trace.consulted == (len(trace.members) > 1) for trace in traces)
-    assert all(step.fusions[0].agreed.keys() <= {"gamma"} for step in bench.sink.steps if step.fusions)
+    assert all(step.fusions[0].agreed.keys() <= {"gamma"} for step in bench.records.of(StepStats) if step.fusions)
 
 
 @pytest.mark.parametrize("cause", ["exception", "non_finite"])
@@ -224,8 +224,8 @@ def test_the_request_fails_with_main_and_where_it_is_told_to(model: str, member:
         bench.step()
     assert bench.last(request).finish_reason == "error"
     assert f"member '{member}'" in (bench.last(request).error or "")
-    assert bench.sink.healths == [HealthStats(member, cause)]
-    assert not bench.sink.drops
+    assert bench.records.of(HealthStats) == [HealthStats(member, cause)]
+    assert not bench.records.of(DropStats)
     bench.close()
 
 
@@ -239,12 +239,12 @@ def test_a_member_that_recovers_serves_the_next_request(cause: Cause, caplog: py
     told = [record.getMessage() for record in caplog.records if "beta" in record.getMessage()]
     assert len(told) == 1
     assert first.request.request_id in told[0]
-    assert bench.sink.drops == [DropStats("linear", "beta", cause)]
-    assert bench.sink.healths == [HealthStats("beta", cause)]
+    assert bench.records.of(DropStats) == [DropStats("linear", "beta", cause)]
+    assert bench.records.of(HealthStats) == [HealthStats("beta", cause)]
     second = bench.add("linear", "bad")
     bench.run()
     assert bench.said(second) == alone("linear", "bad", SAMPLED)
-    assert bench.sink.healths == [HealthStats("beta", cause), HealthStats("beta", None)]
+    assert bench.records.of(HealthStats) == [HealthStats("beta", cause), HealthStats("beta", None)]
 
 
 def test_a_late_member_is_done_without_until_it_is_back() -> None:
@@ -267,7 +267,7 @@ def test_a_late_member_is_done_without_until_it_is_back() -> None:
     last = bench.add("linear", "cab")
     bench.run()
     assert bench.said(last) == alone("linear", "cab", SAMPLED)
-    assert bench.sink.healths == [HealthStats("beta", "timeout"), HealthStats("beta", None)]
+    assert bench.records.of(HealthStats) == [HealthStats("beta", "timeout"), HealthStats("beta", None)]
     bench.close()
 
 

@@ -7,10 +7,11 @@ from dataclasses import replace
 import torch
 from fakes import FakeMember, byte_vocabulary, ensemble, pair_vocabulary, sequence
 
-from ensemble_core.decoding.modes.lockstep import Outcome, Row, decide
+from ensemble_core.decoding.modes.base import Outcome, Turn
+from ensemble_core.decoding.modes.lockstep import Lockstep
 from ensemble_core.decoding.recipe import Recipe
 from ensemble_core.decoding.sampling_params import SamplingParams
-from ensemble_core.members.base import Candidates, Feed
+from ensemble_core.members.base import Answers, Feed
 
 ALPHA = FakeMember("alpha", byte_vocabulary(), seed=1)
 BETA = FakeMember("beta", pair_vocabulary(), seed=2)
@@ -20,37 +21,45 @@ TURNED = ensemble([BETA, ALPHA])
 CLOSED = ensemble([ALPHA, BETA], support="closed")
 ALONE = ensemble([ALPHA])
 MEMBERS = {"alpha": ALPHA, "beta": BETA}
+NUM_CANDIDATES = 32
 
 
-def rows(recipes: list[Recipe], prompts: list[str]) -> tuple[list[Row], dict[str, Candidates]]:
+def answered(recipes: list[Recipe], prompts: list[str]) -> tuple[list[Turn], dict[str, Answers]]:
     """Prefilled sequences, one a recipe, and the members' answers for all of them in one forward each."""
     feeds: dict[str, list[Feed]] = {}
-    made = []
+    turns = []
     for seq_id, (recipe, prompt) in enumerate(zip(recipes, prompts, strict=True)):
         each = sequence(seq_id, prompt, [MEMBERS[name] for name in recipe.members], recipe, GREEDY)
-        places = {}
+        numbers = {}
         for name in recipe.members:
-            places[name] = len(feeds.setdefault(name, []))
-            feeds[name].append(Feed(seq_id, each.tracks[name].prompt_ids))
-        made.append(Row(each, places))
-    answers = {name: MEMBERS[name].forward(own, 10**6) for name, own in feeds.items()}
+            whole = recipe.fusion is not None and recipe.fusion.full_vocabulary
+            top_k = len(MEMBERS[name].vocabulary) if whole else NUM_CANDIDATES
+            numbers[name] = len(feeds.setdefault(name, []))
+            feeds[name].append(Feed(seq_id, each.tracks[name].prompt_ids, top_k=top_k))
+        turns.append(Turn(each, numbers))
+    answers = {name: MEMBERS[name].forward(own) for name, own in feeds.items()}
     for name, own in feeds.items():
         for feed in own:
             MEMBERS[name].release(feed.seq_id)
-    return made, answers
+    return turns, answers
+
+
+def decide(turns: list[Turn], answers: dict[str, Answers]) -> Outcome:
+    return Lockstep().decide(turns, answers, NUM_CANDIDATES)
 
 
 def tokens(outcome: Outcome) -> dict[int, int]:
-    return {decision.sequence.seq_id: decision.token_id for decision in outcome.decisions}
+    """The token of each sequence, -1 where it fails."""
+    return {d.sequence.seq_id: d.tokens[0].token_id if d.error is None else -1 for d in outcome.decisions}
 
 
 def test_rows_of_different_recipes_get_what_they_get_alone() -> None:
     recipes = [DUO, ALONE, TURNED, DUO, CLOSED, ALONE, TURNED]
     prompts = ["a", "ab", "abc", "d\n", "ee", "c", "bad"]
-    outcome = decide(*rows(recipes, prompts), num_candidates=32)
+    outcome = decide(*answered(recipes, prompts))
     found = tokens(outcome)
     for seq_id, (recipe, prompt) in enumerate(zip(recipes, prompts, strict=True)):
-        single = decide(*rows([recipe], [prompt]), num_candidates=32)
+        single = decide(*answered([recipe], [prompt]))
         assert found[seq_id] == tokens(single)[0]
     assert len(outcome.fusions) == 4  # one for each recipe
 
@@ -59,7 +68,7 @@ def test_weights_are_each_rows_own() -> None:
     def weighted(share: float) -> Recipe:
         return Recipe("m", DUO.members, (share, 1 - share), DUO.fusion, "relative")
 
-    outcome = decide(*rows([weighted(1.0), weighted(0.5), weighted(0.0)], ["ab"] * 3), num_candidates=32)
+    outcome = decide(*answered([weighted(1.0), weighted(0.5), weighted(0.0)], ["ab"] * 3))
     (group,) = outcome.fusions
     assert group.agreed.keys() == {"beta"}
     found = tokens(outcome)
@@ -73,10 +82,10 @@ def test_weights_are_each_rows_own() -> None:
 
 
 def test_a_row_that_is_not_finite_counts_nowhere() -> None:
-    made, answers = rows([DUO, DUO, DUO], ["a", "b", "c"])
-    clean = tokens(decide(made, answers, num_candidates=32))
-    answers["beta"].logprobs[1] = torch.nan
-    outcome = decide(made, answers, num_candidates=32)
+    made, answers = answered([DUO, DUO, DUO], ["a", "b", "c"])
+    clean = tokens(decide(made, answers))
+    answers["beta"].blocks[0].logprobs[1] = torch.nan
+    outcome = decide(made, answers)
     assert tokens(outcome) == {**clean, 1: -1}
     (group,) = outcome.fusions
     assert sum(group.agreed["beta"]) == 2
@@ -84,25 +93,25 @@ def test_a_row_that_is_not_finite_counts_nowhere() -> None:
 
 
 def test_agreement_is_of_bytes() -> None:
-    made, answers = rows([DUO], ["ab"])
+    made, answers = answered([DUO], ["ab"])
     for name, byte in (("alpha", ord("c")), ("beta", ord("c"))):
         logits = torch.full((1, len(MEMBERS[name].vocabulary)), -20.0)
         logits[0, byte] = 0.0
-        answers[name].logprobs.copy_(logits.log_softmax(dim=1))
-    (group,) = decide(made, answers, num_candidates=32).fusions
+        answers[name].blocks[0].logprobs.copy_(logits.log_softmax(dim=1))
+    (group,) = decide(made, answers).fusions
     assert (group.agreed, group.overruled) == ({"beta": (1, 0)}, 0)
     logits = torch.full((1, len(BETA.vocabulary)), -20.0)
     logits[0, BETA.vocabulary.ids_by_bytes[b"cd"]] = 0.0
-    answers["beta"].logprobs.copy_(logits.log_softmax(dim=1))
-    (group,) = decide(made, answers, num_candidates=32).fusions
+    answers["beta"].blocks[0].logprobs.copy_(logits.log_softmax(dim=1))
+    (group,) = decide(made, answers).fusions
     assert (group.agreed, group.overruled) == ({"beta": (0, 1)}, 0)
 
 
 def test_of_equals_that_a_constraint_allows_the_lowest_is_in_reach() -> None:
-    made, answers = rows([ALONE], ["ab"])
+    made, answers = answered([ALONE], ["ab"])
     whole = answers["alpha"]
     answers["alpha"] = replace(whole, logprobs=torch.full_like(whole.logprobs, -5.5))
     mask = torch.zeros(len(ALPHA.vocabulary), dtype=torch.bool)
     mask[50:250] = True
-    outcome = decide([replace(made[0], mask=mask)], answers, num_candidates=32)
+    outcome = decide([replace(made[0], mask=mask)], answers)
     assert tokens(outcome) == {0: 50}

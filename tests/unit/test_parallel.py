@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator
 
 import pytest
 from fakes import FakeMember
 
+from ensemble_core.errors import MemberError, MemberTimeoutError
 from ensemble_core.members.base import Feed
-from ensemble_core.members.parallel import Answer, MemberPool
+from ensemble_core.members.parallel import Attempt, MemberPool
 
 LATE = 0.4  # seconds; far more than a fake's forward takes
 Members = dict[str, FakeMember]
@@ -17,14 +19,14 @@ Members = dict[str, FakeMember]
 
 @pytest.fixture
 def members() -> Iterator[Members]:
-    made = {name: FakeMember(name, device=device) for name, device in (("a", "cpu"), ("b", "cpu"), ("c", "meta"))}
+    made = {name: FakeMember(name, lane=lane) for name, lane in (("a", "cpu"), ("b", "cpu"), ("c", "gpu"))}
     yield made
     for member in made.values():
         member.gate.set()
 
 
-def forward(pool: MemberPool, *names: str, seq_id: int = 1) -> dict[str, Answer]:
-    return pool.forward({name: [Feed(seq_id, [97, 98])] for name in names}, dict.fromkeys(names, 4))
+def forward(pool: MemberPool, *names: str, seq_id: int = 1) -> dict[str, Attempt]:
+    return pool.forward({name: [Feed(seq_id, [97, 98], top_k=4)] for name in names})
 
 
 def settle(pool: MemberPool) -> None:
@@ -39,7 +41,7 @@ def test_a_late_forward_is_a_failure_and_harms_no_other(members: Members) -> Non
     pool = MemberPool(members, LATE)
     members["a"].gate.clear()
     answers = forward(pool, "a", "b", "c")
-    assert (answers["a"].failure, answers["a"].candidates) == ("timeout", None)
+    assert (answers["a"].failure, answers["a"].answers) == ("timeout", None)
     assert "member_timeout" in str(answers["a"].error)
     assert LATE <= answers["a"].ended - answers["a"].started < LATE + 5.0
     assert answers["b"].failure is answers["c"].failure is None
@@ -58,31 +60,66 @@ def test_nobody_touches_a_busy_member(members: Members) -> None:
     forward(pool, "a", seq_id=7)
     member.gate.clear()
     forward(pool, "a", seq_id=8)
-    pool.rollback("a", 7, 1)
-    pool.release("a", 8)
-    assert (member.cached, member.rollbacks) == ({7: [97, 98]}, [])
+    pool.release("a", 7)
+    assert member.cached == {7: [97, 98]}
     pool.settle()
     assert pool.busy == {"a"}
     with pytest.raises(AssertionError, match="busy"):
         forward(pool, "a", seq_id=9)
     member.gate.set()
     settle(pool)
-    assert (member.cached, member.rollbacks) == ({7: [97]}, [(7, 1)])
-    pool.release("a", 7)
+    assert member.cached == {8: [97, 98]}
+    pool.release("a", 8)
     assert member.is_empty
     pool.close()
 
 
-def test_what_a_late_forward_raises_is_told_when_it_is_back(members: Members) -> None:
+def test_what_a_late_call_raises_is_logged_when_it_is_back(
+    members: Members, caplog: pytest.LogCaptureFixture
+) -> None:
     pool = MemberPool(members, LATE)
     members["a"].gate.clear()
     members["a"].breaks = ZeroDivisionError("a bug")
     forward(pool, "a")
     members["a"].gate.set()
-    with pytest.raises(ZeroDivisionError, match="a bug"):
-        settle(pool)
+    settle(pool)
+    assert "its late call failed: a bug" in caplog.text
     members["b"].fails_on = {1}
     assert forward(pool, "b")["b"].failure == "exception"
+    pool.close()
+
+
+@pytest.mark.parametrize("timeout", [None, 30.0])
+def test_whatever_a_member_raises_is_a_failure_of_that_call(members: Members, timeout: float | None) -> None:
+    pool, bug = MemberPool(members, timeout), ZeroDivisionError("a bug")
+    members["a"].breaks = bug
+    members["a"].broken_calls = {"reuse": bug, "release": bug}
+    attempts = forward(pool, "a", "b", "c")
+    assert attempts["a"].failure == "exception"
+    assert "ZeroDivisionError: a bug" in str(attempts["a"].error)
+    assert attempts["b"].failure is attempts["c"].failure is None
+    found = pool.reuse({"a": {2: [97]}, "b": {2: [97], 3: [97, 98]}})
+    assert isinstance(found["a"][2], MemberError)
+    assert found["b"] == {2: 1, 3: 2}
+    pool.release("a", 1)  # nobody is left to be told
+    pool.release("b", 1)
+    assert members["b"].cached.keys() == {2, 3}
+    pool.close()
+
+
+def test_a_late_reuse_is_a_failure(members: Members) -> None:
+    pool, gate = MemberPool(members, LATE), threading.Event()
+
+    def blocked(seq_id: int, token_ids: object) -> int:
+        gate.wait(10.0)
+        return 0
+
+    members["a"].reuse = blocked  # type: ignore[method-assign, assignment]
+    found = pool.reuse({"a": {5: [97], 6: [98]}})["a"]
+    assert [type(each) for each in found.values()] == [MemberTimeoutError, MemberError]
+    assert pool.busy == {"a"}
+    gate.set()
+    settle(pool)
     pool.close()
 
 
@@ -94,5 +131,5 @@ def test_without_a_time_out_forwards_run_in_the_callers_thread() -> None:
     pool.close()
     timed = MemberPool(members, 30.0)
     forward(timed, "a", seq_id=2)
-    assert members["a"].threads == {"MainThread", "forward-a"}
+    assert members["a"].threads == {"MainThread", "member-a"}
     timed.close()

@@ -13,7 +13,7 @@ import torch
 
 from ensemble_core.config import MemberConfig
 from ensemble_core.errors import ConfigError, MemberError
-from ensemble_core.members.base import Candidates, Feed
+from ensemble_core.members.base import Answers, Candidates, Feed, Span
 from ensemble_core.members.loading.placement import log_plan, resolve_device
 from ensemble_core.members.parallel import MemberPool
 
@@ -21,46 +21,47 @@ FEEDS = [Feed(1, [5])]
 SECONDS = 5.0  # that a member waits for the others
 
 
-def answer(value: float) -> Candidates:
-    return Candidates(torch.zeros(1, 1, dtype=torch.long), torch.full((1, 1), value), torch.zeros(1))
+def answer(value: float) -> Answers:
+    candidates = Candidates(torch.zeros(1, 1, dtype=torch.long), torch.full((1, 1), value), torch.zeros(1))
+    return Answers((candidates,), (Span(0, 0, 1),))
 
 
-def fake(device: str, forward: Callable[[], Candidates]) -> Any:
-    def run(feeds: Sequence[Feed], top_k: int) -> Candidates:
+def fake(lane: str, forward: Callable[[], Answers]) -> Any:
+    def run(feeds: Sequence[Feed]) -> Answers:
         assert feeds == FEEDS
         return forward()
 
-    return SimpleNamespace(device=torch.device(device), forward=run)
+    return SimpleNamespace(lane=lane, forward=run)
 
 
-def failing() -> Candidates:
+def failing() -> Answers:
     raise MemberError("sick", "out of luck")
 
 
 def all_of(pool: MemberPool, *names: str) -> Any:
-    return pool.forward(dict.fromkeys(names, FEEDS), dict.fromkeys(names, 4))
+    return pool.forward(dict.fromkeys(names, FEEDS))
 
 
-def test_members_on_different_devices_meet() -> None:
+def test_members_of_different_lanes_meet() -> None:
     """Each waits within its forward until all three are in theirs."""
     barrier = threading.Barrier(3)
 
-    def meet() -> Candidates:
+    def meet() -> Answers:
         return answer(float(barrier.wait(SECONDS) >= 0))
 
     pool = MemberPool({f"m{i}": fake(f"cuda:{i}", meet) for i in range(3)})
     for _ in range(3):
         answers = all_of(pool, "m0", "m1", "m2")
         assert sorted(answers) == ["m0", "m1", "m2"]
-        assert all(each.candidates is not None and each.error is None for each in answers.values())
+        assert all(each.answers is not None and each.error is None for each in answers.values())
         assert max(each.started for each in answers.values()) <= min(each.ended for each in answers.values())
     pool.close()
 
 
-def test_members_of_one_device_take_turns() -> None:
+def test_members_of_one_lane_take_turns() -> None:
     lock = threading.Lock()
 
-    def alone() -> Candidates:
+    def alone() -> Answers:
         assert lock.acquire(blocking=False), "two members at once on one device"
         threading.Event().wait(0.01)
         lock.release()
@@ -72,14 +73,14 @@ def test_members_of_one_device_take_turns() -> None:
     pool.close()
 
 
-@pytest.mark.parametrize("device", ["cpu", "cuda:1"])
-def test_a_failing_member_stops_no_other(device: str) -> None:
-    pool = MemberPool({"sick": fake("cpu", failing), "well": fake(device, lambda: answer(2.0))})
+@pytest.mark.parametrize("lane", ["cpu", "node-7/cpu"])
+def test_a_failing_member_stops_no_other(lane: str) -> None:
+    pool = MemberPool({"sick": fake("cpu", failing), "well": fake(lane, lambda: answer(2.0))})
     answers = all_of(pool, "sick", "well")
-    assert answers["sick"].candidates is None
+    assert answers["sick"].answers is None
     assert str(answers["sick"].error) == "member 'sick': out of luck"
     assert answers["well"].error is None
-    assert answers["well"].candidates.logprobs.tolist() == [[2.0]]
+    assert answers["well"].answers.of(0).logprobs.tolist() == [[2.0]]
     pool.close()
 
 

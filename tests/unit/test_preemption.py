@@ -7,12 +7,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import pytest
-from fakes import FakeMember, ListSink, byte_vocabulary, fake_config, fake_loaded, pair_vocabulary
+from fakes import FakeMember, Records, byte_vocabulary, fake_config, fake_loaded, pair_vocabulary
 
 from ensemble_core.decoding.requests import GenerationRequest, Output
 from ensemble_core.decoding.sampling_params import SamplingParams
 from ensemble_core.decoding.sequence import Phase
 from ensemble_core.decoding.sequence import Sequence as Request
+from ensemble_core.stats import PreemptionStats
 
 SCHEMA = '{"type": "object", "properties": {"a": {"enum": ["b", "é"]}}, "required": ["a"]}'
 PROMPTS = ["abc de", "a", "deed 中文 bad", "cab cab cab ", "be 😀 e"]
@@ -27,9 +28,9 @@ class Bench:
             "alpha": FakeMember("alpha", byte_vocabulary(), seed=1, **options),  # type: ignore[arg-type]
             "beta": FakeMember("beta", pair_vocabulary(), seed=2, **options),  # type: ignore[arg-type]
         }
-        self.sink = ListSink()
+        self.records = Records()
         config = fake_config(scheduler={"num_candidates": 32} | scheduler)
-        self.loaded = fake_loaded(config, self.members, self.sink)
+        self.loaded = fake_loaded(config, self.members, self.records.append)
         self.engine, self.outputs, self.preempted = self.loaded.engine, dict[int, list[Output]](), list[Phase]()
         self._watch()
 
@@ -134,7 +135,7 @@ def test_everybody_ends_with_the_text_that_it_has_alone(seed: int, page_size: in
             bench.step()
     bench.run()
     assert bench.preempted or page_size == 16, "there is no want of pages"
-    assert len(bench.sink.preemptions) == len(bench.preempted)
+    assert len(bench.records.of(PreemptionStats)) == len(bench.preempted)
     for sequence, (model, prompt, _, params) in zip(made, wanted, strict=True):
         alone = Bench(page_size, num_pages)
         reference = alone.add(model, prompt, None, params)

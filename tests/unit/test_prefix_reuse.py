@@ -6,12 +6,13 @@ import random
 from collections.abc import Sequence
 
 import pytest
-from fakes import FakeMember, ListSink, byte_vocabulary, ensemble, fake_engine, pair_vocabulary, sequence
+from fakes import FakeMember, Records, byte_vocabulary, ensemble, fake_engine, pair_vocabulary, sequence
 
 from ensemble_core.decoding.sampling_params import SamplingParams
 from ensemble_core.decoding.sequence import Phase
 from ensemble_core.decoding.sequence import Sequence as Request
 from ensemble_core.engine import Engine
+from ensemble_core.stats import PrefixStats
 
 HEAD = "deed bad cab de " * 4
 GREEDY = SamplingParams(max_tokens=6, temperature=0.0)
@@ -47,8 +48,8 @@ def fed(member: FakeMember, seq_id: int) -> int:
 
 
 def test_a_shared_prefix_is_fed_once_and_changes_nothing() -> None:
-    members, sink, plain = pair(), ListSink(), pair()
-    engine, other = fake_engine(members, sink, prefix_reuse=True), fake_engine(plain)
+    members, records, plain = pair(), Records(), pair()
+    engine, other = fake_engine(members, records.append, prefix_reuse=True), fake_engine(plain)
     for seq_id, tail in enumerate(["abc", "ddd", "a"]):
         found = done(engine, members, HEAD + tail, GREEDY, seq_id)
         expected = done(other, plain, HEAD + tail, GREEDY, seq_id)
@@ -57,8 +58,8 @@ def test_a_shared_prefix_is_fed_once_and_changes_nothing() -> None:
             saved = {m.name: fed(old, seq_id) - fed(m, seq_id) for m, old in zip(members, plain, strict=True)}
             assert saved["alpha"] >= len(HEAD)
             assert saved["beta"] >= len(members[1].vocabulary.encode(HEAD)) - 1
-    assert {stats.member for stats in sink.prefixes} == {"alpha", "beta"}
-    assert sum(stats.num_tokens for stats in sink.prefixes if stats.member == "alpha") >= 2 * len(HEAD)
+    assert {stats.member for stats in records.of(PrefixStats)} == {"alpha", "beta"}
+    assert sum(stats.num_tokens for stats in records.of(PrefixStats) if stats.member == "alpha") >= 2 * len(HEAD)
 
 
 def test_the_last_token_of_a_prompt_is_always_fed() -> None:

@@ -11,7 +11,7 @@ from ensemble_core.config import Config
 from ensemble_core.decoding.requests import Overrides
 from ensemble_core.errors import ConfigError, InvalidRequestError, ModelNotFoundError, TransferMatrixError
 from ensemble_core.fusion.base import FusionSpace
-from ensemble_core.recipes import _MAX_FUSIONS, RecipeBook, check_fusions, list_models
+from ensemble_core.recipes import _MAX_FUSIONS, RecipeBook, check_strategies, list_models
 
 MEMBERS = {name: FakeMember(name) for name in ("alpha", "beta", "gamma")}
 TRIO = {
@@ -152,9 +152,9 @@ def test_missing_matrices_are_found_at_start_or_told_to_the_client() -> None:
 def test_configured_fusions_are_checked_with_their_path(fusion: dict[str, object], says: str) -> None:
     wrong = fake_config(tuple(MEMBERS), ensembles={"trio": {**TRIO, "fusion": fusion}})
     with pytest.raises(ConfigError, match=r"ensembles\.trio\.fusion") as caught:
-        check_fusions(wrong)
+        check_strategies(wrong)
     assert says in str(caught.value)
-    check_fusions(config())
+    check_strategies(config())
 
 
 def test_models_are_ensembles_then_members() -> None:

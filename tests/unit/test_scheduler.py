@@ -10,6 +10,7 @@ from collections.abc import Mapping
 import pytest
 from fakes import byte_vocabulary
 
+from ensemble_core.decoding.modes.lockstep import Lockstep
 from ensemble_core.decoding.pace import Work
 from ensemble_core.decoding.recipe import Recipe
 from ensemble_core.decoding.requests import GenerationRequest
@@ -26,7 +27,7 @@ CAPACITIES = {"alpha": Capacity(16, 24, 128), "beta": Capacity(32, 11, 96)}
 def make(seq_id: int, lengths: Mapping[str, int], max_tokens: int) -> Sequence:
     """A sequence with prompts of the given lengths, main first."""
     members = tuple(lengths)
-    recipe = Recipe("m", members, (1 / len(members),) * len(members), None, "none")
+    recipe = Recipe("m", members, (1 / len(members),) * len(members), None, "none", Lockstep())
     request = GenerationRequest(f"r{seq_id}", "m", "", SamplingParams(max_tokens=max_tokens))
     tracks = {member: Track(VOCABULARY, [97] * length) for member, length in lengths.items()}
     return Sequence(seq_id, request, recipe, tracks)
@@ -36,7 +37,7 @@ def feed(share: Share, rng: random.Random) -> None:
     """What the engine does with a share: cache it, append a token, align."""
     sequence = share.sequence
     for member, count in share.counts.items():
-        sequence.tracks[member].num_cached += count
+        sequence.tracks[member].cache(sequence.tracks[member].num_cached + count)
         assert sequence.tracks[member].num_uncached >= 0
     if share.decides:
         sequence.append(rng.choice([97, 98, 32, 0xC3, 0xA9]))
@@ -134,7 +135,10 @@ class Walk:
         tracks = share.sequence.tracks
         assert all(count > 0 for count in share.counts.values())
         if share.decides:
-            assert share.counts == {member: tracks[member].num_uncached for member in share.sequence.consulted}
+            assert share.sequence.recipe.mode is not None
+            plan = share.sequence.recipe.mode.plan(share.sequence)
+            assert share.counts == {member: ask.count for member, ask in plan.items()}
+            assert share.wanted == dict.fromkeys(plan, 1)
         else:
             assert share.prefill
             assert all(count < tracks[member].num_uncached for member, count in share.counts.items())

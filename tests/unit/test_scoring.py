@@ -11,7 +11,7 @@ from fakes import FakeMember, byte_vocabulary, ensemble, pair_vocabulary
 from ensemble_core.decoding.recipe import Recipe
 from ensemble_core.decoding.requests import TokenLogprob
 from ensemble_core.decoding.scoring import PromptScores
-from ensemble_core.members.base import Candidates, Feed
+from ensemble_core.members.base import Candidates, Feed, ask
 from ensemble_core.text.alignment import Track
 from ensemble_core.text.vocabulary import Vocabulary
 
@@ -24,7 +24,7 @@ TEXTS = ["abc de", "deed 中文 bad", "cab cab\n\nbe 😀", "aé", "a"]
 def answer(member: FakeMember, ids: list[int]) -> Candidates:
     """At every position of a prompt."""
     try:
-        return member.forward([Feed(0, ids, len(ids))], K)
+        return ask(member, [Feed(0, ids, len(ids))], K)
     finally:
         member.release(0)
 

@@ -11,13 +11,13 @@ from starlette.responses import PlainTextResponse
 from ensemble_core.config import ServerConfig
 from ensemble_core.errors import ConfigError
 from server.edge.auth import Gate, KeyRing, load_keys, route_path
-from server.edge.metrics import PrometheusSink
+from server.edge.metrics import PrometheusMetrics
 
 RING = KeyRing([SecretStr("key-one"), SecretStr("key-two")])
 
 
 def status_of(path: str, *values: bytes, root_path: str = "", protect_metrics: bool = True) -> int:
-    gate = Gate(PlainTextResponse("in"), RING, protect_metrics, PrometheusSink())
+    gate = Gate(PlainTextResponse("in"), RING, protect_metrics, PrometheusMetrics())
     headers = [(b"authorization", value) for value in values]
     scope: dict[str, Any] = {"type": "http", "method": "GET", "path": path, "root_path": root_path}
     sent: list[Any] = []

@@ -15,38 +15,38 @@ from ensemble_core.stats import (
     PreemptionStats,
     PrefixStats,
     QueueStats,
+    Record,
     RequestStats,
-    StatsSink,
     StepStats,
     TokenStats,
 )
-from server.edge.metrics import PrometheusSink
+from server.edge.metrics import PrometheusMetrics
 
 
-def fed() -> PrometheusSink:
-    sink = PrometheusSink()
+def fed() -> PrometheusMetrics:
+    metrics = PrometheusMetrics()
     member = MemberStats("a", "prefill", 0.02, 0.001, 7, 2, 3)
     fusion = FusionStats("duo", "relative", 0.0002, {"b": [0.1, 0.3]}, {"a": (1, 1), "b": (2, 0)}, 1)
-    sink.step(StepStats("lockstep", 2, 0.03, 0.0001, 0.0003, [member], [fusion]))
-    sink.token(TokenStats("duo", 0.03))
-    sink.request(RequestStats("duo", "stop", 5, 9, 0.1, 0.2, 0.5))
-    sink.request(RequestStats("duo", "abort", 5, 0, 0.1, None, 0.5))
-    sink.queue(QueueStats(2, 1))
-    sink.prefix(PrefixStats("a", 40))
-    sink.cache(CacheStats("a", 3, 4, {"cpu": 1000}))
-    sink.health(HealthStats("c", "timeout"))
-    sink.drop(DropStats("duo", "c", "timeout"))
-    sink.preemption(PreemptionStats("duo"))
-    sink.rejected("queue_full")
-    sink.members_up(["a", "b"], True)
-    return sink
+    metrics.record(StepStats("lockstep", 2, 0.03, 0.0001, 0.0003, [member], [fusion]))
+    metrics.record(TokenStats("duo", 0.03))
+    metrics.record(RequestStats("duo", "stop", 5, 9, 0.1, 0.2, 0.5))
+    metrics.record(RequestStats("duo", "abort", 5, 0, 0.1, None, 0.5))
+    metrics.record(QueueStats(2, 1))
+    metrics.record(PrefixStats("a", 40))
+    metrics.record(CacheStats("a", 3, 4, {"cpu": 1000}))
+    metrics.record(HealthStats("c", "timeout"))
+    metrics.record(DropStats("duo", "c", "timeout"))
+    metrics.record(PreemptionStats("duo"))
+    metrics.rejected("queue_full")
+    metrics.members_up(["a", "b"], True)
+    return metrics
 
 
-def samples(sink: PrometheusSink) -> dict[tuple[str, ...], float]:
+def samples(metrics: PrometheusMetrics) -> dict[tuple[str, ...], float]:
     """(name, label values in the order of label names ...) -> value."""
     return {
         (sample.name, *(sample.labels[key] for key in sorted(sample.labels))): sample.value
-        for family in text_string_to_metric_families(sink.render().decode())
+        for family in text_string_to_metric_families(metrics.render().decode())
         for sample in family.samples
     }
 
@@ -109,32 +109,32 @@ def test_buckets_start_where_the_contract_says(name: str, first: str) -> None:
 
 
 def test_a_member_is_down_while_it_fails() -> None:
-    sink = PrometheusSink()
+    metrics = PrometheusMetrics()
 
     def up() -> tuple[float, float]:
-        sink.members_up(["a", "b"], True)
-        found = samples(sink)
+        metrics.members_up(["a", "b"], True)
+        found = samples(metrics)
         return found["unisono_member_up", "a"], found["unisono_member_up", "b"]
 
     assert up() == (1, 1)
     for _ in range(2):
-        sink.health(HealthStats("a", "exception"))
+        metrics.record(HealthStats("a", "exception"))
     assert up() == (0, 1)
-    sink.health(HealthStats("a", None))
+    metrics.record(HealthStats("a", None))
     assert up() == (1, 1)
-    assert samples(sink)["unisono_member_failures_total", "exception", "a"] == 2
-    sink.members_up(["a"], False)
-    assert samples(sink)["unisono_member_up", "a"] == 0
+    assert samples(metrics)["unisono_member_failures_total", "exception", "a"] == 2
+    metrics.members_up(["a"], False)
+    assert samples(metrics)["unisono_member_up", "a"] == 0
 
 
-def test_sinks_do_not_mix() -> None:
+def test_metricss_do_not_mix() -> None:
     fed()
-    assert ("unisono_requests_total", "stop", "duo") not in samples(PrometheusSink())
+    assert ("unisono_requests_total", "stop", "duo") not in samples(PrometheusMetrics())
 
 
-def test_the_sink_is_a_stats_sink() -> None:
-    sink: StatsSink = PrometheusSink()
-    sink.queue(QueueStats(0, 0))
+def test_metrics_take_in_every_record() -> None:
+    record: Record = PrometheusMetrics().record
+    record(QueueStats(0, 0))
 
 
 @pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed")

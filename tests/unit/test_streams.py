@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
-from ensemble_core.members.base import Candidates
-from ensemble_core.members.parallel import Answer
+from ensemble_core.members.base import Answers, Candidates, Span
+from ensemble_core.members.parallel import Attempt
 from ensemble_core.members.streams import Lane, lane_on
 
-FOUND = Candidates(torch.zeros(1, 2, dtype=torch.long), torch.zeros(1, 2), torch.zeros(1))
+ROWS = Candidates(torch.zeros(1, 2, dtype=torch.long), torch.zeros(1, 2), torch.zeros(1))
+FOUND = Answers((ROWS,), (Span(0, 0, 1),))
 
 
 def test_the_cpu_does_things_at_once() -> None:
@@ -20,7 +23,7 @@ def test_the_cpu_does_things_at_once() -> None:
 
 
 def test_an_answer_ends_when_its_device_says_so() -> None:
-    assert Answer(FOUND, None, 10.0, 12.0).ended == 12.0
-    assert Answer(None, None, 10.0, 12.0).ended == 12.0
-    queued = Candidates(FOUND.token_ids, FOUND.logprobs, FOUND.tail, clock=lambda: 5.5)
-    assert Answer(queued, None, 10.0, 12.0).ended == 15.5
+    assert Attempt(FOUND, None, 10.0, 12.0).ended == 12.0
+    assert Attempt(None, None, 10.0, 12.0).ended == 12.0
+    queued = replace(FOUND, clock=lambda: 5.5)
+    assert Attempt(queued, None, 10.0, 12.0).ended == 15.5

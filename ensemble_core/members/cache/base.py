@@ -50,7 +50,7 @@ class Cache(Protocol):
         """A forward has written these tokens."""
 
     def rollback(self, seq_id: int, length: int) -> None:
-        """Keep the first `length` tokens."""
+        """Keep the first `length` tokens; 0 of an unknown sequence is fine."""
 
     def release(self, seq_id: int, keep: bool = False) -> None:
         """Give back what a sequence holds, or keep it as a cached prefix; an unknown sequence is fine."""

@@ -110,10 +110,10 @@ class PagedCache:
         chain.length += len(token_ids)
 
     def rollback(self, seq_id: int, length: int) -> None:
-        """Keep the first `length` tokens, and the pages that they need."""
-        chain = self._chains[seq_id]
-        assert 0 <= length <= chain.length, f"rollback to {length} of {chain.length}"
-        self._cut(chain, length)
+        """Keep the first `length` tokens, and the pages that they need; 0 of an unknown sequence is fine."""
+        assert 0 <= length <= self.length(seq_id), f"rollback to {length} of {self.length(seq_id)}"
+        if chain := self._chains.get(seq_id):
+            self._cut(chain, length)
 
     def release(self, seq_id: int, keep: bool = False) -> None:
         """Give pages back, wiped, or keep them as a cached prefix; an unknown sequence is fine.

@@ -109,11 +109,11 @@ class KVCache:
         row.length += len(token_ids)
 
     def rollback(self, seq_id: int, length: int) -> None:
-        """Keep the first `length` tokens."""
-        row = self._rows[seq_id]
-        assert 0 <= length <= row.length, f"rollback to {length} of {row.length}"
-        row.length = length
-        del row.token_ids[length:]
+        """Keep the first `length` tokens; 0 of an unknown sequence is fine."""
+        assert 0 <= length <= self.length(seq_id), f"rollback to {length} of {self.length(seq_id)}"
+        if row := self._rows.get(seq_id):
+            row.length = length
+            del row.token_ids[length:]
 
     def release(self, seq_id: int, keep: bool = False) -> None:
         """Give a row back, wiped, or keep it as a cached prefix; an unknown sequence is fine.

@@ -19,7 +19,7 @@ from transformers import AttentionInterface
 
 from ensemble_core.errors import MemberError, UnsupportedModelError
 from ensemble_core.members.attention.rows import FEW
-from ensemble_core.members.base import Candidates, Feed, Member
+from ensemble_core.members.base import Candidates, Feed, Member, ask
 from ensemble_core.members.cache.base import LayerShape
 
 logger = logging.getLogger(__name__)
@@ -88,10 +88,8 @@ class Proof:
         """
         few, many = self._wanted, min(FEW + 4, len(self._ids) - 1)
         try:
-            member.forward([Feed(-1, self._ids[:-few], 0)], 2)
-            found = [self._last(member, few)]
-            member.rollback(-1, len(self._ids) - many)
-            found.append(self._last(member, many))
+            member.forward([Feed(-1, self._ids[:-few], 0)])
+            found = [self._last(member, few), self._last(member, many)]
         except MemberError as error:
             raise UnsupportedModelError(f"{error}; it cannot be a member") from error
         member.release(-1)
@@ -105,11 +103,12 @@ class Proof:
 
     def _last(self, member: Member, num: int) -> Tensor:
         """Probabilities of the wanted positions, with the last `num` tokens fed at once."""
-        return member.forward([Feed(-1, self._ids[-num:], self._wanted)], len(member.vocabulary)).logprobs.exp()
+        feed = Feed(-1, self._ids[-num:], self._wanted, keep=len(self._ids) - num)
+        return ask(member, [feed], len(member.vocabulary)).logprobs.exp()
 
     def check_steady(self, member: Member) -> None:
         """The same answers, bit for bit, alone at once and in pieces in a crowd; raises UnsupportedModelError."""
-        alone = member.forward([Feed(-1, self._ids, self._wanted)], _COMPARED)
+        alone = ask(member, [Feed(-1, self._ids, self._wanted)], _COMPARED)
         member.release(-1)
         ends = [0, self._wanted // 2, *range(len(self._ids) - self._wanted, len(self._ids) + 1)]
         pieces = [self._ids[begin:end] for begin, end in pairwise(ends)]
@@ -125,7 +124,7 @@ class Proof:
     def _in_a_crowd(self, member: Member, piece: list[int], num: int) -> Candidates:
         """What the sequence answers to its next tokens beside `num` others, each as long as its place."""
         others = [Feed(-2 - i, self._ids[i : 2 * i + 1]) for i in range(min(num, member.num_pages - 1))]
-        answer = member.forward([*others, Feed(-1, piece)], _COMPARED)
+        answer = ask(member, [*others, Feed(-1, piece)], _COMPARED)
         for other in others:
             member.release(other.seq_id)
         return answer.rows([len(others)])
@@ -146,9 +145,9 @@ class Proof:
         size = min(size, member.num_pages + 1 - -(-len(self._ids) // member.page_size))
         prompts = [self._ids[:-1], *(self._ids[: 1 + i % 7] for i in range(1, size))]
         try:
-            member.forward([Feed(-1 - i, prompt, 0) for i, prompt in enumerate(prompts)], 2)
+            member.forward([Feed(-1 - i, prompt, 0) for i, prompt in enumerate(prompts)])
             feeds = [Feed(-1 - i, self._ids[-1:]) for i in range(size)]
-            return member.forward(feeds, len(member.vocabulary)).logprobs.exp()
+            return ask(member, feeds, len(member.vocabulary)).logprobs.exp()
         finally:
             for i in range(size):
                 member.release(-1 - i)

@@ -1,0 +1,134 @@
+"""Between a schedule and the members: the feeds of a step, and where each answer goes.
+
+Deciding sequences become turns for their modes; what members say of prompts that are scored or weighed is taken in.
+Invariant: what goes wrong with one sequence's own data fails that sequence alone. Knows shares, tracks and answers;
+does not know how a step is decided, or the engine's loop.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+
+from ensemble_core.decoding.failures import Failures, own_fault
+from ensemble_core.decoding.modes.base import Turn
+from ensemble_core.decoding.scheduler import Share
+from ensemble_core.decoding.sequence import Phase, Sequence
+from ensemble_core.decoding.step import Step
+from ensemble_core.members.base import Answers, Feed, Member
+from ensemble_core.members.candidates import narrow
+
+
+class Feeding:
+    """See the module. num_candidates: K that is asked of a member, unless it can do less."""
+
+    def __init__(self, members: Mapping[str, Member], failures: Failures, num_candidates: int) -> None:
+        self._failures, self._num_candidates = failures, num_candidates
+        self._sizes = {name: len(member.vocabulary) for name, member in members.items()}
+        self._most = {name: member.abilities.max_k or self._sizes[name] for name, member in members.items()}
+
+    def prepare(self, step: Step) -> None:
+        """Fill in the step's feeds."""
+        for share in step.shares:
+            for member, count in share.counts.items():
+                step.feeds.setdefault(member, []).append(self._feed(share, member, count))
+        step.scoring = any(s.sequence.scoring or s.sequence.weighing for s in step.shares if s.prefill)
+
+    def collect(self, step: Step) -> None:
+        """Take in the answers: caches have grown, prompts are scored or weighed, deciding sequences get a turn."""
+        numbers = dict.fromkeys(step.feeds, 0)
+        for share in step.shares:
+            own = {}
+            for member in share.counts:
+                own[member] = numbers[member]
+                numbers[member] += 1
+            with own_fault(share.sequence):
+                self._take_in(step, share, own)
+
+    def _take_in(self, step: Step, share: Share, own: dict[str, int]) -> None:
+        """One share's answers. own: member -> number of its feed."""
+        sequence = share.sequence
+        for member in own:
+            attempt = step.attempts[member]
+            if attempt.error is not None:
+                self._failures.lose_to(sequence, member, attempt.error)
+            elif track := sequence.tracks.get(member):
+                track.cache(track.num_cached + share.counts[member])
+        for member, number in own.items():
+            if (answers := step.attempts[member].answers) is not None and member in sequence.tracks:
+                feed = step.feeds[member][number]
+                self._score(sequence, member, feed, answers, number)
+                _weigh(sequence, member, feed, answers, number)
+        if sequence.scoring and sequence.phase is not Phase.FINISHED:
+            _advance_scores(step, share)
+        if share.decides and sequence.phase is not Phase.FINISHED:
+            _take_turn(step, share, own)
+
+    def _feed(self, share: Share, member: str, count: int) -> Feed:
+        """A scored prompt wants an answer at every position, its own next token always in it."""
+        sequence = share.sequence
+        track, is_main = sequence.tracks[member], member == sequence.recipe.main
+        token_ids, top_k = track.uncached(count), self._top_k(share, member)
+        last = sequence.biased if is_main and share.decides else ()
+        if sequence.scoring:
+            following = track.prompt_ids[track.num_cached + 1 : track.num_cached + 1 + count]
+            also = tuple([(token_id,) for token_id in following] + [last] * (count - len(following)))
+            return Feed(sequence.seq_id, token_ids, count, also, top_k=top_k, keep=track.num_cached)
+        wanted = share.wanted.get(member, 0)
+        weighed = sequence.likelihood if sequence.weighing else None
+        counted = weighed.following(track, count) if weighed is not None else ()
+        also = (*[()] * (wanted - 1), last) if last and wanted else ()
+        return Feed(sequence.seq_id, token_ids, wanted, also, counted, top_k, track.num_cached)
+
+    def _top_k(self, share: Share, member: str) -> int:
+        """Candidates that a sequence needs of a member: no more because of what other sequences need."""
+        sequence = share.sequence
+        recipe, is_main = sequence.recipe, member == sequence.recipe.main
+        whole = recipe.fusion is not None and recipe.fusion.full_vocabulary
+        if whole or (is_main and share.decides and sequence.constraint is not None):
+            return self._sizes[member]
+        return min(self._num_candidates + (len(sequence.biased) if is_main else 0), self._most[member])
+
+    def _score(self, sequence: Sequence, member: str, feed: Feed, answers: Answers, number: int) -> None:
+        if sequence.scores is None or not sequence.scoring or not feed.wanted:
+            return
+        part = answers.of(number)
+        if not part.logprobs.amax(dim=1).isfinite().all():
+            self._failures.lose(sequence, member, "non_finite", f"member {member!r}: its numbers are not finite")
+            return
+        # Ids that are biased at the last position decide a token, and are no part of a score.
+        num_following = len(sequence.tracks[member].prompt_ids) - (feed.keep or 0) - 1
+        kept = [ids if i < num_following else () for i, ids in enumerate(feed.also)]
+        sequence.scores.add(member, narrow(part, min(self._num_candidates, self._most[member]), kept))
+
+
+def _take_turn(step: Step, share: Share, own: Mapping[str, int]) -> None:
+    """The prompt is cached now: end a sequence whose prompt is all that is asked, let the others decide."""
+    sequence = share.sequence
+    sequence.settle()
+    if sequence.request.params.max_tokens == 0:
+        sequence.finish("length")
+        return
+    mask = sequence.constraint.allowed() if sequence.constraint is not None else None
+    feeds = {member: own[member] for member in share.wanted if member in own and member in sequence.tracks}
+    busy = [member for member in share.wanted if member not in own and member in sequence.tracks]
+    step.turns.append(Turn(sequence, feeds, mask).without(busy, "busy"))
+
+
+def _weigh(sequence: Sequence, member: str, feed: Feed, answers: Answers, number: int) -> None:
+    """Take in what a member made of a piece of a prompt."""
+    if feed.following and sequence.likelihood is not None:
+        track = sequence.tracks[member]
+        sequence.likelihood.add(member, track, feed.following, answers.likelihoods[number])
+
+
+def _advance_scores(step: Step, share: Share) -> None:
+    """Go on with a prompt's scores, as far as its share allows; to the end where it decides a token."""
+    sequence, started = share.sequence, time.perf_counter()
+    assert sequence.scores is not None
+    recipe, tracks = sequence.recipe, sequence.tracks
+    if share.decides:
+        step.num_scored += sequence.scores.finish(recipe, tracks, sequence.prompt_text)
+    else:
+        step.num_scored += sequence.scores.advance(recipe, tracks, share.scores)
+    step.scoring_seconds += time.perf_counter() - started

@@ -1,0 +1,135 @@
+"""What the engine tells of itself: records for `ensemble_core.stats.Record`, and what the scheduler's pace learns.
+
+Reads steps and sequences, changes none. Does not know Prometheus.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+
+from ensemble_core.decoding.pace import SCORING, Kind, Work
+from ensemble_core.decoding.scheduler import Scheduler
+from ensemble_core.decoding.sequence import Sequence
+from ensemble_core.decoding.step import Step
+from ensemble_core.members.base import Member
+from ensemble_core.members.parallel import Attempt
+from ensemble_core.stats import (
+    CacheStats,
+    MemberStats,
+    PreemptionStats,
+    PrefixStats,
+    QueueStats,
+    Record,
+    RequestStats,
+    StepStats,
+    TokenStats,
+)
+
+logger = logging.getLogger(__name__)
+
+
+class Telemetry:
+    """See the module."""
+
+    def __init__(self, record: Record, scheduler: Scheduler) -> None:
+        self._record, self._scheduler = record, scheduler
+
+    def step(self, step: Step) -> None:
+        """A step is over."""
+        self._teach(step)
+        last = max((attempt.ended for attempt in step.attempts.values()), default=0.0)
+        self._record(
+            StepStats(
+                mode=step.modes,
+                batch_size=sum(bool(decision.tokens) for decision in step.outcome.decisions),
+                seconds=time.perf_counter() - step.started,
+                alignment_seconds=step.alignment_seconds,
+                sampling_seconds=step.outcome.sampling_seconds,
+                members=[_member_stats(name, attempt, step, last) for name, attempt in step.attempts.items()],
+                fusions=step.outcome.fusions,
+            )
+        )
+        self.queue()
+
+    def token(self, sequence: Sequence, num_tokens: int) -> None:
+        """A sequence has got tokens, if any; those of one step come at once."""
+        if not num_tokens:
+            return
+        now = time.perf_counter()
+        if sequence.last_token is None:
+            sequence.first_token = now
+        else:
+            self._record(TokenStats(sequence.recipe.model, now - sequence.last_token))
+        sequence.last_token = now
+
+    def preemption(self, sequence: Sequence) -> None:
+        """A sequence goes back to the queue."""
+        logger.info("request %s is preempted: a member's cache is full", sequence.request.request_id)
+        self._record(PreemptionStats(sequence.recipe.model))
+
+    def prefix(self, member: str, num_tokens: int) -> None:
+        """A member had this many tokens of a prompt cached."""
+        self._record(PrefixStats(member, num_tokens))
+
+    def queue(self) -> None:
+        """Lengths of the queues, as they are now."""
+        self._record(QueueStats(len(self._scheduler.running), len(self._scheduler.waiting)))
+
+    def cache(self, name: str, member: Member) -> None:
+        """What a member's cache holds."""
+        used = member.num_pages - member.free_pages
+        self._record(CacheStats(name, used, member.num_pages, member.memory_bytes()))
+
+    def request(self, sequence: Sequence) -> None:
+        """A sequence has ended."""
+        now, arrived = time.perf_counter(), sequence.arrived
+        self._record(
+            RequestStats(
+                model=sequence.recipe.model,
+                finish_reason=sequence.finish_reason or "error",
+                prompt_tokens=len(sequence.main.prompt_ids),
+                generation_tokens=sequence.num_completion_tokens,
+                queue_seconds=(sequence.admitted or now) - arrived,
+                ttft_seconds=sequence.first_token - arrived if sequence.first_token else None,
+                e2e_seconds=now - arrived,
+            )
+        )
+
+    def _teach(self, step: Step) -> None:
+        """Let the scheduler learn what the step cost; one with a failure teaches nothing."""
+        if any(attempt.error for attempt in step.attempts.values()):
+            return
+        parts: dict[Kind, Work] = {}
+        if step.num_scored:
+            parts[SCORING] = Work(step.scoring_seconds, step.num_scored, False)
+        for name, attempt in step.attempts.items():
+            counts = [(share.prefill, share.counts[name]) for share in step.shares if name in share.counts]
+            num_tokens = sum(count for prefill, count in counts if prefill)
+            decoded = not all(prefill for prefill, _ in counts)
+            parts[name, step.scoring] = Work(attempt.ended - attempt.started, num_tokens, decoded)
+        num_decoding = sum(not share.prefill for share in step.shares)
+        self._scheduler.pace.record(num_decoding, time.perf_counter() - step.started, parts)
+
+
+def _member_stats(name: str, attempt: Attempt, step: Step, last: float) -> MemberStats:
+    prefill, decode = _num_fed(name, step)
+    return MemberStats(
+        member=name,
+        phase="prefill" if prefill else "decode",
+        forward_seconds=attempt.ended - attempt.started,
+        wait_seconds=last - attempt.ended,
+        prefill_tokens=prefill,
+        decode_tokens=decode,
+        rollback_tokens=step.rollbacks.get(name, 0),
+    )
+
+
+def _num_fed(name: str, step: Step) -> tuple[int, int]:
+    """Tokens that a member was fed of prompts, and of completions."""
+    counts: Mapping[bool, int] = {
+        prefill: sum(share.counts.get(name, 0) for share in step.shares if share.prefill is prefill)
+        for prefill in (True, False)
+    }
+    return counts[True], counts[False]

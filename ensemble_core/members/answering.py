@@ -1,0 +1,53 @@
+"""From the logits of a pass to the answers of its feeds.
+
+Wanted positions are laid out so that those of one width lie together: each width is one block of candidates, made
+from a view of the logits. Knows feeds and candidates; does not know models or caches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+from torch import Tensor
+
+from ensemble_core.members.base import Answers, Feed, Span
+from ensemble_core.members.candidates import likelihoods, top_candidates
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Which rows of logits belong to which feed.
+
+    order: feeds in the order of their rows. groups: for each block its feeds' numbers, in the order of their rows.
+    """
+
+    order: tuple[int, ...]
+    groups: tuple[tuple[int, ...], ...]
+
+
+def lay_out(feeds: Sequence[Feed]) -> Layout:
+    """Rows of equal width together, otherwise in the order of the feeds; feeds that want nothing have no rows."""
+    asking = sorted((i for i, feed in enumerate(feeds) if feed.wanted), key=lambda i: feeds[i].top_k)
+    groups = tuple(tuple(group) for _, group in groupby(asking, key=lambda i: feeds[i].top_k))
+    return Layout(tuple(asking), groups)
+
+
+def answer(logits: Tensor, feeds: Sequence[Feed], layout: Layout) -> Answers:
+    """Candidates of every wanted position, and the likelihoods that are asked for.
+
+    logits: (N, V), the wanted positions in the layout's order, then a row for every `following` id that is not -1,
+    in the order of the feeds.
+    """
+    blocks, spans, start = [], [Span(0, 0, 0)] * len(feeds), 0
+    for number, group in enumerate(layout.groups):
+        row = 0
+        for i in group:
+            spans[i] = Span(number, row, row + feeds[i].wanted)
+            row += feeds[i].wanted
+        also = [ids for i in group for ids in feeds[i].also or ((),) * feeds[i].wanted]
+        blocks.append(top_candidates(logits[start : start + row], feeds[group[0]].top_k, also))
+        start += row
+    told = likelihoods(logits[start:], [feed.following for feed in feeds]) if start < len(logits) else ()
+    return Answers(tuple(blocks), tuple(spans), told)

@@ -1,0 +1,56 @@
+"""Strategies by name: each registers itself with a pydantic model of its options.
+
+Errors list what is registered. Knows neither fusions nor modes, which are the two kinds of strategies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Generic, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from ensemble_core.errors import ConfigError, UnknownStrategyError
+
+Factory = TypeVar("Factory", bound=Callable[..., Any])
+
+
+class Registry(Generic[Factory]):
+    """Name -> options and factory. kind: what is registered, for messages."""
+
+    def __init__(self, kind: str) -> None:
+        self._kind = kind
+        self._entries: dict[str, tuple[type[BaseModel], Factory]] = {}
+
+    def register(self, name: str, options: type[BaseModel]) -> Callable[[Factory], Factory]:
+        """Class decorator: make a strategy known under `name`."""
+
+        def decorate(factory: Factory) -> Factory:
+            self._entries[name] = (options, factory)
+            return factory
+
+        return decorate
+
+    def names(self) -> list[str]:
+        """All names, sorted."""
+        return sorted(self._entries)
+
+    def factory(self, name: str) -> Factory:
+        """What makes the strategy `name`, which `parse` has let through."""
+        return self._entries[name][1]
+
+    def parse(self, name: str, options: dict[str, Any], where: str) -> BaseModel:
+        """Check a strategy's options; `where` is the path of the field, for the message.
+
+        Raises UnknownStrategyError for an unknown name, ConfigError for wrong options.
+        """
+        if name not in self._entries:
+            raise UnknownStrategyError(f"{where}.name: unknown {self._kind} {name!r}; known are {self.names()}")
+        try:
+            return self._entries[name][0].model_validate(options)
+        except ValidationError as error:
+            parts = [
+                f"{where}.options.{'.'.join(map(str, item['loc']))}: {item['msg']} (given: {item['input']!r})"
+                for item in error.errors(include_url=False)
+            ]
+            raise ConfigError("; ".join(parts)) from error
