@@ -48,6 +48,10 @@ class MemberTimeoutError(MemberError):
     """A member's forward took longer than `scheduler.member_timeout`."""
 
 
+class WireError(UnisonoError):
+    """A message from or to a member elsewhere is damaged, of another version, or contradicts itself."""
+
+
 class ConstraintError(UnisonoError):
     """The text of one request can no longer follow its grammar. It ends that request alone."""
 

@@ -109,8 +109,10 @@ def test_agreement_is_of_bytes() -> None:
 
 def test_of_equals_that_a_constraint_allows_the_lowest_is_in_reach() -> None:
     made, answers = answered([ALONE], ["ab"])
-    whole = answers["alpha"]
-    answers["alpha"] = replace(whole, logprobs=torch.full_like(whole.logprobs, -5.5))
+    whole = MEMBERS["alpha"].forward([Feed(0, list(b"ab"), top_k=len(ALPHA.vocabulary))])
+    ALPHA.release(0)
+    answers["alpha"] = whole
+    whole.blocks[0].logprobs.fill_(-5.5)
     mask = torch.zeros(len(ALPHA.vocabulary), dtype=torch.bool)
     mask[50:250] = True
     outcome = decide([replace(made[0], mask=mask)], answers)

@@ -8,6 +8,7 @@ import pytest
 from fakes import FakeMember, fake_config, space_of
 
 from ensemble_core.config import Config
+from ensemble_core.decoding.modes.lockstep import Lockstep
 from ensemble_core.decoding.requests import Overrides
 from ensemble_core.errors import ConfigError, InvalidRequestError, ModelNotFoundError, TransferMatrixError
 from ensemble_core.fusion.base import FusionSpace
@@ -43,7 +44,7 @@ def test_the_configured_recipe_has_main_first() -> None:
         "trio",
         "alpha",
         "relative",
-        "lockstep",
+        Lockstep(),
     )
 
 
@@ -71,7 +72,7 @@ def test_weights_override_those_they_name() -> None:
 
 
 def test_mode_may_name_what_there_is() -> None:
-    assert book().resolve("trio", Overrides(mode="lockstep")).mode == "lockstep"
+    assert book().resolve("trio", Overrides(mode="lockstep")).mode == Lockstep()
 
 
 @pytest.mark.parametrize(
@@ -155,6 +156,19 @@ def test_configured_fusions_are_checked_with_their_path(fusion: dict[str, object
         check_strategies(wrong)
     assert says in str(caught.value)
     check_strategies(config())
+
+
+@pytest.mark.parametrize(
+    ("mode", "says"),
+    [
+        ("solo", "ensembles.trio.mode.name: unknown mode 'solo'; known are ['lockstep']"),
+        ({"name": "lockstep", "options": {"pace": 3}}, "ensembles.trio.mode.options.pace: Extra inputs are not"),
+    ],
+)
+def test_configured_modes_are_checked_with_their_path(mode: object, says: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        check_strategies(fake_config(tuple(MEMBERS), ensembles={"trio": {**TRIO, "mode": mode}}))
+    assert says in str(caught.value)
 
 
 def test_models_are_ensembles_then_members() -> None:

@@ -1,0 +1,1 @@
+"""Members elsewhere: what goes over the wire."""

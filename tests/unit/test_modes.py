@@ -1,0 +1,165 @@
+"""The door for modes: a mode is one file. Here one that drafts two tokens by main and takes one back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import pytest
+from fakes import FakeMember, Records, byte_vocabulary, ensemble, fake_engine, pair_vocabulary, sequence
+from pydantic import BaseModel
+
+from ensemble_core.decoding.modes.base import MODES, Ask, Decision, Outcome, Turn, build_mode
+from ensemble_core.decoding.modes.lockstep import Lockstep
+from ensemble_core.decoding.requests import Output
+from ensemble_core.decoding.sampler import greedy
+from ensemble_core.decoding.sampling_params import SamplingParams
+from ensemble_core.decoding.sequence import Choice, Phase
+from ensemble_core.decoding.sequence import Sequence as Request
+from ensemble_core.engine import Engine
+from ensemble_core.errors import ConfigError, UnknownStrategyError
+from ensemble_core.members.base import Answers
+from ensemble_core.stats import StepStats
+
+GREEDY = SamplingParams(max_tokens=23, temperature=0.0)
+
+
+@dataclass(frozen=True)
+class DraftTwo:
+    """Main drafts two tokens, then every member reads both; the first is kept, the second taken back."""
+
+    name: ClassVar[str] = "draft-two"
+
+    def plan(self, sequence: Request) -> Mapping[str, Ask]:
+        members = sequence.recipe.members
+        asked = members[:1] if sequence.num_drafted < 2 or sequence.mid_character else members
+        return {member: Ask(sequence.tracks[member].num_uncached) for member in asked}
+
+    def decide(self, turns: Sequence[Turn], answers: Mapping[str, Answers], num_candidates: int) -> Outcome:
+        return Outcome([self._decision(turn, answers) for turn in turns])
+
+    def _decision(self, turn: Turn, answers: Mapping[str, Answers]) -> Decision:
+        draft = turn.sequence.draft
+        if len(draft) == 2:
+            return Decision(turn.sequence, (Choice(draft[0]),))
+        main = turn.sequence.recipe.main
+        found = answers[main].last([turn.feeds[main]])
+        best = greedy(found.token_ids, found.logprobs).tolist()
+        return Decision(turn.sequence, draft=(*draft, *best))
+
+
+def pair() -> list[FakeMember]:
+    return [
+        FakeMember("alpha", byte_vocabulary(), seed=1),
+        FakeMember("beta", pair_vocabulary(), seed=2),
+    ]
+
+
+def run(engine: Engine) -> dict[int, list[Output]]:
+    outputs: dict[int, list[Output]] = {}
+    while engine.has_work:
+        for seq_id, output in engine.step():
+            outputs.setdefault(seq_id, []).append(output)
+        engine.scheduler.check()
+    return outputs
+
+
+def tokens(outputs: Sequence[Output]) -> list[int]:
+    return [token for output in outputs for token in output.token_ids]
+
+
+@pytest.mark.parametrize("prompts", [["abc"], ["abc", "deed 中文 bad", "cab " * 12, "a"]])
+def test_a_mode_of_one_file_drafts_and_takes_back(prompts: list[str]) -> None:
+    """Only final tokens are told, each once; they are main's own greedy ones, whatever was taken back."""
+    members, records = pair(), Records()
+    engine = fake_engine(members, records.append)
+    recipe = replace(ensemble(members), mode=DraftTwo())
+    requests = [sequence(i, prompt, members, recipe, GREEDY) for i, prompt in enumerate(prompts)]
+    engine.add(requests)
+    outputs = run(engine)
+    assert all(member.is_empty for member in members)
+    for i, prompt in enumerate(prompts):
+        alone = [pair()[0]]
+        other = fake_engine(alone)
+        other.add([sequence(0, prompt, alone, ensemble(alone), GREEDY)])
+        assert tokens(outputs[i]) == tokens(run(other)[0])
+        assert outputs[i][-1].num_completion_tokens == len(tokens(outputs[i])) == 23
+        assert requests[i].num_drafted == 0
+    assert members[0].rollbacks, "main never took a token back"
+    assert members[1].rollbacks, "the assistant never read a draft that was taken back"
+    assert {step.mode for step in records.of(StepStats)} == {"draft-two"}
+
+
+def test_an_assistant_reads_the_draft() -> None:
+    members = pair()
+    engine = fake_engine(members)
+    request = sequence(0, "abc", members, replace(ensemble(members), mode=DraftTwo()), GREEDY)
+    engine.add([request])
+    read = 0
+    while engine.has_work:
+        engine.step()
+        if request.phase is Phase.DECODE and request.num_drafted == 2 and not request.mid_character:
+            text, _ = request.spelling
+            spell = request.main.vocabulary.tokens
+            assert text.encode() == b"".join(spell[i] for i in request.main.completion_ids)
+            assert request.tracks["beta"].completion_ids == members[1].vocabulary.encode(text)
+            read += 1
+    assert read > 10
+
+
+def test_modes_share_a_step() -> None:
+    """Each gets its own sequences, and what they would get alone."""
+    members, records = pair(), Records()
+    engine = fake_engine(members, records.append)
+    recipe = ensemble(members)
+    engine.add(
+        [
+            sequence(0, "abc", members, recipe, GREEDY),
+            sequence(1, "abc", members, replace(recipe, mode=DraftTwo()), GREEDY),
+        ]
+    )
+    together = run(engine)
+    assert "draft-two+lockstep" in {step.mode for step in records.of(StepStats)}
+    for seq_id, mode in enumerate((Lockstep(), DraftTwo())):
+        again = pair()
+        other = fake_engine(again)
+        other.add([sequence(seq_id, "abc", again, replace(ensemble(again), mode=mode), GREEDY)])
+        assert tokens(together[seq_id]) == tokens(run(other)[seq_id])
+
+
+def test_a_sequence_that_ends_within_a_draft_tells_final_tokens_alone() -> None:
+    members = pair()
+    request = sequence(
+        0, "abc", members, ensemble(members), SamplingParams(max_tokens=9, temperature=0.0, stop="b" and ("b",))
+    )
+    request.decide([], draft=[100, 98, 99])
+    assert (request.num_completion_tokens, request.num_drafted, request.take().token_ids) == (0, 3, ())
+    request.decide([Choice(100), Choice(98)], draft=[99])
+    last = request.take()
+    assert (last.text, last.token_ids, last.finish_reason, last.num_completion_tokens) == (
+        "d",
+        (100, 98),
+        "stop",
+        2,
+    )
+    assert request.main.completion_ids == [100, 98]
+
+
+def test_unknown_modes_and_options_are_refused_by_name() -> None:
+    with pytest.raises(UnknownStrategyError, match=r"here.name: unknown mode 'warp'; known are \['lockstep'\]"):
+        build_mode("warp", {}, "here")
+    with pytest.raises(ConfigError, match=r"here\.options\.speed"):
+        build_mode("lockstep", {"speed": 9}, "here")
+    assert build_mode("lockstep", {}, "here") == Lockstep()
+
+
+def test_a_mode_registers_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Options(BaseModel):
+        length: int = 2
+
+    monkeypatch.setattr(MODES, "_entries", dict(MODES._entries))
+    MODES.register("draft-two", Options)(lambda options: DraftTwo())
+    assert build_mode("draft-two", {"length": 2}, "here") == DraftTwo()
+    with pytest.raises(ConfigError, match="length"):
+        build_mode("draft-two", {"length": "long"}, "here")
