@@ -79,7 +79,7 @@ class Engine:
         self._num_candidates = num_candidates
         self._prefix_reuse = prefix_reuse
         self._sink = sink
-        capacities = {n: Capacity(m.page_size, m.num_pages, m.max_len) for n, m in members.items()}
+        capacities = {n: Capacity(m.page_size, m.num_pages, m.max_len, m.min_prefix) for n, m in members.items()}
         self.scheduler = Scheduler(capacities, limits)
 
     @property
@@ -143,10 +143,12 @@ class Engine:
                 sequence.scores.described = leader.scores.described
             if leader is not None:
                 sequence.follow(leader)
-            idle = sequence.scoring or sequence.weighing or not (leader or self._prefix_reuse)
-            if idle or sequence.tracks.keys() & self._pool.busy:
+            shares = self._prefix_reuse or (leader is not None and leader.phase is Phase.DECODE)
+            if sequence.scoring or sequence.weighing or not shares:
                 continue
             for member, track in sequence.tracks.items():
+                if len(track) <= self.members[member].min_prefix or member in self._pool.busy:
+                    continue
                 ids = track.uncached(len(track) - 1)
                 if length := self.members[member].reuse(sequence.seq_id, ids):
                     track.num_cached = length

@@ -91,10 +91,12 @@ class FakeMember:
         max_len: int = 256,
         page_size: int = 16,
         num_pages: int = 1024,
+        min_prefix: int = 1,
         eos_bias: float = -30.0,
         device: str = "cpu",
     ) -> None:
         self.name = name
+        self.min_prefix = min_prefix
         self.vocabulary = vocabulary or byte_vocabulary()
         self.max_len, self.page_size, self.num_pages = max_len, page_size, num_pages
         self.device = torch.device(device)
@@ -160,6 +162,7 @@ class FakeMember:
         rows = [*self.cached.values(), *self.kept]
         best = max(rows, key=lambda ids: _num_shared(ids, token_ids), default=[])
         length = _num_shared(best, token_ids)
+        length = length if length >= self.min_prefix else 0
         if length:
             self.reuses.append((seq_id, length))
             self.cached[seq_id] = list(token_ids[:length])

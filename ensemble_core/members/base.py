@@ -102,6 +102,7 @@ class Member(Protocol):
     name: str
     vocabulary: Vocabulary
     max_len: int
+    min_prefix: int  # tokens; `reuse` takes over no shorter prefix
     device: torch.device
 
     @property
