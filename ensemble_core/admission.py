@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ensemble_core.decoding.guidance import Grammars
 from ensemble_core.decoding.perplexity import PromptLikelihood
 from ensemble_core.decoding.recipe import Recipe
 from ensemble_core.decoding.requests import Conversation, GenerationRequest, Overrides, Prompt
+from ensemble_core.decoding.sampling_params import SamplingParams
 from ensemble_core.decoding.scoring import PromptScores
 from ensemble_core.decoding.sequence import Sequence
 from ensemble_core.errors import InvalidRequestError
@@ -35,6 +36,23 @@ class Speaker:
     grammars: Grammars
 
 
+@dataclass(slots=True)
+class _Reading:
+    """What the choices of one prompt share: the recipe, its text, and each member's ids, read when first needed."""
+
+    request: GenerationRequest
+    recipe: Recipe
+    text: str | None = None
+    ids: dict[str, list[int]] = field(default_factory=dict)  # shared by tracks, which never change them
+
+    def serves(self, other: GenerationRequest) -> bool:
+        """Whether another request of the group reads the same; one that shares its objects is compared at once."""
+        mine = self.request
+        same_prompt = mine.prompt is other.prompt or mine.prompt == other.prompt
+        same_model = mine.model == other.model and mine.overrides == other.overrides
+        return same_prompt and same_model and mine.add_special_tokens == other.add_special_tokens
+
+
 class Admission:
     """Makes sequences."""
 
@@ -49,33 +67,23 @@ class Admission:
         Raises ModelNotFoundError for an unknown model, InvalidRequestError for overrides, prompts, ids, lengths and
         schemas that cannot be served.
         """
-        recipe, params = self._book.resolve(request.model, request.overrides), request.params
-        schema = params.json_schema
-        main = self._speakers[recipe.main]
-        _check_ids("logit_bias", [token_id for token_id, _ in params.logit_bias], main.vocabulary)
-        _check_ids("stop_token_ids", params.stop_token_ids, main.vocabulary)
-        scored = params.echo and params.logprobs is not None
-        if scored and recipe.fusion is not None and recipe.fusion.full_vocabulary:
-            raise InvalidRequestError(
-                "echo with logprobs works on candidates; ask for a fusion with `support: closed`", "echo"
-            )
-        if scored and recipe.tau is not None:
-            raise InvalidRequestError(
-                "echo with logprobs scores a prompt that the weights by perplexity are still to be taken from; send "
-                "`ensemble: {weighting: fixed}`, or leave one of them out",
-                "echo",
-            )
-        tracks = {member: self._track(member, request, recipe) for member in recipe.members}
-        return Sequence(
-            seq_id=next(self._ids),
-            request=request,
-            recipe=recipe,
-            tracks=tracks,
-            prompt_text=self._text(request.prompt, main.vocabulary),
-            constraint=None if schema is None else main.grammars.compile(schema, request.group),
-            scores=PromptScores(params.logprobs or 0) if scored else None,
-            likelihood=PromptLikelihood() if recipe.tau is not None else None,
-        )
+        return self.admit_all([request])[0]
+
+    def admit_all(self, requests: Iterable[GenerationRequest]) -> list[Sequence]:
+        """A sequence for each request, all or none; requests of one group have their prompt read once.
+
+        Raises as `admit`, for the first that cannot be served.
+        """
+        readings: dict[str, _Reading] = {}
+        made = []
+        for request in requests:
+            reading = readings.get(request.group or "")
+            if request.group is None or reading is None or not reading.serves(request):
+                reading = _Reading(request, self._book.resolve(request.model, request.overrides))
+                readings[request.group or ""] = reading
+            self._check(request, reading.recipe)
+            made.append(self._sequence(request, reading))
+        return made
 
     def tokenize(self, model: str, prompt: Prompt, add_special_tokens: bool) -> tuple[list[int], Speaker]:
         """Ids of a prompt in a model's main member, and that member. Raises as `admit`."""
@@ -87,12 +95,41 @@ class Admission:
         name = self._book.resolve(model, Overrides()).main
         return name, self._speakers[name]
 
-    def _track(self, member: str, request: GenerationRequest, recipe: Recipe) -> Track:
-        speaker, is_main = self._speakers[member], member == recipe.main
-        prompt: Prompt = request.prompt
-        if isinstance(prompt, tuple) and not is_main:
-            prompt = self._text(prompt, self._speakers[recipe.main].vocabulary)
-        ids = self._encode(speaker, prompt, request.add_special_tokens, is_main=is_main)
+    def _check(self, request: GenerationRequest, recipe: Recipe) -> None:
+        """What can be refused before the prompt is read."""
+        params, main = request.params, self._speakers[recipe.main]
+        _check_ids("logit_bias", [token_id for token_id, _ in params.logit_bias], main.vocabulary)
+        _check_ids("stop_token_ids", params.stop_token_ids, main.vocabulary)
+        scored = _is_scored(params)
+        if scored and recipe.fusion is not None and recipe.fusion.full_vocabulary:
+            raise InvalidRequestError(
+                "echo with logprobs works on candidates; ask for a fusion with `support: closed`", "echo"
+            )
+        if scored and recipe.tau is not None:
+            raise InvalidRequestError(
+                "echo with logprobs scores a prompt that the weights by perplexity are still to be taken from; send "
+                "`ensemble: {weighting: fixed}`, or leave one of them out",
+                "echo",
+            )
+
+    def _sequence(self, request: GenerationRequest, reading: _Reading) -> Sequence:
+        recipe, params = reading.recipe, request.params
+        main, schema = self._speakers[recipe.main], params.json_schema
+        tracks = {member: self._track(member, request, reading) for member in recipe.members}
+        return Sequence(
+            seq_id=next(self._ids),
+            request=request,
+            recipe=recipe,
+            tracks=tracks,
+            prompt_text=self._text(reading),
+            constraint=None if schema is None else main.grammars.compile(schema, request.group),
+            scores=PromptScores(params.logprobs or 0) if _is_scored(params) else None,
+            likelihood=PromptLikelihood() if recipe.tau is not None else None,
+        )
+
+    def _track(self, member: str, request: GenerationRequest, reading: _Reading) -> Track:
+        speaker, is_main = self._speakers[member], member == reading.recipe.main
+        ids = self._prompt_ids(member, reading)
         room = speaker.max_len - len(ids)
         wanted = request.params.max_tokens if is_main else min(1, request.params.max_tokens)
         if room < wanted:
@@ -102,6 +139,17 @@ class Admission:
                 "prompt" if room < 1 else "max_tokens",
             )
         return Track(speaker.vocabulary, ids)
+
+    def _prompt_ids(self, member: str, reading: _Reading) -> list[int]:
+        """A member's prompt, encoded once. Assistants read the text of main's ids."""
+        if member not in reading.ids:
+            request, is_main = reading.request, member == reading.recipe.main
+            prompt = request.prompt
+            if isinstance(prompt, tuple) and not is_main:
+                prompt = self._text(reading)
+            speaker = self._speakers[member]
+            reading.ids[member] = self._encode(speaker, prompt, request.add_special_tokens, is_main=is_main)
+        return reading.ids[member]
 
     def _encode(self, speaker: Speaker, prompt: Prompt, add_special_tokens: bool, *, is_main: bool) -> list[int]:
         if isinstance(prompt, Conversation):
@@ -119,13 +167,24 @@ class Admission:
             )
         return speaker.prompts.encode(prompt, add_special_tokens)
 
-    def _text(self, prompt: Prompt, main: Vocabulary) -> str:
-        """What a prompt says; of ids, the text without control tokens. A conversation is not echoed."""
-        if isinstance(prompt, str):
-            return prompt
-        if isinstance(prompt, Conversation):
-            return ""
-        return b"".join(main.text_bytes(token_id) for token_id in prompt).decode("utf-8", "replace")
+    def _text(self, reading: _Reading) -> str:
+        """What a prompt says, spelt once. Main's ids must have been checked."""
+        if reading.text is None:
+            reading.text = _spelt(reading.request.prompt, self._speakers[reading.recipe.main].vocabulary)
+        return reading.text
+
+
+def _spelt(prompt: Prompt, main: Vocabulary) -> str:
+    """What a prompt says; of ids, the text without control tokens. A conversation is not echoed."""
+    if isinstance(prompt, str):
+        return prompt
+    if isinstance(prompt, Conversation):
+        return ""
+    return b"".join(main.text_bytes(token_id) for token_id in prompt).decode("utf-8", "replace")
+
+
+def _is_scored(params: SamplingParams) -> bool:
+    return params.echo and params.logprobs is not None
 
 
 def _check_ids(param: str, token_ids: Iterable[int], vocabulary: Vocabulary) -> None:

@@ -45,7 +45,7 @@ class Engine:
         member_timeout: seconds that a call to a member may take; None: any.
         """
         self.members = dict(members)
-        capacities = {n: Capacity(m.page_size, m.num_pages, m.max_len) for n, m in members.items()}
+        capacities = {n: Capacity(m.page_size, m.num_pages, m.max_len, m.min_prefix) for n, m in members.items()}
         self.scheduler = Scheduler(capacities, limits)
         self._pool = MemberPool(members, member_timeout)
         self._failures = Failures(self._pool, record, limits.token_budget)
@@ -110,20 +110,21 @@ class Engine:
 
     def _reuse(self) -> None:
         """A prompt that is scored or weighed needs an answer at every position, so it is computed in full."""
-        prompts: dict[str, dict[int, list[int]]] = {}
-        beginners: dict[int, Sequence] = {}
         for sequence, leader in self.scheduler.beginners():
+            if sequence.first_token is None:
+                sequence.num_reused = 0
             if leader is not None:
                 sequence.follow(leader)
-            idle = sequence.scoring or sequence.weighing or not (leader or self._prefix_reuse)
-            if idle or sequence.tracks.keys() & self._pool.busy:
+            shares = self._prefix_reuse or (leader is not None and leader.phase is Phase.DECODE)
+            if sequence.scoring or sequence.weighing or not shares:
                 continue
-            beginners[sequence.seq_id] = sequence
-            for member, track in sequence.tracks.items():
-                prompts.setdefault(member, {})[sequence.seq_id] = track.uncached(len(track) - 1)
-        for member, found in (self._pool.reuse(prompts) if prompts else {}).items():
-            for seq_id, length in found.items():
-                self._begin(beginners[seq_id], member, length)
+            prompts = {
+                member: {sequence.seq_id: track.uncached(len(track) - 1)}
+                for member, track in sequence.tracks.items()
+                if len(track) > self.members[member].min_prefix and member not in self._pool.busy
+            }
+            for member, found in self._pool.reuse(prompts).items():
+                self._begin(sequence, member, found[sequence.seq_id])
 
     def _begin(self, sequence: Sequence, member: str, found: int | MemberError) -> None:
         """A member has some of a prompt cached, or has failed to say so."""

@@ -125,8 +125,8 @@ class LLM:
                 f"params: {len(params)} are given for {len(prompts)} prompts; give one for all, or one each",
                 "params",
             )
-        return [
-            self._admission.admit(
+        return self._admission.admit_all(
+            [
                 GenerationRequest(
                     request_id=f"offline-{next(self._names)}",
                     model=model or self.models[0].name,
@@ -134,9 +134,9 @@ class LLM:
                     params=own,
                     overrides=overrides or Overrides(),
                 )
-            )
-            for prompt, own in zip(prompts, params, strict=True)
-        ]
+                for prompt, own in zip(prompts, params, strict=True)
+            ]
+        )
 
     def _run(self, requests: list[Request]) -> Iterator[tuple[int, Output]]:
         """Drive the engine until all requests have ended; the queue's bound only means feeding it in parts.

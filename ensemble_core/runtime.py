@@ -123,7 +123,7 @@ class Runtime:
         the stream aborts what is unfinished.
         """
         loaded = self._require_ready()
-        sequences = await asyncio.to_thread(lambda: [loaded.admission.admit(request) for request in requests])
+        sequences = await asyncio.to_thread(loaded.admission.admit_all, requests)
         inbox: asyncio.Queue[tuple[int, Output]] = asyncio.Queue()
         await self._enqueue(sequences, inbox)
         return OutputStream([sequence.seq_id for sequence in sequences], inbox, self._abort)

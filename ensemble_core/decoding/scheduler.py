@@ -5,8 +5,12 @@ now. It grows page by page; where a member runs out, the youngest sequence there
 head of the queue and is computed anew later, text and all. Newcomers leave everybody who runs a page to grow into.
 Decoding sequences go first in every step; what is left of the token budget is prefilled in chunks, beside running
 streams no more than `Pace` grants. The last piece of a prompt is fed to all members in one step, which is the first
-step that decides a token; a scored prompt waits with it until its scores are nearly done. Sequences of one group have
-the same prompt: one of them leads, the others wait until its prompt is cached and take it over.
+step that decides a token; a scored prompt waits with it until its scores are nearly done.
+
+A sequence begins once, when the token budget reaches it: then what is cached of its prompt is looked up. Sequences
+of one group have the same prompt. The first of them leads; the others wait until it has read the prompt, and take
+over its prefix, scores and weights. Nobody waits for a prefix that is too short to be taken over. Once one of the
+group has read the prompt or failed, nobody waits: the others begin side by side, like requests without a group.
 
 Invariants: a step never feeds more than a member's pages hold; every admitted sequence is on `running` until it is
 preempted or retired; nobody overtakes the head of the queue; the oldest sequence is never preempted, so all come to
@@ -18,7 +22,7 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -37,6 +41,7 @@ class Capacity:
     page_size: int  # tokens
     num_pages: int
     max_len: int  # tokens a sequence
+    min_prefix: int = 1  # tokens; a shorter prefix is never taken over
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +78,8 @@ class Scheduler:
         self.running: list[Sequence] = []
         self._capacities = dict(capacities)
         self._limits = limits
+        self._fresh: set[Sequence] = set()  # running, but not begun
+        self._read: dict[str, Sequence] = {}  # group -> one that has read their prompt, or failed
         self.pace = Pace(limits.max_stretch)
         for name, capacity in capacities.items():
             assert capacity.page_size * capacity.num_pages >= capacity.max_len, f"{name}: too few pages for one"
@@ -102,7 +109,8 @@ class Scheduler:
         shares = [_decode_share(s) for s in self.running if s.phase is Phase.DECODE]
         for share in shares:
             _spend(left, share.counts)
-        prompts = [s for s in self.running if s.phase is Phase.PREFILL and not self._awaits_leader(s)]
+        followers = self._followers()
+        prompts = [s for s in self.running if s.phase is Phase.PREFILL and s not in followers]
         granted = self.pace.grant(_kinds(prompts), len(shares), len(prompts))
         if granted == 0:
             return shares
@@ -110,10 +118,24 @@ class Scheduler:
         left = {member: max(min(tokens, most), 1) for member, tokens in left.items()}  # prompts go on
         return shares + _prefill_shares(prompts, left, math.inf if granted is None else granted)
 
-    def beginners(self) -> list[tuple[Sequence, Sequence | None]]:
-        """Admitted sequences that nothing is cached of and that need not wait, each with its leader, if any."""
-        pairs = [(s, self._leader(s)) for s in self.running if _untouched(s)]
-        return [(s, leader) for s, leader in pairs if leader is None or leader.phase is Phase.DECODE]
+    def beginners(self) -> Iterator[tuple[Sequence, Sequence | None]]:
+        """Each admitted sequence once, when it is to begin, with one of its group that has read the prompt, if any.
+
+        Lazy: what is cached of a sequence must be in its tracks before the next one is asked for, since that decides
+        whom the budget reaches. All that `schedule` may feed next have begun. Linear in the running sequences.
+        """
+        self._fresh = {s for s in self._fresh if _untouched(s)}
+        followers = self._followers()
+        left = dict.fromkeys(self._capacities, self._limits.token_budget)
+        for sequence in self.running if self._fresh else ():
+            if sequence.phase is not Phase.PREFILL or sequence in followers:
+                continue
+            leader = self._leader(sequence)
+            if sequence in self._fresh and (leader is not None or any(left[m] > 0 for m in sequence.tracks)):
+                self._fresh.discard(sequence)
+                yield sequence, leader
+            for member, track in sequence.tracks.items():
+                left[member] -= track.num_uncached - 1  # the least that `schedule` will take
 
     def admit(self) -> list[Sequence]:
         """Make room for what runs, then let waiting sequences in, in order.
@@ -121,34 +143,47 @@ class Scheduler:
         Returns those that were preempted, youngest first: the caller gives back their pages in every member.
         """
         preempted = self._make_room()
-        while self.waiting and len(self.running) < self._limits.max_running and self._fits(self.waiting[0]):
-            sequence = self.waiting.popleft()
-            self.running.append(sequence)
-            sequence.phase, sequence.admitted = Phase.PREFILL, sequence.admitted or time.perf_counter()
+        if self.waiting and len(self.running) < self._limits.max_running:
+            self._let_in()
         return preempted
 
     def _make_room(self) -> list[Sequence]:
-        preempted = []
+        preempted: list[Sequence] = []
         for member, capacity in self._capacities.items():
-            while self.reserved(member) > capacity.num_pages:
-                youngest = next(s for s in reversed(self.running) if member in s.tracks)
-                self.running.remove(youngest)
-                youngest.preempt()
-                preempted.append(youngest)
+            excess = self.reserved(member) - capacity.num_pages
+            if excess > 0:
+                preempted += self._preempt(member, excess)
         # Back to the head of the queue, the oldest first.
         self.waiting.extendleft(sorted(preempted, key=lambda s: s.admitted or 0.0, reverse=True))
         return preempted
 
-    def _fits(self, sequence: Sequence) -> bool:
-        """Whether the tokens that it has now fit, and leave everybody who can grow a page to do so."""
-        if not self.running:
-            return True
-        for member in sequence.tracks:
-            spare = sum(self._can_grow(s, member) for s in (*self.running, sequence) if member in s.tracks)
-            needed = self.reserved(member) + self._pages(sequence, member) + spare
-            if needed > self._capacities[member].num_pages:
-                return False
-        return True
+    def _preempt(self, member: str, excess: int) -> list[Sequence]:
+        """Take the youngest off `running` until `excess` pages of a member are given back."""
+        preempted = []
+        for sequence in [s for s in reversed(self.running) if member in s.tracks]:
+            if excess <= 0:
+                break
+            excess -= self._pages(sequence, member)
+            sequence.preempt()
+            preempted.append(sequence)
+        gone = set(preempted)
+        self.running = [s for s in self.running if s not in gone]
+        self._fresh -= gone
+        self._read = {group: s for group, s in self._read.items() if s not in gone}
+        return preempted
+
+    def _let_in(self) -> None:
+        """Admit while everybody's claims fit; one alone always does. Linear in running and admitted sequences."""
+        claimed = {m: sum(self._claim(s, m) for s in self.running if m in s.tracks) for m in self._capacities}
+        while self.waiting and len(self.running) < self._limits.max_running:
+            sequence = self.waiting[0]
+            for member in sequence.tracks:
+                claimed[member] += self._claim(sequence, member)
+            if self.running and any(claimed[m] > self._capacities[m].num_pages for m in sequence.tracks):
+                return
+            self.running.append(self.waiting.popleft())
+            self._fresh.add(sequence)
+            sequence.phase, sequence.admitted = Phase.PREFILL, sequence.admitted or time.perf_counter()
 
     def retire(self) -> list[Sequence]:
         """Take finished sequences off all lists."""
@@ -156,7 +191,18 @@ class Scheduler:
         if finished:
             self.running = [s for s in self.running if s.phase is not Phase.FINISHED]
             self.waiting = deque(s for s in self.waiting if s.phase is not Phase.FINISHED)
+            self._fresh.difference_update(finished)
+            self._note_read(finished)
         return finished
+
+    def _note_read(self, finished: list[Sequence]) -> None:
+        """Who ends by itself leaves nobody of its group waiting; groups that have ended are forgotten."""
+        for sequence in finished:
+            if sequence.request.group is not None and sequence.finish_reason != "abort":
+                self._read.setdefault(sequence.request.group, sequence)
+        if self._read:
+            left = {s.request.group for s in (*self.running, *self.waiting)}
+            self._read = {group: s for group, s in self._read.items() if group in left}
 
     def check(self) -> None:
         """Integrity: what is cached fits, and only of those that run. For tests and debugging."""
@@ -164,34 +210,51 @@ class Scheduler:
             cached = [s.tracks[member].num_held for s in self.running if member in s.tracks]
             assert sum(-(-tokens // capacity.page_size) for tokens in cached) <= capacity.num_pages
         assert not any(track.num_cached for s in self.waiting for track in s.tracks.values())
+        assert self._fresh <= set(self.running), "who does not run cannot begin"
+        assert self._read.keys() <= {s.request.group for s in (*self.running, *self.waiting)}, "a group has ended"
 
     def _leader(self, sequence: Sequence) -> Sequence | None:
-        """The first running sequence with the same prompt, if it is another one and has something to hand over."""
-        group = sequence.request.group
-        if group is None or all(len(track.prompt_ids) == 1 for track in sequence.tracks.values()):
-            return None
-        first = next(s for s in self.running if s.request.group == group and s.phase is not Phase.FINISHED)
-        return None if first is sequence else first
+        """Another one of its group that has read their prompt, if any."""
+        leader = self._read.get(sequence.request.group or "")
+        return None if leader is sequence else leader
 
-    def _awaits_leader(self, sequence: Sequence) -> bool:
-        return _untouched(sequence) and self._leader(sequence) is not None
+    def _followers(self) -> set[Sequence]:
+        """Fresh sequences that wait for the first of their group to read the prompt."""
+        first: dict[str, Sequence] = {}
+        found = []
+        for sequence in self.running if self._fresh else ():
+            group = sequence.request.group
+            if group is None or sequence.phase is Phase.FINISHED:
+                continue
+            if sequence.phase is Phase.DECODE:
+                self._read[group] = sequence
+            elif first.setdefault(group, sequence) is not sequence and sequence in self._fresh:
+                found.append(sequence)
+        return {s for s in found if s.request.group not in self._read and self._can_follow(s)}
+
+    def _can_follow(self, sequence: Sequence) -> bool:
+        """Whether a leader has something to hand over: a prefix that is long enough, scores or weights."""
+        lengths = {member: len(track.prompt_ids) for member, track in sequence.tracks.items()}
+        if sequence.scoring or sequence.weighing:
+            return max(lengths.values()) > 1
+        return any(length > self._capacities[member].min_prefix for member, length in lengths.items())
 
     def _pages(self, sequence: Sequence, member: str) -> int:
         """Pages for the tokens that the sequence has now, and for those that the member has not dropped yet."""
         track = sequence.tracks[member]
         return -(-max(len(track), track.num_held) // self._capacities[member].page_size)
 
-    def _can_grow(self, sequence: Sequence, member: str) -> bool:
-        """Whether the sequence may come to need more pages than now.
+    def _claim(self, sequence: Sequence, member: str) -> int:
+        """Pages that a newcomer must leave to a sequence: those that it needs now, and one more if it can grow.
 
         Main's completion is at most max_tokens; an assistant may need more tokens for the same text, up to its
         own max_len.
         """
-        capacity, track = self._capacities[member], sequence.tracks[member]
+        capacity, pages = self._capacities[member], self._pages(sequence, member)
         longest = capacity.max_len
         if member == sequence.recipe.main:
-            longest = min(longest, len(track.prompt_ids) + sequence.request.params.max_tokens)
-        return -(-longest // capacity.page_size) > self._pages(sequence, member)
+            longest = min(longest, len(sequence.main.prompt_ids) + sequence.request.params.max_tokens)
+        return pages + (-(-longest // capacity.page_size) > pages)
 
 
 def _untouched(sequence: Sequence) -> bool:

@@ -163,6 +163,7 @@ class Member(Protocol):
     name: str
     vocabulary: Vocabulary
     max_len: int
+    min_prefix: int  # tokens; `reuse` takes over no shorter prefix
     device: torch.device
     lane: str
     abilities: Abilities

@@ -62,12 +62,13 @@ class FakeMember:
         max_len: int = 256,
         page_size: int = 16,
         num_pages: int = 1024,
+        min_prefix: int = 1,
         eos_bias: float = -30.0,
         lane: str = "cpu",
         abilities: Abilities = ALL_ABILITIES,
     ) -> None:
         """eos_bias: added to the logit of stop tokens. seed: another one is another model."""
-        self.name = name
+        self.name, self.min_prefix = name, min_prefix
         self.vocabulary = vocabulary or byte_vocabulary()
         self.max_len, self.page_size, self.num_pages = max_len, page_size, num_pages
         self.device, self.lane, self.abilities = torch.device("cpu"), lane, abilities
@@ -139,6 +140,7 @@ class FakeMember:
         rows = [*self.cached.values(), *self.kept]
         best = max(rows, key=lambda ids: _num_shared(ids, token_ids), default=[])
         length = _num_shared(best, token_ids)
+        length = length if length >= self.min_prefix else 0
         if length:
             self.reuses.append((seq_id, length))
             self.cached[seq_id] = list(token_ids[:length])

@@ -18,7 +18,7 @@ from ensemble_core.members.attention.pages import Attention, by_gathering, pack_
 from ensemble_core.members.attention.rows import FEW, pack
 from ensemble_core.members.base import ALL_ABILITIES, Answers, Feed
 from ensemble_core.members.body.base import Body
-from ensemble_core.members.cache.base import Cache
+from ensemble_core.members.cache.base import MIN_PREFIX, Cache
 from ensemble_core.members.cache.pages import PagedCache
 from ensemble_core.members.cache.rows import KVCache
 from ensemble_core.members.kernels.base import Kernels
@@ -50,6 +50,7 @@ class LocalMember:
         self._body, self._cache, self._kernels, self._attention = body, cache, kernels, attention
         self._memory = dict(Counter(body.num_bytes()) + Counter(cache.num_bytes()))
         self._lane, self._few = lane_on(device), few
+        self.min_prefix = MIN_PREFIX
 
     def adopt(self, make: Callable[[], Body]) -> None:
         """Run from now on through the body that `make` makes, within this member's lane."""
@@ -83,7 +84,7 @@ class LocalMember:
         return answers
 
     def reuse(self, seq_id: int, token_ids: Sequence[int]) -> int:
-        """See `Member.reuse`; a shorter prefix than `cache.base.MIN_PREFIX` is not worth it."""
+        """See `Member.reuse`."""
         with self._lane.work():
             return self._cache.reuse(seq_id, token_ids)
 

@@ -74,6 +74,20 @@ def shared_prefix(left: Sequence[int], right: Sequence[int]) -> int:
     return low
 
 
+def longest_shared(cached: Iterable[list[int]], token_ids: list[int]) -> tuple[int, int]:
+    """Which of `cached` has the longest beginning in common with `token_ids`, the first of equals, and its length.
+
+    (-1, 0) where that is shorter than `MIN_PREFIX`. Most are passed over at a glance: to be longer than what is
+    found, one must agree at the place behind it.
+    """
+    best, length, most = -1, MIN_PREFIX - 1, len(token_ids)
+    for index, ids in enumerate(cached if most >= MIN_PREFIX else ()):
+        if length < most and length < len(ids) and ids[length] == token_ids[length]:
+            shared = shared_prefix(ids, token_ids)
+            best, length = (index, shared) if shared > length else (best, length)
+    return (best, length) if best >= 0 else (-1, 0)
+
+
 def bytes_per_token(layers: list[LayerShape], dtype: torch.dtype) -> int:
     """Keys and values of one token in all layers, in bytes."""
     return sum(2 * layer.num_kv_heads * layer.head_size for layer in layers) * dtype.itemsize

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ensemble_core.members.cache.base import MIN_PREFIX, LayerShape, shared_prefix, tensor_bytes, zeros
+from ensemble_core.members.cache.base import MIN_PREFIX, LayerShape, longest_shared, tensor_bytes, zeros
 
 
 @dataclass(slots=True, eq=False)
@@ -83,9 +83,11 @@ class PagedCache:
     def reuse(self, seq_id: int, token_ids: Sequence[int]) -> int:
         """Begin a sequence with the longest cached prefix of `token_ids`; returns its length, 0 if nothing began."""
         assert seq_id not in self._chains, "a prefix begins a sequence"
-        source, length = self._longest(list(token_ids))
-        if source is None:
+        chains = [*self._chains.values(), *self._prefixes]
+        found, length = longest_shared((chain.token_ids for chain in chains), list(token_ids))
+        if not length:
             return 0
+        source = chains[found]
         if source in self._prefixes:
             self._touch(source)
         elif not self._finite(source.pages, length):
@@ -150,16 +152,6 @@ class PagedCache:
             "ids and length differ"
         )
         assert all(len(c.pages) == self.pages_of(c.length) for c in self._prefixes), "a prefix holds too much"
-
-    def _longest(self, token_ids: list[int]) -> tuple[Chain | None, int]:
-        """The chain with the longest beginning in common, running ones first; None where that is too short."""
-        best, length = None, MIN_PREFIX - 1
-        head = token_ids[:MIN_PREFIX]
-        for chain in (*self._chains.values(), *self._prefixes):
-            if chain.token_ids[:MIN_PREFIX] == head and len(head) == MIN_PREFIX:
-                shared = shared_prefix(chain.token_ids, token_ids)
-                best, length = (chain, shared) if shared > length else (best, length)
-        return best, length
 
     def _begin(self, seq_id: int, source: Chain, length: int) -> int:
         """Share the whole pages of a prefix, and copy what lies in the page after them if there is one to be had."""

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ensemble_core.members.cache.base import MIN_PREFIX, LayerShape, shared_prefix, tensor_bytes, zeros
+from ensemble_core.members.cache.base import MIN_PREFIX, LayerShape, longest_shared, tensor_bytes, zeros
 
 
 @dataclass(slots=True)
@@ -82,12 +82,11 @@ class KVCache:
     def reuse(self, seq_id: int, token_ids: Sequence[int]) -> int:
         """Begin a sequence with the longest cached prefix of `token_ids`; returns its length, 0 if nothing began."""
         assert seq_id not in self._rows, "a prefix begins a sequence"
-        token_ids, rows = list(token_ids), [*self._rows.values(), *self._prefixes]
-        shared = [shared_prefix(row.token_ids, token_ids) for row in rows]
-        length = max(shared, default=0)
-        if length < MIN_PREFIX:
+        rows = [*self._rows.values(), *self._prefixes]
+        found, length = longest_shared((row.token_ids for row in rows), list(token_ids))
+        if not length:
             return 0
-        source = rows[shared.index(length)]
+        source = rows[found]
         if source in self._prefixes:
             self._touch(source)
         elif not self._finite(source, length):

@@ -67,7 +67,8 @@ def decode_feeds(message: bytes) -> list[Feed]:
     tokens, following = arrays.ragged("token_ids"), arrays.ragged("following")
     also = _split(arrays.ragged("also_ids"), arrays.ints("num_also"), "num_also")
     _require(
-        len({*map(len, (seq_id, wanted, top_k, keep, tokens, following, also))}) == 1, "numbers of feeds differ"
+        len({len(seq_id), len(wanted), len(top_k), len(keep), len(tokens), len(following), len(also)}) == 1,
+        "numbers of feeds differ",
     )
     feeds = [
         Feed(seq_id[i], tokens[i], wanted[i], tuple(map(tuple, also[i])), tuple(following[i]), top_k[i], kept)
@@ -144,7 +145,7 @@ class _Arrays:
 
     def __init__(self, message: bytes, kind: int) -> None:
         try:
-            self._arrays = load(message)
+            self._arrays: dict[str, Tensor] = load(message)
         except (SafetensorError, ValueError, KeyError) as error:
             raise WireError(f"a message cannot be read: {error}") from error
         head = self.ints("head")
@@ -188,7 +189,8 @@ def _ints(numbers: Iterable[int]) -> Tensor:
 
 def _message(kind: int, **arrays: Tensor) -> bytes:
     head = {"head": _ints((kind, VERSION))}
-    return save({name: each.detach().cpu().contiguous() for name, each in (head | arrays).items()})
+    message: bytes = save({name: each.detach().cpu().contiguous() for name, each in (head | arrays).items()})
+    return message
 
 
 def _require(holds: bool, problem: str) -> None:
