@@ -22,7 +22,7 @@ RECIPE = ensemble([MEMBER])
 
 
 def request(temperature: float = 1.0, top_p: float = 1.0, seed: int | None = 0) -> Request:
-    params = SamplingParams(temperature=temperature, top_p=top_p, seed=seed)
+    params = SamplingParams(max_tokens=50, temperature=temperature, top_p=top_p, seed=seed)
     return sequence(0, "a", [MEMBER], RECIPE, params)
 
 
@@ -163,8 +163,15 @@ def test_a_seeded_draw_is_the_same_in_any_batch() -> None:
 def test_each_step_draws_anew_and_reproducibly() -> None:
     logits = torch.zeros(1, 100)
     first, second = request(seed=3), request(seed=3)
-    drawn = [sample(fused(logits), [first])[0] for _ in range(20)]
-    assert drawn == [sample(fused(logits), [second])[0] for _ in range(20)]
+
+    def step(made: Request) -> int:
+        (token,) = sample(fused(logits), [made])
+        assert sample(fused(logits), [made]) == [token], "a step that is taken again draws the same"
+        made.append(token)
+        return token
+
+    drawn = [step(first) for _ in range(20)]
+    assert drawn == [step(second) for _ in range(20)]
     assert len(set(drawn)) > 10
 
 
