@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from ensemble_core.members.kernels.base import Activation, Norm
+from ensemble_core.members.kernels.base import Activation, Norm, Survey
+from ensemble_core.members.ranking import peaks
+
+_CHUNK = 65_536  # columns that the normaliser takes at once
 
 
 class PlainKernels:
@@ -26,3 +30,21 @@ class PlainKernels:
         """See `Kernels.turn`."""
         turned = heads[:, :num] if norm is None else norm(heads[:, :num])
         return (turned * cos).addcmul_(turned.roll(turned.shape[2] // 2, -1), sin)
+
+    def survey(self, logits: Tensor) -> Survey:
+        """See `Kernels.survey`."""
+        return Survey(_normaliser(logits), peaks(logits))
+
+
+PLAIN = PlainKernels()
+
+
+def _normaliser(logits: Tensor) -> Tensor:
+    """Log of the sum of exp over columns, (N, V) any float dtype -> (N,) float32."""
+    peak = logits.amax(dim=1, keepdim=True).float()
+    total = torch.zeros_like(peak)
+    buffer = torch.empty(len(logits), min(_CHUNK, logits.shape[1]), device=logits.device)
+    for chunk in torch.split(logits, _CHUNK, dim=1):
+        part = buffer[:, : chunk.shape[1]]
+        total += part.copy_(chunk).sub_(peak).exp_().sum(dim=1, keepdim=True)
+    return (peak + total.log()).squeeze(1)
