@@ -9,6 +9,7 @@ from ensemble_core.members.kernels.base import Activation, Norm, Survey
 from ensemble_core.members.ranking import peaks
 
 _CHUNK = 65_536  # columns that the normaliser takes at once
+_LINE = 1024  # columns of a sum
 
 
 class PlainKernels:
@@ -40,11 +41,17 @@ PLAIN = PlainKernels()
 
 
 def _normaliser(logits: Tensor) -> Tensor:
-    """Log of the sum of exp over columns, (N, V) any float dtype -> (N,) float32."""
+    """Log of the sum of exp over columns, (N, V) any float dtype -> (N,) float32.
+
+    Summed by lines of columns first: torch shares a long sum between threads where it is the only one, and then a row
+    alone would come out otherwise than among others.
+    """
+    num, columns = logits.shape
     peak = logits.amax(dim=1, keepdim=True).float()
     total = torch.zeros_like(peak)
-    buffer = torch.empty(len(logits), min(_CHUNK, logits.shape[1]), device=logits.device)
+    buffer = torch.zeros(num, -(-min(_CHUNK, columns) // _LINE) * _LINE, device=logits.device)
     for chunk in torch.split(logits, _CHUNK, dim=1):
-        part = buffer[:, : chunk.shape[1]]
-        total += part.copy_(chunk).sub_(peak).exp_().sum(dim=1, keepdim=True)
+        buffer[:, : chunk.shape[1]].copy_(chunk).sub_(peak).exp_()
+        buffer[:, chunk.shape[1] :] = 0.0
+        total += buffer.unflatten(1, (-1, _LINE)).sum(dim=2).sum(dim=1, keepdim=True)
     return (peak + total.log()).squeeze(1)
