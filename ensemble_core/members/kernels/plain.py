@@ -49,9 +49,10 @@ def _normaliser(logits: Tensor) -> Tensor:
     num, columns = logits.shape
     peak = logits.amax(dim=1, keepdim=True).float()
     total = torch.zeros_like(peak)
-    buffer = torch.zeros(num, -(-min(_CHUNK, columns) // _LINE) * _LINE, device=logits.device)
+    lines = -(-min(_CHUNK, columns) // _LINE)
+    buffer = torch.zeros(num, lines * _LINE, device=logits.device)
     for chunk in torch.split(logits, _CHUNK, dim=1):
         buffer[:, : chunk.shape[1]].copy_(chunk).sub_(peak).exp_()
         buffer[:, chunk.shape[1] :] = 0.0
-        total += buffer.unflatten(1, (-1, _LINE)).sum(dim=2).sum(dim=1, keepdim=True)
+        total += buffer.view(num, lines, _LINE).sum(dim=2).sum(dim=1, keepdim=True)
     return (peak + total.log()).squeeze(1)
