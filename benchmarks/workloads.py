@@ -36,6 +36,7 @@ from ensemble_core.fusion.base import Fused, FusionSpace, build_fusion, parse_op
 from ensemble_core.members.base import Candidates, Feed, log_rest
 from ensemble_core.members.candidates import top_candidates
 from ensemble_core.members.loading.checkpoints import load_tokenizer, load_vocabulary
+from ensemble_core.members.loading.models import make_member
 from ensemble_core.members.local import LocalMember
 from ensemble_core.text.alignment import Track
 from ensemble_core.text.detokenizer import Detokenizer
@@ -113,7 +114,7 @@ def _tiny_member(name: str, length: int, num_rows: int) -> LocalMember:
     max_len = length + 8
     memory = max(num_rows * max_len * 2 * 8 * 4, 2**20)
     config = MemberConfig(model=name, kv_memory=memory, max_len=max_len, kv_cache="rows", device="cpu")
-    return LocalMember(name, model, words(tiny.vocabulary), config)
+    return make_member(name, model, words(tiny.vocabulary), config)
 
 
 def _keep_prefixes(member: LocalMember, length: int) -> None:

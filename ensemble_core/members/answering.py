@@ -14,6 +14,8 @@ from torch import Tensor
 
 from ensemble_core.members.base import Answers, Feed, Span
 from ensemble_core.members.candidates import likelihoods, top_candidates
+from ensemble_core.members.kernels.base import Kernels
+from ensemble_core.members.kernels.plain import PLAIN
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +36,7 @@ def lay_out(feeds: Sequence[Feed]) -> Layout:
     return Layout(tuple(asking), groups)
 
 
-def answer(logits: Tensor, feeds: Sequence[Feed], layout: Layout) -> Answers:
+def answer(logits: Tensor, feeds: Sequence[Feed], layout: Layout, kernels: Kernels = PLAIN) -> Answers:
     """Candidates of every wanted position, and the likelihoods that are asked for.
 
     logits: (N, V), the wanted positions in the layout's order, then a row for every `following` id that is not -1,
@@ -47,7 +49,8 @@ def answer(logits: Tensor, feeds: Sequence[Feed], layout: Layout) -> Answers:
             spans[i] = Span(number, row, row + feeds[i].wanted)
             row += feeds[i].wanted
         also = [ids for i in group for ids in feeds[i].also or ((),) * feeds[i].wanted]
-        blocks.append(top_candidates(logits[start : start + row], feeds[group[0]].top_k, also))
+        blocks.append(top_candidates(logits[start : start + row], feeds[group[0]].top_k, also, kernels))
         start += row
-    told = likelihoods(logits[start:], [feed.following for feed in feeds]) if start < len(logits) else ()
+    asked = [feed.following for feed in feeds]
+    told = likelihoods(logits[start:], asked, kernels) if start < len(logits) else ()
     return Answers(tuple(blocks), tuple(spans), told)

@@ -1,8 +1,7 @@
 """From logits to candidates: the K likeliest ids of each row with exact log-probabilities, and the tail.
 
 Large vocabularies make this a cost of its own, so logits are surveyed once: the normaliser with a float32 sum and no
-float copy of the logits, and the peaks of stripes, through which the likeliest are found. On CPU that is one compiled
-loop.
+float copy of the logits, and the peaks of stripes, through which the likeliest are found.
 
 Candidates stand in the order of `ranking`, by the log-probabilities that they carry: a row is a prefix of the same
 row with more candidates, bit for bit, and does not depend on the other rows. Knows no model and no cache.
@@ -11,47 +10,14 @@ row with more candidates, bit for bit, and does not depend on the other rows. Kn
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ensemble_core.members.base import Candidates, log_rest
-from ensemble_core.members.kernels import compiled
-from ensemble_core.members.ranking import BESIDE, STRIPE, has_stripes, peaks, ranked, within_reach
-
-_CHUNK = 65_536  # columns that the normaliser takes at once
-
-
-class Survey(NamedTuple):
-    """What one reading of logits (N, V) tells.
-
-    normaliser: (N,) float32, log of the sum of exp over columns. peaks: (N, stripes), the largest of each stripe; see
-    `ranking`.
-    """
-
-    normaliser: Tensor
-    peaks: Tensor
-
-
-def survey(logits: Tensor) -> Survey:
-    """Read logits once, (N, V) of any float dtype. The normaliser of a row that is not finite is NaN."""
-    if compiled.serves(logits.device, logits.dtype):
-        from ensemble_core.members.kernels.compiled.logits import survey_logits
-
-        return Survey(*survey_logits(logits, STRIPE, BESIDE))
-    return Survey(log_normaliser(logits), peaks(logits))
-
-
-def log_normaliser(logits: Tensor) -> Tensor:
-    """Log of the sum of exp over columns, (N, V) any float dtype -> (N,) float32."""
-    peak = logits.amax(dim=1, keepdim=True).float()
-    total = torch.zeros_like(peak)
-    buffer = torch.empty(len(logits), min(_CHUNK, logits.shape[1]), device=logits.device)
-    for chunk in torch.split(logits, _CHUNK, dim=1):
-        part = buffer[:, : chunk.shape[1]]
-        total += part.copy_(chunk).sub_(peak).exp_().sum(dim=1, keepdim=True)
-    return (peak + total.log()).squeeze(1)
+from ensemble_core.members.kernels.base import Kernels, Survey
+from ensemble_core.members.kernels.plain import PLAIN
+from ensemble_core.members.ranking import has_stripes, ranked, within_reach
 
 
 def likeliest(logits: Tensor, num: int, found: Survey) -> Tensor:
@@ -66,7 +32,9 @@ def likeliest(logits: Tensor, num: int, found: Survey) -> Tensor:
     return columns.gather(1, ranked(logits.gather(1, columns).float() - normaliser, num, columns))
 
 
-def top_candidates(logits: Tensor, top_k: int, also: Sequence[tuple[int, ...]] = ()) -> Candidates:
+def top_candidates(
+    logits: Tensor, top_k: int, also: Sequence[tuple[int, ...]] = (), kernels: Kernels = PLAIN
+) -> Candidates:
     """The `top_k` likeliest ids of each row of `logits` (N, V), and those asked for by `also` (N entries or none).
 
     An id of `also` that is not among the likeliest takes the place of the unlikeliest that nobody asked for. The
@@ -74,7 +42,7 @@ def top_candidates(logits: Tensor, top_k: int, also: Sequence[tuple[int, ...]] =
     of equals the lowest id first, ids of `also` included. A width of V or more: whole distributions in the order of
     ids, tail -inf. A row that is not finite comes back as NaN.
     """
-    found = survey(logits)
+    found = kernels.survey(logits)
     normaliser, (num_rows, vocabulary) = found.normaliser, logits.shape
     width = _width(top_k, also)
     if width >= vocabulary:
@@ -90,7 +58,9 @@ def top_candidates(logits: Tensor, top_k: int, also: Sequence[tuple[int, ...]] =
     return _in_order(candidates) if any(also) else candidates
 
 
-def likelihoods(logits: Tensor, following: Sequence[tuple[int, ...]]) -> tuple[float, ...]:
+def likelihoods(
+    logits: Tensor, following: Sequence[tuple[int, ...]], kernels: Kernels = PLAIN
+) -> tuple[float, ...]:
     """For each feed the sum of the log-probabilities of its `following` ids, without a search for the likeliest.
 
     logits: (N, V), a row for every id that is not -1, in the order of feeds and positions. Each is rounded to 2^-30
@@ -98,7 +68,7 @@ def likelihoods(logits: Tensor, following: Sequence[tuple[int, ...]]) -> tuple[f
     """
     asked = [[token_id for token_id in ids if token_id >= 0] for ids in following]
     columns = torch.tensor([token_id for ids in asked for token_id in ids], dtype=torch.long, device=logits.device)
-    own = logits.gather(1, columns.unsqueeze(1)).squeeze(1).float() - survey(logits).normaliser  # (N,)
+    own = logits.gather(1, columns.unsqueeze(1)).squeeze(1).float() - kernels.survey(logits).normaliser  # (N,)
     parts = torch.split((own.double() * 2**30).round() / 2**30, [len(ids) for ids in asked])
     return tuple(torch.stack([part.sum() for part in parts]).tolist())
 

@@ -110,7 +110,7 @@ class LocalMember:
         layout = lay_out(feeds)
         places = _places(feeds, order, layout)
         logits = self._body(run, torch.tensor(token_ids), torch.tensor(places, dtype=torch.long))
-        return answer(logits, feeds, layout)
+        return answer(logits, feeds, layout, self._kernels)
 
     def _pack(self, feeds: Sequence[Feed]) -> tuple[Pass, list[int]]:
         assert len({feed.seq_id for feed in feeds}) == len(feeds), "a sequence is fed twice"

@@ -17,7 +17,7 @@ from torch import Tensor
 from ensemble_core.config import MemberConfig, load_config
 from ensemble_core.decoding.sampling_params import SamplingParams
 from ensemble_core.errors import ConfigError, UnsupportedModelError
-from ensemble_core.llm import LLM, Completion, _fold
+from ensemble_core.llm import LLM, Completion, _completion
 from ensemble_core.members.body import linear
 from ensemble_core.members.body.linear import Linear
 from ensemble_core.members.loading.checkpoints import load_vocabulary
@@ -86,7 +86,7 @@ def together(llm: LLM, asked: list[tuple[str, str, SamplingParams]]) -> list[Com
     outputs: dict[int, list[Any]] = {request.seq_id: [] for request in requests}
     for seq_id, output in llm._run(requests):
         outputs[seq_id].append(output)
-    return [_fold(outputs[request.seq_id]) for request in requests]
+    return [_completion(outputs[request.seq_id]) for request in requests]
 
 
 def test_an_answer_is_the_same_alone_and_in_any_crowd(llm: LLM) -> None:

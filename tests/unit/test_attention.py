@@ -16,7 +16,7 @@ from ensemble_core.members.attention.base import packed_attention
 from ensemble_core.members.attention.rows import FEW, pack
 from ensemble_core.members.cache.base import LayerShape
 from ensemble_core.members.cache.rows import KVCache
-from ensemble_core.members.kernels import compiled
+from ensemble_core.members.kernels import choice, compiled
 from ensemble_core.members.kernels.base import SpanAttention
 from ensemble_core.members.kernels.choice import choose
 
@@ -111,9 +111,7 @@ def test_compiled_attention_is_for_cpu_and_known_types_alone() -> None:
 
 
 def test_without_numba_decoding_goes_on(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setattr(
-        compiled, "_can_compile", compiled._can_compile.__wrapped__
-    )  # not what an earlier test found
+    monkeypatch.setattr(choice, "_can_compile", choice._can_compile.__wrapped__)  # not what an earlier test found
     monkeypatch.delattr(compiled, "base", raising=False)
     monkeypatch.setitem(sys.modules, "ensemble_core.members.kernels.compiled.base", None)
     assert choose([CPU], torch.float32).attend_spans is None

@@ -12,8 +12,11 @@ from torch import Tensor
 
 from ensemble_core.members import candidates as module
 from ensemble_core.members.base import Candidates
-from ensemble_core.members.candidates import likeliest, narrow, survey, top_candidates
-from ensemble_core.members.kernels import compiled
+from ensemble_core.members.candidates import likeliest, narrow
+from ensemble_core.members.kernels import plain
+from ensemble_core.members.kernels.base import Kernels, Survey
+from ensemble_core.members.kernels.choice import choose
+from ensemble_core.members.kernels.plain import PlainKernels
 
 CLOSE = {"atol": 2e-6, "rtol": 1e-6}
 
@@ -37,7 +40,20 @@ def check_tail(found: Candidates, whole: Tensor) -> None:
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything holds with numba and without."""
     if request.param == "torch":
-        monkeypatch.setattr(compiled, "serves", lambda device, dtype: False)
+        monkeypatch.setitem(globals(), "kernels", lambda logits: PlainKernels())
+
+
+def kernels(logits: Tensor) -> Kernels:
+    """Those under test: compiled ones where they serve, unless `way` puts plain ones here."""
+    return choose([logits.device], logits.dtype)
+
+
+def survey(logits: Tensor) -> Survey:
+    return kernels(logits).survey(logits)
+
+
+def top_candidates(logits: Tensor, top_k: int, also: Sequence[tuple[int, ...]] = ()) -> Candidates:
+    return module.top_candidates(logits, top_k, also, kernels(logits))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -56,16 +72,16 @@ def test_best_ids_with_exact_logprobs(dtype: torch.dtype, vocabulary: int, top_k
 
 @pytest.mark.parametrize("extra", [-1, 0, 1, 17])
 def test_a_vocabulary_of_several_chunks(extra: int) -> None:
-    logits = random_logits(3, 2 * module._CHUNK + extra, seed=extra + 1)
+    logits = random_logits(3, 2 * plain._CHUNK + extra, seed=extra + 1)
     expected = torch.logsumexp(logits.double(), dim=1)
     torch.testing.assert_close(survey(logits).normaliser.double(), expected, atol=2e-6, rtol=1e-6)
 
 
 def test_a_last_chunk_that_outweighs_all_others() -> None:
-    logits = random_logits(2, module._CHUNK + 1)
+    logits = random_logits(2, plain._CHUNK + 1)
     logits[:, -1] = 80.0
     found = top_candidates(logits, 4)
-    assert found.token_ids[:, 0].tolist() == [module._CHUNK] * 2
+    assert found.token_ids[:, 0].tolist() == [plain._CHUNK] * 2
     assert found.logprobs[:, 0].tolist() == pytest.approx([0.0, 0.0], abs=1e-6)
 
 

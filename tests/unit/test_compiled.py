@@ -8,8 +8,8 @@ from torch import Tensor
 
 from ensemble_core.members.kernels.base import Spans
 from ensemble_core.members.kernels.compiled.attention import attend_spans
-from ensemble_core.members.kernels.compiled.logits import survey_logits
-from ensemble_core.members.ranking import BESIDE, STRIPE, peaks
+from ensemble_core.members.kernels.compiled.logits import survey
+from ensemble_core.members.ranking import peaks
 
 SLOTS = 700  # more than two blocks of keys
 
@@ -107,8 +107,8 @@ def test_a_survey_is_that_of_torch(vocabulary: int, dtype: torch.dtype) -> None:
     logits = (5.0 * torch.randn(5, vocabulary, generator=torch.Generator().manual_seed(1))).to(dtype)
     logits[2, 1::2] = -torch.inf
     logits[3, -1] = 60.0
-    normaliser, tops = survey_logits(logits, STRIPE, BESIDE)
+    normaliser, tops = survey(logits)
     assert torch.equal(tops, peaks(logits).float())
     torch.testing.assert_close(normaliser.double(), logits.double().logsumexp(dim=1), atol=2e-6, rtol=1e-6)
     for row in range(5):
-        assert torch.equal(survey_logits(logits[row : row + 1], STRIPE, BESIDE)[0], normaliser[row : row + 1])
+        assert torch.equal(survey(logits[row : row + 1])[0], normaliser[row : row + 1])

@@ -43,6 +43,17 @@ class Spans(NamedTuple):
 SpanAttention = Callable[[Tensor, Tensor, Tensor, Spans, float | None], Tensor]
 
 
+class Survey(NamedTuple):
+    """What one reading of logits (N, V) tells.
+
+    normaliser: (N,) float32, log of the sum of exp over columns; NaN for a row that is not finite.
+    peaks: (N, stripes), the largest of each stripe; see `ranking`.
+    """
+
+    normaliser: Tensor
+    peaks: Tensor
+
+
 class Kernels(Protocol):
     """One form of every operation."""
 
@@ -61,3 +72,6 @@ class Kernels(Protocol):
 
         cos, sin: (N, 1, D); the sine is signed so that the rotated half need not be negated.
         """
+
+    def survey(self, logits: Tensor) -> Survey:
+        """Read logits once, (N, V), in as much memory as a few rows."""

@@ -2,19 +2,34 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
+from functools import cache
 
 import torch
 
-from ensemble_core.members.kernels import compiled
 from ensemble_core.members.kernels.base import Kernels
 from ensemble_core.members.kernels.plain import PlainKernels
 
+logger = logging.getLogger(__name__)
+
+_COMPILED = (torch.float32, torch.bfloat16)
+
 
 def choose(devices: Iterable[torch.device], dtype: torch.dtype) -> Kernels:
-    """The fastest kernels for a member whose layers are on these devices."""
-    if not all(compiled.serves(device, dtype) for device in devices):
+    """The fastest kernels for a member of this dtype whose layers are on these devices."""
+    if dtype not in _COMPILED or any(device.type != "cpu" for device in devices) or not _can_compile():
         return PlainKernels()
     from ensemble_core.members.kernels.compiled.kernels import CompiledKernels
 
     return CompiledKernels()
+
+
+@cache
+def _can_compile() -> bool:
+    try:
+        from ensemble_core.members.kernels.compiled import base  # noqa: F401
+    except ImportError as error:
+        logger.warning("decoding on CPU is slower without numba (pip install 'unisono[cpu]'): %s", error)
+        return False
+    return True

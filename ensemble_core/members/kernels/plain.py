@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from ensemble_core.members.kernels.base import Activation, Norm
+from ensemble_core.members.kernels.base import Activation, Norm, Survey
+from ensemble_core.members.ranking import peaks
+
+_CHUNK = 65_536  # columns that the normaliser takes at once
+_LINE = 1024  # columns of a sum
 
 
 class PlainKernels:
@@ -26,3 +31,28 @@ class PlainKernels:
         """See `Kernels.turn`."""
         turned = heads[:, :num] if norm is None else norm(heads[:, :num])
         return (turned * cos).addcmul_(turned.roll(turned.shape[2] // 2, -1), sin)
+
+    def survey(self, logits: Tensor) -> Survey:
+        """See `Kernels.survey`."""
+        return Survey(_normaliser(logits), peaks(logits))
+
+
+PLAIN = PlainKernels()
+
+
+def _normaliser(logits: Tensor) -> Tensor:
+    """Log of the sum of exp over columns, (N, V) any float dtype -> (N,) float32.
+
+    Summed by lines of columns first: torch shares a long sum between threads where it is the only one, and then a row
+    alone would come out otherwise than among others.
+    """
+    num, columns = logits.shape
+    peak = logits.amax(dim=1, keepdim=True).float()
+    total = torch.zeros_like(peak)
+    lines = -(-min(_CHUNK, columns) // _LINE)
+    buffer = torch.zeros(num, lines * _LINE, device=logits.device)
+    for chunk in torch.split(logits, _CHUNK, dim=1):
+        buffer[:, : chunk.shape[1]].copy_(chunk).sub_(peak).exp_()
+        buffer[:, chunk.shape[1] :] = 0.0
+        total += buffer.view(num, lines, _LINE).sum(dim=2).sum(dim=1, keepdim=True)
+    return (peak + total.log()).squeeze(1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ensemble_core.members.kernels.compiled import attention, layers
+from ensemble_core.members.kernels.compiled import attention, layers, logits
 
 
 class CompiledKernels:
@@ -12,3 +12,4 @@ class CompiledKernels:
     add_and_norm = staticmethod(layers.add_and_norm)
     gate = staticmethod(layers.gate)
     turn = staticmethod(layers.turn)
+    survey = staticmethod(logits.survey)

@@ -10,6 +10,7 @@ import torch
 from numba import carray
 from torch import Tensor
 
+from ensemble_core.members.kernels.base import Survey
 from ensemble_core.members.kernels.compiled.base import (
     Array,
     Frame,
@@ -24,24 +25,25 @@ from ensemble_core.members.kernels.compiled.base import (
     wide,
     word,
 )
+from ensemble_core.members.ranking import BESIDE, STRIPE
 
 _PART = 32_768  # columns that one thread takes at once
 
 
-def survey_logits(logits: Tensor, stripe: int, beside: int) -> tuple[Tensor, Tensor]:
-    """The fields of `candidates.Survey`. logits: (N, V) float32 or bfloat16; stripe, beside: as in `ranking`."""
+def survey(logits: Tensor) -> Survey:
+    """See `Kernels.survey`. logits: float32 or bfloat16."""
     logits = logits.contiguous()
     num, columns = logits.shape
-    block = stripe * beside
+    block = STRIPE * BESIDE
     part = block * max(_PART // block, 1)
     parts = -(-columns // part)
-    peaks = torch.empty(num, columns // block * beside)
+    peaks = torch.empty(num, columns // block * BESIDE)
     tops, sums = (torch.empty(num, parts) for _ in range(2))
     run(
-        _survey, logits.dtype, logits.numel(), num, columns, stripe, beside, part, parts, logits, peaks, tops, sums
+        _survey, logits.dtype, logits.numel(), num, columns, STRIPE, BESIDE, part, parts, logits, peaks, tops, sums
     )
     top = tops.amax(dim=1)
-    return top + (sums * (tops - top.unsqueeze(1)).exp()).sum(dim=1).log(), peaks
+    return Survey(top + (sums * (tops - top.unsqueeze(1)).exp()).sum(dim=1).log(), peaks)
 
 
 def _survey(frame: Frame) -> None:
