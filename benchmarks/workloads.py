@@ -36,6 +36,7 @@ from ensemble_core.fusion.base import Fused, FusionSpace, build_fusion, parse_op
 from ensemble_core.members.base import Candidates, Feed, log_rest
 from ensemble_core.members.candidates import top_candidates
 from ensemble_core.members.loading.checkpoints import load_tokenizer, load_vocabulary
+from ensemble_core.members.loading.models import make_member
 from ensemble_core.members.local import LocalMember
 from ensemble_core.text.alignment import Track
 from ensemble_core.text.detokenizer import Detokenizer
@@ -49,6 +50,7 @@ NUM_ROWS = 32
 NUM_CANDIDATES = 256
 NUM_WORDS = 32_768
 CHUNK = 512
+PIECE = 5  # characters of a token
 
 _PHRASES = (
     "今天天气很好",
@@ -113,7 +115,7 @@ def _tiny_member(name: str, length: int, num_rows: int) -> LocalMember:
     max_len = length + 8
     memory = max(num_rows * max_len * 2 * 8 * 4, 2**20)
     config = MemberConfig(model=name, kv_memory=memory, max_len=max_len, kv_cache="rows", device="cpu")
-    return LocalMember(name, model, words(tiny.vocabulary), config)
+    return make_member(name, model, words(tiny.vocabulary), config)
 
 
 def _keep_prefixes(member: LocalMember, length: int) -> None:
@@ -164,9 +166,7 @@ def respelling(config: Path, member: str, text: str, num_chars: int) -> Sample:
 
 @cache
 def _demo_vocabulary(config: Path, member: str) -> Vocabulary:
-    vocabulary = load_vocabulary(member, load_config(config).members[member])
-    _ = vocabulary.bridged
-    return vocabulary
+    return load_vocabulary(member, load_config(config).members[member])
 
 
 def chinese(num_chars: int) -> str:
@@ -188,6 +188,11 @@ def minified_json(num_chars: int) -> str:
                 {"id": draw.randrange(10**6), "name": name, "tags": ["a1", "b2"], "price": draw.random()}
             )
     return text[:num_chars]
+
+
+def one_letter(num_chars: int) -> str:
+    """Where every place looks like every other."""
+    return "哈" * num_chars
 
 
 def choices(config: Path, num: int, num_chars: int) -> Sample:
@@ -235,12 +240,16 @@ def admit(num: int) -> Sample:
     return sample
 
 
-def candidates(vocabulary: int, whole: bool) -> Sample:
-    """Candidates of 32 rows of bf16 logits. whole: one of them is constrained and needs its whole distribution."""
+def candidates(vocabulary: int, constrained: bool) -> Sample:
+    """Candidates of 32 rows of bf16 logits, as fusion gets them. constrained: one row needs its whole distribution."""
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(NUM_ROWS, vocabulary, generator=generator).mul_(3).bfloat16()
-    top_k = vocabulary if whole else NUM_CANDIDATES
-    return lambda: timed(lambda: top_candidates(logits, top_k))
+
+    def among_others() -> list[Candidates]:
+        answer = top_candidates(logits, vocabulary)
+        return [answer.rows(rows).best(NUM_CANDIDATES) for rows in (range(1), range(1, NUM_ROWS))]
+
+    return lambda: timed(among_others if constrained else lambda: top_candidates(logits, NUM_CANDIDATES))
 
 
 def penalties(num_tokens: int) -> Sample:
@@ -274,12 +283,21 @@ def _extend(sequences: list[Sequence], token_id: int) -> None:
         sequence.append(token_id)
 
 
-def stop_strings(length: int) -> Sample:
-    """One token's text through 16 stop strings of `length` characters that never come."""
-    detokenizer = Detokenizer([f"{i:x}" + prose.sentences(i, length // 20)[: length - 1] for i in range(16)])
-    detokenizer.feed(prose.sentences(99, 60).encode())
-    pieces = iter(prose.sentences(100, 2000).split(" ") * 100)
-    return lambda: timed(lambda: detokenizer.feed(f" {next(pieces)}".encode()), 16)
+def stop_strings(length: int, *, nearly: bool) -> Sample:
+    """One token of text through 16 stop strings of `length` characters. nearly: each is always nearly complete."""
+    stops, text = _strings(length, nearly)
+    detokenizer = Detokenizer(stops)
+    detokenizer.feed(text[: 2 * length].encode())
+    pieces = (text[at : at + PIECE].encode() for at in range(2 * length, len(text), PIECE))
+    return lambda: timed(lambda: detokenizer.feed(next(pieces)), 16)
+
+
+def _strings(length: int, nearly: bool) -> tuple[list[str], str]:
+    """Stop strings, and a text in which none of them comes."""
+    if nearly:
+        return ["a" * (length - 1 - i) + "b" for i in range(16)], "a" * 50_000
+    stops = [f"{i:x}" + prose.sentences(i, length // 20)[: length - 1] for i in range(16)]
+    return stops, prose.sentences(99, 1000)
 
 
 def fusion(name: str, num_members: int) -> Sample:

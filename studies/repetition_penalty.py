@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, RepetitionPenaltyLogitsProcessor
 
-from benchmarks.ledger import Check, Report, Value, arguments
+from benchmarks.ledger import Check, Findings, Value, arguments
 from ensemble_core.config import MemberConfig, load_config
 from ensemble_core.decoding.shaping import TYPICAL_NORMALISER, penalise_repeats
 from ensemble_core.evaluation.tasks import Split
@@ -251,7 +251,7 @@ def prompts_of(folder: Path, num: int) -> list[tuple[str, bool]]:
     ]
 
 
-def study(members: Mapping[str, MemberConfig], prompts: Sequence[tuple[str, bool]], quick: bool) -> Report:
+def study(members: Mapping[str, MemberConfig], prompts: Sequence[tuple[str, bool]], quick: bool) -> Findings:
     """Everything measured."""
     penalties = PENALTIES[-2:] if quick else PENALTIES
     seen = {name: continuations(resolve_folder(source), prompts, penalties) for name, source in members.items()}
@@ -269,7 +269,7 @@ def study(members: Mapping[str, MemberConfig], prompts: Sequence[tuple[str, bool
         "prompts": len(prompts),
         "C of the served rule": TYPICAL_NORMALISER,
     }
-    return Report("repetition_penalty", tables, checks, settings)
+    return Findings("repetition_penalty", tables, checks, settings)
 
 
 def main() -> None:
