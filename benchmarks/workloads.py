@@ -241,7 +241,7 @@ def admit(num: int) -> Sample:
 
 
 def candidates(vocabulary: int, constrained: bool) -> Sample:
-    """Candidates of 32 rows of bf16 logits, as fusion gets them. constrained: one row needs its whole distribution."""
+    """Candidates of 32 rows of bf16 logits, as fusion gets them. constrained: one row needs its whole."""
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(NUM_ROWS, vocabulary, generator=generator).mul_(3).bfloat16()
 
