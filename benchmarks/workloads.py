@@ -20,10 +20,10 @@ import torch
 
 from benchmarks import prose
 from benchmarks.gpu import GpuPlan, Shape, build, words
-from benchmarks.recorder import StepRecorder
 from ensemble_core.admission import Admission, Speaker
 from ensemble_core.config import MemberConfig, load_config
 from ensemble_core.decoding.guidance import Grammars
+from ensemble_core.decoding.modes.lockstep import Lockstep
 from ensemble_core.decoding.recipe import Recipe
 from ensemble_core.decoding.requests import GenerationRequest
 from ensemble_core.decoding.sampling_params import SamplingParams
@@ -33,11 +33,12 @@ from ensemble_core.decoding.shaping import shape
 from ensemble_core.engine import Engine
 from ensemble_core.factory import load_recipes
 from ensemble_core.fusion.base import Fused, FusionSpace, build_fusion, parse_options
+from ensemble_core.members.answering import answer, lay_out
 from ensemble_core.members.base import Candidates, Feed, log_rest
-from ensemble_core.members.candidates import top_candidates
 from ensemble_core.members.loading.checkpoints import load_tokenizer, load_vocabulary
 from ensemble_core.members.loading.models import make_member
 from ensemble_core.members.local import LocalMember
+from ensemble_core.stats import discard
 from ensemble_core.text.alignment import Track
 from ensemble_core.text.detokenizer import Detokenizer
 from ensemble_core.text.prompt import PromptEncoder
@@ -93,10 +94,10 @@ class Crowd:
         for member in members.values():
             _keep_prefixes(member, length)
         limits = Limits(num_prompts, num_prompts, token_budget=1)
-        self.engine = Engine(members, limits, 16, StepRecorder(), prefix_reuse=prefix_reuse)
+        self.engine = Engine(members, limits, 16, discard, prefix_reuse=prefix_reuse)
         space = FusionSpace([members[name].vocabulary for name in names], list, torch.device("cpu"), names)
         fusion = build_fusion("projection", parse_options("projection", {}, "fusion"), space)
-        recipe = Recipe("pair", names, (0.5, 0.5), fusion, "projection")
+        recipe = Recipe("pair", names, (0.5, 0.5), fusion, "projection", Lockstep())
         vocabularies = {name: members[name].vocabulary for name in names}
         self.engine.add(
             [_sequence(i, ids_of(NUM_KEPT + i, length), recipe, vocabularies) for i in range(num_prompts)]
@@ -122,7 +123,7 @@ def _keep_prefixes(member: LocalMember, length: int) -> None:
     for number in range(NUM_KEPT):
         ids, seq_id = ids_of(number, max(length, 16)), -1 - number  # a shorter prefix is not kept
         for start in range(0, length, CHUNK):
-            member.forward([Feed(seq_id, ids[start : start + CHUNK], wanted=0)], 1)
+            member.forward([Feed(seq_id, ids[start : start + CHUNK], wanted=0)])
         member.release(seq_id, keep=True)
 
 
@@ -245,11 +246,15 @@ def candidates(vocabulary: int, constrained: bool) -> Sample:
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(NUM_ROWS, vocabulary, generator=generator).mul_(3).bfloat16()
 
-    def among_others() -> list[Candidates]:
-        answer = top_candidates(logits, vocabulary)
-        return [answer.rows(rows).best(NUM_CANDIDATES) for rows in (range(1), range(1, NUM_ROWS))]
+    widths = [vocabulary if constrained else NUM_CANDIDATES, *[NUM_CANDIDATES] * (NUM_ROWS - 1)]
+    feeds = [Feed(i, [0], top_k=width) for i, width in enumerate(widths)]
+    groups = (range(1), range(1, NUM_ROWS)) if constrained else (range(NUM_ROWS),)
 
-    return lambda: timed(among_others if constrained else lambda: top_candidates(logits, NUM_CANDIDATES))
+    def work() -> list[Candidates]:
+        answers = answer(logits, feeds, lay_out(feeds))
+        return [answers.last(group).best(NUM_CANDIDATES) for group in groups]
+
+    return lambda: timed(work)
 
 
 def penalties(num_tokens: int) -> Sample:
