@@ -98,9 +98,9 @@ def every_cost(config: Path) -> list[Cost]:
             "candidates of 32 rows, one of them JSON; base: all plain",
             "vocabulary",
             wide,
-            partial(workloads.candidates, whole=True),
+            partial(workloads.candidates, constrained=True),
             bound=1.3,
-            base=partial(workloads.candidates, whole=False),
+            base=partial(workloads.candidates, constrained=False),
         ),
         Cost(
             "penalties of 32 sequences a step",
@@ -110,7 +110,16 @@ def every_cost(config: Path) -> list[Cost]:
             1.6,
             growth=FLAT,
         ),
-        Cost("16 stop strings, a token", "characters each", (128, 256, 512, 1024), workloads.stop_strings, 0.1),
+        *(
+            Cost(
+                f"16 stop strings{which}, a token and sequence",
+                "characters each",
+                (128, 256, 512, 1024),
+                partial(workloads.stop_strings, nearly=nearly),
+                0.1,
+            )
+            for which, nearly in (("", False), (" that nearly match", True))
+        ),
         *(
             Cost(
                 f"fusion of 32 rows by {name}",
@@ -125,7 +134,11 @@ def every_cost(config: Path) -> list[Cost]:
 
 
 def _respellings(config: Path) -> list[Cost]:
-    texts = {"Chinese": workloads.chinese, "minified JSON": workloads.minified_json}
+    texts = {
+        "Chinese": workloads.chinese,
+        "minified JSON": workloads.minified_json,
+        "one letter again and again": workloads.one_letter,
+    }
     return [
         Cost(
             f"respelling {name} by {member}'s tokenizer, a step",

@@ -22,7 +22,7 @@ from benchmarks.ledger import Findings, Value, arguments
 from ensemble_core.config import MemberConfig, load_config
 from ensemble_core.factory import Spaces
 from ensemble_core.fusion.base import Fusion, FusionSpace, build_fusion, parse_options
-from ensemble_core.members.base import Candidates, Feed, Member
+from ensemble_core.members.base import Candidates, Feed, Member, ask
 from ensemble_core.members.loading.checkpoints import load_vocabulary, resolve_folder
 from ensemble_core.members.loading.models import load_member
 from ensemble_core.transfer.matrix import TransferMatrix
@@ -53,7 +53,7 @@ def answers(member: Member, num_rows: int, top_k: int) -> Candidates:
     words = TEXT.split(" ")
     prefixes = [" ".join(words[: i + 4]) for i in range(num_rows)]
     feeds = [Feed(i, member.vocabulary.encode(prefix)) for i, prefix in enumerate(prefixes)]
-    found = member.forward(feeds, top_k)
+    found = ask(member, feeds, top_k)
     for feed in feeds:
         member.release(feed.seq_id)
     return found

@@ -1,7 +1,7 @@
 """The engine's own records of its decode steps, with the engine driven by hand.
 
-A recorder is the engine's sink. It keeps every step with the moment at which it was told, so that the time from step
-to step, text and all, can be had as well as the time inside a step.
+A recorder keeps the record of every step with the moment at which it came, so that the time from step to step, text
+and all, can be had as well as the time inside a step.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from ensemble_core.decoding.requests import GenerationRequest
 from ensemble_core.decoding.sampling_params import SamplingParams
 from ensemble_core.decoding.sequence import Sequence
 from ensemble_core.members.loading.checkpoints import load_tokenizer
-from ensemble_core.stats import NullSink, StepStats
+from ensemble_core.stats import Stats, StepStats
 
 SETTLING = 3  # first decode steps of a batch, which do not count
 
 
 @dataclass(frozen=True, slots=True)
 class Told:
-    """A step, and when the sink heard of it (perf_counter seconds)."""
+    """A step, and when its record came (perf_counter seconds)."""
 
     stats: StepStats
     at: float
@@ -35,15 +35,16 @@ class Told:
         return sum(member.forward_seconds for member in self.stats.members)
 
 
-class StepRecorder(NullSink):
+class StepRecorder:
     """Keeps the records of all steps."""
 
     def __init__(self) -> None:
         self.steps: list[Told] = []
 
-    def step(self, stats: StepStats) -> None:
-        """Keep it."""
-        self.steps.append(Told(stats, time.perf_counter()))
+    def record(self, stats: Stats) -> None:
+        """Keep what is of a step; see `stats.Record`."""
+        if isinstance(stats, StepStats):
+            self.steps.append(Told(stats, time.perf_counter()))
 
 
 class DecodeBench:
@@ -52,7 +53,7 @@ class DecodeBench:
     def __init__(self, config: Config) -> None:
         self._recorder = StepRecorder()
         self._config = config
-        self._loaded = factory.load(config, self._recorder)
+        self._loaded = factory.load(config, self._recorder.record)
         self._names = itertools.count()
 
     def decode(self, model: str, batch: int, length: int, num_steps: int) -> list[Told]:

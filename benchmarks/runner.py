@@ -33,7 +33,7 @@ from benchmarks.ledger import (
     table,
 )
 
-Record = Mapping[str, Any]  # what `Findings.record` made and JSON kept
+Kept = Mapping[str, Any]  # what `Findings.record` made, read from its JSON
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +44,7 @@ class Suite:
     names: tuple[str, ...]
     page: Path
 
-    def records(self, quick: bool = False) -> dict[str, Record]:
+    def records(self, quick: bool = False) -> dict[str, Kept]:
         """Name -> its kept result, for those that have one."""
         paths = {name: results_folder(self.package, quick) / f"{name}.json" for name in self.names}
         return {name: json.loads(path.read_text()) for name, path in paths.items() if path.exists()}
@@ -75,20 +75,20 @@ def _last_line(command: Sequence[str]) -> str | None:
     return None if process.returncode or not last.startswith("{") else last
 
 
-def checks(records: Mapping[str, Record]) -> list[dict[str, Any]]:
+def checks(records: Mapping[str, Kept]) -> list[dict[str, Any]]:
     """Every figure with a bound, as rows of a table."""
     found = [{k: v for k, v in each.items() if k != "met"} for r in records.values() for each in r["checks"]]
     return [check_row(Check(**each)) for each in found]
 
 
-def section(record: Record) -> str:
+def section(record: Kept) -> str:
     """A result's tables for the document, with the machine and the date."""
     tables = [markdown(rows) for rows in record["tables"].values() if rows]
     settings = ", ".join(f"{name} {value}" for name, value in record["settings"].items() if name != "quick")
     return "\n\n".join(["", *tables, f"_{machine_line(record['machine'])}; {settings}_", ""])
 
 
-def fill(text: str, records: Mapping[str, Record]) -> str:
+def fill(text: str, records: Mapping[str, Kept]) -> str:
     """A document with the tables of these results: between marks of their own where it has them, else together.
 
     A table without rows leaves what stands between its own marks. Bounds go where the document has a place for them.

@@ -20,10 +20,10 @@ import torch
 
 from benchmarks import prose
 from benchmarks.gpu import GpuPlan, Shape, build, words
-from benchmarks.recorder import StepRecorder
 from ensemble_core.admission import Admission, Speaker
 from ensemble_core.config import MemberConfig, load_config
 from ensemble_core.decoding.guidance import Grammars
+from ensemble_core.decoding.modes.lockstep import Lockstep
 from ensemble_core.decoding.recipe import Recipe
 from ensemble_core.decoding.requests import GenerationRequest
 from ensemble_core.decoding.sampling_params import SamplingParams
@@ -33,11 +33,12 @@ from ensemble_core.decoding.shaping import shape
 from ensemble_core.engine import Engine
 from ensemble_core.factory import load_recipes
 from ensemble_core.fusion.base import Fused, FusionSpace, build_fusion, parse_options
+from ensemble_core.members.answering import answer, lay_out
 from ensemble_core.members.base import Candidates, Feed, log_rest
-from ensemble_core.members.candidates import top_candidates
 from ensemble_core.members.loading.checkpoints import load_tokenizer, load_vocabulary
 from ensemble_core.members.loading.models import make_member
 from ensemble_core.members.local import LocalMember
+from ensemble_core.stats import discard
 from ensemble_core.text.alignment import Track
 from ensemble_core.text.detokenizer import Detokenizer
 from ensemble_core.text.prompt import PromptEncoder
@@ -50,6 +51,7 @@ NUM_ROWS = 32
 NUM_CANDIDATES = 256
 NUM_WORDS = 32_768
 CHUNK = 512
+PIECE = 5  # characters of a token
 
 _PHRASES = (
     "今天天气很好",
@@ -92,10 +94,10 @@ class Crowd:
         for member in members.values():
             _keep_prefixes(member, length)
         limits = Limits(num_prompts, num_prompts, token_budget=1)
-        self.engine = Engine(members, limits, 16, StepRecorder(), prefix_reuse=prefix_reuse)
+        self.engine = Engine(members, limits, 16, discard, prefix_reuse=prefix_reuse)
         space = FusionSpace([members[name].vocabulary for name in names], list, torch.device("cpu"), names)
         fusion = build_fusion("projection", parse_options("projection", {}, "fusion"), space)
-        recipe = Recipe("pair", names, (0.5, 0.5), fusion, "projection")
+        recipe = Recipe("pair", names, (0.5, 0.5), fusion, "projection", Lockstep())
         vocabularies = {name: members[name].vocabulary for name in names}
         self.engine.add(
             [_sequence(i, ids_of(NUM_KEPT + i, length), recipe, vocabularies) for i in range(num_prompts)]
@@ -121,7 +123,7 @@ def _keep_prefixes(member: LocalMember, length: int) -> None:
     for number in range(NUM_KEPT):
         ids, seq_id = ids_of(number, max(length, 16)), -1 - number  # a shorter prefix is not kept
         for start in range(0, length, CHUNK):
-            member.forward([Feed(seq_id, ids[start : start + CHUNK], wanted=0)], 1)
+            member.forward([Feed(seq_id, ids[start : start + CHUNK], wanted=0)])
         member.release(seq_id, keep=True)
 
 
@@ -165,9 +167,7 @@ def respelling(config: Path, member: str, text: str, num_chars: int) -> Sample:
 
 @cache
 def _demo_vocabulary(config: Path, member: str) -> Vocabulary:
-    vocabulary = load_vocabulary(member, load_config(config).members[member])
-    _ = vocabulary.bridged
-    return vocabulary
+    return load_vocabulary(member, load_config(config).members[member])
 
 
 def chinese(num_chars: int) -> str:
@@ -189,6 +189,11 @@ def minified_json(num_chars: int) -> str:
                 {"id": draw.randrange(10**6), "name": name, "tags": ["a1", "b2"], "price": draw.random()}
             )
     return text[:num_chars]
+
+
+def one_letter(num_chars: int) -> str:
+    """Where every place looks like every other."""
+    return "哈" * num_chars
 
 
 def choices(config: Path, num: int, num_chars: int) -> Sample:
@@ -236,12 +241,20 @@ def admit(num: int) -> Sample:
     return sample
 
 
-def candidates(vocabulary: int, whole: bool) -> Sample:
-    """Candidates of 32 rows of bf16 logits. whole: one of them is constrained and needs its whole distribution."""
+def candidates(vocabulary: int, constrained: bool) -> Sample:
+    """Candidates of 32 rows of bf16 logits, as fusion gets them. constrained: one row needs its whole."""
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(NUM_ROWS, vocabulary, generator=generator).mul_(3).bfloat16()
-    top_k = vocabulary if whole else NUM_CANDIDATES
-    return lambda: timed(lambda: top_candidates(logits, top_k))
+
+    widths = [vocabulary if constrained else NUM_CANDIDATES, *[NUM_CANDIDATES] * (NUM_ROWS - 1)]
+    feeds = [Feed(i, [0], top_k=width) for i, width in enumerate(widths)]
+    groups = (range(1), range(1, NUM_ROWS)) if constrained else (range(NUM_ROWS),)
+
+    def work() -> list[Candidates]:
+        answers = answer(logits, feeds, lay_out(feeds))
+        return [answers.last(group).best(NUM_CANDIDATES) for group in groups]
+
+    return lambda: timed(work)
 
 
 def penalties(num_tokens: int) -> Sample:
@@ -275,12 +288,21 @@ def _extend(sequences: list[Sequence], token_id: int) -> None:
         sequence.append(token_id)
 
 
-def stop_strings(length: int) -> Sample:
-    """One token's text through 16 stop strings of `length` characters that never come."""
-    detokenizer = Detokenizer([f"{i:x}" + prose.sentences(i, length // 20)[: length - 1] for i in range(16)])
-    detokenizer.feed(prose.sentences(99, 60).encode())
-    pieces = iter(prose.sentences(100, 2000).split(" ") * 100)
-    return lambda: timed(lambda: detokenizer.feed(f" {next(pieces)}".encode()), 16)
+def stop_strings(length: int, *, nearly: bool) -> Sample:
+    """One token of text through 16 stop strings of `length` characters. nearly: each is always nearly complete."""
+    stops, text = _strings(length, nearly)
+    detokenizer = Detokenizer(stops)
+    detokenizer.feed(text[: 2 * length].encode())
+    pieces = (text[at : at + PIECE].encode() for at in range(2 * length, len(text), PIECE))
+    return lambda: timed(lambda: detokenizer.feed(next(pieces)), 16)
+
+
+def _strings(length: int, nearly: bool) -> tuple[list[str], str]:
+    """Stop strings, and a text in which none of them comes."""
+    if nearly:
+        return ["a" * (length - 1 - i) + "b" for i in range(16)], "a" * 50_000
+    stops = [f"{i:x}" + prose.sentences(i, length // 20)[: length - 1] for i in range(16)]
+    return stops, prose.sentences(99, 1000)
 
 
 def fusion(name: str, num_members: int) -> Sample:

@@ -1,12 +1,16 @@
 """`python -m studies [NAME ...]`: what fusion is worth, in docs/studies.md. `benchmarks/runner.py` has the options.
 
-`fusion_table` and `relative_sweep` read the development tasks in ../shared/data.
+All but `trained_pair` read the development tasks in ../shared/data.
 """
 
 from benchmarks.ledger import ROOT
 from benchmarks.runner import Suite, main
 
-WORTH = Suite("studies", ("fusion_table", "relative_sweep", "trained_pair"), ROOT / "docs" / "studies.md")
+WORTH = Suite(
+    "studies",
+    ("fusion_table", "relative_sweep", "trained_pair", "repetition_penalty"),
+    ROOT / "docs" / "studies.md",
+)
 
 if __name__ == "__main__":
     main(WORTH)

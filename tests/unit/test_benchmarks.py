@@ -322,9 +322,10 @@ def test_texts_of_the_spelling_costs_have_no_spaces() -> None:
     [
         lambda: workloads.prefix_search(3, 32),
         lambda: workloads.admit(4),
-        lambda: workloads.candidates(1024, whole=True),
+        lambda: workloads.candidates(1024, constrained=True),
         lambda: workloads.penalties(16),
-        lambda: workloads.stop_strings(32),
+        lambda: workloads.stop_strings(32, nearly=False),
+        lambda: workloads.stop_strings(32, nearly=True),
         lambda: workloads.fusion("projection", 2),
         lambda: workloads.fusion("union", 3),
     ],
