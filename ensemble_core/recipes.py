@@ -1,15 +1,14 @@
 """Which recipe a request asks for: a model's name, and what the request overrides.
 
 Invariants: every recipe handed out is valid (known members, weights that sum to 1, a fusion whose options were
-checked); requests for the same thing share one fusion, while fewer than 64 others are asked for. Knows the
-configuration and fusions; does not know prompts, sequences or engines.
+checked); requests for the same thing share one fusion, the configured ones for good. Knows the configuration and
+fusions; does not know prompts, sequences or engines.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -28,11 +27,12 @@ from ensemble_core.errors import (
     UnknownStrategyError,
 )
 from ensemble_core.fusion.base import Fusion, FusionSpace, build_fusion, parse_options
+from ensemble_core.fusion.shelf import FusionShelf
 
 # The space of some members of an ensemble, main first; matrices are those of the ensemble's whole set.
 SpaceOf = Callable[[tuple[str, ...], tuple[str, ...]], FusionSpace]
 
-_MAX_FUSIONS = 64  # built fusions that are kept
+_MAX_FUSIONS = 64  # built fusions that clients chose and that are kept
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +70,7 @@ class RecipeBook:
     def __init__(self, config: Config, space_of: SpaceOf) -> None:
         self._config = config
         self._space_of = space_of
-        self._fusions: dict[str, Fusion] = {}
-        self._lock = threading.Lock()  # requests are admitted from several threads
+        self._built = FusionShelf(_MAX_FUSIONS)
 
     def resolve(self, model: str, overrides: Overrides) -> Recipe:
         """The recipe of a request. Raises ModelNotFoundError, InvalidRequestError with `ensemble.*` as param."""
@@ -83,7 +82,7 @@ class RecipeBook:
             raise ModelNotFoundError(f"model {model!r} does not exist; this server has {', '.join(known)}")
         weights = _weights(ensemble, overrides)
         members = tuple(weights)
-        name, fusion = self._fusion(model, ensemble, members, overrides)
+        name, key, fusion = self._fusion(model, ensemble, members, overrides)
         return Recipe(
             model,
             members,
@@ -94,6 +93,7 @@ class RecipeBook:
             tau=_tau(ensemble, overrides) if fusion is not None else None,
             on_failure=ensemble.on_member_failure,
             apart=self._config.deterministic,
+            fusion_key=key,
             refit=partial(self._refit, model, ensemble, overrides),
         )
 
@@ -106,6 +106,7 @@ class RecipeBook:
             recipe = self.resolve(name, Overrides())
             for member in filter(recipe.can_lose, recipe.members):
                 recipe.without((member,))
+        self._built.pin()
 
     def _alone(self, model: str, overrides: Overrides) -> Recipe:
         if overrides != Overrides():
@@ -118,7 +119,8 @@ class RecipeBook:
 
     def _fusion(
         self, model: str, ensemble: EnsembleConfig, members: tuple[str, ...], overrides: Overrides
-    ) -> tuple[str, Fusion | None]:
+    ) -> tuple[str, str, Fusion | None]:
+        """Its name, what it is but for its members, and the fusion; None where one member is alone."""
         name = overrides.fusion or ensemble.fusion.name
         options: Mapping[str, Any] = ensemble.fusion.options if overrides.fusion is None else {}
         if overrides.fusion_options is not None:
@@ -126,12 +128,12 @@ class RecipeBook:
         try:
             parsed = parse_options(name, dict(options), "ensemble.fusion")
             if len(members) == 1:
-                return "single", None
-            key = json.dumps([sorted(ensemble.members), members, name, parsed.model_dump(mode="json")])
-            fusion = self._fusions.get(key)
-            if fusion is None:
-                fusion = build_fusion(name, parsed, self._space_of(members, tuple(ensemble.members)))
-                self._keep(key, fusion)
+                return "single", "", None
+            whole = tuple(ensemble.members)
+            key = json.dumps([sorted(whole), name, parsed.model_dump(mode="json")])
+            fusion = self._built.get(
+                json.dumps([key, members]), lambda: build_fusion(name, parsed, self._space_of(members, whole))
+            )
         except (UnknownStrategyError, ConfigError) as error:
             raise InvalidRequestError(str(error), "ensemble.fusion") from error
         except TransferMatrixError as error:
@@ -140,23 +142,16 @@ class RecipeBook:
             raise InvalidRequestError(
                 f"ensemble.fusion: {name!r} is not prepared for model {model!r}: {error}", "ensemble.fusion"
             ) from error
-        return name, fusion
+        return name, key, fusion
 
     def _refit(
         self, model: str, ensemble: EnsembleConfig, overrides: Overrides, members: tuple[str, ...]
     ) -> Fusion | None:
         """See `Recipe.refit`."""
         try:
-            return self._fusion(model, ensemble, members, overrides)[1]
+            return self._fusion(model, ensemble, members, overrides)[2]
         except (InvalidRequestError, TransferMatrixError):
             return None
-
-    def _keep(self, key: str, fusion: Fusion) -> None:
-        """Clients choose options freely, so what is kept is bounded: the oldest goes."""
-        with self._lock:
-            self._fusions[key] = fusion
-            while len(self._fusions) > _MAX_FUSIONS:
-                del self._fusions[next(iter(self._fusions))]
 
 
 def _weights(ensemble: EnsembleConfig, overrides: Overrides) -> dict[str, float]:

@@ -23,7 +23,8 @@ class Recipe:
     tau: the weights are times what each prompt says, see `decoding/perplexity.py`; None: they are fixed.
     on_failure: what an assistant's failure does to a request. refit: the same fusion over fewer members (main first,
     two or more); None where it cannot do without the others. apart: each position is fused by itself, never in one
-    batch with others, so that its numbers cannot depend on them.
+    batch with others, so that its numbers cannot depend on them. fusion_key: two recipes with the same one fuse the
+    same members alike; empty: not known.
     """
 
     model: str
@@ -35,6 +36,7 @@ class Recipe:
     tau: float | None = None
     on_failure: Literal["fail", "drop"] = "fail"
     apart: bool = False
+    fusion_key: str = ""
     refit: Callable[[tuple[str, ...]], Fusion | None] | None = field(default=None, compare=False, repr=False)
 
     @property

@@ -166,17 +166,51 @@ def _runs(recipe: Recipe, tracks: dict[str, Track]) -> tuple[list[dict[str, int]
 
     A position is member -> row of that member's answers.
     """
-    ends = {member: rests(track) for member, track in tracks.items()}
-    rows = {member: {rest: row for row, rest in enumerate(places)} for member, places in ends.items()}
+    main, *others = recipe.members
     same = len({plain_text(track).removeprefix(b" ") for track in tracks.values()}) == 1
+    pairs = {member: _paired(tracks[main], tracks[member]) for member in others} if same else {}
     shared, alone = [], []
-    for row, rest in enumerate(ends[recipe.main][:-1]):
-        place = {member: rows[member].get(rest, -1) for member in recipe.members[1:]}
-        if same and place and min(place.values()) >= 0:
-            shared.append({recipe.main: row} | place)
+    for row in range(len(tracks[main].prompt_ids) - 1):
+        if pairs and all(row in rows for rows in pairs.values()):
+            shared.append({main: row} | {member: rows[row] for member, rows in pairs.items()})
         else:
-            alone.append({recipe.main: row})
+            alone.append({main: row})
     return shared, alone
+
+
+def _paired(main: Track, other: Track) -> dict[int, int]:
+    """Main's row -> another member's row that stands at the same place and says what follows there.
+
+    Control tokens add nothing to the text, so several rows can stand at one place. The last of them says which text
+    follows; each before it says which control token does, and is paired where the other has that token, in order.
+    """
+    theirs = _by_place(other)
+    pairs: dict[int, int] = {}
+    for rest, rows in _by_place(main).items():
+        partners = theirs.get(rest, [])
+        if partners:
+            pairs[rows[-1]] = partners[-1]
+        left = partners[:-1]
+        for row in rows[:-1]:
+            named = [_control(other, partner + 1) for partner in left]
+            if (wanted := _control(main, row + 1)) in named:
+                place = named.index(wanted)
+                pairs[row], left = left[place], left[place + 1 :]
+    return pairs
+
+
+def _by_place(track: Track) -> dict[int, list[int]]:
+    """Place in the text -> the rows that stand there, in order."""
+    found: dict[int, list[int]] = {}
+    for row, rest in enumerate(rests(track)):
+        found.setdefault(rest, []).append(row)
+    return found
+
+
+def _control(track: Track, row: int) -> bytes:
+    """The control token of a row; every stop token is the end of text."""
+    token_id = track.prompt_ids[row]
+    return b"" if token_id in track.vocabulary.stop_ids else track.vocabulary.tokens[token_id]
 
 
 def rests(track: Track) -> list[int]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from fakes import FakeMember, fake_config, space_of
@@ -132,7 +134,41 @@ def test_what_clients_ask_for_is_not_kept_for_ever() -> None:
     shared = book()
     for step in range(3 * _MAX_FUSIONS):
         shared.resolve("trio", Overrides(fusion_options={"solver": "search", "eta": 0.1 + step / 1000}))
-    assert len(shared._fusions) == _MAX_FUSIONS
+    assert len(shared._built) == _MAX_FUSIONS
+
+
+def test_configured_fusions_stay_and_of_the_others_the_least_recently_used_go() -> None:
+    shared = book()
+    shared.warm()
+    configured = shared.resolve("trio", Overrides()).fusion
+    favourite = Overrides(fusion_options={"solver": "search", "eta": 0.9})
+    used = shared.resolve("trio", favourite).fusion
+    for step in range(3 * _MAX_FUSIONS):
+        shared.resolve("trio", Overrides(fusion_options={"solver": "search", "eta": 0.1 + step / 1000}))
+        assert shared.resolve("trio", favourite).fusion is used
+    assert shared.resolve("trio", Overrides()).fusion is configured
+    assert len(shared._built) == 1 + _MAX_FUSIONS
+
+
+def test_equal_choices_are_fused_in_one_batch() -> None:
+    shared = book()
+    chosen = [Overrides(fusion_options={"solver": "em", "steps": steps}) for steps in (2, 3, 2)]
+    first, second, third = (shared.resolve("trio", each).fusion_key for each in chosen)
+    assert first == third != second
+    assert first == shared.resolve("trio", Overrides()).fusion_key
+
+
+def test_threads_that_build_one_fusion_end_with_one_object() -> None:
+    barrier = threading.Barrier(4)
+
+    def space(names: tuple[str, ...], _: tuple[str, ...]) -> FusionSpace:
+        barrier.wait(10.0)
+        return space_of([MEMBERS[name] for name in names])
+
+    shared = RecipeBook(config(), space)
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: shared.resolve("trio", Overrides()).fusion, range(4)))
+    assert len({id(fusion) for fusion in found}) == 1
 
 
 def test_missing_matrices_are_found_at_start_or_told_to_the_client() -> None:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 
 import pytest
 import torch
 from fakes import FakeMember, byte_vocabulary, ensemble, pair_vocabulary
+from hypothesis import given
+from hypothesis import strategies as st
 
 from ensemble_core.decoding.recipe import Recipe
 from ensemble_core.decoding.requests import TokenLogprob
@@ -176,3 +179,42 @@ def test_long_prompts_are_fused_in_blocks() -> None:
     found = scored(recipe, members, prompts, text)
     expected = reference(recipe, members, prompts)
     assert [entry.logprob for entry in found[1:]] == pytest.approx(expected, abs=1e-5)
+
+
+def with_controls(names: Sequence[bytes], seed: int) -> FakeMember:
+    """A member with bytes and some control tokens."""
+    plain = byte_vocabulary()
+    ids = range(len(plain), len(plain) + len(names))
+    tokens, specials = [*plain.tokens, *names], plain.special_ids | frozenset(ids)
+    return FakeMember("m", Vocabulary(tokens, specials, plain.stop_ids, plain.encode), seed=seed)
+
+
+@given(st.lists(st.sampled_from([97, 98, 32, 257, 258, 256]), min_size=2, max_size=12))
+def test_two_identical_members_are_one_whatever_control_tokens_there_are(ids: list[int]) -> None:
+    one, two = with_controls((b"<sep>", b"<end>"), seed=1), with_controls((b"<sep>", b"<end>"), seed=1)
+    one.name, two.name = "one", "two"
+    said = "".join(chr(i) for i in ids if i < 256)
+    alone = scored(ensemble([one]), [one], [ids], said)
+    both = scored(ensemble([one, two], support="closed"), [one, two], [ids, ids], said)
+    for mine, theirs in zip(alone[1:], both[1:], strict=True):
+        assert mine.logprob is not None
+        assert theirs.logprob == pytest.approx(mine.logprob, abs=1e-4)
+
+
+def test_a_control_token_that_an_assistant_lacks_is_mains_alone() -> None:
+    """`<sep>` after b: only main knows it; what follows it is shared again."""
+    one, two = with_controls((b"<sep>",), seed=1), with_controls((), seed=2)
+    one.name, two.name = "one", "two"
+    recipe = ensemble([one, two], support="closed")
+    ids, theirs = [97, 98, 257, 97], [97, 98, 97]
+    found = scored(recipe, [one, two], [ids, theirs], "aba")
+    assert found[2].logprob == pytest.approx(
+        answer(one, ids).logprobs[1, _place(one, ids, 1, 257)].item(), abs=1e-5
+    )
+    parts = [answer(one, ids).rows([2]), answer(two, theirs).rows([1])]
+    fused = recipe.fusion.fuse(parts, torch.tensor([recipe.weights]))  # type: ignore[union-attr]
+    assert found[3].logprob == pytest.approx(fused.logprobs[0][fused.token_ids[0] == 97].amax().item(), abs=1e-5)
+
+
+def _place(member: FakeMember, ids: list[int], row: int, token_id: int) -> int:
+    return answer(member, ids).token_ids[row].tolist().index(token_id)

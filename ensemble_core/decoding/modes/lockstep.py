@@ -87,7 +87,8 @@ def _groups(turns: Sequence[Turn], num_candidates: int) -> list[list[Turn]]:
     for turn in turns:
         recipe = turn.recipe
         alone = turn.sequence.seq_id if recipe.apart else None
-        key = (recipe.model, tuple(turn.feeds), id(recipe.fusion), _width(turn, num_candidates), alone)
+        fusion = recipe.fusion_key or id(recipe.fusion)
+        key = (recipe.model, tuple(turn.feeds), fusion, _width(turn, num_candidates), alone)
         groups.setdefault(key, []).append(turn)
     return list(groups.values())
 
