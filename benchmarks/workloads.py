@@ -208,7 +208,7 @@ def choices(config: Path, num: int, num_chars: int) -> Sample:
         prompt = f"{seed} {text}"  # nobody has seen it
         group = f"group-{seed}"
         requests = [GenerationRequest(f"{group}-{i}", model, prompt, params, group=group) for i in range(num)]
-        return timed(lambda: [admission.admit(request) for request in requests])
+        return timed(lambda: admission.admit_all(requests))
 
     return sample
 

@@ -17,6 +17,7 @@ from ensemble_core.decoding.sampling_params import SamplingParams
 from ensemble_core.decoding.scoring import PromptScores
 from ensemble_core.decoding.sequence import Sequence
 from ensemble_core.errors import InvalidRequestError
+from ensemble_core.members.base import ALL_ABILITIES, Abilities
 from ensemble_core.recipes import RecipeBook
 from ensemble_core.text.alignment import Track
 from ensemble_core.text.prompt import PromptEncoder
@@ -34,6 +35,7 @@ class Speaker:
     prompts: PromptEncoder
     max_len: int
     grammars: Grammars
+    abilities: Abilities = ALL_ABILITIES
 
 
 @dataclass(slots=True)
@@ -111,6 +113,28 @@ class Admission:
                 "`ensemble: {weighting: fixed}`, or leave one of them out",
                 "echo",
             )
+        self._check_abilities(request, recipe)
+
+    def _check_abilities(self, request: GenerationRequest, recipe: Recipe) -> None:
+        """Members elsewhere may answer with few candidates, or at a prompt's last position alone."""
+        params = request.params
+        whole = recipe.members if recipe.fusion is not None and recipe.fusion.full_vocabulary else ()
+        if params.json_schema is not None:
+            whole = (*whole, recipe.main)
+        for member in whole:
+            if (most := self._speakers[member].abilities.max_k) is not None:
+                raise InvalidRequestError(
+                    f"{'ensemble.fusion' if params.json_schema is None else 'response_format'} needs whole "
+                    f"distributions, and member {member!r} answers with {most} candidates at most; leave it out",
+                    "ensemble.fusion" if params.json_schema is None else "response_format",
+                )
+        for member in recipe.members if _is_scored(params) or recipe.tau is not None else ():
+            if not self._speakers[member].abilities.every_position:
+                raise InvalidRequestError(
+                    f"{'echo' if _is_scored(params) else 'ensemble.weighting'} needs every position of the prompt, and "
+                    f"member {member!r} answers at its last one alone; leave it out",
+                    "echo" if _is_scored(params) else "ensemble.weighting",
+                )
 
     def _sequence(self, request: GenerationRequest, reading: _Reading) -> Sequence:
         recipe, params = reading.recipe, request.params

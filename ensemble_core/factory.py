@@ -111,7 +111,7 @@ def _engine(config: Config, members: Mapping[str, Member], record: Record) -> En
 def _speaker(name: str, config: Config, member: Member) -> Speaker:
     template = read_template(name, config.members[name].chat_template)
     prompts = PromptEncoder(name, load_tokenizer(name, config.members[name]), template)
-    return Speaker(member.vocabulary, prompts, member.max_len, Grammars(member.vocabulary))
+    return Speaker(member.vocabulary, prompts, member.max_len, Grammars(member.vocabulary), member.abilities)
 
 
 class _Placed(Protocol):

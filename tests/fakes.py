@@ -152,7 +152,11 @@ def fake_loaded(config: Config, members: Mapping[str, FakeMember], record: Recor
     book = RecipeBook(config, lambda names, _: space_of([members[name] for name in names]))
     speakers = {
         name: Speaker(
-            m.vocabulary, PromptEncoder(name, FakeTokenizer(m.vocabulary)), m.max_len, Grammars(m.vocabulary)
+            m.vocabulary,
+            PromptEncoder(name, FakeTokenizer(m.vocabulary)),
+            m.max_len,
+            Grammars(m.vocabulary),
+            m.abilities,
         )
         for name, m in members.items()
     }

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from fakes import FakeMember, byte_vocabulary, fake_config, fake_loaded, pair_vocabulary
 
 from ensemble_core.admission import Admission
-from ensemble_core.decoding.requests import Conversation, GenerationRequest, Overrides
+from ensemble_core.decoding.requests import Conversation, GenerationRequest, Overrides, Weighting
 from ensemble_core.decoding.sampling_params import SamplingParams
 from ensemble_core.decoding.sequence import Phase
 from ensemble_core.errors import InvalidRequestError, ModelNotFoundError
+from ensemble_core.members.base import Abilities
 
 MAIN_LEN, ASSISTANT_LEN = 64, 24
 
@@ -159,3 +162,38 @@ def test_scores_are_kept_only_where_they_are_asked_for() -> None:
         Overrides(fusion="relative", fusion_options={"support": "full"}),
     )
     assert refused(full).param == "echo"
+
+
+@pytest.mark.parametrize(
+    ("abilities", "params", "overrides", "param", "says"),
+    [
+        (
+            Abilities(max_k=20),
+            {},
+            {"fusion_options": {"support": "full"}},
+            "ensemble.fusion",
+            "20 candidates at most",
+        ),
+        (Abilities(every_position=False), {"echo": True, "logprobs": 1}, {}, "echo", "at its last one alone"),
+        (
+            Abilities(every_position=False),
+            {},
+            {"weighting": Weighting("perplexity")},
+            "ensemble.weighting",
+            "beta",
+        ),
+    ],
+)
+def test_what_a_member_cannot_do_is_refused_by_name(
+    abilities: Abilities, params: dict[str, Any], overrides: dict[str, Any], param: str, says: str
+) -> None:
+    members = {
+        "alpha": FakeMember("alpha", byte_vocabulary()),
+        "beta": FakeMember("beta", pair_vocabulary(), abilities=abilities),
+    }
+    limited = fake_loaded(fake_config(), members).admission
+    wrong = GenerationRequest("r", "duo", "ab", SamplingParams(max_tokens=2, **params), Overrides(**overrides))
+    with pytest.raises(InvalidRequestError, match="beta") as caught:
+        limited.admit(wrong)
+    assert (caught.value.param, says in str(caught.value)) == (param, True)
+    assert limited.admit(GenerationRequest("r", "duo", "ab", SamplingParams(max_tokens=2)))
