@@ -121,19 +121,21 @@ class Admission:
         whole = recipe.members if recipe.fusion is not None and recipe.fusion.full_vocabulary else ()
         if params.json_schema is not None:
             whole = (*whole, recipe.main)
+        param = "ensemble.fusion" if params.json_schema is None else "response_format"
         for member in whole:
             if (most := self._speakers[member].abilities.max_k) is not None:
                 raise InvalidRequestError(
-                    f"{'ensemble.fusion' if params.json_schema is None else 'response_format'} needs whole "
-                    f"distributions, and member {member!r} answers with {most} candidates at most; leave it out",
-                    "ensemble.fusion" if params.json_schema is None else "response_format",
+                    f"{param} needs whole distributions, and member {member!r} answers with {most} candidates at most; "
+                    "leave it out",
+                    param,
                 )
+        param = "echo" if _is_scored(params) else "ensemble.weighting"
         for member in recipe.members if _is_scored(params) or recipe.tau is not None else ():
             if not self._speakers[member].abilities.every_position:
                 raise InvalidRequestError(
-                    f"{'echo' if _is_scored(params) else 'ensemble.weighting'} needs every position of the prompt, and "
-                    f"member {member!r} answers at its last one alone; leave it out",
-                    "echo" if _is_scored(params) else "ensemble.weighting",
+                    f"{param} needs every position of the prompt, and member {member!r} answers at its last one alone; "
+                    "leave it out",
+                    param,
                 )
 
     def _sequence(self, request: GenerationRequest, reading: _Reading) -> Sequence:
