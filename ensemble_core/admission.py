@@ -125,16 +125,16 @@ class Admission:
         for member in whole:
             if (most := self._speakers[member].abilities.max_k) is not None:
                 raise InvalidRequestError(
-                    f"{param} needs whole distributions, and member {member!r} answers with {most} candidates at most; "
-                    "leave it out",
+                    f"{param} needs whole distributions, and member {member!r} answers with {most} candidates at "
+                    "most; leave it out",
                     param,
                 )
         param = "echo" if _is_scored(params) else "ensemble.weighting"
         for member in recipe.members if _is_scored(params) or recipe.tau is not None else ():
             if not self._speakers[member].abilities.every_position:
                 raise InvalidRequestError(
-                    f"{param} needs every position of the prompt, and member {member!r} answers at its last one alone; "
-                    "leave it out",
+                    f"{param} needs every position of the prompt, and member {member!r} answers at its last one "
+                    "alone; leave it out",
                     param,
                 )
 
