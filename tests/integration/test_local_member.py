@@ -251,7 +251,7 @@ def test_ids_asked_for_are_in_their_own_row(member: LocalMember, original: Any) 
     own = torch.cat([own_logprobs(original, left)[5:], own_logprobs(original, right)[2:]])
     least = own.argmin(dim=1).tolist()
     also = ((least[0],), ())
-    found = member.forward([Feed(1, left, 2, also), Feed(2, right, 1, ((least[2],),))], 6)
+    found = ask(member, [Feed(1, left, 2, also), Feed(2, right, 1, ((least[2],),))], 6)
     assert [row[-1] == asked for row, asked in zip(found.token_ids.tolist(), least, strict=True)] == [
         True,
         False,

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 # From the ground up. A module stands on the floor of its longest matching entry; it imports from its own
 # floor and those below.
 FLOORS = (
-    ("ensemble_core.errors", "ensemble_core.config", "ensemble_core.stats"),
+    ("ensemble_core.errors", "ensemble_core.config", "ensemble_core.stats", "ensemble_core.registry"),
     ("ensemble_core.text",),
     ("ensemble_core.transfer",),
     ("ensemble_core.members",),
