@@ -28,7 +28,6 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 from benchmarks.ledger import Findings, Value, arguments
 from benchmarks.recorder import SETTLING, StepRecorder
 from ensemble_core.config import MemberConfig
-from ensemble_core.decoding.modes.lockstep import Lockstep
 from ensemble_core.decoding.recipe import Recipe
 from ensemble_core.decoding.requests import GenerationRequest
 from ensemble_core.decoding.sampling_params import SamplingParams
@@ -215,9 +214,7 @@ class PairBench:
         vocabularies = [members[name].vocabulary for name in names]
         space = FusionSpace(vocabularies, list, members[names[0]].device, tuple(names))
         fusion = ProjectionFusion(space, ProjectionOptions())
-        self._recipe = Recipe(
-            "pair", tuple(names), (1 / len(names),) * len(names), fusion, "projection", Lockstep()
-        )
+        self._recipe = Recipe("pair", tuple(names), (1 / len(names),) * len(names), fusion, "projection")
         limits = Limits(max_running=max(plan.batches), max_waiting=max(plan.batches), token_budget=4096)
         self._engine = Engine(members, limits, NUM_CANDIDATES, self._recorder.record, prefix_reuse=False)
 

@@ -23,7 +23,6 @@ from benchmarks.gpu import GpuPlan, Shape, build, words
 from ensemble_core.admission import Admission, Speaker
 from ensemble_core.config import MemberConfig, load_config
 from ensemble_core.decoding.guidance import Grammars
-from ensemble_core.decoding.modes.lockstep import Lockstep
 from ensemble_core.decoding.recipe import Recipe
 from ensemble_core.decoding.requests import GenerationRequest
 from ensemble_core.decoding.sampling_params import SamplingParams
@@ -97,7 +96,7 @@ class Crowd:
         self.engine = Engine(members, limits, 16, discard, prefix_reuse=prefix_reuse)
         space = FusionSpace([members[name].vocabulary for name in names], list, torch.device("cpu"), names)
         fusion = build_fusion("projection", parse_options("projection", {}, "fusion"), space)
-        recipe = Recipe("pair", names, (0.5, 0.5), fusion, "projection", Lockstep())
+        recipe = Recipe("pair", names, (0.5, 0.5), fusion, "projection")
         vocabularies = {name: members[name].vocabulary for name in names}
         self.engine.add(
             [_sequence(i, ids_of(NUM_KEPT + i, length), recipe, vocabularies) for i in range(num_prompts)]

@@ -12,7 +12,8 @@ from collections.abc import Iterable, Mapping
 
 from ensemble_core.decoding.failures import Failures, fail, fault, last_output, own_fault
 from ensemble_core.decoding.feeding import Feeding
-from ensemble_core.decoding.modes.base import Decision, Mode, Outcome, Turn, joined
+from ensemble_core.decoding.modes.base import Decision, Mode, Outcome, Turn, joined, mode_of
+from ensemble_core.decoding.recipe import ModeChoice
 from ensemble_core.decoding.requests import Output
 from ensemble_core.decoding.scheduler import Capacity, Limits, Scheduler
 from ensemble_core.decoding.sequence import Phase, Sequence
@@ -139,11 +140,10 @@ class Engine:
 
     def _decide(self, turns: list[Turn], answers: Mapping[str, Answers]) -> Outcome:
         """What each mode makes of its sequences' answers."""
-        by_mode: dict[Mode, list[Turn]] = {}
+        by_mode: dict[ModeChoice, list[Turn]] = {}
         for turn in turns:
-            assert turn.sequence.recipe.mode is not None
             by_mode.setdefault(turn.sequence.recipe.mode, []).append(turn)
-        return joined(self._decide_by(mode, own, answers) for mode, own in by_mode.items())
+        return joined(self._decide_by(mode_of(mode), own, answers) for mode, own in by_mode.items())
 
     def _decide_by(self, mode: Mode, turns: list[Turn], answers: Mapping[str, Answers]) -> Outcome:
         """Where the batch raises, each turn alone, so that only the one at fault fails."""

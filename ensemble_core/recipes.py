@@ -15,9 +15,8 @@ from functools import partial
 from typing import Any, Literal
 
 from ensemble_core.config import Config, EnsembleConfig
-from ensemble_core.decoding.modes.base import Mode, build_mode
-from ensemble_core.decoding.modes.lockstep import Lockstep
-from ensemble_core.decoding.recipe import Recipe
+from ensemble_core.decoding.modes.base import choose_mode
+from ensemble_core.decoding.recipe import ModeChoice, Recipe
 from ensemble_core.decoding.requests import Overrides, Weighting
 from ensemble_core.errors import (
     ConfigError,
@@ -50,7 +49,7 @@ def check_strategies(config: Config) -> None:
     for name, ensemble in config.ensembles.items():
         try:
             parse_options(ensemble.fusion.name, ensemble.fusion.options, f"ensembles.{name}.fusion")
-            build_mode(ensemble.mode.name, ensemble.mode.options, f"ensembles.{name}.mode")
+            choose_mode(ensemble.mode.name, ensemble.mode.options, f"ensembles.{name}.mode")
         except UnknownStrategyError as error:
             raise ConfigError(str(error)) from error
 
@@ -115,7 +114,7 @@ class RecipeBook:
                 f"{list(self._config.ensembles)} or leave `ensemble` out",
                 "ensemble",
             )
-        return Recipe(model, (model,), (1.0,), None, "single", Lockstep(), apart=self._config.deterministic)
+        return Recipe(model, (model,), (1.0,), None, "single", apart=self._config.deterministic)
 
     def _fusion(
         self, model: str, ensemble: EnsembleConfig, members: tuple[str, ...], overrides: Overrides
@@ -192,14 +191,14 @@ def _tau(ensemble: EnsembleConfig, overrides: Overrides) -> float | None:
     return chosen.tau if chosen.by == "perplexity" else None
 
 
-def _mode(ensemble: EnsembleConfig, overrides: Overrides) -> Mode:
+def _mode(ensemble: EnsembleConfig, overrides: Overrides) -> ModeChoice:
     """How steps are taken. Options that a request does not send are the configured ones, if the mode is."""
     name = overrides.mode or ensemble.mode.name
     options = dict(ensemble.mode.options) if name == ensemble.mode.name else {}
     if overrides.mode_options is not None:
         options = dict(overrides.mode_options)
     try:
-        return build_mode(name, options, "ensemble.mode")
+        return choose_mode(name, options, "ensemble.mode")
     except (UnknownStrategyError, ConfigError) as error:
         raise InvalidRequestError(str(error), "ensemble.mode") from error
 

@@ -10,7 +10,6 @@ import torch
 from ensemble_core.admission import Admission, Speaker
 from ensemble_core.config import Config
 from ensemble_core.decoding.guidance import Grammars
-from ensemble_core.decoding.modes.lockstep import Lockstep
 from ensemble_core.decoding.recipe import Recipe
 from ensemble_core.decoding.requests import GenerationRequest
 from ensemble_core.decoding.sampling_params import SamplingParams
@@ -68,7 +67,7 @@ def ensemble(members: Sequence[Member], weights: Sequence[float] | None = None, 
     names = tuple(member.name for member in members)
     shares = tuple(weights or [1 / len(names)] * len(names))
     fusion = relative(members, **options) if len(members) > 1 else None
-    return Recipe("+".join(names), names, shares, fusion, "relative" if fusion else "single", Lockstep())
+    return Recipe("+".join(names), names, shares, fusion, "relative" if fusion else "single")
 
 
 def sequence(

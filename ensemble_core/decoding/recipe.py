@@ -11,15 +11,22 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
-    from ensemble_core.decoding.modes.base import Mode
     from ensemble_core.fusion.base import Fusion
+
+
+@dataclass(frozen=True, slots=True)
+class ModeChoice:
+    """A registered mode by its name, and its options as JSON; `modes.base.mode_of` gives the mode itself."""
+
+    name: str = "lockstep"
+    options: str = "{}"
 
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
     """How one model of the API answers: members (main first), their weights, how they are fused.
 
-    mode: how steps are taken; None: this recipe scores text and never decodes.
+    mode: how steps are taken.
     tau: the weights are times what each prompt says, see `decoding/perplexity.py`; None: they are fixed.
     on_failure: what an assistant's failure does to a request. refit: the same fusion over fewer members (main first,
     two or more); None where it cannot do without the others. apart: each position is fused by itself, never in one
@@ -32,7 +39,7 @@ class Recipe:
     weights: tuple[float, ...]
     fusion: Fusion | None  # None: one member alone
     fusion_name: str
-    mode: Mode | None = None
+    mode: ModeChoice = ModeChoice()
     tau: float | None = None
     on_failure: Literal["fail", "drop"] = "fail"
     apart: bool = False

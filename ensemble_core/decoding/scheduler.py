@@ -24,14 +24,11 @@ import time
 from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
+from ensemble_core.decoding.modes.base import Ask, mode_of
 from ensemble_core.decoding.pace import LEAST, SCORING, Kind, Pace
 from ensemble_core.decoding.sequence import Phase, Sequence
 from ensemble_core.errors import QueueFullError
-
-if TYPE_CHECKING:
-    from ensemble_core.decoding.modes.base import Ask
 
 
 @dataclass(frozen=True, slots=True)
@@ -266,8 +263,7 @@ def _decode_share(sequence: Sequence) -> Share:
 
 
 def _plan(sequence: Sequence) -> Mapping[str, Ask]:
-    assert sequence.recipe.mode is not None, "a recipe that only scores text is not decoded"
-    return sequence.recipe.mode.plan(sequence)
+    return mode_of(sequence.recipe.mode).plan(sequence)
 
 
 def _deciding_share(sequence: Sequence, plan: Mapping[str, Ask], prefill: bool) -> Share:

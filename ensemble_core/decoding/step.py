@@ -39,4 +39,4 @@ class Step:
     def modes(self) -> str:
         """The modes that decide in this step, joined by `+`; that of the prompts where nothing is decided."""
         recipes = [turn.sequence.recipe for turn in self.turns] or [share.sequence.recipe for share in self.shares]
-        return "+".join(sorted({recipe.mode.name for recipe in recipes if recipe.mode is not None}))
+        return "+".join(sorted({recipe.mode.name for recipe in recipes}))

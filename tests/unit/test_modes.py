@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import pytest
 from fakes import FakeMember, Records, byte_vocabulary, ensemble, fake_engine, pair_vocabulary, sequence
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict
 
-from ensemble_core.decoding.modes.base import MODES, Ask, Decision, Outcome, Turn, build_mode
+from ensemble_core.decoding.modes.base import MODES, Ask, Decision, Outcome, Turn, choose_mode, mode_of
 from ensemble_core.decoding.modes.lockstep import Lockstep
+from ensemble_core.decoding.recipe import ModeChoice
 from ensemble_core.decoding.requests import Output
 from ensemble_core.decoding.sampler import greedy
 from ensemble_core.decoding.sampling_params import SamplingParams
@@ -49,6 +50,24 @@ class DraftTwo:
         return Decision(turn.sequence, draft=(*draft, *best))
 
 
+class DraftTwoOptions(BaseModel):
+    """None: two is two."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+DRAFT_TWO = ModeChoice("draft-two")
+
+
+@pytest.fixture(autouse=True)
+def registered(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The toy mode is known here and nowhere else."""
+    monkeypatch.setattr(MODES, "_entries", dict(MODES._entries))
+    MODES.register("draft-two", DraftTwoOptions)(lambda options: DraftTwo())
+    yield
+    mode_of.cache_clear()
+
+
 def pair() -> list[FakeMember]:
     return [
         FakeMember("alpha", byte_vocabulary(), seed=1),
@@ -74,7 +93,7 @@ def test_a_mode_of_one_file_drafts_and_takes_back(prompts: list[str]) -> None:
     """Only final tokens are told, each once; they are main's own greedy ones, whatever was taken back."""
     members, records = pair(), Records()
     engine = fake_engine(members, records.append)
-    recipe = replace(ensemble(members), mode=DraftTwo())
+    recipe = replace(ensemble(members), mode=DRAFT_TWO)
     requests = [sequence(i, prompt, members, recipe, GREEDY) for i, prompt in enumerate(prompts)]
     engine.add(requests)
     outputs = run(engine)
@@ -94,7 +113,7 @@ def test_a_mode_of_one_file_drafts_and_takes_back(prompts: list[str]) -> None:
 def test_an_assistant_reads_the_draft() -> None:
     members = pair()
     engine = fake_engine(members)
-    request = sequence(0, "abc", members, replace(ensemble(members), mode=DraftTwo()), GREEDY)
+    request = sequence(0, "abc", members, replace(ensemble(members), mode=DRAFT_TWO), GREEDY)
     engine.add([request])
     read = 0
     while engine.has_work:
@@ -116,12 +135,12 @@ def test_modes_share_a_step() -> None:
     engine.add(
         [
             sequence(0, "abc", members, recipe, GREEDY),
-            sequence(1, "abc", members, replace(recipe, mode=DraftTwo()), GREEDY),
+            sequence(1, "abc", members, replace(recipe, mode=DRAFT_TWO), GREEDY),
         ]
     )
     together = run(engine)
     assert "draft-two+lockstep" in {step.mode for step in records.of(StepStats)}
-    for seq_id, mode in enumerate((Lockstep(), DraftTwo())):
+    for seq_id, mode in enumerate((ModeChoice(), DRAFT_TWO)):
         again = pair()
         other = fake_engine(again)
         other.add([sequence(seq_id, "abc", again, replace(ensemble(again), mode=mode), GREEDY)])
@@ -147,19 +166,11 @@ def test_a_sequence_that_ends_within_a_draft_tells_final_tokens_alone() -> None:
 
 
 def test_unknown_modes_and_options_are_refused_by_name() -> None:
-    with pytest.raises(UnknownStrategyError, match=r"here.name: unknown mode 'warp'; known are \['lockstep'\]"):
-        build_mode("warp", {}, "here")
-    with pytest.raises(ConfigError, match=r"here\.options\.speed"):
-        build_mode("lockstep", {"speed": 9}, "here")
-    assert build_mode("lockstep", {}, "here") == Lockstep()
-
-
-def test_a_mode_registers_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Options(BaseModel):
-        length: int = 2
-
-    monkeypatch.setattr(MODES, "_entries", dict(MODES._entries))
-    MODES.register("draft-two", Options)(lambda options: DraftTwo())
-    assert build_mode("draft-two", {"length": 2}, "here") == DraftTwo()
-    with pytest.raises(ConfigError, match="length"):
-        build_mode("draft-two", {"length": "long"}, "here")
+    known = r"here.name: unknown mode 'warp'; known are \['draft-two', 'lockstep'\]"
+    with pytest.raises(UnknownStrategyError, match=known):
+        choose_mode("warp", {}, "here")
+    for name in ("lockstep", "draft-two"):
+        with pytest.raises(ConfigError, match=r"here\.options\.speed"):
+            choose_mode(name, {"speed": 9}, "here")
+    assert mode_of(choose_mode("lockstep", {}, "here")) == Lockstep()
+    assert mode_of(choose_mode("draft-two", {}, "here")) == DraftTwo()

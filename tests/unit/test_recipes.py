@@ -10,7 +10,7 @@ import pytest
 from fakes import FakeMember, fake_config, space_of
 
 from ensemble_core.config import Config
-from ensemble_core.decoding.modes.lockstep import Lockstep
+from ensemble_core.decoding.recipe import ModeChoice
 from ensemble_core.decoding.requests import Overrides
 from ensemble_core.errors import ConfigError, InvalidRequestError, ModelNotFoundError, TransferMatrixError
 from ensemble_core.fusion.base import FusionSpace
@@ -46,7 +46,7 @@ def test_the_configured_recipe_has_main_first() -> None:
         "trio",
         "alpha",
         "relative",
-        Lockstep(),
+        ModeChoice(),
     )
 
 
@@ -74,7 +74,7 @@ def test_weights_override_those_they_name() -> None:
 
 
 def test_mode_may_name_what_there_is() -> None:
-    assert book().resolve("trio", Overrides(mode="lockstep")).mode == Lockstep()
+    assert book().resolve("trio", Overrides(mode="lockstep")).mode == ModeChoice()
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import pytest
 from fakes import byte_vocabulary
 
-from ensemble_core.decoding.modes.lockstep import Lockstep
+from ensemble_core.decoding.modes.base import mode_of
 from ensemble_core.decoding.pace import Work
 from ensemble_core.decoding.recipe import Recipe
 from ensemble_core.decoding.requests import GenerationRequest
@@ -27,7 +27,7 @@ CAPACITIES = {"alpha": Capacity(16, 24, 128), "beta": Capacity(32, 11, 96)}
 def make(seq_id: int, lengths: Mapping[str, int], max_tokens: int) -> Sequence:
     """A sequence with prompts of the given lengths, main first."""
     members = tuple(lengths)
-    recipe = Recipe("m", members, (1 / len(members),) * len(members), None, "none", Lockstep())
+    recipe = Recipe("m", members, (1 / len(members),) * len(members), None, "none")
     request = GenerationRequest(f"r{seq_id}", "m", "", SamplingParams(max_tokens=max_tokens))
     tracks = {member: Track(VOCABULARY, [97] * length) for member, length in lengths.items()}
     return Sequence(seq_id, request, recipe, tracks)
@@ -135,8 +135,7 @@ class Walk:
         tracks = share.sequence.tracks
         assert all(count > 0 for count in share.counts.values())
         if share.decides:
-            assert share.sequence.recipe.mode is not None
-            plan = share.sequence.recipe.mode.plan(share.sequence)
+            plan = mode_of(share.sequence.recipe.mode).plan(share.sequence)
             assert share.counts == {member: ask.count for member, ask in plan.items()}
             assert share.wanted == dict.fromkeys(plan, 1)
         else:

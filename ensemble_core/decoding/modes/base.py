@@ -10,11 +10,13 @@ later decision keeps or drops them. Does not know how members, caches or schedul
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+import json
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Protocol
 
-from ensemble_core.decoding.recipe import Recipe
+from ensemble_core.decoding.recipe import ModeChoice, Recipe
 from ensemble_core.decoding.sequence import Choice
 from ensemble_core.decoding.sequence import Sequence as Request
 from ensemble_core.registry import Registry
@@ -122,11 +124,15 @@ class Mode(Protocol):
         """
 
 
-MODES: Registry[Any] = Registry("mode")
+MODES: Registry[Callable[[Any], Mode]] = Registry("mode")
 
 
-def build_mode(name: str, options: dict[str, Any], where: str) -> Mode:
-    """A registered mode. Raises UnknownStrategyError, ConfigError; `where` is the path of the field."""
-    parsed = MODES.parse(name, options, where)
-    mode: Mode = MODES.factory(name)(parsed)
-    return mode
+def choose_mode(name: str, options: dict[str, Any], where: str) -> ModeChoice:
+    """A mode with its options, checked. Raises UnknownStrategyError, ConfigError; `where` is the path of the field."""
+    return ModeChoice(name, MODES.parse(name, options, where).model_dump_json())
+
+
+@lru_cache(maxsize=256)
+def mode_of(choice: ModeChoice) -> Mode:
+    """The mode that `choose_mode` has checked."""
+    return MODES.factory(choice.name)(MODES.parse(choice.name, json.loads(choice.options), "mode"))
