@@ -7,10 +7,11 @@ Decoding sequences go first in every step; what is left of the token budget is p
 streams no more than `Pace` grants. The last piece of a prompt is fed to all members in one step, which is the first
 step that decides a token; a scored prompt waits with it until its scores are nearly done.
 
-A sequence begins once, when the token budget reaches it: then what is cached of its prompt is looked up. Sequences
-of one group have the same prompt. The first of them leads; the others wait until it has read the prompt, and take
-over its prefix, scores and weights. Nobody waits for a prefix that is too short to be taken over. Once one of the
-group has read the prompt or failed, nobody waits: the others begin side by side, like requests without a group.
+A sequence begins once, when the token budget of all its members reaches it: then what is cached of its prompt is
+looked up. Sequences of one group have the same prompt. The first of them leads; the others wait until it has read the
+prompt, and take over its prefix, scores and weights. Nobody waits for a prefix that is too short to be taken over.
+Once one of the group has read the prompt or failed, nobody waits: the others begin side by side, like requests
+without a group.
 
 Invariants: a step never feeds more than a member's pages hold; every admitted sequence is on `running` until it is
 preempted or retired; nobody overtakes the head of the queue; the oldest sequence is never preempted, so all come to
@@ -76,7 +77,7 @@ class Scheduler:
         self._capacities = dict(capacities)
         self._limits = limits
         self._fresh: set[Sequence] = set()  # running, but not begun
-        self._read: dict[str, Sequence] = {}  # group -> one that has read their prompt, or failed
+        self._read: dict[str | None, Sequence] = {}  # group -> one that has read their prompt, or failed
         self.pace = Pace(limits.max_stretch)
         for name, capacity in capacities.items():
             assert capacity.page_size * capacity.num_pages >= capacity.max_len, f"{name}: too few pages for one"
@@ -128,7 +129,7 @@ class Scheduler:
             if sequence.phase is not Phase.PREFILL or sequence in followers:
                 continue
             leader = self._leader(sequence)
-            if sequence in self._fresh and (leader is not None or any(left[m] > 0 for m in sequence.tracks)):
+            if sequence in self._fresh and (leader is not None or all(left[m] > 0 for m in sequence.tracks)):
                 self._fresh.discard(sequence)
                 yield sequence, leader
             for member, track in sequence.tracks.items():
@@ -212,8 +213,10 @@ class Scheduler:
 
     def _leader(self, sequence: Sequence) -> Sequence | None:
         """Another one of its group that has read their prompt, if any."""
-        leader = self._read.get(sequence.request.group or "")
-        return None if leader is sequence else leader
+        leader = self._read.get(sequence.request.group)
+        if leader is None or leader is sequence or leader.finish_reason == "error":
+            return None
+        return leader
 
     def _followers(self) -> set[Sequence]:
         """Fresh sequences that wait for the first of their group to read the prompt."""
@@ -281,9 +284,14 @@ def _kinds(prompts: list[Sequence]) -> set[Kind]:
 
 
 def _prefill_shares(prompts: list[Sequence], left: dict[str, int], positions: float) -> list[Share]:
-    """Chunks of prompts, in order. left: tokens for each member, spent here; positions: that may be fused."""
+    """Chunks of prompts, in order; a prompt begins once the budget of all its members reaches it.
+
+    left: tokens for each member, spent here; positions: that may be fused.
+    """
     shares = []
     for sequence in prompts:
+        if _untouched(sequence) and not all(left[member] for member in sequence.tracks):
+            continue  # its turn has not come, see `beginners`
         share = _prefill_share(sequence, left, positions)
         if share.counts or share.scores:
             _spend(left, share.counts)

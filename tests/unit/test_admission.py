@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import pytest
-from fakes import FakeMember, byte_vocabulary, fake_config, fake_loaded, pair_vocabulary
+from fakes import FakeMember, FakeTokenizer, byte_vocabulary, fake_config, fake_loaded, pair_vocabulary
 
 from ensemble_core.admission import Admission
 from ensemble_core.decoding.requests import Conversation, GenerationRequest, Overrides, Weighting
@@ -197,3 +199,79 @@ def test_what_a_member_cannot_do_is_refused_by_name(
         limited.admit(wrong)
     assert (caught.value.param, says in str(caught.value)) == (param, True)
     assert limited.admit(GenerationRequest("r", "duo", "ab", SamplingParams(max_tokens=2)))
+
+
+# Requests of one group
+
+
+CHAT = Conversation(({"role": "user", "content": "ab"},))
+
+
+@pytest.fixture
+def readings(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How often each text was tokenised."""
+    texts: Counter[str] = Counter()
+    tokenize = FakeTokenizer.__call__
+
+    def counted(self: FakeTokenizer, text: str, **options: object) -> dict[str, list[int]]:
+        texts[text] += 1
+        return tokenize(self, text, **options)
+
+    monkeypatch.setattr(FakeTokenizer, "__call__", counted)
+    return texts
+
+
+def choices(prompt: object, num: int, group: str | None = "g") -> list[GenerationRequest]:
+    return [replace(with_params(prompt, seed=i), group=group) for i in range(num)]
+
+
+@pytest.mark.parametrize("prompt", ["abc de 中", (97, 98, 0xC3, 0xA9), CHAT])
+def test_choices_are_read_once_and_equal_those_that_come_alone(prompt: object, readings: Counter[str]) -> None:
+    shared = admission()
+    alone = [shared.admit(request) for request in choices(prompt, 3)]
+    once = Counter({text: count // 3 for text, count in readings.items()})
+    readings.clear()
+    together = shared.admit_all(choices(prompt, 3))
+    assert readings == once
+    for one, other in zip(together, alone, strict=True):
+        assert {m: t.prompt_ids for m, t in one.tracks.items()} == {
+            m: t.prompt_ids for m, t in other.tracks.items()
+        }
+        assert (one.prompt_text, one.request, one.recipe) == (other.prompt_text, other.request, other.recipe)
+    assert len({s.seq_id for s in together + alone}) == 6
+
+
+def test_choices_go_on_apart() -> None:
+    first, second = admission().admit_all(choices("abc", 2))
+    before = [list(track.prompt_ids) for track in second.tracks.values()]
+    first.append(97)
+    first.tracks["beta"].respell("a")
+    assert [track.prompt_ids for track in second.tracks.values()] == before
+    assert not any(track.completion_ids for track in second.tracks.values())
+
+
+def test_only_a_group_with_one_prompt_is_read_once(readings: Counter[str]) -> None:
+    shared = admission()
+    mixed = [each for pair in zip(choices("ab", 2), choices("de", 2, "h"), strict=True) for each in pair]
+    assert [s.prompt_text for s in shared.admit_all(mixed)] == ["ab", "de", "ab", "de"]
+    assert readings == {"ab": 2, "de": 2}, "once a member"
+    wrong = [*choices("abc", 1), *choices("abd", 1), *choices("abc", 1)]
+    assert [bytes(s.tracks["beta"].prompt_ids) for s in shared.admit_all(wrong)] == [b"abc", b"abd", b"abc"]
+    readings.clear()
+    shared.admit_all(choices("ab", 3, None))
+    assert readings == {"ab": 6}
+    other = [*choices("ab", 1), replace(choices("ab", 1)[0], model="alpha")]
+    assert [list(s.tracks) for s in shared.admit_all(other)] == [["alpha", "beta"], ["alpha"]]
+
+
+def test_each_choice_is_checked() -> None:
+    shared = admission()
+    for wrong, param in [
+        (with_params(max_tokens=MAIN_LEN), "max_tokens"),
+        (with_params(logit_bias=((SIZE, 1.0),)), "logit_bias"),
+        (with_params(json_schema="{"), "response_format"),
+    ]:
+        with pytest.raises(InvalidRequestError) as caught:
+            shared.admit_all([*choices("ab", 2), replace(wrong, group="g")])
+        assert caught.value.param == param
+    assert shared.admit_all([]) == []
