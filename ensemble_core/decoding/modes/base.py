@@ -128,7 +128,7 @@ MODES: Registry[Callable[[Any], Mode]] = Registry("mode")
 
 
 def choose_mode(name: str, options: dict[str, Any], where: str) -> ModeChoice:
-    """A mode with its options, checked. Raises UnknownStrategyError, ConfigError; `where` is the path of the field."""
+    """A mode with its options checked. Raises UnknownStrategyError, ConfigError; where: the path of the field."""
     return ModeChoice(name, MODES.parse(name, options, where).model_dump_json())
 
 
