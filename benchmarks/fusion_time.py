@@ -21,7 +21,7 @@ import torch
 from benchmarks.ledger import Findings, Value, arguments
 from ensemble_core.config import MemberConfig, load_config
 from ensemble_core.factory import Spaces
-from ensemble_core.fusion.base import Fusion, FusionSpace, build_fusion, parse_options
+from ensemble_core.fusion.base import FUSIONS, Fusion, FusionSpace, build_fusion
 from ensemble_core.members.base import Candidates, Feed, Member, ask
 from ensemble_core.members.loading.checkpoints import load_vocabulary, resolve_folder
 from ensemble_core.members.loading.models import load_member
@@ -111,7 +111,7 @@ class FusionBench:
             self._pair.device,
             ("main", "assistant", "twin")[: len(order)],
         )
-        fusion = build_fusion(name, parse_options(name, options, "fusion"), space)
+        fusion = build_fusion(name, FUSIONS.parse(name, options, "fusion"), space)
         row: dict[str, Value] = {"fusion": " ".join([name, *_words(options)]), "k": width or "-"}
         for num, batch in shapes:
             parts = [self._given[i].best(num).rows(range(batch)) for i in order]

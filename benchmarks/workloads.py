@@ -31,7 +31,7 @@ from ensemble_core.decoding.sequence import Sequence
 from ensemble_core.decoding.shaping import shape
 from ensemble_core.engine import Engine
 from ensemble_core.factory import load_recipes
-from ensemble_core.fusion.base import Fused, FusionSpace, build_fusion, parse_options
+from ensemble_core.fusion.base import FUSIONS, Fused, FusionSpace, build_fusion
 from ensemble_core.members.answering import answer, lay_out
 from ensemble_core.members.base import Candidates, Feed, log_rest
 from ensemble_core.members.loading.checkpoints import load_tokenizer, load_vocabulary
@@ -95,7 +95,7 @@ class Crowd:
         limits = Limits(num_prompts, num_prompts, token_budget=1)
         self.engine = Engine(members, limits, 16, discard, prefix_reuse=prefix_reuse)
         space = FusionSpace([members[name].vocabulary for name in names], list, torch.device("cpu"), names)
-        fusion = build_fusion("projection", parse_options("projection", {}, "fusion"), space)
+        fusion = build_fusion("projection", FUSIONS.parse("projection", {}, "fusion"), space)
         recipe = Recipe("pair", names, (0.5, 0.5), fusion, "projection")
         vocabularies = {name: members[name].vocabulary for name in names}
         self.engine.add(
@@ -308,7 +308,7 @@ def fusion(name: str, num_members: int) -> Sample:
     """One fusion of 32 rows of 256 candidates of so many members, whose vocabularies share three quarters."""
     vocabularies = _vocabularies()[:num_members]
     space = FusionSpace(vocabularies, list, torch.device("cpu"), tuple(f"member-{i}" for i in range(num_members)))
-    built = build_fusion(name, parse_options(name, {}, "fusion"), space)
+    built = build_fusion(name, FUSIONS.parse(name, {}, "fusion"), space)
     parts = [_answers(vocabulary, seed) for seed, vocabulary in enumerate(vocabularies)]
     weights = torch.full((NUM_ROWS, num_members), 1 / num_members)
     return lambda: timed(lambda: built.fuse(parts, weights))

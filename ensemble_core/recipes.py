@@ -25,7 +25,7 @@ from ensemble_core.errors import (
     TransferMatrixError,
     UnknownStrategyError,
 )
-from ensemble_core.fusion.base import Fusion, FusionSpace, build_fusion, parse_options
+from ensemble_core.fusion.base import FUSIONS, Fusion, FusionSpace, build_fusion
 from ensemble_core.fusion.shelf import FusionShelf
 
 # The space of some members of an ensemble, main first; matrices are those of the ensemble's whole set.
@@ -48,7 +48,7 @@ def check_strategies(config: Config) -> None:
     """Check every ensemble's fusion and mode, with their options. Raises ConfigError with the field's path."""
     for name, ensemble in config.ensembles.items():
         try:
-            parse_options(ensemble.fusion.name, ensemble.fusion.options, f"ensembles.{name}.fusion")
+            FUSIONS.parse(ensemble.fusion.name, ensemble.fusion.options, f"ensembles.{name}.fusion")
             choose_mode(ensemble.mode.name, ensemble.mode.options, f"ensembles.{name}.mode")
         except UnknownStrategyError as error:
             raise ConfigError(str(error)) from error
@@ -125,7 +125,7 @@ class RecipeBook:
         if overrides.fusion_options is not None:
             options = overrides.fusion_options
         try:
-            parsed = parse_options(name, dict(options), "ensemble.fusion")
+            parsed = FUSIONS.parse(name, dict(options), "ensemble.fusion")
             if len(members) == 1:
                 return "single", "", None
             whole = tuple(ensemble.members)

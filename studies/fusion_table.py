@@ -29,7 +29,7 @@ from ensemble_core.evaluation.tasks import Task
 from ensemble_core.evaluation.tune import rounded
 from ensemble_core.evaluation.variants import parse_variant
 from ensemble_core.evaluation.workbench import Workbench
-from ensemble_core.fusion.base import FusionSpace, build_fusion, parse_options
+from ensemble_core.fusion.base import FUSIONS, FusionSpace, build_fusion
 from ensemble_core.fusion.mapping import token_map
 from ensemble_core.transfer.builder import Recipe as MatrixRecipe
 from studies.anchor_search import refusal
@@ -52,7 +52,7 @@ PAPER = "relative, deepen rows, search"
 CONTRASTIVE = "contrastive, alpha"
 ALPHAS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
 # name -> what `unisono evaluate --model ENSEMBLE?...` takes
-FUSIONS = {
+VARIANTS = {
     RELATIVE: "fusion=relative",
     "relative, search": "fusion=relative&options.solver=search",
     PROJECTION: "fusion=projection",
@@ -146,7 +146,7 @@ def fusions(table: Table, ensemble: str) -> list[Entry]:
             Entry(f"{ensemble}: {name}", name, table.bench.recipe(parse_variant(f"{ensemble}?{query}")))
             for name, query in queries.items()
         ]
-        for queries in (FUSIONS, contrastive)
+        for queries in (VARIANTS, contrastive)
     )
     return [*named, table.best(steered)]
 
@@ -164,7 +164,7 @@ def papers_own(table: Table, ensemble: str, folder: Path) -> tuple[Entry, list[s
         torch.device("cpu"),
         plain.members,
     )
-    fusion = build_fusion("relative", parse_options("relative", {"solver": "search"}, "fusion"), space)
+    fusion = build_fusion("relative", FUSIONS.parse("relative", {"solver": "search"}, "fusion"), space)
     return Entry(f"{ensemble}: {PAPER}", PAPER, replace(plain, fusion=fusion)), said
 
 
@@ -365,7 +365,7 @@ def main() -> None:
     limit = 4 if args.quick else None
     tasks = load_tasks(args.data)
     with Workbench(load_config(args.config)) as bench:
-        made_from = {"limit": limit, "fusions": FUSIONS, "tuned on": NUM_TUNED_ON}
+        made_from = {"limit": limit, "fusions": VARIANTS, "tuned on": NUM_TUNED_ON}
         table = Table(bench, tasks, journal_of(args.cache, "fusion_table", bench, tasks, made_from), limit)
         entries, said = measured(table, args.ensembles, None if args.without_paper or args.quick else args.cache)
         figures = Figures.of(table, entries)

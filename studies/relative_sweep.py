@@ -29,7 +29,7 @@ from ensemble_core.evaluation.bootstrap import Interval, Ratio, draws, paired_in
 from ensemble_core.evaluation.journal import Journal
 from ensemble_core.evaluation.variants import parse_variant
 from ensemble_core.evaluation.workbench import Workbench
-from ensemble_core.fusion.base import Fusion, FusionSpace, build_fusion, parse_options
+from ensemble_core.fusion.base import FUSIONS, Fusion, FusionSpace, build_fusion
 from ensemble_core.transfer.matrix import TransferMatrix
 from studies.anchor_search import Search, Similarity
 from studies.halves import (
@@ -165,7 +165,7 @@ def relative(
     """The relative fusion of these members with these matrices."""
     vocabularies = [bench.vocabularies[name] for name in members]
     space = FusionSpace(vocabularies, lambda: matrices, torch.device("cpu"), members)
-    return build_fusion("relative", parse_options("relative", options, "fusion"), space)
+    return build_fusion("relative", FUSIONS.parse("relative", options, "fusion"), space)
 
 
 def samples(bench: Workbench, halves: Sequence[Half], quick: bool) -> dict[str, Sample]:

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import torch
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 from torch import Tensor
 
-from ensemble_core.errors import ConfigError, UnknownStrategyError
+from ensemble_core.errors import ConfigError
 from ensemble_core.members.base import Candidates
+from ensemble_core.registry import Registry
 from ensemble_core.text.vocabulary import Vocabulary
 from ensemble_core.transfer.matrix import TransferMatrix
 
@@ -89,52 +90,17 @@ class FusionSpace:
         return self.members.index(member)
 
 
-Options = TypeVar("Options", bound=BaseModel)
-_Factory = Callable[[FusionSpace, Any], Fusion]
-_Typed = Callable[[FusionSpace, Options], Fusion]
-_REGISTRY: dict[str, tuple[type[BaseModel], _Factory]] = {}
-
-
-def register(name: str, options: type[Options]) -> Callable[[_Typed[Options]], _Typed[Options]]:
-    """Class decorator: make a fusion known under `name`, with its pydantic model of options."""
-
-    def decorate(factory: _Typed[Options]) -> _Typed[Options]:
-        _REGISTRY[name] = (options, factory)
-        return factory
-
-    return decorate
-
-
-def registered() -> list[str]:
-    """The names of all fusions, sorted."""
-    return sorted(_REGISTRY)
+FUSIONS: Registry[Callable[[FusionSpace, Any], Fusion]] = Registry("fusion")
 
 
 def pooled_names() -> list[str]:
     """The names of fusions that are `Pooled`, sorted."""
-    return sorted(name for name, (_, factory) in _REGISTRY.items() if hasattr(factory, "conclude"))
-
-
-def parse_options(name: str, options: dict[str, Any], where: str) -> BaseModel:
-    """Check a fusion's options; `where` is the path of the field, for the message.
-
-    Raises UnknownStrategyError for an unknown name, ConfigError for wrong options.
-    """
-    if name not in _REGISTRY:
-        raise UnknownStrategyError(f"{where}.name: unknown fusion {name!r}; known are {registered()}")
-    try:
-        return _REGISTRY[name][0].model_validate(options)
-    except ValidationError as error:
-        parts = [
-            f"{where}.options.{'.'.join(map(str, item['loc']))}: {item['msg']} (given: {item['input']!r})"
-            for item in error.errors(include_url=False)
-        ]
-        raise ConfigError("; ".join(parts)) from error
+    return [name for name in FUSIONS.names() if hasattr(FUSIONS.factory(name), "conclude")]
 
 
 def build_fusion(name: str, options: BaseModel, space: FusionSpace) -> Fusion:
-    """Instantiate a registered fusion with options from `parse_options`."""
-    return _REGISTRY[name][1](space, options)
+    """Instantiate a registered fusion with options from `FUSIONS.parse`."""
+    return FUSIONS.factory(name)(space, options)
 
 
 def linear_pool(views: Views) -> Tensor:

@@ -25,16 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 from torch import Tensor
 
 from ensemble_core.errors import ConfigError, UnknownStrategyError
-from ensemble_core.fusion.base import (
-    Fused,
-    FusionSpace,
-    Pooled,
-    Views,
-    build_fusion,
-    parse_options,
-    pooled_names,
-    register,
-)
+from ensemble_core.fusion.base import FUSIONS, Fused, FusionSpace, Pooled, Views, build_fusion, pooled_names
 from ensemble_core.members.base import Candidates
 
 _TINY = 1e-30
@@ -66,7 +57,7 @@ class CoreOptions(BaseModel):
     @classmethod
     def _base_pools(cls, base: BaseChoice) -> BaseChoice:
         try:
-            options = parse_options(base.name, base.options, "base")
+            options = FUSIONS.parse(base.name, base.options, "base")
         except (ConfigError, UnknownStrategyError) as error:
             raise ValueError(str(error)) from error
         if base.name not in pooled_names() or getattr(options, "pool", "linear") != "linear":
@@ -83,7 +74,7 @@ class CoreOptions(BaseModel):
         return value
 
 
-@register("core", CoreOptions)
+@FUSIONS.register("core", CoreOptions)
 class CoreFusion:
     """Consistency over a base fusion; see the module."""
 
@@ -91,7 +82,7 @@ class CoreFusion:
 
     def __init__(self, space: FusionSpace, options: CoreOptions) -> None:
         base = options.base
-        self._base = cast(Pooled, build_fusion(base.name, parse_options(base.name, base.options, "base"), space))
+        self._base = cast(Pooled, build_fusion(base.name, FUSIONS.parse(base.name, base.options, "base"), space))
         self._options = options
         self.full_vocabulary = self._base.full_vocabulary
 

@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from ensemble_core.errors import ConfigError
-from ensemble_core.fusion.base import Fused, FusionSpace, register
+from ensemble_core.fusion.base import FUSIONS, Fused, FusionSpace
 from ensemble_core.fusion.support import TokenSpace, concluded
 from ensemble_core.members.base import Candidates
 
@@ -38,7 +38,7 @@ class ContrastiveOptions(BaseModel):
     alpha: float = Field(1.0, ge=0.0, le=10.0, description="Strength of the difference; 0: main alone.")
 
 
-@register("contrastive", ContrastiveOptions)
+@FUSIONS.register("contrastive", ContrastiveOptions)
 class ContrastiveFusion:
     """Main, moved by the difference of two members; see the module."""
 

@@ -15,7 +15,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from ensemble_core.fusion.base import FusionSpace, Views, register
+from ensemble_core.fusion.base import FUSIONS, FusionSpace, Views
 from ensemble_core.fusion.support import TokenPool
 from ensemble_core.members.base import Candidates
 from ensemble_core.members.ranking import ranked
@@ -29,7 +29,7 @@ class EvaOptions(BaseModel):
     top: int = Field(3, ge=1, le=100, description="How far down another member's ranking the top token may stand.")
 
 
-@register("eva", EvaOptions)
+@FUSIONS.register("eva", EvaOptions)
 class EvaFusion(TokenPool):
     """Linear pool of members that agree; see the module."""
 

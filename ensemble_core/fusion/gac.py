@@ -15,7 +15,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from ensemble_core.fusion.base import FusionSpace, Views, register
+from ensemble_core.fusion.base import FUSIONS, FusionSpace, Views
 from ensemble_core.fusion.support import TokenPool
 from ensemble_core.members.base import Candidates
 
@@ -29,7 +29,7 @@ class GacOptions(BaseModel):
     threshold: float = Field(0.5, ge=0.0, le=1.0, description="Above it the gate decides alone; 1: it never does.")
 
 
-@register("gac", GacOptions)
+@FUSIONS.register("gac", GacOptions)
 class GacFusion(TokenPool):
     """Linear pool with a gate; see the module."""
 

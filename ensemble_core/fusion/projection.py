@@ -18,7 +18,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from ensemble_core.fusion.base import Fused, FusionSpace, Views, linear_pool, register
+from ensemble_core.fusion.base import FUSIONS, Fused, FusionSpace, Views, linear_pool
 from ensemble_core.fusion.support import TokenPool
 from ensemble_core.members.base import Candidates
 
@@ -33,7 +33,7 @@ class ProjectionOptions(BaseModel):
     )
 
 
-@register("projection", ProjectionOptions)
+@FUSIONS.register("projection", ProjectionOptions)
 class ProjectionFusion(TokenPool):
     """Linear or log-linear pool over mapped distributions; see the module."""
 

@@ -25,7 +25,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from ensemble_core.fusion.base import Fused, FusionSpace, Views, register
+from ensemble_core.fusion.base import FUSIONS, Fused, FusionSpace, Views
 from ensemble_core.fusion.support import floor_of
 from ensemble_core.members.base import Candidates
 from ensemble_core.members.ranking import ranked
@@ -121,7 +121,7 @@ def solve_search(problem: Problem, steps: int, eta: float) -> Tensor:
     return torch.softmax(z, dim=1)
 
 
-@register("relative", RelativeOptions)
+@FUSIONS.register("relative", RelativeOptions)
 class RelativeFusion:
     """DeePEn on candidates; see the module."""
 

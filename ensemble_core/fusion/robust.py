@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from ensemble_core.errors import ConfigError
-from ensemble_core.fusion.base import Fused, FusionSpace, register
+from ensemble_core.fusion.base import FUSIONS, Fused, FusionSpace
 from ensemble_core.fusion.support import TokenSpace, concluded, heard
 from ensemble_core.members.base import Candidates
 
@@ -30,7 +30,7 @@ class RobustOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-@register("robust", RobustOptions)
+@FUSIONS.register("robust", RobustOptions)
 class RobustFusion:
     """Weighted median pool; see the module."""
 

@@ -19,7 +19,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from ensemble_core.fusion.base import FusionSpace, Views, register
+from ensemble_core.fusion.base import FUSIONS, FusionSpace, Views
 from ensemble_core.fusion.mapping import token_map
 from ensemble_core.fusion.support import TokenPool, floor_of
 from ensemble_core.members.base import Candidates
@@ -37,7 +37,7 @@ class UnionOptions(BaseModel):
     )
 
 
-@register("union", UnionOptions)
+@FUSIONS.register("union", UnionOptions)
 class UnionFusion(TokenPool):
     """Linear pool on the union of top tokens; see the module."""
 

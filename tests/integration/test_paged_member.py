@@ -84,7 +84,7 @@ def test_whoever_is_preempted_ends_with_the_same_text(
 ) -> None:
     """Eighteen run in the 84 pages of llama, where each comes to need seven or so."""
     llm = duet(folder, tiny_checkpoints, max_running=18, kv_cache="paged", kv_memory="1MiB")
-    with caplog.at_level(logging.INFO, "ensemble_core.engine"):
+    with caplog.at_level(logging.INFO, "ensemble_core.decoding.telemetry"):
         many = texts(llm, PROMPTS * 3)
     llm.close()
     assert many == by_rows * 3

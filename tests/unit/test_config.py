@@ -20,7 +20,7 @@ from ensemble_core.config import (
     parse_size,
 )
 from ensemble_core.errors import ConfigError
-from ensemble_core.fusion.base import parse_options
+from ensemble_core.fusion.base import FUSIONS
 from ensemble_core.members.loading.demo_models import demo_model
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -64,7 +64,7 @@ def test_every_config_loads_with_options_that_its_fusions_know(file: Path) -> No
     config = load_config(file)
     assert config.ensembles
     for name, ensemble in config.ensembles.items():
-        parse_options(ensemble.fusion.name, ensemble.fusion.options, f"ensembles.{name}.fusion")
+        FUSIONS.parse(ensemble.fusion.name, ensemble.fusion.options, f"ensembles.{name}.fusion")
 
 
 def test_the_demo_holds_32_sequences_of_both_members() -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ensemble_core import factory  # noqa: F401  (registers all fusions)
 from ensemble_core.errors import ConfigError
-from ensemble_core.fusion.base import Fusion, FusionSpace, build_fusion, parse_options
+from ensemble_core.fusion.base import FUSIONS, Fusion, FusionSpace, build_fusion
 from ensemble_core.fusion.consistency import held
 from ensemble_core.transfer.matrix import common_anchors
 
@@ -43,7 +43,7 @@ def relative_space() -> FusionSpace:
 def core(base: str = "projection", options: dict[str, Any] | None = None, **own: Any) -> Fusion:
     chosen = {"base": {"name": base, "options": options or {}}, **own}
     where = relative_space() if base == "relative" else space(TRIO)
-    return build_fusion("core", parse_options("core", chosen, "fusion"), where)
+    return build_fusion("core", FUSIONS.parse("core", chosen, "fusion"), where)
 
 
 def slow_core(
@@ -145,7 +145,7 @@ def test_candidates_come_close_to_whole_distributions() -> None:
 
 def test_the_order_of_assistants_is_free() -> None:
     parts, weights, swap = answers(logits_of(TRIO, 6, 9), 32), weights_of(6, 3, 10), [0, 2, 1]
-    options = parse_options("core", LINEAR, "fusion")
+    options = FUSIONS.parse("core", LINEAR, "fusion")
     left = build_fusion("core", options, space(TRIO)).fuse(parts, weights)
     moved = space([TRIO[i] for i in swap])
     right = build_fusion("core", options, moved).fuse([parts[i] for i in swap], weights[:, swap])
@@ -192,4 +192,4 @@ def test_main_holds_its_share() -> None:
 )
 def test_what_has_no_meaning_is_refused_by_name(options: dict[str, Any], says: str) -> None:
     with pytest.raises(ConfigError, match=says):
-        parse_options("core", options, "ensembles.duo.fusion")
+        FUSIONS.parse("core", options, "ensembles.duo.fusion")

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ensemble_core.errors import ConfigError, UnknownStrategyError
-from ensemble_core.fusion.base import FusionSpace, build_fusion, parse_options, registered, single
+from ensemble_core.fusion.base import FUSIONS, FusionSpace, build_fusion, single
 from ensemble_core.fusion.relative import RelativeFusion, RelativeOptions
 from ensemble_core.members.candidates import top_candidates
 from ensemble_core.transfer.matrix import TransferMatrix
@@ -17,10 +17,10 @@ WHERE = "ensembles.duo.fusion"
 
 
 def test_an_unknown_name_lists_what_there_is() -> None:
-    assert "relative" in registered()
+    assert "relative" in FUSIONS.names()
     with pytest.raises(UnknownStrategyError) as refusal:
-        parse_options("relativ", {}, WHERE)
-    assert str(refusal.value) == f"{WHERE}.name: unknown fusion 'relativ'; known are {registered()}"
+        FUSIONS.parse("relativ", {}, WHERE)
+    assert str(refusal.value) == f"{WHERE}.name: unknown fusion 'relativ'; known are {FUSIONS.names()}"
 
 
 @pytest.mark.parametrize(
@@ -36,14 +36,14 @@ def test_an_unknown_name_lists_what_there_is() -> None:
 )
 def test_a_wrong_option_carries_its_path_and_value(options: dict[str, Any], field: str) -> None:
     with pytest.raises(ConfigError) as refusal:
-        parse_options("relative", options, WHERE)
+        FUSIONS.parse("relative", options, WHERE)
     assert str(refusal.value).startswith(f"{WHERE}.options.{field}: ")
     assert f"(given: {options[field]!r})" in str(refusal.value)
 
 
 def test_every_wrong_option_is_named() -> None:
     with pytest.raises(ConfigError) as refusal:
-        parse_options("relative", {"eta": 0, "steps": "many"}, WHERE)
+        FUSIONS.parse("relative", {"eta": 0, "steps": "many"}, WHERE)
     assert "options.eta" in str(refusal.value)
     assert "options.steps" in str(refusal.value)
 
@@ -51,7 +51,7 @@ def test_every_wrong_option_is_named() -> None:
 @pytest.mark.parametrize("support", ["closed", "full"])
 def test_a_fusion_is_built_from_its_options(support: str) -> None:
     matrix = TransferMatrix(torch.zeros(3, 1, dtype=torch.int32), torch.ones(3, 1), torch.tensor([0]))
-    options = parse_options("relative", {"solver": "search", "eta": 0.5, "support": support}, WHERE)
+    options = FUSIONS.parse("relative", {"solver": "search", "eta": 0.5, "support": support}, WHERE)
     assert options == RelativeOptions(solver="search", eta=0.5, support=support)  # type: ignore[arg-type]
     fusion = build_fusion("relative", options, FusionSpace((), lambda: [matrix, matrix], torch.device("cpu")))
     assert isinstance(fusion, RelativeFusion)

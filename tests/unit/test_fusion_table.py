@@ -187,8 +187,8 @@ def test_points_have_names_of_their_own() -> None:
 
 def test_every_sweep_weight_lies_in_the_simplex() -> None:
     assert all(0 < weight < 1 for weights in relative_sweep.WEIGHTS.values() for weight in weights)
-    assert fusion_table.RELATIVE in fusion_table.FUSIONS
-    assert fusion_table.PROJECTION in fusion_table.FUSIONS
+    assert fusion_table.RELATIVE in fusion_table.VARIANTS
+    assert fusion_table.PROJECTION in fusion_table.VARIANTS
 
 
 def test_the_document_of_studies_has_a_place_for_every_table() -> None:

@@ -10,7 +10,7 @@ from fusion_cases import MAIN, TRIO, answers, assert_sound, dense, logits_of, ma
 from torch import Tensor
 
 from ensemble_core import factory  # noqa: F401  (registers all fusions)
-from ensemble_core.fusion.base import Fused, Fusion, FusionSpace, build_fusion, parse_options
+from ensemble_core.fusion.base import FUSIONS, Fused, Fusion, FusionSpace, build_fusion
 from ensemble_core.members.base import Candidates
 from ensemble_core.transfer.matrix import TransferMatrix
 
@@ -41,7 +41,7 @@ def fusion(name: str, options: dict[str, Any]) -> Fusion:
     plain = space(TRIO)
     matrices = [matrix(len(vocabulary), i) for i, vocabulary in enumerate(TRIO)]
     with_matrices = FusionSpace(plain.vocabularies, lambda: matrices, plain.device, plain.members)
-    return build_fusion(name, parse_options(name, options, "fusion"), with_matrices)
+    return build_fusion(name, FUSIONS.parse(name, options, "fusion"), with_matrices)
 
 
 def probabilities(fused: Fused, main: Candidates, logits: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from ensemble_core import factory  # noqa: F401  (registers all fusions)
 from ensemble_core.errors import ConfigError
-from ensemble_core.fusion.base import Fusion, build_fusion, parse_options
+from ensemble_core.fusion.base import FUSIONS, Fusion, build_fusion
 from ensemble_core.fusion.robust import weighted_median
 from ensemble_core.text.vocabulary import Vocabulary
 
@@ -45,7 +45,7 @@ CASES: tuple[tuple[str, dict[str, Any]], ...] = (
 
 
 def fusion(name: str, options: dict[str, Any], vocabularies: tuple[Vocabulary, ...] = TRIO) -> Fusion:
-    return build_fusion(name, parse_options(name, options, "fusion"), space(vocabularies))
+    return build_fusion(name, FUSIONS.parse(name, options, "fusion"), space(vocabularies))
 
 
 def close_logits(rows: int, seed: int, vocabularies: tuple[Vocabulary, ...] = TRIO) -> list[Tensor]:
