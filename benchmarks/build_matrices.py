@@ -21,11 +21,11 @@ from benchmarks.stopwatch import Spread
 from ensemble_core.config import Config, load_config
 from ensemble_core.errors import TransferMatrixError
 from ensemble_core.members.loading.checkpoints import load_vocabulary, resolve_folder
-from ensemble_core.transfer.builder import Quality, Recipe, build_matrix, require_retained
+from ensemble_core.transfer.build import BuildReport, build_matrices, member_sets, origin_of, recipe_of
 from ensemble_core.transfer.embeddings import load_embeddings
 from ensemble_core.transfer.matrix import common_anchors
+from ensemble_core.transfer.rows import Quality, RowRecipe, build_matrix, require_retained
 from ensemble_core.transfer.store import load_matrix, matrix_path
-from ensemble_core.transfer.workshop import BuildReport, build_matrices, member_sets, origin_of, recipe_of
 
 ALLOWED_BYTES = 2e9  # beyond the embedding tables
 LOADS = 5
@@ -121,7 +121,7 @@ def _load_all(config: Config, source: str) -> float:
 
 def _deepen(config: Config) -> list[Built]:
     """The paper's recipe at the same top_k: what it retains, and the refusal."""
-    recipe = Recipe("deepen", config.matrices.top_k, config.matrices.temperature)
+    recipe = RowRecipe("deepen", config.matrices.top_k, config.matrices.temperature)
     rows = []
     for members in member_sets(config):
         vocabularies = {name: load_vocabulary(name, config.members[name]) for name in members}
@@ -136,7 +136,7 @@ def _deepen(config: Config) -> list[Built]:
     return rows
 
 
-def _refusal(member: str, quality: Quality, recipe: Recipe, minimum: float) -> str | None:
+def _refusal(member: str, quality: Quality, recipe: RowRecipe, minimum: float) -> str | None:
     try:
         require_retained(member, quality, recipe, minimum)
     except TransferMatrixError as error:

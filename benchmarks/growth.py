@@ -21,8 +21,8 @@ from benchmarks.ledger import Findings, TableRow, Value, arguments, results_fold
 from benchmarks.recorder import DecodeBench, Told
 from benchmarks.stopwatch import Spread
 from ensemble_core.config import Config, EnsembleConfig, load_config
+from ensemble_core.transfer.build import recipe_of
 from ensemble_core.transfer.store import matrix_path, read_metadata
-from ensemble_core.transfer.workshop import recipe_of
 
 TWIN = "-twin"
 LENGTH = 256

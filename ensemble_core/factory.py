@@ -31,9 +31,9 @@ from ensemble_core.recipes import ModelInfo, RecipeBook, check_strategies, list_
 from ensemble_core.stats import Record
 from ensemble_core.text.prompt import PromptEncoder, read_template
 from ensemble_core.text.vocabulary import Vocabulary
+from ensemble_core.transfer.build import origin_of, recipe_of
 from ensemble_core.transfer.matrix import TransferMatrix, common_anchors
 from ensemble_core.transfer.store import load_matrix, matrix_path
-from ensemble_core.transfer.workshop import origin_of, recipe_of
 
 logger = logging.getLogger(__name__)
 

@@ -22,7 +22,7 @@ from ensemble_core.errors import ConfigError, UnisonoError
 
 if TYPE_CHECKING:
     from ensemble_core.llm import LLM
-    from ensemble_core.transfer.workshop import BuildReport
+    from ensemble_core.transfer.build import BuildReport
 
 app = typer.Typer(
     help="Several language models answer as one.",
@@ -170,7 +170,7 @@ def build(
     with _one_line_errors():
         settings = _load(config)
 
-        from ensemble_core.transfer.workshop import build_matrices
+        from ensemble_core.transfer.build import build_matrices
 
         for report in build_matrices(settings, force=force, only_missing=missing):
             typer.echo(_report_line(report))

@@ -26,8 +26,8 @@ from torch.nn import functional as F
 
 from ensemble_core.errors import TransferMatrixError
 from ensemble_core.text.vocabulary import Vocabulary
-from ensemble_core.transfer.builder import Quality, Recipe, build_matrix, require_retained
 from ensemble_core.transfer.matrix import Anchors, TransferMatrix
+from ensemble_core.transfer.rows import Quality, RowRecipe, build_matrix, require_retained
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +91,7 @@ class Searcher:
     def _made(self, similarity: Similarity, vocabulary: Vocabulary, anchors: Anchors) -> Search:
         if similarity == "uncentred":
             return uncentred(self.search("deepen", anchors), self.embeddings())
-        recipe = Recipe(similarity, WIDEST, 1.0)
+        recipe = RowRecipe(similarity, WIDEST, 1.0)
         matrix, quality = build_matrix(
             vocabulary, self.embeddings(), anchors, recipe, value_dtype=torch.float32, label=self.member
         )
@@ -116,7 +116,7 @@ def fewer(anchors: Anchors, num: int, seed: int = 0) -> Anchors:
     return Anchors(tuple(anchors.tokens[i] for i in sorted(order[:num].tolist())))
 
 
-def refusal(member: str, search: Search, recipe: Recipe, minimum: float) -> str:
+def refusal(member: str, search: Search, recipe: RowRecipe, minimum: float) -> str:
     """What the builder says of the widest rows of a recipe; empty where it would write them."""
     try:
         require_retained(member, search.quality, recipe, minimum)

@@ -31,7 +31,7 @@ from ensemble_core.evaluation.variants import parse_variant
 from ensemble_core.evaluation.workbench import Workbench
 from ensemble_core.fusion.base import FUSIONS, FusionSpace, build_fusion
 from ensemble_core.fusion.mapping import token_map
-from ensemble_core.transfer.builder import Recipe as MatrixRecipe
+from ensemble_core.transfer.rows import RowRecipe
 from studies.anchor_search import refusal
 from studies.halves import (
     CACHE,
@@ -156,7 +156,7 @@ def papers_own(table: Table, ensemble: str, folder: Path) -> tuple[Entry, list[s
     bench, matrices = table.bench, table.bench.config.matrices
     plain = bench.recipe(parse_variant(ensemble))
     found = searches(bench, plain.members, table.named(), "deepen", folder)
-    recipe = MatrixRecipe("deepen", found[0].columns.shape[1], 0.0)
+    recipe = RowRecipe("deepen", found[0].columns.shape[1], 0.0)
     said = [refusal(m, s, recipe, matrices.min_retained) for m, s in zip(plain.members, found, strict=True)]
     space = FusionSpace(
         [bench.vocabularies[name] for name in plain.members],

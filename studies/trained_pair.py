@@ -35,7 +35,7 @@ from ensemble_core.evaluation.tune import tune
 from ensemble_core.evaluation.variants import Variant
 from ensemble_core.evaluation.workbench import Workbench
 from ensemble_core.evaluation.yaml_weights import write_weights
-from ensemble_core.transfer.workshop import build_matrices
+from ensemble_core.transfer.build import build_matrices
 from studies import domains, small_models
 from studies.small_models import Family, Size
 

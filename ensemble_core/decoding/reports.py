@@ -12,7 +12,8 @@ from collections.abc import Sequence as Rows
 from torch import Tensor
 
 from ensemble_core.decoding.requests import LEAST_LOGPROB, Trace
-from ensemble_core.decoding.sequence import Scored, Sequence
+from ensemble_core.decoding.scored import Scored
+from ensemble_core.decoding.sequence import Sequence
 from ensemble_core.fusion.base import Fused
 from ensemble_core.members.base import Candidates
 from ensemble_core.members.ranking import ranked

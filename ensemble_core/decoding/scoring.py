@@ -23,7 +23,7 @@ import torch
 from ensemble_core.decoding.recipe import Recipe
 from ensemble_core.decoding.reports import score
 from ensemble_core.decoding.requests import TokenLogprob
-from ensemble_core.decoding.sequence import Scored, describe_token
+from ensemble_core.decoding.scored import Scored, describe_token
 from ensemble_core.fusion.base import single
 from ensemble_core.members.base import Candidates
 from ensemble_core.text.alignment import Track

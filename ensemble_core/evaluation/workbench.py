@@ -19,9 +19,8 @@ from ensemble_core.evaluation.offline import DocumentSums, document_sums
 from ensemble_core.evaluation.scores import Scores
 from ensemble_core.evaluation.spelling import Document
 from ensemble_core.evaluation.variants import Variant
+from ensemble_core.home import home
 from ensemble_core.llm import LLM
-
-DEFAULT_CACHE = Path("~/.cache/unisono/scores")
 
 
 class Workbench(AbstractContextManager["Workbench"]):
@@ -29,7 +28,7 @@ class Workbench(AbstractContextManager["Workbench"]):
 
     def __init__(self, config: Config, cache: Path | None = None) -> None:
         self.config = config
-        self.cache = (cache or DEFAULT_CACHE).expanduser()
+        self.cache = (cache or home() / "scores").expanduser()
         self.num_candidates = config.scheduler.num_candidates
         self._book, self.vocabularies = factory.load_recipes(config)
         self._llm: LLM | None = None

@@ -20,8 +20,8 @@ from ensemble_core.config import Config
 from ensemble_core.errors import TransferMatrixError
 from ensemble_core.members.loading.checkpoints import load_vocabulary
 from ensemble_core.text.vocabulary import Vocabulary
-from ensemble_core.transfer.builder import QUANTILES, Recipe
 from ensemble_core.transfer.matrix import Anchors, TransferMatrix, common_anchors
+from ensemble_core.transfer.rows import QUANTILES, RowRecipe
 from ensemble_core.transfer.store import Metadata, load_matrix, read_metadata
 
 DECILES = tuple(rank / 10 for rank in range(11))
@@ -108,10 +108,10 @@ def _inspect(
     return _report(path, metadata, matrix, tuple(_neighbours(t, matrix, vocabulary, anchors) for t in tokens))
 
 
-def _recipe(metadata: Metadata) -> Recipe:
+def _recipe(metadata: Metadata) -> RowRecipe:
     """What the file says of itself; `deepen` has no temperature."""
     found = json.loads(metadata.recipe)
-    return Recipe(found["name"], found["top_k"], found.get("temperature", 0.0))
+    return RowRecipe(found["name"], found["top_k"], found.get("temperature", 0.0))
 
 
 def _report(

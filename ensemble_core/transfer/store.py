@@ -25,8 +25,8 @@ from torch import Tensor
 
 from ensemble_core.errors import TransferMatrixError
 from ensemble_core.text.vocabulary import Vocabulary
-from ensemble_core.transfer.builder import Quality, Recipe
 from ensemble_core.transfer.matrix import Anchors, TransferMatrix
+from ensemble_core.transfer.rows import Quality, RowRecipe
 
 FORMAT_VERSION = "1"
 _DTYPES = {"crow_indices": torch.int64, "col_indices": torch.int32, "values": torch.float16}
@@ -44,7 +44,7 @@ class Origin:
 class Metadata:
     """What stands in a file beside the tensors; all strings, as safetensors wants them.
 
-    recipe: JSON of `Recipe.parameters`. retained, retained_anchors: JSON lists, quantiles as in `Quality`.
+    recipe: JSON of `RowRecipe.parameters`. retained, retained_anchors: JSON lists, quantiles as in `Quality`.
     sha256: over the bytes of the three tensors. created: UTC, ISO 8601.
     """
 
@@ -82,7 +82,7 @@ def save_matrix(
     origin: Origin,
     vocabulary: Vocabulary,
     anchors: Anchors,
-    recipe: Recipe,
+    recipe: RowRecipe,
 ) -> int:
     """Write a matrix with its metadata, whole or not at all; its values are kept as float16.
 
@@ -120,7 +120,7 @@ def load_matrix(
     member: str,
     vocabulary: Vocabulary,
     anchors: Anchors,
-    recipe: Recipe,
+    recipe: RowRecipe,
     rebuild: str,
     origin: Origin | None = None,
 ) -> TransferMatrix:
@@ -260,7 +260,7 @@ def _padded(crow_indices: Tensor, col_indices: Tensor, values: Tensor) -> tuple[
     return columns, torch.zeros(used.shape, dtype=torch.float16).masked_scatter_(used, values)
 
 
-def _recipe_text(recipe: Recipe) -> str:
+def _recipe_text(recipe: RowRecipe) -> str:
     return json.dumps(recipe.parameters, sort_keys=True)
 
 

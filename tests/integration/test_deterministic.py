@@ -22,7 +22,7 @@ from ensemble_core.members.body import linear
 from ensemble_core.members.body.linear import Linear
 from ensemble_core.members.loading.checkpoints import load_vocabulary
 from ensemble_core.members.loading.models import load_member
-from ensemble_core.transfer.workshop import build_matrices
+from ensemble_core.transfer.build import build_matrices
 
 HEAD = "She said that the other one was there when they went to the house of the mother. "
 SCHEMA = json.dumps({"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]})

@@ -25,7 +25,7 @@ from ensemble_core.evaluation.offline import document_sums, fuse_positions, shar
 from ensemble_core.evaluation.spelling import Document
 from ensemble_core.evaluation.variants import parse_variant
 from ensemble_core.evaluation.workbench import Workbench
-from ensemble_core.transfer.workshop import build_matrices
+from ensemble_core.transfer.build import build_matrices
 from server.cli import app
 
 TEXTS = [

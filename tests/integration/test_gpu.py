@@ -23,7 +23,7 @@ from ensemble_core.members.loading.checkpoints import load_vocabulary
 from ensemble_core.members.loading.models import load_member
 from ensemble_core.members.local import LocalMember
 from ensemble_core.members.parallel import MemberPool
-from ensemble_core.transfer.workshop import build_matrices
+from ensemble_core.transfer.build import build_matrices
 
 pytestmark = [
     pytest.mark.gpu,

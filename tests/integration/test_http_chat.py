@@ -141,7 +141,7 @@ BAD = [
     ({"response_format": "json"}, 400, "response_format", "dictionary"),
     ({"response_format": {"type": "xml"}}, 400, "response_format.type", "'json_object'"),
     ({"response_format": {"type": "json_schema"}}, 400, "response_format", "json_schema must be sent"),
-    ({"ensemble": {"mode": {"name": "lockstep", "pace": 3}}}, 400, "ensemble.mode.pace", "not permitted"),
+    ({"ensemble": {"mode": {"name": "lockstep", "pace": 3}}}, 400, "ensemble.mode.pace", "pace"),
 ]
 
 

@@ -219,7 +219,7 @@ BAD = [
     ({"ensemble": {"weighting": "best"}}, 400, "ensemble.weighting.by", "'fixed' or 'perplexity'"),
     ({"ensemble": {"weighting": {"by": "perplexity", "tau": 0}}}, 400, "ensemble.weighting.tau", "greater than 0"),
     ({"ensemble": {"weighting": {"tau": 1}}}, 400, "ensemble.weighting.by", "required"),
-    ({"ensemble": {"mode": {"name": "lockstep", "pace": 3}}}, 400, "ensemble.mode.pace", "not permitted"),
+    ({"ensemble": {"mode": {"name": "lockstep", "pace": 3}}}, 400, "ensemble.mode.pace", "pace"),
     ({"ensemble": {"fusion": {"options": {}}}}, 400, "ensemble.fusion.name", "required"),
     ({"ensemble": {"fusion": {"name": "x", "more": 1}}}, 400, "ensemble.fusion.more", "unknown key"),
     ({"ensemble": {"fusion": 5}}, 400, "ensemble.fusion", "(given: 5)"),

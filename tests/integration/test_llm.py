@@ -18,7 +18,7 @@ from ensemble_core.decoding.requests import Overrides
 from ensemble_core.decoding.sampling_params import SamplingParams
 from ensemble_core.errors import InvalidRequestError, ModelNotFoundError, UnisonoError
 from ensemble_core.llm import LLM
-from ensemble_core.transfer.workshop import build_matrices
+from ensemble_core.transfer.build import build_matrices
 
 GREEDY = SamplingParams(max_tokens=16, temperature=0.0)
 PROMPTS = ["The quick brown", "你好", "x = 1\n", "one two three " * 8]

@@ -18,7 +18,7 @@ from ensemble_core.config import load_config
 from ensemble_core.decoding.sampling_params import SamplingParams
 from ensemble_core.llm import LLM, Completion
 from ensemble_core.members.base import Feed, ask
-from ensemble_core.transfer.workshop import build_matrices
+from ensemble_core.transfer.build import build_matrices
 
 ECHO = SamplingParams(max_tokens=0, echo=True, logprobs=1, temperature=0.0)
 PROMPTS = ["The quick brown fox", "你好 world, " * 4, "x = 1\n\ty"]

@@ -21,7 +21,7 @@ from ensemble_core.members.cache.pages import PagedCache
 from ensemble_core.members.loading.checkpoints import load_vocabulary
 from ensemble_core.members.loading.models import load_member
 from ensemble_core.members.local import LocalMember
-from ensemble_core.transfer.workshop import build_matrices
+from ensemble_core.transfer.build import build_matrices
 
 HEAD = "She said that the other one was there when they went to the house. "
 PROMPTS = [HEAD + end for end in ("The quick", "你好", "x = 1\n", "one two three ", "ba ke mi", "0 1 2 3")]

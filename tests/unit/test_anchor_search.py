@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ensemble_core.text.vocabulary import Vocabulary
-from ensemble_core.transfer.builder import Recipe, build_matrix
 from ensemble_core.transfer.matrix import Anchors, TransferMatrix, common_anchors
+from ensemble_core.transfer.rows import RowRecipe, build_matrix
 from studies import anchor_search
 from studies.anchor_search import Searcher, fewer, refusal
 
@@ -59,7 +59,7 @@ def test_a_derived_matrix_is_the_builders(
 ) -> None:
     derived = searcher.search("centred", anchors).matrix(top_k, temperature)
     built, _ = build_matrix(
-        vocabulary, embeddings, anchors, Recipe("centred", top_k, temperature), block_dtype=torch.float32
+        vocabulary, embeddings, anchors, RowRecipe("centred", top_k, temperature), block_dtype=torch.float32
     )
     torch.testing.assert_close(dense(derived), dense(built), atol=2e-3, rtol=0)
     assert torch.equal(derived.anchor_ids, built.anchor_ids)
@@ -69,7 +69,9 @@ def test_the_papers_rows_are_the_builders(
     searcher: Searcher, vocabulary: Vocabulary, anchors: Anchors, embeddings: Tensor
 ) -> None:
     derived = searcher.search("deepen", anchors).matrix(8)
-    built, _ = build_matrix(vocabulary, embeddings, anchors, Recipe("deepen", 8, 0.0), block_dtype=torch.float32)
+    built, _ = build_matrix(
+        vocabulary, embeddings, anchors, RowRecipe("deepen", 8, 0.0), block_dtype=torch.float32
+    )
     torch.testing.assert_close(dense(derived), dense(built), atol=2e-3, rtol=0)
 
 
@@ -108,5 +110,5 @@ def test_fewer_anchors_are_a_sorted_part(anchors: Anchors) -> None:
 
 def test_the_builders_refusal_is_told(searcher: Searcher, anchors: Anchors) -> None:
     found = searcher.search("deepen", anchors)
-    assert "keeps too little" in refusal("one", found, Recipe("deepen", 24, 0.0), 1.01)
-    assert refusal("one", found, Recipe("deepen", 24, 0.0), 0.0) == ""
+    assert "keeps too little" in refusal("one", found, RowRecipe("deepen", 24, 0.0), 1.01)
+    assert refusal("one", found, RowRecipe("deepen", 24, 0.0), 0.0) == ""

@@ -24,6 +24,8 @@ from tiny_models import KINDS, VOCAB_SIZES, Kind
 
 from ensemble_core.config import Config, MemberConfig
 from ensemble_core.errors import CheckpointError, UnsupportedModelError
+from ensemble_core.evaluation.workbench import Workbench
+from ensemble_core.home import home
 from ensemble_core.members.loading import demo_models
 from ensemble_core.members.loading.checkpoints import load_tokenizer, load_vocabulary, pull, resolve_folder
 from ensemble_core.members.loading.demo_models import DemoModel, Wheel
@@ -377,7 +379,10 @@ def test_where_models_are_kept(monkeypatch: pytest.MonkeyPatch, variables: dict[
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    assert demo_models.home() == expected
+    assert home() == expected
+    assert demo_models.folder(demo_models.demo_model("demo:gemma-3-270m")).parents[1] == expected
+    monkeypatch.setattr("ensemble_core.factory.load_recipes", lambda config: (None, {}))
+    assert Workbench(Config.model_validate({"members": {"a": {"model": "org/a"}}})).cache == expected / "scores"
 
 
 def test_every_pin_is_a_sum() -> None:

@@ -9,7 +9,8 @@ from fakes import FakeMember, ensemble, pair_vocabulary, sequence
 
 from ensemble_core.decoding.requests import Output
 from ensemble_core.decoding.sampling_params import SamplingParams
-from ensemble_core.decoding.sequence import Phase, Scored
+from ensemble_core.decoding.scored import Scored
+from ensemble_core.decoding.sequence import Phase
 from ensemble_core.decoding.sequence import Sequence as Request
 from ensemble_core.text.vocabulary import Vocabulary
 

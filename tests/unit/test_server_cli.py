@@ -115,7 +115,7 @@ def test_build_reports_each_matrix(
         built = SimpleNamespace(member="a", seconds=12.4, skipped=False, **done)
         return [built, SimpleNamespace(member="b", seconds=0.0, skipped=True, **done)]
 
-    stand_in(monkeypatch, "ensemble_core.transfer.workshop", build_matrices=build_matrices)
+    stand_in(monkeypatch, "ensemble_core.transfer.build", build_matrices=build_matrices)
     lines = invoke("build", "--config", config, *flags).stdout.splitlines()
     assert asked == [(force, missing)]
     mass = "2.5 MB, retained mass: median 50.0%, anchors 25.0%"

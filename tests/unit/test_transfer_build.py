@@ -7,7 +7,7 @@ from safetensors.torch import save_file
 from ensemble_core.config import Config
 from ensemble_core.errors import TransferMatrixError
 from ensemble_core.text.vocabulary import Vocabulary
-from ensemble_core.transfer import workshop as build
+from ensemble_core.transfer import build
 from ensemble_core.transfer.matrix import common_anchors
 from ensemble_core.transfer.store import load_matrix, matrix_path, read_metadata
 

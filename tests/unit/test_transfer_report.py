@@ -13,9 +13,9 @@ from typer.testing import CliRunner
 
 from ensemble_core.errors import TransferMatrixError
 from ensemble_core.transfer import report as reports
-from ensemble_core.transfer.builder import QUANTILES, Quality, Recipe
 from ensemble_core.transfer.matrix import TransferMatrix, common_anchors
 from ensemble_core.transfer.report import inspect_matrices, shown, shown_as_json
+from ensemble_core.transfer.rows import QUANTILES, Quality, RowRecipe
 from ensemble_core.transfer.store import Origin, save_matrix
 from server.cli import app
 
@@ -50,7 +50,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         origin=Origin("fake-alpha", ""),
         vocabulary=VOCABULARIES["alpha"],
         anchors=ANCHORS,
-        recipe=Recipe("centred", 2, 20.0),
+        recipe=RowRecipe("centred", 2, 20.0),
     )
     return tmp_path
 

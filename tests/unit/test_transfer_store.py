@@ -13,12 +13,12 @@ from safetensors.torch import load_file, save_file
 from ensemble_core.errors import TransferMatrixError
 from ensemble_core.text.vocabulary import Vocabulary
 from ensemble_core.transfer import store
-from ensemble_core.transfer.builder import Quality, Recipe, build_matrix
 from ensemble_core.transfer.matrix import Anchors, TransferMatrix, common_anchors
+from ensemble_core.transfer.rows import Quality, RowRecipe, build_matrix
 from ensemble_core.transfer.store import Origin, load_matrix, matrix_path, read_metadata, save_matrix
 
 REBUILD = "unisono build --config configs/tiny.yaml"
-RECIPE = Recipe("centred", 4, 20.0)
+RECIPE = RowRecipe("centred", 4, 20.0)
 ORIGIN = Origin("hub/tiny", "abc")
 
 
@@ -211,7 +211,7 @@ def test_refuses_another_use(stored, fits):
     assert "vocabulary fingerprint" in refusal(path, fits | {"vocabulary": vocabulary(21)})
     assert '"top_k": 5' in refusal(path, fits | {"recipe": wider})
     assert "anchor fingerprint" in refusal(path, fits | {"anchors": common_anchors([vocabulary(11)])})
-    assert "recipe" in refusal(path, fits | {"recipe": Recipe("deepen", 4, 20.0)})
+    assert "recipe" in refusal(path, fits | {"recipe": RowRecipe("deepen", 4, 20.0)})
     assert "recipe" in refusal(path, fits | {"recipe": dataclasses.replace(RECIPE, temperature=10.0)})
     load_matrix(path, **(fits | {"origin": None}))
 

@@ -15,7 +15,6 @@ import importlib.util
 import io
 import json
 import logging
-import os
 import shutil
 import subprocess
 import sys
@@ -33,6 +32,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from transformers.utils import logging as transformers_logging
 
 from ensemble_core.errors import CheckpointError
+from ensemble_core.home import home
 
 logger = logging.getLogger(__name__)
 
@@ -132,14 +132,6 @@ def demo_model(reference: str) -> DemoModel:
         known = ", ".join(PREFIX + known for known in DEMO_MODELS)
         raise CheckpointError(f"unknown demo model {reference!r}; known are {known}")
     return DEMO_MODELS[name]
-
-
-def home() -> Path:
-    """`$UNISONO_HOME`, else `unisono` in the user's cache folder (`$XDG_CACHE_HOME` or `~/.cache`)."""
-    if own := os.environ.get("UNISONO_HOME"):
-        return Path(own).expanduser()
-    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(cache).expanduser() / "unisono"
 
 
 def folder(model: DemoModel) -> Path:

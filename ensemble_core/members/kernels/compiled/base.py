@@ -32,7 +32,7 @@ from numba.extending import intrinsic, overload
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ensemble_core.members.loading.demo_models import home
+from ensemble_core.home import home
 
 LANES = 16  # float32 in a vector of the widest instructions
 Number = Any  # numpy's scalars inside compiled code

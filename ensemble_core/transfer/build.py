@@ -18,9 +18,9 @@ from ensemble_core.config import Config, MatricesConfig, MemberConfig
 from ensemble_core.errors import TransferMatrixError
 from ensemble_core.members.loading.checkpoints import load_vocabulary, resolve_folder
 from ensemble_core.text.vocabulary import Vocabulary
-from ensemble_core.transfer.builder import Quality, Recipe, build_matrix, require_retained
 from ensemble_core.transfer.embeddings import load_embeddings
 from ensemble_core.transfer.matrix import Anchors, common_anchors
+from ensemble_core.transfer.rows import Quality, RowRecipe, build_matrix, require_retained
 from ensemble_core.transfer.store import Origin, load_matrix, matrix_path, read_metadata, save_matrix
 
 logger = logging.getLogger(__name__)
@@ -47,7 +47,7 @@ class _Task:
     path: Path
     vocabulary: Vocabulary
     anchors: Anchors
-    recipe: Recipe
+    recipe: RowRecipe
 
 
 def build_matrices(config: Config, *, force: bool, only_missing: bool) -> list[BuildReport]:
@@ -70,9 +70,9 @@ def member_sets(config: Config) -> list[tuple[str, ...]]:
     return sorted({tuple(sorted(ensemble.members)) for ensemble in relative})
 
 
-def recipe_of(matrices: MatricesConfig) -> Recipe:
+def recipe_of(matrices: MatricesConfig) -> RowRecipe:
     """The recipe that a configuration asks for."""
-    return Recipe(matrices.recipe, matrices.top_k, matrices.temperature)
+    return RowRecipe(matrices.recipe, matrices.top_k, matrices.temperature)
 
 
 def origin_of(member: MemberConfig) -> Origin:

@@ -11,15 +11,15 @@ from hypothesis import strategies as st
 
 from ensemble_core.errors import TransferMatrixError
 from ensemble_core.text.vocabulary import Vocabulary
-from ensemble_core.transfer.builder import QUANTILES, Recipe, build_matrix, require_retained
 from ensemble_core.transfer.matrix import TransferMatrix, common_anchors
+from ensemble_core.transfer.rows import QUANTILES, RowRecipe, build_matrix, require_retained
 
 NUM_SHARED, NUM_OWN, WIDTH = 60, 30, 16
 # id -> role, after the ordinary tokens
 SPECIAL, STOP, OTHER_STOP, NAMELESS = range(NUM_SHARED + NUM_OWN, NUM_SHARED + NUM_OWN + 4)
 EXACT = {"block_dtype": torch.float32, "value_dtype": torch.float32, "progress": False}
 LOOSE = {"atol": 1e-5, "rtol": 1e-4}
-CENTRED, DEEPEN = Recipe("centred", 8, 20.0), Recipe("deepen", 8, 20.0)
+CENTRED, DEEPEN = RowRecipe("centred", 8, 20.0), RowRecipe("deepen", 8, 20.0)
 
 
 def vocabulary(prefix, seed):
@@ -145,7 +145,7 @@ def test_gathered_scores_equal_the_dense_product():
 def test_every_row_keeps_its_rule(seed, top_k, temperature, name):
     member = vocabulary(b"own ", seed % 1000)
     anchors = common_anchors([member, vocabulary(b"other ", 2)])
-    recipe = Recipe(name, top_k, temperature)
+    recipe = RowRecipe(name, top_k, temperature)
     matrix, quality = build_matrix(member, embeddings(seed), anchors, recipe, progress=False)
     rows = expand(matrix)
     sums = rows.sum(1)
@@ -162,7 +162,7 @@ def test_every_row_keeps_its_rule(seed, top_k, temperature, name):
 
 
 def test_columns_ascend_and_padding_is_last(member, anchors):
-    matrix, _ = build_matrix(member, embeddings(3), anchors, Recipe("centred", 20, 300.0), progress=False)
+    matrix, _ = build_matrix(member, embeddings(3), anchors, RowRecipe("centred", 20, 300.0), progress=False)
     used = matrix.values > 0
     assert not used.all(), "the sharp rows must have entries that round to nothing"
     for columns, mask in zip(matrix.columns.tolist(), used.tolist(), strict=True):
@@ -209,7 +209,7 @@ def test_refuses_members_without_a_shared_token(member):
 
 
 def test_too_little_retained_mass_is_refused_with_the_numbers(member, anchors):
-    flat = Recipe("centred", 2, 0.1)
+    flat = RowRecipe("centred", 2, 0.1)
     _, quality = build_matrix(member, embeddings(3), anchors, flat, **EXACT)
     with pytest.raises(TransferMatrixError) as caught:
         require_retained("tiny", quality, flat, 0.2)
@@ -225,7 +225,7 @@ def test_too_little_retained_mass_is_refused_with_the_numbers(member, anchors):
     ):
         assert part in message
     with pytest.raises(TransferMatrixError, match=r"set matrices\.recipe to centred, raise matrices\.top_k"):
-        require_retained("tiny", quality, Recipe("deepen", 2, 20.0), 0.2)
+        require_retained("tiny", quality, RowRecipe("deepen", 2, 20.0), 0.2)
     require_retained("tiny", quality, flat, quality.median_anchors)  # the bound itself is enough
     _, sharp = build_matrix(member, embeddings(3), anchors, CENTRED, **EXACT)
     require_retained("tiny", sharp, CENTRED, 0.2)

@@ -33,7 +33,7 @@ RecipeName = Literal["centred", "deepen"]
 
 
 @dataclass(frozen=True, slots=True)
-class Recipe:
+class RowRecipe:
     """How a row is made: which similarity, how sharp, how many anchors are kept.
 
     temperature: tau of the centred recipe; `deepen` has none (its sharpness follows from the row's norm).
@@ -78,7 +78,7 @@ def build_matrix(
     vocabulary: Vocabulary,
     embeddings: Tensor,
     anchors: Anchors,
-    recipe: Recipe,
+    recipe: RowRecipe,
     *,
     device: torch.device | str = "cpu",
     block_dtype: torch.dtype = torch.bfloat16,
@@ -111,7 +111,7 @@ def build_matrix(
     return TransferMatrix(*_ordered(columns, values, len(anchors)), anchor_ids), quality
 
 
-def require_retained(member: str, quality: Quality, recipe: Recipe, minimum: float) -> None:
+def require_retained(member: str, quality: Quality, recipe: RowRecipe, minimum: float) -> None:
     """Refuse a matrix whose pruned rows say too little. Raises TransferMatrixError with the numbers."""
     if quality.median_anchors >= minimum:
         return
@@ -129,7 +129,7 @@ class _AnchorSpace:
     """The anchors' embeddings on the device, and how a block of tokens is seen from them."""
 
     def __init__(
-        self, embeddings: Tensor, anchor_ids: Tensor, recipe: Recipe, device: torch.device, dtype: torch.dtype
+        self, embeddings: Tensor, anchor_ids: Tensor, recipe: RowRecipe, device: torch.device, dtype: torch.dtype
     ) -> None:
         self._embeddings = embeddings
         self._recipe = recipe

@@ -1,0 +1,26 @@
+"""A token's fused log-probability in numbers, and the same with spellings for a client. No torch.
+
+Does not know sequences, distributions or outputs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ensemble_core.decoding.requests import Alternative, TokenLogprob
+from ensemble_core.text.alignment import Track
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """A token's fused log-probability, and the likeliest ids with theirs (the token among them)."""
+
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+def describe_token(track: Track, token_id: int, scored: Scored, offset: int) -> TokenLogprob:
+    """A token and its alternatives with their spellings."""
+    tokens = track.vocabulary.tokens
+    top = tuple(Alternative(other, tokens[other], logprob) for other, logprob in scored.top)
+    return TokenLogprob(token_id, tokens[token_id], scored.logprob, offset, top)
