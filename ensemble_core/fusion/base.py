@@ -103,11 +103,6 @@ def build_fusion(name: str, options: BaseModel, space: FusionSpace) -> Fusion:
     return FUSIONS.factory(name)(space, options)
 
 
-def linear_pool(views: Views) -> Tensor:
-    """The weighted sum of shares, (B, X)."""
-    return torch.einsum("bm,bmx->bx", views.weights, views.shares)
-
-
 def single(candidates: Candidates) -> Fused:
     """One member alone passes through untouched."""
     unmapped = torch.zeros(len(candidates), 1, device=candidates.tail.device)
