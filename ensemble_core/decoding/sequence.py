@@ -14,16 +14,10 @@ from enum import Enum, auto
 from typing import TYPE_CHECKING
 
 from ensemble_core.decoding.counts import TokenCounts, TokenValues
+from ensemble_core.decoding.logprobs import Scored, describe_token
 from ensemble_core.decoding.randomness import generator
 from ensemble_core.decoding.recipe import Recipe
-from ensemble_core.decoding.requests import (
-    Alternative,
-    FinishReason,
-    GenerationRequest,
-    Output,
-    TokenLogprob,
-    Trace,
-)
+from ensemble_core.decoding.requests import FinishReason, GenerationRequest, Output, TokenLogprob, Trace
 from ensemble_core.stats import Reason
 from ensemble_core.text.alignment import Track
 from ensemble_core.text.detokenizer import Detokenizer
@@ -32,14 +26,6 @@ if TYPE_CHECKING:
     from ensemble_core.decoding.guidance import Constraint
     from ensemble_core.decoding.perplexity import PromptLikelihood
     from ensemble_core.decoding.scoring import PromptScores
-
-
-@dataclass(frozen=True, slots=True)
-class Scored:
-    """A token's fused log-probability, and the likeliest ids with theirs (the token among them)."""
-
-    logprob: float
-    top: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -311,10 +297,3 @@ class Sequence:
         if self.shown.stop is not None and self.finish_reason == "length":
             self.finish_reason, self.stop_reason = "stop", self.shown.stop
         return rest
-
-
-def describe_token(track: Track, token_id: int, scored: Scored, offset: int) -> TokenLogprob:
-    """A token and its alternatives with their spellings."""
-    tokens = track.vocabulary.tokens
-    top = tuple(Alternative(other, tokens[other], logprob) for other, logprob in scored.top)
-    return TokenLogprob(token_id, tokens[token_id], scored.logprob, offset, top)

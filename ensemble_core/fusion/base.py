@@ -103,6 +103,14 @@ def build_fusion(name: str, options: BaseModel, space: FusionSpace) -> Fusion:
     return FUSIONS.factory(name)(space, options)
 
 
+def linear_pool(weights: Tensor, shares: Tensor) -> Tensor:
+    """The weighted sum over members, (B, M) and (B, M, X) -> (B, X), in their order whatever the batch."""
+    pooled = shares[:, 0] * weights[:, :1]
+    for member in range(1, shares.shape[1]):
+        pooled.addcmul_(shares[:, member], weights[:, member : member + 1])
+    return pooled
+
+
 def single(candidates: Candidates) -> Fused:
     """One member alone passes through untouched."""
     unmapped = torch.zeros(len(candidates), 1, device=candidates.tail.device)

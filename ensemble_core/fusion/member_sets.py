@@ -1,8 +1,8 @@
 """Sets of members, one for each place of each row: a bit a member, eight members an octet.
 
-What a fusion needs to know of such a set (how often each member stands in one, what the numbers of those inside add up
-to) is read from a table of all subsets of eight members. So the cost grows with places and with members, and not with
-their product: one read of a place serves eight members.
+A fusion asks how many sets each member is in, and what the numbers of a set's members add up to. Both are read from a
+table of all subsets of eight members. So the cost grows with the places and with the members, but hardly with their
+product: one look at a place serves eight members.
 
 Sums are taken in the order of members, whatever the batch, so rows do not depend on each other. Knows no tokens and
 no masses.
@@ -77,7 +77,7 @@ class MemberSets:
         """What the numbers of a set's members add up to: (B, M) -> (B, S)."""
         parts = [
             _subset_sums(own).gather(1, octet.long())
-            for own, octet in zip(numbers.split(_EIGHT, dim=1), self.octets, strict=True)
+            for own, octet in zip(torch.split(numbers, _EIGHT, dim=1), self.octets, strict=True)
         ]
         return parts[0] if len(parts) == 1 else torch.stack(parts).sum(dim=0)
 
@@ -96,6 +96,6 @@ class MemberSets:
 def _subset_sums(numbers: Tensor) -> Tensor:
     """The sum of every subset of a row's n numbers, by the subset's bits: (B, n) -> (B, 2^n)."""
     sums = torch.zeros_like(numbers[:, :1])
-    for number in numbers.split(1, dim=1):
+    for number in torch.split(numbers, 1, dim=1):
         sums = torch.cat([sums, sums + number], dim=1)
     return sums

@@ -18,7 +18,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from ensemble_core.fusion.base import FUSIONS, Fused, FusionSpace
+from ensemble_core.fusion.base import FUSIONS, Fused, FusionSpace, linear_pool
 from ensemble_core.fusion.support import ClosedSupport, TokenPool, concluded
 from ensemble_core.members.base import Candidates
 
@@ -61,6 +61,6 @@ def _log_linear(support: ClosedSupport, weights: Tensor) -> Tensor:
         torch.where(support.nameable.has(member), inside, logs[:, 0, :-1], out=inside)
     # 0 * log 0 is 0: a member without weight says nothing.
     logs.masked_fill_(weights.unsqueeze(2) == 0.0, 0.0)
-    pooled = torch.einsum("bm,bmx->bx", weights, logs)
+    pooled = linear_pool(weights, logs)
     hopeless = pooled.amax(dim=1, keepdim=True).isneginf()  # nothing is possible to all: main decides
     return torch.where(hopeless, main, torch.softmax(pooled, dim=1))

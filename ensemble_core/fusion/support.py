@@ -12,9 +12,10 @@ place for all the mass outside. What is known is exact; what is not is treated s
 Invariants: a member's shares sum to 1, the place outside included; with whole distributions (K = V) all is exact;
 rows do not touch each other; a pool in which main has all the weight is main, its tail included.
 
-Cost: S, the number of places, is the sum of all members' K, so a share for each member and place grows with the square
-of M. Beside its K candidates a member has one number, its floor, at all other places; `ClosedSupport` keeps it so, and
-what can be read from that (a linear pool, a member's likeliest places) is linear in M. `shares` spells everything out.
+Cost: S, the number of places, is the sum of all members' K. A share for each member and each place would be M S
+numbers, which grows with the square of M. But away from its own K candidates a member has one number, its floor. So
+`ClosedSupport` keeps candidates and floors, and a linear pool or a member's likeliest places cost time linear in M.
+Only `shares` writes out all M S numbers, for fusions that are not linear in them.
 """
 
 from __future__ import annotations
@@ -95,15 +96,20 @@ class ClosedSupport:
 
         Looked for among what the member or main named: elsewhere a share is nothing but supposed.
         """
-        num_places = self.token_ids.shape[1]
-        found = []
-        for member in range(len(self.places)):
-            places = torch.cat([self.places[each] for each in sorted({0, member})], dim=1)
-            shares = self.shares_at(member, places).masked_fill(_repeated(places, num_places), 0.0)
-            best = ranked(shares, num, places)
-            top = torch.where(shares.gather(1, best) > 0.0, places.gather(1, best), num_places)
-            found.append(torch.nn.functional.pad(top, (0, num - top.shape[1]), value=num_places))
+        num_places, main = self.token_ids.shape[1], self.places[0]
+        found = [self._likeliest(main, self.shares_at(0, main), num)]
+        for member, own in enumerate(self.places[1:], start=1):
+            places = torch.cat([own, main], dim=1)
+            shares = self.shares_at(member, places).masked_fill_(_repeated(places, num_places), 0.0)
+            found.append(self._likeliest(places, shares, num))
         return torch.stack(found, dim=1)
+
+    def _likeliest(self, places: Tensor, shares: Tensor, num: int) -> Tensor:
+        """(B, num) of the places (B, P) by their shares; S where there is none."""
+        nothing = self.token_ids.shape[1]
+        best = ranked(shares, num, places)
+        top = torch.where(shares.gather(1, best) > 0.0, places.gather(1, best), nothing)
+        return torch.nn.functional.pad(top, (0, num - top.shape[1]), value=nothing)
 
     def _gathered(self, shares: Tensor) -> Tensor:
         """Shares (B, ..., S + 1) with those of lost places laid outside."""
@@ -261,8 +267,8 @@ def _at(table: Tensor, token_ids: Tensor) -> Tensor:
 def _repeated(places: Tensor, num_places: int) -> Tensor:
     """All but one of the entries of each place of a row, (B, P) -> (B, P) bool."""
     column = torch.arange(places.shape[1], device=places.device).expand_as(places)
-    last = torch.zeros(len(places), num_places, dtype=torch.long, device=places.device)
-    return last.scatter_(1, places, column).gather(1, places) != column
+    one = torch.empty(len(places), num_places, dtype=torch.long, device=places.device)  # read where it was written
+    return one.scatter_(1, places, column).gather(1, places) != column
 
 
 def _named(places: Sequence[Tensor], masses: Sequence[Tensor], num_places: int) -> MemberSets:

@@ -18,7 +18,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from ensemble_core.fusion.base import FUSIONS, Fused, FusionSpace, Views
+from ensemble_core.fusion.base import FUSIONS, Fused, FusionSpace, Views, linear_pool
 from ensemble_core.fusion.mapping import token_map
 from ensemble_core.fusion.support import ClosedSupport, TokenPool, concluded, floor_of
 from ensemble_core.members.base import Candidates
@@ -51,7 +51,7 @@ class UnionFusion(TokenPool):
         """See `Fusion.fuse`. Linear in M but for the union itself, whose M n places every member has scores for."""
         support, weights = self.heard(candidates, weights)
         union, scores, outside = self._met(support, candidates)
-        return concluded(support, _put(outside, union, (weights.unsqueeze(2) * scores).sum(dim=1)))
+        return concluded(support, _put(outside, union, linear_pool(weights, scores)))
 
     def views(self, candidates: Sequence[Candidates], weights: Tensor) -> Views:
         """See `Pooled.views`; what lies outside the union is the same for all members."""

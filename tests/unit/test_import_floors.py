@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import warnings
 from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
 from pathlib import Path
@@ -53,17 +52,13 @@ TORCHLESS = (
     "ensemble_core/decoding/parameters.py",
     "ensemble_core/decoding/sampling_params.py",
     "ensemble_core/decoding/requests.py",
+    "ensemble_core/decoding/logprobs.py",
     "ensemble_core/decoding/recipe.py",
     "ensemble_core/decoding/sequence.py",
     "ensemble_core/decoding/scheduler.py",
     "ensemble_core/decoding/pace.py",
     "ensemble_core/decoding/perplexity.py",
 )
-# A circle of modules that still stands, as the set of its members. Empty it; add to it only for an import that types
-# alone need and that cannot be had otherwise.
-CIRCLES: set[frozenset[str]] = {
-    frozenset(f"ensemble_core.decoding.{name}" for name in ("reports", "scoring", "sequence")),
-}
 
 
 def modules(package: str) -> list[Path]:
@@ -141,11 +136,7 @@ def _reached(module: str, graph: Mapping[str, AbstractSet[str]]) -> set[str]:
 def test_nothing_is_imported_in_a_circle() -> None:
     """Imports for type checkers and within functions count as well: they hide a circle and do not open it."""
     graph = {dotted(path): imports(path) for package in ("ensemble_core", "server") for path in modules(package)}
-    found = circles(graph)
-    assert found - CIRCLES == set()
-    for circle in CIRCLES:
-        if circle in found:
-            warnings.warn(f"to be removed: a circle of {sorted(circle)}", stacklevel=1)
+    assert circles(graph) == set()
 
 
 def test_a_circle_is_seen() -> None:
