@@ -10,7 +10,8 @@ Prompts of one call are batched as the server batches requests. Not thread-safe:
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections import abc
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -28,7 +29,7 @@ from ensemble_core.decoding.requests import (
     join,
 )
 from ensemble_core.decoding.sampling_params import SamplingParams
-from ensemble_core.decoding.sequence import Sequence as Request
+from ensemble_core.decoding.sequence import Sequence
 from ensemble_core.errors import InvalidRequestError, QueueFullError, UnisonoError
 from ensemble_core.members.base import Member
 from ensemble_core.recipes import ModelInfo
@@ -65,8 +66,8 @@ class LLM:
 
     def generate(
         self,
-        prompts: str | Sequence[Prompt],
-        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        prompts: str | abc.Sequence[Prompt],
+        params: SamplingParams | abc.Sequence[SamplingParams] | None = None,
         model: str | None = None,
         overrides: Overrides | None = None,
     ) -> list[Completion]:
@@ -113,11 +114,11 @@ class LLM:
 
     def _requests(
         self,
-        prompts: Sequence[Prompt],
-        params: SamplingParams | Sequence[SamplingParams] | None,
+        prompts: abc.Sequence[Prompt],
+        params: SamplingParams | abc.Sequence[SamplingParams] | None,
         model: str | None,
         overrides: Overrides | None,
-    ) -> list[Request]:
+    ) -> list[Sequence]:
         if params is None or isinstance(params, SamplingParams):
             params = [params or SamplingParams()] * len(prompts)
         if len(params) != len(prompts):
@@ -138,7 +139,7 @@ class LLM:
             ]
         )
 
-    def _run(self, requests: list[Request]) -> Iterator[tuple[int, Output]]:
+    def _run(self, requests: list[Sequence]) -> Iterator[tuple[int, Output]]:
         """Drive the engine until all requests have ended; the queue's bound only means feeding it in parts.
 
         Several calls may be open at once (streams that are read in turn): each step moves all of them.
@@ -158,7 +159,7 @@ class LLM:
             for request in requests:
                 del self._inbox[request.seq_id]
 
-    def _step(self, waiting: list[Request]) -> None:
+    def _step(self, waiting: list[Sequence]) -> None:
         """One step of everything that runs, with each sequence's news put into its box."""
         self._refill(waiting)
         for seq_id, output in self._engine.step():
@@ -170,7 +171,7 @@ class LLM:
         self._inbox.update((seq_id, []) for seq_id in seq_ids)
         return news
 
-    def _refill(self, waiting: list[Request]) -> None:
+    def _refill(self, waiting: list[Sequence]) -> None:
         try:
             while waiting:
                 self._engine.add([waiting[-1]])

@@ -28,7 +28,7 @@ def with_control(vocabulary: Vocabulary, name: bytes) -> Vocabulary:
     )
 
 
-def space(vocabularies: Sequence[Vocabulary], names: str = "abcdef") -> FusionSpace:
+def space(vocabularies: Sequence[Vocabulary], names: str = "abcdefghijkl") -> FusionSpace:
     def nothing() -> list[object]:
         raise AssertionError("needs no matrices")
 

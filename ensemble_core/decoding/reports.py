@@ -1,23 +1,24 @@
 """What a client is told about a token: log-probabilities and traces, in plain numbers.
 
-Both speak of the distribution before temperature, penalties and bias. Does not know text offsets or outputs.
+Both speak of the distribution before temperature, penalties and bias. Does not know sequences, text
+offsets or outputs.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from collections.abc import Sequence as Rows
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
+from ensemble_core.decoding.logprobs import Scored
+from ensemble_core.decoding.recipe import Recipe
 from ensemble_core.decoding.requests import LEAST_LOGPROB, Trace
-from ensemble_core.decoding.scored import Scored
-from ensemble_core.decoding.sequence import Sequence
 from ensemble_core.fusion.base import Fused
 from ensemble_core.members.base import Candidates
 from ensemble_core.members.ranking import ranked
 from ensemble_core.stats import Reason
+from ensemble_core.text.alignment import Track
 
 NUM_TRACED = 5  # candidates of each member in a trace
 
@@ -35,42 +36,45 @@ def score(token_ids: Tensor, logprobs: Tensor, token_id: int, num_top: int) -> S
 
 
 def trace(
-    sequence: Sequence,
-    members: Rows[str],
-    candidates: Rows[Candidates],
+    recipe: Recipe,
+    tracks: Mapping[str, Track],
+    candidates: Mapping[str, Candidates],
     fused: Fused,
     row: int,
     token_id: int,
     left_out: Mapping[str, Reason],
 ) -> Trace:
-    """What every consulted member and the fusion proposed for the token of one row, and who was left out."""
-    tracks = sequence.tracks
-    main = tracks[members[0]].vocabulary
+    """What every consulted member and the fusion proposed for the token of one row, and who was left out.
+
+    candidates: of each consulted member, main first.
+    """
+    main, *others = candidates
+    spell = {member: tracks[member].vocabulary for member in candidates}
     proposals = {
         member: tuple(
-            (tracks[member].vocabulary.name_of(other), _probability(logprob))
+            (spell[member].name_of(other), _probability(logprob))
             for other, logprob in _best(part.token_ids[row], part.logprobs[row], NUM_TRACED)
         )
-        for member, part in zip(members, candidates, strict=True)
+        for member, part in candidates.items()
     }
     mixed = _best(fused.token_ids[row], fused.logprobs[row], NUM_TRACED)
     return Trace(
-        token=main.name_of(token_id),
-        consulted=len(members) > 1 or (len(sequence.recipe.members) == 1 and not left_out),
+        token=spell[main].name_of(token_id),
+        consulted=bool(others) or (len(recipe.members) == 1 and not left_out),
         members=proposals,
-        fused=tuple((main.name_of(other), _probability(logprob)) for other, logprob in mixed),
+        fused=tuple((spell[main].name_of(other), _probability(logprob)) for other, logprob in mixed),
         agreed={
-            member: _spelling(sequence, member, part, row) == main.text_bytes(token_id)
-            for member, part in zip(members[1:], candidates[1:], strict=True)
+            member: spell[member].text_bytes(_top(candidates[member], row)) == spell[main].text_bytes(token_id)
+            for member in others
         },
-        weights=_weights(sequence, members),
+        weights=_weights(recipe, list(candidates)),
         left_out=left_out,
     )
 
 
-def _weights(sequence: Sequence, members: Rows[str]) -> dict[str, float]:
+def _weights(recipe: Recipe, members: Sequence[str]) -> dict[str, float]:
     """Of the members that were consulted, scaled to sum to 1; main alone has all of it."""
-    known = dict(zip(sequence.recipe.members, sequence.recipe.weights, strict=True))
+    known = dict(zip(recipe.members, recipe.weights, strict=True))
     total = sum(known[member] for member in members)
     return (
         {member: round(known[member] / total, 6) for member in members}
@@ -79,9 +83,9 @@ def _weights(sequence: Sequence, members: Rows[str]) -> dict[str, float]:
     )
 
 
-def _spelling(sequence: Sequence, member: str, part: Candidates, row: int) -> bytes:
+def _top(part: Candidates, row: int) -> int:
     (token_id, _), *_ = _best(part.token_ids[row], part.logprobs[row], 1)
-    return sequence.tracks[member].vocabulary.text_bytes(token_id)
+    return token_id
 
 
 def _best(token_ids: Tensor, logprobs: Tensor, num: int) -> tuple[tuple[int, float], ...]:

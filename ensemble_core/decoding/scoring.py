@@ -13,17 +13,16 @@ Knows candidates and recipes; does not know schedules, engines or outputs.
 from __future__ import annotations
 
 import codecs
-from collections.abc import Collection, Iterator
-from collections.abc import Sequence as Rows
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, chain
 
 import torch
 
+from ensemble_core.decoding.logprobs import Scored, describe_token
 from ensemble_core.decoding.recipe import Recipe
 from ensemble_core.decoding.reports import score
 from ensemble_core.decoding.requests import TokenLogprob
-from ensemble_core.decoding.scored import Scored, describe_token
 from ensemble_core.fusion.base import single
 from ensemble_core.members.base import Candidates
 from ensemble_core.text.alignment import Track
@@ -43,7 +42,7 @@ class _Answers:
         """One past the last row."""
         return self.first + sum(len(part) for part in self.parts)
 
-    def rows(self, rows: Rows[int]) -> Candidates:
+    def rows(self, rows: Sequence[int]) -> Candidates:
         """Those of the given rows of the prompt."""
         if len(self.parts) > 1:
             self.parts = [_joined(self.parts)]
@@ -145,7 +144,7 @@ class PromptScores:
         for member, answers in self._answers.items():
             answers.drop(min((head[member] for head in heads if member in head), default=answers.end))
 
-    def _fuse(self, recipe: Recipe, ids: list[int], block: Rows[dict[str, int]]) -> dict[int, Scored]:
+    def _fuse(self, recipe: Recipe, ids: list[int], block: Sequence[dict[str, int]]) -> dict[int, Scored]:
         """Position -> what the token after it scored; a block consults the same members everywhere."""
         parts = [self._answers[member].rows([place[member] for place in block]) for member in block[0]]
         device = parts[0].tail.device

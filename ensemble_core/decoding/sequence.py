@@ -14,16 +14,10 @@ from enum import Enum, auto
 from typing import TYPE_CHECKING
 
 from ensemble_core.decoding.counts import TokenCounts, TokenValues
+from ensemble_core.decoding.logprobs import Scored, describe_token
 from ensemble_core.decoding.randomness import generator
 from ensemble_core.decoding.recipe import Recipe
-from ensemble_core.decoding.requests import (
-    FinishReason,
-    GenerationRequest,
-    Output,
-    TokenLogprob,
-    Trace,
-)
-from ensemble_core.decoding.scored import Scored, describe_token
+from ensemble_core.decoding.requests import FinishReason, GenerationRequest, Output, TokenLogprob, Trace
 from ensemble_core.stats import Reason
 from ensemble_core.text.alignment import Track
 from ensemble_core.text.detokenizer import Detokenizer

@@ -103,9 +103,12 @@ def build_fusion(name: str, options: BaseModel, space: FusionSpace) -> Fusion:
     return FUSIONS.factory(name)(space, options)
 
 
-def linear_pool(views: Views) -> Tensor:
-    """The weighted sum of shares, (B, X)."""
-    return torch.einsum("bm,bmx->bx", views.weights, views.shares)
+def linear_pool(weights: Tensor, shares: Tensor) -> Tensor:
+    """The weighted sum over members, (B, M) and (B, M, X) -> (B, X), in their order whatever the batch."""
+    pooled = shares[:, 0] * weights[:, :1]
+    for member in range(1, shares.shape[1]):
+        pooled.addcmul_(shares[:, member], weights[:, member : member + 1])
+    return pooled
 
 
 def single(candidates: Candidates) -> Fused:

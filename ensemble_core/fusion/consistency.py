@@ -25,7 +25,16 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 from torch import Tensor
 
 from ensemble_core.errors import ConfigError, UnknownStrategyError
-from ensemble_core.fusion.base import FUSIONS, Fused, FusionSpace, Pooled, Views, build_fusion, pooled_names
+from ensemble_core.fusion.base import (
+    FUSIONS,
+    Fused,
+    FusionSpace,
+    Pooled,
+    Views,
+    build_fusion,
+    linear_pool,
+    pooled_names,
+)
 from ensemble_core.members.base import Candidates
 
 _TINY = 1e-30
@@ -62,7 +71,8 @@ class CoreOptions(BaseModel):
             raise ValueError(str(error)) from error
         if base.name not in pooled_names() or getattr(options, "pool", "linear") != "linear":
             raise ValueError(f"{base.name} with {base.options} has no linear pool; allowed are {pooled_names()}")
-        return base
+        # Defaults are spelt out, so that equal options are equal however a request words them.
+        return base.model_copy(update={"options": options.model_dump(mode="json")})
 
     @field_validator("level", "function", "beta")
     @classmethod
@@ -104,7 +114,7 @@ class CoreFusion:
             if options.level != "model":
                 kept = torch.cat([kept[:, :1], kept[:, 1:] * s[:, 1:]], dim=1)
         weights = held(views.weights * quality, options.main_share)
-        pooled = torch.einsum("bm,bmx->bx", weights, kept)
+        pooled = linear_pool(weights, kept)
         total = pooled.sum(dim=1, keepdim=True)
         return torch.where(total == 0.0, views.shares[:, 0], pooled / total)
 
@@ -112,7 +122,7 @@ class CoreFusion:
 def consistency(views: Views, function: Callable[[Tensor], Tensor]) -> Tensor:
     """s_i = f(|p~_i - p*|), (B, M, X); 0 on padding. p* is the mean over members with any weight."""
     present = (views.weights > 0).float()
-    mean = torch.einsum("bm,bmx->bx", present / present.sum(dim=1, keepdim=True), views.shares)
+    mean = linear_pool(present / present.sum(dim=1, keepdim=True), views.shares)
     s = function((views.shares - mean.unsqueeze(1)).abs())
     return s.masked_fill_((views.shares == 0.0).all(dim=1, keepdim=True), 0.0)
 

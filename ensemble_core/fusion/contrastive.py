@@ -54,14 +54,15 @@ class ContrastiveFusion:
 
     def fuse(self, candidates: Sequence[Candidates], weights: Tensor) -> Fused:
         """See `Fusion.fuse`; weights are not used."""
-        views = self._space.views(candidates, weights)
-        logs = views.shares.clamp_min(_TINY).log()
+        support = self._space.support(candidates)
+        shares = support.shares()
+        logs = shares.clamp_min(_TINY).log()
         change = logs[:, self._expert] - logs[:, self._base]  # (B, S + 1)
-        named = self._space.can_name(views.token_ids)
-        change[:, :-1] = change[:, :-1].where(named[:, self._expert] & named[:, self._base], 0.0)
+        named = support.nameable.has(self._expert) & support.nameable.has(self._base)
+        change[:, :-1] = change[:, :-1].where(named, 0.0)
         change[:, -1] = 0.0
-        steered = views.shares[:, self._main].log() + self._alpha * change
-        return concluded(views, torch.softmax(steered, dim=1))
+        steered = shares[:, self._main].log() + self._alpha * change
+        return concluded(support, torch.softmax(steered, dim=1))
 
 
 def _require_roles(members: tuple[str, ...], used: set[int]) -> None:

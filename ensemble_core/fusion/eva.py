@@ -15,10 +15,9 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from ensemble_core.fusion.base import FUSIONS, FusionSpace, Views
-from ensemble_core.fusion.support import TokenPool
+from ensemble_core.fusion.base import FUSIONS, FusionSpace
+from ensemble_core.fusion.support import ClosedSupport, TokenPool
 from ensemble_core.members.base import Candidates
-from ensemble_core.members.ranking import ranked
 
 
 class EvaOptions(BaseModel):
@@ -39,19 +38,20 @@ class EvaFusion(TokenPool):
         super().__init__(space)
         self._top = options.top
 
-    def reweighted(self, views: Views, candidates: Sequence[Candidates]) -> Tensor:
+    def reweighted(self, support: ClosedSupport, candidates: Sequence[Candidates], weights: Tensor) -> Tensor:
         """The weights of those kept."""
-        weights = torch.where(_borne_out(views.shares[:, :, :-1], self._top), views.weights, 0.0)
+        weights = torch.where(_borne_out(support, self._top), weights, 0.0)
         alone = torch.zeros_like(weights)
         alone[:, 0] = 1.0
         total = weights.sum(dim=1, keepdim=True)
         return torch.where(total > 0, weights / total, alone)
 
 
-def _borne_out(shares: Tensor, num_top: int) -> Tensor:
-    """Which members' top token stands in another's top: (B, M, S) -> (B, M) bool."""
-    best = ranked(shares, num_top)  # (B, M, n)
-    leaders = best[:, :, :1].unsqueeze(3)  # (B, M, 1, 1)
-    among = (leaders == best.unsqueeze(1)) & (shares.gather(2, best) > 0).unsqueeze(1)  # (B, M, M, n)
-    others = ~torch.eye(shares.shape[1], dtype=torch.bool, device=shares.device)
+def _borne_out(support: ClosedSupport, num_top: int) -> Tensor:
+    """Which members' top token stands in another's top, (B, M) bool."""
+    top = support.top(num_top)  # (B, M, n)
+    leaders = top[:, :, :1].unsqueeze(3)  # (B, M, 1, 1)
+    nothing = support.token_ids.shape[1]
+    among = (leaders == top.unsqueeze(1)) & (leaders < nothing)  # (B, M, M, n)
+    others = ~torch.eye(top.shape[1], dtype=torch.bool, device=top.device)
     return (among.any(dim=3) & others).any(dim=2)

@@ -15,8 +15,8 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from ensemble_core.fusion.base import FUSIONS, FusionSpace, Views
-from ensemble_core.fusion.support import TokenPool
+from ensemble_core.fusion.base import FUSIONS, FusionSpace
+from ensemble_core.fusion.support import ClosedSupport, TokenPool
 from ensemble_core.members.base import Candidates
 
 
@@ -40,9 +40,9 @@ class GacFusion(TokenPool):
         self._gate = 0 if options.gate is None else space.index(options.gate, "gate")
         self._threshold = options.threshold
 
-    def reweighted(self, views: Views, candidates: Sequence[Candidates]) -> Tensor:
+    def reweighted(self, support: ClosedSupport, candidates: Sequence[Candidates], weights: Tensor) -> Tensor:
         """All weight to the gate in rows where it is certain."""
         certain = candidates[self._gate].logprobs.amax(dim=1).exp() > self._threshold  # (B,)
-        alone = torch.zeros_like(views.weights)
+        alone = torch.zeros_like(weights)
         alone[:, self._gate] = 1.0
-        return torch.where(certain.unsqueeze(1), alone, views.weights)
+        return torch.where(certain.unsqueeze(1), alone, weights)

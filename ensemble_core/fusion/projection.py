@@ -18,8 +18,8 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from ensemble_core.fusion.base import FUSIONS, Fused, FusionSpace, Views, linear_pool
-from ensemble_core.fusion.support import TokenPool
+from ensemble_core.fusion.base import FUSIONS, Fused, FusionSpace, linear_pool
+from ensemble_core.fusion.support import ClosedSupport, TokenPool, concluded
 from ensemble_core.members.base import Candidates
 
 
@@ -45,16 +45,22 @@ class ProjectionFusion(TokenPool):
 
     def fuse(self, candidates: Sequence[Candidates], weights: Tensor) -> Fused:
         """See `Fusion.fuse`."""
-        views = self.views(candidates, weights)
-        return self.conclude(views, linear_pool(views) if self._linear else self._log_linear(views))
+        if self._linear:
+            return super().fuse(candidates, weights)
+        support, weights = self.heard(candidates, weights)
+        return concluded(support, _log_linear(support, weights))
 
-    def _log_linear(self, views: Views) -> Tensor:
-        """(B, S + 1), rows sum to 1."""
-        inside, outside = views.shares[:, :, :-1], views.shares[:, :, -1:]
-        inside = torch.where(self._space.can_name(views.token_ids), inside, inside[:, :1])
-        shares = torch.cat([inside, outside], dim=2)
-        # 0 * log 0 is 0: a member without weight says nothing.
-        logs = torch.where(views.weights.unsqueeze(2) == 0.0, 0.0, shares.log())
-        pooled = torch.einsum("bm,bmx->bx", views.weights, logs)
-        hopeless = pooled.amax(dim=1, keepdim=True).isneginf()  # nothing is possible to all: main decides
-        return torch.where(hopeless, views.shares[:, 0], torch.softmax(pooled, dim=1))
+
+def _log_linear(support: ClosedSupport, weights: Tensor) -> Tensor:
+    """(B, S + 1), rows sum to 1."""
+    shares = support.shares()
+    main = shares[:, 0].clone()
+    logs = shares.log_()
+    for member in range(1, shares.shape[1]):
+        inside = logs[:, member, :-1]
+        torch.where(support.nameable.has(member), inside, logs[:, 0, :-1], out=inside)
+    # 0 * log 0 is 0: a member without weight says nothing.
+    logs.masked_fill_(weights.unsqueeze(2) == 0.0, 0.0)
+    pooled = linear_pool(weights, logs)
+    hopeless = pooled.amax(dim=1, keepdim=True).isneginf()  # nothing is possible to all: main decides
+    return torch.where(hopeless, main, torch.softmax(pooled, dim=1))

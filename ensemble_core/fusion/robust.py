@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ensemble_core.errors import ConfigError
 from ensemble_core.fusion.base import FUSIONS, Fused, FusionSpace
-from ensemble_core.fusion.support import TokenSpace, concluded, heard
+from ensemble_core.fusion.support import TokenSpace, concluded
 from ensemble_core.members.base import Candidates
 
 _ROUNDING = 1e-6  # cumulative weights this close to a half are a half
@@ -47,10 +47,11 @@ class RobustFusion:
 
     def fuse(self, candidates: Sequence[Candidates], weights: Tensor) -> Fused:
         """See `Fusion.fuse`."""
-        views = heard(*self._space.attributed(candidates, weights))
-        middle = weighted_median(views.shares, weights)
+        support = self._space.support(candidates).heard(weights)
+        shares = support.shares()
+        middle = weighted_median(shares, weights)
         total = middle.sum(dim=1, keepdim=True)
-        return concluded(views, torch.where(total == 0.0, views.shares[:, 0], middle / total))
+        return concluded(support, torch.where(total == 0.0, shares[:, 0], middle / total))
 
 
 def weighted_median(shares: Tensor, weights: Tensor) -> Tensor:

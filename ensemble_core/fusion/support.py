@@ -10,24 +10,132 @@ place for all the mass outside. What is known is exact; what is not is treated s
 - Mass of an assistant on tokens without a place (control tokens) is left to main: it is spread as main's own.
 
 Invariants: a member's shares sum to 1, the place outside included; with whole distributions (K = V) all is exact;
-rows do not touch each other; a pool in which main has all the weight is main, its tail included. Does not know how
-shares are pooled.
+rows do not touch each other; a pool in which main has all the weight is main, its tail included.
+
+Cost: S, the number of places, is the sum of all members' K. A share for each member and each place would be M S
+numbers, which grows with the square of M. But away from its own K candidates a member has one number, its floor. So
+`ClosedSupport` keeps candidates and floors, and a linear pool or a member's likeliest places cost time linear in M.
+Only `shares` writes out all M S numbers, for fusions that are not linear in them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from ensemble_core.fusion.base import Fused, FusionSpace, Views, linear_pool
+from ensemble_core.fusion.base import Fused, FusionSpace, Views
 from ensemble_core.fusion.mapping import UNMAPPED, token_map
+from ensemble_core.fusion.member_sets import MemberSets
 from ensemble_core.members.base import Candidates
+from ensemble_core.members.ranking import ranked
 
-_BEYOND = torch.iinfo(torch.int64).max  # sorts after every id
 SUPPOSED = 1 / 16  # of a tail; chosen on even documents, see docs/methods.md
+
+
+@dataclass(frozen=True, slots=True)
+class ClosedSupport:
+    """One batch's support, and what each of M members says of its S places and of the mass outside.
+
+    A member's share of a place is the mass of its candidates there, or its floor where it lacks one; on top of that
+    comes what it leaves to main.
+    """
+
+    token_ids: Tensor  # (B, S) int64, main's ids
+    places: list[Tensor]  # M of (B, K) int64: where each candidate stands
+    masses: list[Tensor]  # M of (B, K) float32: what it brings there; 0 for one without a place
+    nameable: MemberSets  # (B, S) who has a token that maps to the place; nobody at padding
+    named: MemberSets  # (B, S) whose candidates bring mass
+    lacking: MemberSets  # (B, S) who could have named the place and did not
+    floors: Tensor  # (B, M) float32, the share of each place that a member lacks
+    rest: Tensor  # (B, M) float32, a member's mass outside
+    unmapped: Tensor  # (B, M) float32, a member's mass without a place, left to main
+    kept: Tensor | None = None  # (B, S) bool: see `heard`
+
+    def heard(self, weights: Tensor) -> ClosedSupport:
+        """Without the places that only members without weight brought: they lie outside, as if never named.
+
+        weights: (B, M). What main brought stays whatever its weight. A lost place repeats the row's first id.
+        """
+        speaks = weights > 0
+        speaks[:, 0] = True
+        kept = self.named.meets(speaks)
+        first = self.token_ids.gather(1, self.places[0][:, :1])
+        return replace(self, token_ids=torch.where(kept, self.token_ids, first), kept=kept)
+
+    def pooled(self, weights: Tensor) -> Tensor:
+        """The weighted sum of all members' shares, (B, M) -> (B, S + 1). Linear in M."""
+        left = (weights * self.unmapped).sum(dim=1, keepdim=True)
+        weights = torch.cat([weights[:, :1] + left, weights[:, 1:]], dim=1)
+        outside = (weights * self.rest).sum(dim=1, keepdim=True)
+        pooled = torch.cat([self.lacking.sums(weights * self.floors), outside], dim=1)
+        for member, (places, masses) in enumerate(zip(self.places, self.masses, strict=True)):
+            pooled.scatter_add_(1, places, masses * weights[:, member : member + 1])
+        return self._gathered(pooled)
+
+    def shares(self) -> Tensor:
+        """Every member's share of every place and of the outside, (B, M, S + 1). Grows with the square of M."""
+        shares = torch.stack([self._own(member) for member in range(len(self.places))], dim=1)
+        return self._gathered(shares.addcmul_(self.unmapped.unsqueeze(2), shares[:, :1].clone()))
+
+    def shares_of_main(self) -> Tensor:
+        """Main's share of every place and of the outside, (B, S + 1)."""
+        return self._gathered(self._own(0))
+
+    def shares_at(self, member: int, places: Tensor) -> Tensor:
+        """A member's share of some places, (B, P) int64 below S -> (B, P)."""
+        share = self._own_at(member, places)
+        if member:
+            share = share + self.unmapped[:, member : member + 1] * self._own_at(0, places)
+        return share if self.kept is None else share * self.kept.gather(1, places)
+
+    def top(self, num: int) -> Tensor:
+        """The `num` places of largest share for each member, largest first, (B, M, num); S where there is none.
+
+        Looked for among what the member or main named: elsewhere a share is nothing but supposed.
+        """
+        num_places, main = self.token_ids.shape[1], self.places[0]
+        found = [self._likeliest(main, self.shares_at(0, main), num)]
+        for member, own in enumerate(self.places[1:], start=1):
+            places = torch.cat([own, main], dim=1)
+            shares = self.shares_at(member, places).masked_fill_(_repeated(places, num_places), 0.0)
+            found.append(self._likeliest(places, shares, num))
+        return torch.stack(found, dim=1)
+
+    def _likeliest(self, places: Tensor, shares: Tensor, num: int) -> Tensor:
+        """(B, num) of the places (B, P) by their shares; S where there is none."""
+        nothing = self.token_ids.shape[1]
+        best = ranked(shares, num, places)
+        top = torch.where(shares.gather(1, best) > 0.0, places.gather(1, best), nothing)
+        return torch.nn.functional.pad(top, (0, num - top.shape[1]), value=nothing)
+
+    def _gathered(self, shares: Tensor) -> Tensor:
+        """Shares (B, ..., S + 1) with those of lost places laid outside."""
+        if self.kept is None:
+            return shares
+        lost = torch.nn.functional.pad(~self.kept, (0, 1))
+        lost = lost.unsqueeze(1) if shares.ndim == 3 else lost
+        outside = torch.where(lost, shares, 0.0).sum(dim=-1)
+        shares = shares.masked_fill(lost, 0.0)
+        shares[..., -1] += outside
+        return shares
+
+    def _own(self, member: int) -> Tensor:
+        """A member's shares without what it leaves to main, (B, S + 1)."""
+        floor = self.floors[:, member : member + 1]
+        inside = torch.where(self.lacking.has(member), floor, self._known(member))
+        return torch.cat([inside, self.rest[:, member : member + 1]], dim=1)
+
+    def _own_at(self, member: int, places: Tensor) -> Tensor:
+        lacks = self.lacking.at(places).has(member)
+        return torch.where(lacks, self.floors[:, member : member + 1], self._known(member).gather(1, places))
+
+    def _known(self, member: int) -> Tensor:
+        """The mass of a member's candidates at each place, (B, S)."""
+        known = torch.zeros_like(self.token_ids, dtype=torch.float32)
+        return known.scatter_add_(1, self.places[member], self.masses[member])
 
 
 class TokenSpace:
@@ -39,43 +147,41 @@ class TokenSpace:
     def __init__(self, space: FusionSpace, supposed: float = SUPPOSED) -> None:
         self._supposed = supposed
         main, *assistants = space.vocabularies
+        self._size = len(main)
         self._maps = [token_map(vocabulary, main).to(space.device) for vocabulary in assistants]
-        self._named = [_named(places, len(main)) for places in self._maps]
+        every = torch.ones(1, len(main), dtype=torch.bool, device=space.device)
+        self._nameable = MemberSets.of_flags([every, *(_nameable(places, len(main)) for places in self._maps)])
 
-    def mapped_ids(self, candidates: Sequence[Candidates]) -> list[Tensor]:
+    def support(self, candidates: Sequence[Candidates]) -> ClosedSupport:
+        """The support of candidates of B rows, main first; float32."""
+        ids = self._mapped_ids(candidates)
+        token_ids, present, places = closed_support(ids, self._size)
+        masses = [part.logprobs.exp() for part in candidates]
+        placed = [mass.where(own >= 0, 0.0) for own, mass in zip(ids, masses, strict=True)]
+        named = _named(places, placed, token_ids.shape[1])
+        nameable = self._nameable.at(token_ids).where(present)
+        lacking = nameable.without(named)
+        counts = lacking.counts()
+        floors = [floor_of(part, counts[:, i], self._supposed) for i, part in enumerate(candidates)]
+        tails = [part.tail.exp() for part in candidates]
+        unplaced = [mass.where(own < 0, 0.0).sum(dim=1) for own, mass in zip(ids, masses, strict=True)]
+        return ClosedSupport(
+            token_ids=token_ids,
+            places=places,
+            masses=placed,
+            nameable=nameable,
+            named=named,
+            lacking=lacking,
+            floors=torch.stack(floors, dim=1),
+            rest=(torch.stack(tails, dim=1) - torch.stack(floors, dim=1) * counts).clamp_min(0.0),
+            unmapped=torch.stack(unplaced, dim=1),
+        )
+
+    def _mapped_ids(self, candidates: Sequence[Candidates]) -> list[Tensor]:
         """Each member's candidates as main's ids, M of (B, K) int64; -1 for those without a place."""
         main, *others = candidates
         pairs = zip(others, self._maps, strict=True)
-        return [main.token_ids, *(places[part.token_ids] for part, places in pairs)]
-
-    def can_name(self, token_ids: Tensor) -> Tensor:
-        """Whether each member has a token that maps to main's ids: (B, S) -> (B, M, S) bool."""
-        others = [named[token_ids] for named in self._named]
-        return torch.stack([torch.ones_like(token_ids, dtype=torch.bool), *others], dim=1)
-
-    def views(self, candidates: Sequence[Candidates], weights: Tensor) -> Views:
-        """Every member's shares on the closed support, float32."""
-        return self.attributed(candidates, weights)[0]
-
-    def attributed(self, candidates: Sequence[Candidates], weights: Tensor) -> tuple[Views, Tensor]:
-        """`views`, and whose candidates brought each place, (B, M, S) bool."""
-        ids = self.mapped_ids(candidates)
-        token_ids, present, places = closed_support(ids)
-        masses = [part.logprobs.exp() for part in candidates]
-        known = torch.stack(
-            [
-                torch.zeros_like(token_ids, dtype=mass.dtype).scatter_add_(1, place, mass.where(own >= 0, 0.0))
-                for own, mass, place in zip(ids, masses, places, strict=True)
-            ],
-            dim=1,
-        )
-        unmapped = torch.stack(
-            [mass.where(own < 0, 0.0).sum(dim=1) for own, mass in zip(ids, masses, strict=True)], dim=1
-        )
-        lacking = (known == 0.0) & self.can_name(token_ids) & present.unsqueeze(1)
-        shares = _filled(known, lacking, candidates, self._supposed)
-        shares = shares + unmapped.unsqueeze(2) * shares[:, :1]
-        return Views(candidates[0], token_ids, shares, weights, unmapped), known > 0.0
+        return [main.token_ids, *(_at(places, part.token_ids) for part, places in pairs)]
 
 
 class TokenPool:
@@ -88,58 +194,53 @@ class TokenPool:
 
     def fuse(self, candidates: Sequence[Candidates], weights: Tensor) -> Fused:
         """See `Fusion.fuse`."""
-        views = self.views(candidates, weights)
-        return self.conclude(views, linear_pool(views))
+        support, weights = self.heard(candidates, weights)
+        return concluded(support, support.pooled(weights))
 
     def views(self, candidates: Sequence[Candidates], weights: Tensor) -> Views:
         """See `Pooled.views`."""
-        views, brought = self._space.attributed(candidates, weights)
-        return heard(replace(views, weights=self.reweighted(views, candidates)), brought)
+        support, weights = self.heard(candidates, weights)
+        return Views(candidates[0], support.token_ids, support.shares(), weights, support.unmapped)
 
     def conclude(self, views: Views, pooled: Tensor) -> Fused:
         """See `Pooled.conclude`."""
         return concluded(views, pooled)
 
-    def reweighted(self, views: Views, candidates: Sequence[Candidates]) -> Tensor:
+    def heard(self, candidates: Sequence[Candidates], weights: Tensor) -> tuple[ClosedSupport, Tensor]:
+        """The support that members with weight leave, and the weights that count at this step."""
+        support = self._space.support(candidates)
+        weights = self.reweighted(support, candidates, weights)
+        return support.heard(weights), weights
+
+    def reweighted(self, support: ClosedSupport, candidates: Sequence[Candidates], weights: Tensor) -> Tensor:
         """The weights that count at this step, (B, M), rows sum to 1; unchanged unless overridden."""
-        return views.weights
+        return weights
 
 
-def closed_support(ids: Sequence[Tensor]) -> tuple[Tensor, Tensor, list[Tensor]]:
+def closed_support(ids: Sequence[Tensor], size: int) -> tuple[Tensor, Tensor, list[Tensor]]:
     """The union of M members' ids, row by row.
 
-    ids: M of (B, K), -1 for none; main's are never -1. Returns token_ids (B, S) in ascending order, S being the sum
-    of all K, padded at the end with the row's first id; which entries are no padding (B, S) bool; and where each
-    given id stands, M of (B, K) (an id of -1: anywhere).
+    ids: M of (B, K), below `size`, -1 for none; main's are never -1. Returns token_ids (B, S) in ascending order, S
+    being the sum of all K whatever the rows (so that rows do not touch each other), padded at the end with the row's
+    first id; which entries are no padding (B, S) bool; and where each given id stands, M of (B, K) (an id of -1:
+    anywhere).
     """
     joined = torch.cat(list(ids), dim=1)
-    ordered, order = torch.where(joined < 0, _BEYOND, joined).sort(dim=1)
+    rows = torch.arange(len(joined), device=joined.device).unsqueeze(1)
+    # All rows in one: on CPU that is a radix sort, which takes half the time, and no more than linear time.
+    keys, order = (torch.where(joined < 0, size, joined) + rows * (size + 1)).flatten().sort()
+    ordered, order = keys.view_as(joined) - rows * (size + 1), order.view_as(joined) - rows * joined.shape[1]
     fresh = torch.ones_like(ordered, dtype=torch.bool)
     fresh[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
     rank = fresh.cumsum(dim=1) - 1
-    token_ids = torch.full_like(ordered, _BEYOND).scatter_(1, rank, ordered)
-    present = token_ids != _BEYOND
+    token_ids = torch.full_like(ordered, size).scatter_(1, rank, ordered)
+    present = token_ids < size
     places = torch.empty_like(rank).scatter_(1, order, rank)
     return (
         torch.where(present, token_ids, token_ids[:, :1]),
         present,
         list(torch.split(places, [own.shape[1] for own in ids], dim=1)),
     )
-
-
-def heard(views: Views, brought: Tensor) -> Views:
-    """Views without the places that only members without weight brought: they lie outside, as if never named.
-
-    brought: (B, M, S) bool, whose candidates brought each place. What main brought stays whatever its weight.
-    """
-    speaks = views.weights > 0
-    speaks[:, 0] = True
-    kept = (brought & speaks.unsqueeze(2)).any(dim=1)  # (B, S)
-    lost = torch.nn.functional.pad(~kept, (0, 1)).unsqueeze(1)  # (B, 1, S + 1)
-    shares = views.shares.masked_fill(lost, 0.0)
-    shares[:, :, -1] += views.shares.where(lost, 0.0).sum(dim=2)
-    token_ids = torch.where(kept, views.token_ids, views.main.token_ids[:, :1])
-    return replace(views, token_ids=token_ids, shares=shares)
 
 
 def floor_of(candidates: Candidates, num_lacking: Tensor, supposed: float = SUPPOSED) -> Tensor:
@@ -152,24 +253,32 @@ def floor_of(candidates: Candidates, num_lacking: Tensor, supposed: float = SUPP
     return torch.minimum(least, supposed * candidates.tail.exp() / num_lacking.clamp_min(1))
 
 
-def concluded(views: Views, pooled: Tensor) -> Fused:
+def concluded(support: ClosedSupport | Views, pooled: Tensor) -> Fused:
     """Pooled shares on a closed support (B, S + 1) as a distribution."""
     logprobs = pooled.log()
-    return Fused(views.token_ids, logprobs[:, :-1], logprobs[:, -1], views.unmapped)
+    return Fused(support.token_ids, logprobs[:, :-1], logprobs[:, -1], support.unmapped)
 
 
-def _filled(known: Tensor, lacking: Tensor, candidates: Sequence[Candidates], supposed: float) -> Tensor:
-    """Known mass (B, M, S) with floors where it is lacking and the rest of the tail behind: (B, M, S + 1)."""
-    counts = lacking.sum(dim=2)  # (B, M)
-    floors = torch.stack([floor_of(c, counts[:, i], supposed) for i, c in enumerate(candidates)], dim=1)
-    tails = torch.stack([c.tail.exp() for c in candidates], dim=1)
-    rest = (tails - floors * counts).clamp_min(0.0)
-    filled = torch.where(lacking, floors.unsqueeze(2), known)
-    return torch.cat([filled, rest.unsqueeze(2)], dim=2)
+def _at(table: Tensor, token_ids: Tensor) -> Tensor:
+    """Entries of a table (V,) for ids (B, K): a third of the time of `table[token_ids]`."""
+    return table.expand(len(token_ids), -1).gather(1, token_ids)
 
 
-def _named(places: Tensor, size: int) -> Tensor:
-    """(V_main,) bool: main's ids that some token maps to."""
-    named = torch.zeros(size, dtype=torch.bool, device=places.device)
-    named[places[places != UNMAPPED]] = True
-    return named
+def _repeated(places: Tensor, num_places: int) -> Tensor:
+    """All but one of the entries of each place of a row, (B, P) -> (B, P) bool."""
+    column = torch.arange(places.shape[1], device=places.device).expand_as(places)
+    one = torch.empty(len(places), num_places, dtype=torch.long, device=places.device)  # read where it was written
+    return one.scatter_(1, places, column).gather(1, places) != column
+
+
+def _named(places: Sequence[Tensor], masses: Sequence[Tensor], num_places: int) -> MemberSets:
+    """Whose candidates bring mass to each place, (B, S)."""
+    bringing = (torch.where(mass > 0.0, own, num_places) for own, mass in zip(places, masses, strict=True))
+    return MemberSets.of_places(bringing, num_places)
+
+
+def _nameable(places: Tensor, size: int) -> Tensor:
+    """(1, V_main) bool: main's ids that some token maps to."""
+    nameable = torch.zeros(1, size, dtype=torch.bool, device=places.device)
+    nameable[0, places[places != UNMAPPED]] = True
+    return nameable

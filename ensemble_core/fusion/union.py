@@ -12,18 +12,16 @@ keep a finite log-probability, and identical members are one. Does not know how 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from ensemble_core.fusion.base import FUSIONS, FusionSpace, Views
+from ensemble_core.fusion.base import FUSIONS, Fused, FusionSpace, Views, linear_pool
 from ensemble_core.fusion.mapping import token_map
-from ensemble_core.fusion.support import TokenPool, floor_of
+from ensemble_core.fusion.support import ClosedSupport, TokenPool, concluded, floor_of
 from ensemble_core.members.base import Candidates
-from ensemble_core.members.ranking import ranked
 
 
 class UnionOptions(BaseModel):
@@ -49,31 +47,41 @@ class UnionFusion(TokenPool):
         self._first_tokens = [token_map(main, vocabulary).to(space.device) for vocabulary in assistants]
         self._options = options
 
+    def fuse(self, candidates: Sequence[Candidates], weights: Tensor) -> Fused:
+        """See `Fusion.fuse`. Linear in M but for the union itself, whose M n places every member has scores for."""
+        support, weights = self.heard(candidates, weights)
+        union, scores, outside = self._met(support, candidates)
+        return concluded(support, _put(outside, union, linear_pool(weights, scores)))
+
     def views(self, candidates: Sequence[Candidates], weights: Tensor) -> Views:
         """See `Pooled.views`; what lies outside the union is the same for all members."""
-        views = super().views(candidates, weights)
-        inside = views.shares[:, :, :-1]
-        union = _union(inside, self._options.top).unsqueeze(1)  # (B, 1, S)
-        scores = torch.where(union, self._scores(views, candidates), 0.0)
-        scores = scores / scores.sum(dim=2, keepdim=True)
-        if self._options.rest == "none":
-            return replace(views, shares=torch.nn.functional.pad(scores, (0, 1)))
-        main = inside[:, :1]
-        held = torch.where(union, main, 0.0).sum(dim=2, keepdim=True)  # (B, 1, 1)
-        shares = torch.where(union, scores * held, main)
-        outside = views.shares[:, :1, -1:].expand(-1, shares.shape[1], -1)
-        return replace(views, shares=torch.cat([shares, outside], dim=2))
+        support, weights = self.heard(candidates, weights)
+        union, scores, outside = self._met(support, candidates)
+        shares = torch.stack([_put(outside, union, own) for own in scores.unbind(1)], dim=1)
+        return Views(candidates[0], support.token_ids, shares, weights, support.unmapped)
 
-    def _scores(self, views: Views, candidates: Sequence[Candidates]) -> Tensor:
-        """(B, M, S): shares, and where a member lacks the token that of its own first sub-token."""
-        inside = views.shares[:, :, :-1]
-        left = views.unmapped[:, 1:, None] * inside[:, :1]  # what members without words leave to main
-        firsts = [
-            probability_of(part, firsts[views.token_ids])
-            for part, firsts in zip(candidates[1:], self._first_tokens, strict=True)
-        ]
-        lacked = torch.stack([inside[:, 0], *(first + left[:, i] for i, first in enumerate(firsts))], dim=1)
-        return torch.where(self._space.can_name(views.token_ids), inside, lacked)
+    def _met(self, support: ClosedSupport, candidates: Sequence[Candidates]) -> tuple[Tensor, Tensor, Tensor]:
+        """The union's places (B, U), S + 1 for none; shares there (B, M, U); and shares elsewhere (B, S + 1)."""
+        places, there = _union(support.top(self._options.top), support.token_ids.shape[1])
+        scores = torch.where(there.unsqueeze(1), self._scores(support, candidates, places), 0.0)
+        scores = scores / scores.sum(dim=2, keepdim=True)
+        union = torch.where(there, places, support.token_ids.shape[1] + 1)
+        main = support.shares_of_main()
+        if self._options.rest == "none":
+            return union, scores, torch.zeros_like(main)
+        held = main.gather(1, places).where(there, 0.0).sum(dim=1)  # (B,)
+        return union, scores * held[:, None, None], main
+
+    def _scores(self, support: ClosedSupport, candidates: Sequence[Candidates], places: Tensor) -> Tensor:
+        """(B, M, U): shares, and where a member lacks the token that of its own first sub-token."""
+        token_ids = support.token_ids.gather(1, places)
+        nameable = support.nameable.at(places)
+        scores = [support.shares_at(0, places)]
+        for member, firsts in enumerate(self._first_tokens, start=1):
+            left = support.unmapped[:, member : member + 1] * scores[0]  # what members without words leave to main
+            lacked = probability_of(candidates[member], firsts[token_ids]) + left
+            scores.append(torch.where(nameable.has(member), support.shares_at(member, places), lacked))
+        return torch.stack(scores, dim=1)
 
 
 def probability_of(candidates: Candidates, token_ids: Tensor) -> Tensor:
@@ -86,8 +94,15 @@ def probability_of(candidates: Candidates, token_ids: Tensor) -> Tensor:
     return torch.where(token_ids < 0, 0.0, found)
 
 
-def _union(inside: Tensor, num_top: int) -> Tensor:
-    """Which places some member has among its top: (B, M, S) -> (B, S) bool."""
-    best = ranked(inside, num_top)
-    marked = torch.zeros_like(inside, dtype=torch.bool).scatter_(2, best, inside.gather(2, best) > 0)
-    return marked.any(dim=1)
+def _union(top: Tensor, num_places: int) -> tuple[Tensor, Tensor]:
+    """Each place once: (B, M, n), `num_places` for none -> (B, M n) places, and which of these count."""
+    places = top.flatten(1).sort(dim=1).values
+    there = places < num_places
+    there[:, 1:] &= places[:, 1:] != places[:, :-1]
+    return places.clamp_max(num_places - 1), there
+
+
+def _put(shares: Tensor, places: Tensor, own: Tensor) -> Tensor:
+    """Shares (B, X) with others (B, U) put at places (B, U); X for none."""
+    padded = torch.nn.functional.pad(shares, (0, 1))
+    return padded.scatter_(1, places, own)[:, :-1]

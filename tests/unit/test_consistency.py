@@ -193,3 +193,12 @@ def test_main_holds_its_share() -> None:
 def test_what_has_no_meaning_is_refused_by_name(options: dict[str, Any], says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         FUSIONS.parse("core", options, "ensembles.duo.fusion")
+
+
+def test_equal_bases_are_equal_however_they_are_worded() -> None:
+    """Requests with equal options are fused in one batch."""
+    plain = FUSIONS.parse("core", {"base": {"name": "gac"}}, "fusion")
+    assert plain == FUSIONS.parse(
+        "core", {"base": {"name": "gac", "options": {"threshold": 0.5, "gate": None}}}, "x"
+    )
+    assert plain != FUSIONS.parse("core", {"base": {"name": "gac", "options": {"threshold": 0.4}}}, "x")

@@ -58,6 +58,7 @@ TORCHLESS = (
     "ensemble_core/decoding/parameters.py",
     "ensemble_core/decoding/sampling_params.py",
     "ensemble_core/decoding/requests.py",
+    "ensemble_core/decoding/logprobs.py",
     "ensemble_core/decoding/recipe.py",
     "ensemble_core/decoding/sequence.py",
     "ensemble_core/decoding/scheduler.py",

@@ -53,7 +53,7 @@ def test_the_support_is_the_union_row_by_row() -> None:
     generator = torch.Generator().manual_seed(0)
     ids = [torch.randint(low, 30, (20, width), generator=generator) for low, width in ((0, 9), (-4, 12), (-4, 5))]
     ids = [each.clamp_min(-1) for each in ids]
-    token_ids, present, places = closed_support(ids)
+    token_ids, present, places = closed_support(ids, 1000)
     assert token_ids.shape == (20, 26)
     for row in range(20):
         given = [each[row].tolist() for each in ids]

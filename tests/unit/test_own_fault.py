@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ensemble_core.decoding import reports
 from ensemble_core.decoding.modes import lockstep
+from ensemble_core.decoding.recipe import Recipe
 from ensemble_core.decoding.requests import GenerationRequest, Output
 from ensemble_core.decoding.sampling_params import SamplingParams
 from ensemble_core.decoding.sequence import Sequence
@@ -75,9 +76,9 @@ def _in_shaping(monkeypatch: pytest.MonkeyPatch, sick: Sequence) -> None:
 def _in_reports(monkeypatch: pytest.MonkeyPatch, sick: Sequence) -> None:
     trace = reports.trace
 
-    def broken(sequence: Sequence, *rest: Any) -> Any:
-        assert sequence is not sick, "reporting went wrong"
-        return trace(sequence, *rest)
+    def broken(recipe: Recipe, tracks: Mapping[str, Track], *rest: Any) -> Any:
+        assert tracks is not sick.tracks, "reporting went wrong"
+        return trace(recipe, tracks, *rest)
 
     monkeypatch.setattr(reports, "trace", broken)
 

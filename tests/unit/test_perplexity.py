@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence as Rows
+from collections import abc
 from typing import Any
 
 import pytest
@@ -55,7 +55,7 @@ class Bench:
         assert all(sequence.finish_reason in ("length", "stop") for sequence in sequences)
         return [sequence.recipe.weights for sequence in sequences]
 
-    def expected(self, prompt: str, prior: Rows[float] = PRIOR, tau: float = TAU) -> list[float]:
+    def expected(self, prompt: str, prior: abc.Sequence[float] = PRIOR, tau: float = TAU) -> list[float]:
         """The formula, token by token: softmax of log v - NLL / tau, NLL in nats per byte behind the first token."""
         logs = []
         for weight, member in zip(prior, self.members.values(), strict=True):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
+from fakes import byte_vocabulary
 from fusion_cases import (
     FIRST,
     MAIN,
@@ -22,6 +25,7 @@ from fusion_cases import (
 from torch import Tensor
 
 from ensemble_core.fusion.projection import ProjectionFusion, ProjectionOptions
+from ensemble_core.members.candidates import top_candidates
 from ensemble_core.text.vocabulary import Vocabulary
 
 POOLS = ("linear", "log-linear")
@@ -133,3 +137,30 @@ def test_members_that_agree_on_nothing_leave_it_to_main() -> None:
     fused = fusion("log-linear", (MAIN, MAIN)).fuse(parts, torch.tensor([[0.5, 0.5]]))
     assert int(dense(fused, len(MAIN)).argmax()) == 5
     assert_sound(fused)
+
+
+MANY = (*TRIO, *(byte_vocabulary(words) for words in (("ab", "cde"), ("a b", "abcd"), ("dea",), ("bc", "aa"))))
+
+
+@pytest.mark.parametrize("pool", POOLS)
+def test_ten_members_are_pooled_by_the_dense_formula(pool: str) -> None:
+    vocabularies = (*MANY, with_control(FIRST, b"<only here>"), SECOND, MAIN)
+    logits, weights = logits_of(vocabularies, 4, 7), weights_of(4, 10, 8)
+    found = dense(fusion(pool, vocabularies).fuse(answers(logits), weights), len(MAIN))
+    for row in range(4):
+        views = mapped(logits, vocabularies, row)
+        expected = dense_pool(pool, views, named(vocabularies), weights[row].double())
+        torch.testing.assert_close(found[row], expected, atol=2e-6, rtol=1e-4)
+
+
+def test_a_token_far_below_the_floors_keeps_its_mass() -> None:
+    """As a bias asks for: every member names it, so floors that are 10^15 times as large have no part in it."""
+    logits = logits_of(TRIO, 3, 11)
+    for each in logits:
+        each[:, 122] = each.logsumexp(dim=1) - 40.0
+    parts = [top_candidates(each, 24, [(122,)] * 3) for each in logits]
+    fused, weights = fusion("linear").fuse(parts, torch.full((3, 3), 1 / 3)), 1 / 3
+    for row in range(3):
+        expected = sum(weights * float(each[row].double().softmax(dim=0)[122]) for each in logits)
+        found = fused.logprobs[row][fused.token_ids[row] == 122].amax().item()
+        assert found == pytest.approx(math.log(expected), abs=1e-4)

@@ -7,11 +7,10 @@ from typing import Any
 import pytest
 from fakes import FakeMember, ensemble, pair_vocabulary, sequence
 
+from ensemble_core.decoding.logprobs import Scored
 from ensemble_core.decoding.requests import Output
 from ensemble_core.decoding.sampling_params import SamplingParams
-from ensemble_core.decoding.scored import Scored
-from ensemble_core.decoding.sequence import Phase
-from ensemble_core.decoding.sequence import Sequence as Request
+from ensemble_core.decoding.sequence import Phase, Sequence
 from ensemble_core.text.vocabulary import Vocabulary
 
 PLAIN = pair_vocabulary()
@@ -21,11 +20,11 @@ VOCABULARY = Vocabulary([*PLAIN.tokens, b"<tool>"], frozenset({END, CONTROL}), f
 MEMBER = FakeMember("alpha", VOCABULARY)
 
 
-def made(prompt: str = "ab", **params: Any) -> Request:
+def made(prompt: str = "ab", **params: Any) -> Sequence:
     return sequence(0, prompt, [MEMBER], ensemble([MEMBER]), SamplingParams(**{"max_tokens": 50} | params))
 
 
-def feed(request: Request, *ids: int) -> list[Output]:
+def feed(request: Sequence, *ids: int) -> list[Output]:
     outputs = []
     for token_id in ids:
         assert request.phase is not Phase.FINISHED

@@ -10,9 +10,9 @@ from fake_runtime import FakeRuntime
 from fakes import byte_vocabulary
 from tiny_models import byte_level, metaspace
 
+from ensemble_core.decoding.logprobs import Scored, describe_token
 from ensemble_core.decoding.requests import Alternative, Conversation, TokenLogprob
 from ensemble_core.decoding.sampling_params import SamplingParams
-from ensemble_core.decoding.scored import Scored, describe_token
 from ensemble_core.errors import InvalidRequestError
 from ensemble_core.text.alignment import Track
 from ensemble_core.text.vocabulary import Vocabulary, from_tokenizer

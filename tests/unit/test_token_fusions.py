@@ -212,6 +212,31 @@ def test_rows_do_not_touch_each_other(name: str, options: dict[str, Any]) -> Non
         assert bool(together.logprobs[row].amax().isfinite())
 
 
+@pytest.mark.parametrize("top_k", [24, 200])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        *CASES,
+        ("projection", {}),
+        ("projection", {"pool": "log-linear"}),
+        ("core", {"base": {"name": "projection"}}),
+        ("core", {"base": {"name": "union"}}),
+    ],
+)
+def test_a_row_is_the_same_alone_and_in_a_batch_bit_for_bit(
+    name: str, options: dict[str, Any], top_k: int
+) -> None:
+    vocabularies = TRIO if name == "contrastive" else (*TRIO, *TRIO[1:], *TRIO[1:], *TRIO[1:])
+    rows, members = 6, len(vocabularies)
+    parts, weights = answers(close_logits(rows, 14, vocabularies), top_k), weights_of(rows, members, 15)
+    strategy = fusion(name, options, vocabularies)
+    together = strategy.fuse(parts, weights)
+    for row in range(rows):
+        alone = strategy.fuse([part.rows([row]) for part in parts], weights[row : row + 1])
+        assert torch.equal(alone.logprobs[0], together.logprobs[row])
+        assert torch.equal(alone.tail[0], together.tail[row])
+
+
 def test_the_gate_belongs_to_a_member() -> None:
     with pytest.raises(ConfigError, match=r"fusion.options.gate: 'z' is no member in use; allowed are \['a', 'b'"):
         fusion("gac", {"gate": "z"})

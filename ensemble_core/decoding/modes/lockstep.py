@@ -174,7 +174,9 @@ def _decisions(
             scored = reports.score(fused.token_ids[i], fused.logprobs[i], token, request.params.logprobs)
         if request.trace:
             left_out = {**turn.sequence.dropped, **turn.left_out}
-            trace = reports.trace(turn.sequence, list(turn.feeds), candidates, fused, i, token, left_out)
+            said = dict(zip(turn.feeds, candidates, strict=True))
+            recipe, tracks = turn.sequence.recipe, turn.sequence.tracks
+            trace = reports.trace(recipe, tracks, said, fused, i, token, left_out)
         decisions.append(Decision(turn.sequence, (Choice(token, scored, trace),), unsound=unsound))
     return decisions
 

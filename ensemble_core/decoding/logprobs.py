@@ -1,6 +1,6 @@
-"""A token's fused log-probability in numbers, and the same with spellings for a client. No torch.
+"""A token's log-probability: as the engine has it, in ids, and as a client is told it, in bytes. No torch.
 
-Does not know sequences, distributions or outputs.
+Knows tracks and vocabularies; does not know sequences, or where the numbers come from.
 """
 
 from __future__ import annotations
