@@ -247,7 +247,7 @@ LimitOption = Annotated[int | None, typer.Option(min=1, help="At most so many it
 ShotsOption = Annotated[int, typer.Option(min=0, help="Answered examples before each question.")]
 SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave out records that do not fit, with a warning.")]
 CacheFolder = Annotated[
-    Path | None, typer.Option("--cache", help="Folder of stored scores; ~/.cache/unisono/scores by default.")
+    Path | None, typer.Option("--cache", help="Folder of stored scores; scores in $UNISONO_HOME by default.")
 ]
 
 
@@ -282,8 +282,8 @@ def evaluate(
         from ensemble_core.evaluation import run
 
         chosen = run.Chosen(task, split, limit, shots, cache, skip_bad)
-        output = run.Output(out, resume, plot)
-        typer.echo(run.evaluate_models(settings, chosen, model or [], run.parse_measures(measure or []), output))
+        goal = run.Destination(out, resume, plot)
+        typer.echo(run.evaluate_models(settings, chosen, model or [], run.parse_measures(measure or []), goal))
 
 
 @app.command()

@@ -29,13 +29,14 @@ from ensemble_core.evaluation.spelling import Document
 from ensemble_core.evaluation.tasks import Item, Split, Task, load_task
 from ensemble_core.evaluation.weights import Weights, minimise
 from ensemble_core.evaluation.workbench import Workbench
+from ensemble_core.home import home
 from ensemble_core.members.loading.checkpoints import resolve_folder
 from ensemble_core.transfer.embeddings import load_embeddings
 from ensemble_core.transfer.matrix import common_anchors
 from studies.anchor_search import Search, Searcher, Similarity, fewer
 
 DATA = ROOT.parent / "shared" / "data"
-CACHE = Path("~/.cache/unisono/benchmarks")
+CACHE = home() / "benchmarks"
 ENSEMBLES = ("duet", "duet-smollm2")  # the pair, each member main once
 NAMES = ("arc_challenge", "piqa", "gsm8k", "triviaqa", "nq")
 

@@ -31,7 +31,7 @@ _BLOCK = 64  # positions fused at once
 
 
 @dataclass(slots=True)
-class _Answers:
+class _AnsweredRows:
     """A member's answers from row `first` of its prompt on."""
 
     first: int = 0
@@ -62,7 +62,7 @@ class _Run:
     num_ready: int = 0
     num_fused: int = 0
 
-    def look(self, answers: dict[str, _Answers]) -> int:
+    def look(self, answers: dict[str, _AnsweredRows]) -> int:
         """How many places can be fused now. Rows rise from place to place, so the first that lacks one ends them."""
         ends = {member: each.end for member, each in answers.items()}
         for place in self.places[self.num_ready :]:
@@ -83,13 +83,13 @@ class PromptScores:
     num_top: int
     described: tuple[TokenLogprob, ...] = ()
     num_ready: int = 0
-    _answers: dict[str, _Answers] = field(default_factory=dict)
+    _answers: dict[str, _AnsweredRows] = field(default_factory=dict)
     _runs: tuple[_Run, ...] = ()
     _scored: dict[int, Scored] = field(default_factory=dict)
 
     def add(self, member: str, candidates: Candidates) -> None:
         """A member's answers for the next positions of its prompt."""
-        self._answers.setdefault(member, _Answers()).parts.append(candidates)
+        self._answers.setdefault(member, _AnsweredRows()).parts.append(candidates)
 
     def advance(self, recipe: Recipe, tracks: dict[str, Track], limit: int | None = None) -> int:
         """Fuse up to `limit` positions (None: all) of those whose answers are there; returns how many."""

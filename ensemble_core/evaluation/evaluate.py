@@ -28,7 +28,7 @@ from ensemble_core.evaluation.workbench import Workbench
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
+class Scope:
     """What to evaluate."""
 
     tasks: Sequence[Task]
@@ -38,7 +38,7 @@ class Request:
 
 
 @dataclass(frozen=True, slots=True)
-class Output:
+class Destination:
     """Where results go. folder None: nowhere but the report."""
 
     folder: Path | None = None
@@ -46,57 +46,57 @@ class Output:
     draw: bool = True
 
 
-def evaluate(bench: Workbench, request: Request, output: Output) -> Report:
+def evaluate(bench: Workbench, scope: Scope, destination: Destination) -> Report:
     """Measure everything that is not there yet, and summarise. Raises a UnisonoError; what is finished stays."""
-    if output.folder is not None and output.draw:
+    if destination.folder is not None and destination.draw:
         require_matplotlib()
-    recipes = {variant.label: bench.recipe(variant) for variant in request.variants}
-    journal = Journal(output.folder, made_from(bench.config, request), output.resume)
-    run = _Run(bench, request, recipes, journal)
-    for task in request.tasks:
-        for measure in request.measures:
+    recipes = {variant.label: bench.recipe(variant) for variant in scope.variants}
+    journal = Journal(destination.folder, made_from(bench.config, scope), destination.resume)
+    run = _Evaluation(bench, scope, recipes, journal)
+    for task in scope.tasks:
+        for measure in scope.measures:
             if not (measure == "score" and task.kind == "text"):
                 run.measure(task, measure)
-    report = summarise(run.items(), [v.label for v in request.variants if len(recipes[v.label].members) == 1])
-    if output.folder is not None:
-        _write(output, bench.config, request, report)
+    report = summarise(run.items(), [v.label for v in scope.variants if len(recipes[v.label].members) == 1])
+    if destination.folder is not None:
+        _write(destination, bench.config, scope, report)
     return report
 
 
-def made_from(config: Config, request: Request) -> dict[str, Any]:
+def made_from(config: Config, scope: Scope) -> dict[str, Any]:
     """What results depend on besides the model's name: sections of the configuration, and the tasks' files."""
     parts: dict[str, Any] = {
-        "scored members": sorted(_scored_members(config, request)),
-        "shots": request.selection.shots,
+        "scored members": sorted(_scored_members(config, scope)),
+        "shots": scope.selection.shots,
         "scheduler.num_candidates": config.scheduler.num_candidates,
         "matrices": config.matrices.model_dump(mode="json"),
     }
     parts |= {f"members.{name}": member.model_dump(mode="json") for name, member in config.members.items()}
     parts |= {f"ensembles.{name}": each.model_dump(mode="json") for name, each in config.ensembles.items()}
-    return parts | {f"task {task.name}": [task.kind, task.digest] for task in request.tasks}
+    return parts | {f"task {task.name}": [task.kind, task.digest] for task in scope.tasks}
 
 
-def _scored_members(config: Config, request: Request) -> set[str]:
-    models = {variant.model for variant in request.variants}
+def _scored_members(config: Config, scope: Scope) -> set[str]:
+    models = {variant.model for variant in scope.variants}
     ensembles = [ensemble for name, ensemble in config.ensembles.items() if name in models]
     return {m for ensemble in ensembles for m in ensemble.members} | (models & set(config.members))
 
 
 @dataclass(frozen=True, slots=True)
-class _Run:
+class _Evaluation:
     """One evaluation at work."""
 
     bench: Workbench
-    request: Request
+    scope: Scope
     recipes: Mapping[str, Recipe]
     journal: Journal
 
     def measure(self, task: Task, measure: Measure) -> None:
         """Whatever of a task is missing, for every model."""
-        chosen = self.request.selection.items(task)
+        chosen = self.scope.selection.items(task)
         missing = {
             variant.label: [item for item in chosen if item.index not in self._done(variant, task, measure)]
-            for variant in self.request.variants
+            for variant in self.scope.variants
         }
         if measure == "score" and task.kind != "choice":
             self._generate(task, missing)
@@ -106,15 +106,14 @@ class _Run:
     def items(self) -> dict[str, dict[str, dict[int, Values]]]:
         """Everything that was asked for: model -> task -> index -> values of all measures."""
         return {
-            v.label: {task.name: self._items(v, task) for task in self.request.tasks}
-            for v in self.request.variants
+            v.label: {task.name: self._items(v, task) for task in self.scope.tasks} for v in self.scope.variants
         }
 
     def _items(self, variant: Variant, task: Task) -> dict[int, Values]:
         found: dict[int, Values] = {}
-        for measure in self.request.measures:
+        for measure in self.scope.measures:
             done = self._done(variant, task, measure)
-            for item in self.request.selection.items(task):
+            for item in self.scope.selection.items(task):
                 found[item.index] = {**found.get(item.index, {}), **done.get(item.index, {})}
         return found
 
@@ -125,7 +124,7 @@ class _Run:
         self, task: Task, measure: Measure, chosen: Sequence[Item], missing: Mapping[str, Sequence[Item]]
     ) -> None:
         """All chosen documents at once, which takes seconds a model; only what was missing is put down."""
-        examples = self.request.selection.examples(task)
+        examples = self.scope.selection.examples(task)
         texts = (
             measures.documents(task, chosen)
             if measure == "bits"
@@ -141,28 +140,28 @@ class _Run:
                 self.journal.add((label, task.name, measure), new)
 
     def _scores(self, texts: Sequence[Document], label: str) -> Scores:
-        members = _scored_members(self.bench.config, self.request)
+        members = _scored_members(self.bench.config, self.scope)
         return self.bench.scores(texts, members, label)
 
     def _generate(self, task: Task, missing: Mapping[str, Sequence[Item]]) -> None:
-        examples = self.request.selection.examples(task)
-        for variant in self.request.variants:
+        examples = self.scope.selection.examples(task)
+        for variant in self.scope.variants:
             for done in measures.completions(self.bench, variant, task, missing[variant.label], examples):
                 self.journal.add((variant.label, task.name, "score"), done)
 
 
-def _write(output: Output, config: Config, request: Request, report: Report) -> None:
-    assert output.folder is not None
+def _write(destination: Destination, config: Config, scope: Scope, report: Report) -> None:
+    assert destination.folder is not None
     about = {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "models": [variant.label for variant in request.variants],
-        "tasks": {task.name: [str(task.path), task.kind] for task in request.tasks},
-        "split": request.selection.split,
-        "limit": request.selection.limit,
-        "shots": request.selection.shots,
+        "models": [variant.label for variant in scope.variants],
+        "tasks": {task.name: [str(task.path), task.kind] for task in scope.tasks},
+        "split": scope.selection.split,
+        "limit": scope.selection.limit,
+        "shots": scope.selection.shots,
     }
     text = json.dumps(about | report.as_json(), indent=2)
-    (output.folder / "results.json").write_text(text + "\n", encoding="utf-8")
-    (output.folder / "results.txt").write_text(tables(report) + "\n", encoding="utf-8")
-    if output.draw:
-        plot(report, output.folder / "results.png")
+    (destination.folder / "results.json").write_text(text + "\n", encoding="utf-8")
+    (destination.folder / "results.txt").write_text(tables(report) + "\n", encoding="utf-8")
+    if destination.draw:
+        plot(report, destination.folder / "results.png")

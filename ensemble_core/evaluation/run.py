@@ -10,7 +10,7 @@ from typing import get_args
 
 from ensemble_core.config import Config
 from ensemble_core.errors import EvaluationError
-from ensemble_core.evaluation.evaluate import Output, Request, evaluate
+from ensemble_core.evaluation.evaluate import Destination, Scope, evaluate
 from ensemble_core.evaluation.measures import Measure, Selection
 from ensemble_core.evaluation.report import aligned, tables
 from ensemble_core.evaluation.tasks import Split, Task, parse_task
@@ -21,7 +21,7 @@ from ensemble_core.evaluation.yaml_weights import write_weights
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["Chosen", "Output", "evaluate_models", "parse_measures", "tune_ensemble"]
+__all__ = ["Chosen", "Destination", "evaluate_models", "parse_measures", "tune_ensemble"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,14 +65,14 @@ def evaluate_models(
     chosen: Chosen,
     models: Sequence[str],
     measures: tuple[Measure, ...],
-    output: Output,
+    destination: Destination,
 ) -> str:
     """Tables of all models on all tasks. models: names and variants; none: all of the configuration's."""
     names = models or _all_models(config)
     variants = [parse_variant(spec) for spec in dict.fromkeys(names)]
-    request = Request(chosen.parsed_tasks(), variants, chosen.selection, measures)
+    scope = Scope(chosen.parsed_tasks(), variants, chosen.selection, measures)
     with Workbench(config, chosen.cache) as bench:
-        return tables(evaluate(bench, request, output))
+        return tables(evaluate(bench, scope, destination))
 
 
 def _all_models(config: Config) -> list[str]:

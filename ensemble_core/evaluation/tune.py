@@ -17,7 +17,7 @@ from ensemble_core.decoding.recipe import Recipe
 from ensemble_core.decoding.requests import Overrides
 from ensemble_core.errors import EvaluationError
 from ensemble_core.evaluation import measures
-from ensemble_core.evaluation.evaluate import Output, Request, evaluate
+from ensemble_core.evaluation.evaluate import Destination, Scope, evaluate
 from ensemble_core.evaluation.likelihood import Likelihood
 from ensemble_core.evaluation.measures import Selection
 from ensemble_core.evaluation.offline import DocumentSums, shared_positions
@@ -97,7 +97,7 @@ def _by_score(bench: Workbench, recipe: Recipe, tasks: Sequence[Task], selection
     if not asked:
         raise EvaluationError("--method score needs a task with answers; these are texts alone")
     members = [Variant(name, name, Overrides()) for name in recipe.members]
-    report = evaluate(bench, Request(asked, members, selection, ("score",)), Output())
+    report = evaluate(bench, Scope(asked, members, selection, ("score",)), Destination())
     last = {result.model: result.value.value for result in report.results if result.metric == "accuracy"}
     return in_proportion({name: last[name] for name in recipe.members})
 
