@@ -1,6 +1,6 @@
-"""From a request to a sequence: every member's prompt, and the checks that keep bad input from the engine.
+"""Turns requests into sequences: encodes each member's prompt and rejects what the engine cannot serve.
 
-Thread-safe: it only reads. Knows recipes, prompts and lengths; does not know engines, queues or tensors.
+Thread-safe: it only reads shared state. Knows recipes, prompts and lengths; does not know engines, queues or tensors.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from ensemble_core.text.alignment import Track
 from ensemble_core.text.prompt import PromptEncoder
 from ensemble_core.text.vocabulary import Vocabulary
 
-# No token is known to spell more characters than this many; a longer prompt cannot fit and is not tokenised.
+# No known token spells more characters than this. A prompt with more per token cannot fit and is not tokenised.
 _MAX_CHARS_PER_TOKEN = 256
 
 
 @dataclass(frozen=True, slots=True)
 class Speaker:
-    """What admission needs of a member."""
+    """What admission needs to know of a member."""
 
     vocabulary: Vocabulary
     prompts: PromptEncoder
@@ -40,15 +40,15 @@ class Speaker:
 
 @dataclass(slots=True)
 class _Reading:
-    """What the choices of one prompt share: the recipe, its text, and each member's ids, read when first needed."""
+    """What all choices of one prompt share: the recipe, the text and each member's ids, computed on first use."""
 
     request: GenerationRequest
     recipe: Recipe
     text: str | None = None
-    ids: dict[str, list[int]] = field(default_factory=dict)  # shared by tracks, which never change them
+    ids: dict[str, list[int]] = field(default_factory=dict)  # tracks share these lists and never change them
 
     def serves(self, other: GenerationRequest) -> bool:
-        """Whether another request of the group reads the same; one that shares its objects is compared at once."""
+        """Whether another request of the group can use this reading. Shared objects make the comparison cheap."""
         mine = self.request
         same_prompt = mine.prompt is other.prompt or mine.prompt == other.prompt
         same_model = mine.model == other.model and mine.overrides == other.overrides
@@ -56,7 +56,7 @@ class _Reading:
 
 
 class Admission:
-    """Makes sequences."""
+    """Makes sequences from requests."""
 
     def __init__(self, book: RecipeBook, speakers: Mapping[str, Speaker]) -> None:
         self._book = book
@@ -64,7 +64,7 @@ class Admission:
         self._ids = itertools.count()
 
     def admit(self, request: GenerationRequest) -> Sequence:
-        """A sequence for the engine's queue.
+        """Make a sequence for the engine's queue.
 
         Raises ModelNotFoundError for an unknown model, InvalidRequestError for overrides, prompts, ids, lengths and
         schemas that cannot be served.
@@ -72,9 +72,9 @@ class Admission:
         return self.admit_all([request])[0]
 
     def admit_all(self, requests: Iterable[GenerationRequest]) -> list[Sequence]:
-        """A sequence for each request, all or none; requests of one group have their prompt read once.
+        """Make a sequence for each request, all or none. The prompt of a group is encoded once.
 
-        Raises as `admit`, for the first that cannot be served.
+        Raises as `admit`, for the first request that cannot be served.
         """
         readings: dict[str, _Reading] = {}
         made = []
@@ -88,17 +88,17 @@ class Admission:
         return made
 
     def tokenize(self, model: str, prompt: Prompt, add_special_tokens: bool) -> tuple[list[int], Speaker]:
-        """Ids of a prompt in a model's main member, and that member. Raises as `admit`."""
+        """A prompt's ids in a model's main member, and that member. Raises as `admit`."""
         main = self._speakers[self._book.resolve(model, Overrides()).main]
         return self._encode(main, prompt, add_special_tokens, is_main=True), main
 
     def main_of(self, model: str) -> tuple[str, Speaker]:
-        """A model's main member. Raises ModelNotFoundError."""
+        """The name of a model's main member, and that member. Raises ModelNotFoundError."""
         name = self._book.resolve(model, Overrides()).main
         return name, self._speakers[name]
 
     def _check(self, request: GenerationRequest, recipe: Recipe) -> None:
-        """What can be refused before the prompt is read."""
+        """Raise for what can be refused before the prompt is encoded."""
         params, main = request.params, self._speakers[recipe.main]
         _check_ids("logit_bias", [token_id for token_id, _ in params.logit_bias], main.vocabulary)
         _check_ids("stop_token_ids", params.stop_token_ids, main.vocabulary)
@@ -109,14 +109,17 @@ class Admission:
             )
         if scored and recipe.tau is not None:
             raise InvalidRequestError(
-                "echo with logprobs scores a prompt that the weights by perplexity are still to be taken from; send "
+                "echo with logprobs scores the prompt, but weights by perplexity are known only after it; send "
                 "`ensemble: {weighting: fixed}`, or leave one of them out",
                 "echo",
             )
         self._check_abilities(request, recipe)
 
     def _check_abilities(self, request: GenerationRequest, recipe: Recipe) -> None:
-        """Members elsewhere may answer with few candidates, or at a prompt's last position alone."""
+        """Raise where the request needs more than a member can do.
+
+        A remote member may limit its candidates, or answer only at the last position of a prompt.
+        """
         params = request.params
         whole = recipe.members if recipe.fusion is not None and recipe.fusion.full_vocabulary else ()
         if params.json_schema is not None:
@@ -167,7 +170,7 @@ class Admission:
         return Track(speaker.vocabulary, ids)
 
     def _prompt_ids(self, member: str, reading: _Reading) -> list[int]:
-        """A member's prompt, encoded once. Assistants read the text of main's ids."""
+        """A member's prompt ids, encoded once. Where the request sends ids, assistants encode their text."""
         if member not in reading.ids:
             request, is_main = reading.request, member == reading.recipe.main
             prompt = request.prompt
@@ -194,14 +197,14 @@ class Admission:
         return speaker.prompts.encode(prompt, add_special_tokens)
 
     def _text(self, reading: _Reading) -> str:
-        """What a prompt says, spelt once. Main's ids must have been checked."""
+        """The text of a prompt, decoded once. Main's ids must have been checked."""
         if reading.text is None:
             reading.text = _spelt(reading.request.prompt, self._speakers[reading.recipe.main].vocabulary)
         return reading.text
 
 
 def _spelt(prompt: Prompt, main: Vocabulary) -> str:
-    """What a prompt says; of ids, the text without control tokens. A conversation is not echoed."""
+    """The text of a prompt, without control tokens if it is ids. Empty for a conversation, which is not echoed."""
     if isinstance(prompt, str):
         return prompt
     if isinstance(prompt, Conversation):
@@ -214,7 +217,7 @@ def _is_scored(params: SamplingParams) -> bool:
 
 
 def _check_ids(param: str, token_ids: Iterable[int], vocabulary: Vocabulary) -> None:
-    """Raises InvalidRequestError for the first id that the vocabulary does not have."""
+    """Raise InvalidRequestError for the first id that the vocabulary does not have."""
     for token_id in token_ids:
         if not 0 <= token_id < len(vocabulary):
             raise InvalidRequestError(

@@ -1,8 +1,8 @@
 """The YAML configuration: members, ensembles, matrices, scheduler, server. Floor 0: no torch.
 
-Invariants: unknown keys are refused; every reference (an ensemble's members, its main) resolves; relative
-paths are taken from the folder of the file. It does not know which fusions exist or what options they take:
-`factory.py` checks those against the registry and reports the same way.
+Invariants: unknown keys are refused; every reference (an ensemble's members, its main) resolves; relative paths are
+resolved against the folder of the file. It does not know which fusions and modes exist or what options they take:
+`recipes.check_strategies` checks those against the registries and reports errors the same way.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from ensemble_core.errors import ConfigError
 
 _SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*(B|KB|MB|GB|TB|KIB|MIB|GIB|TIB)\s*$", re.IGNORECASE)
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-_SECRET = "api_keys"  # the field whose value no message quotes
+_SECRET = "api_keys"  # no message quotes the value of this field
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
 AUTO: Literal["auto"] = "auto"
@@ -38,7 +38,7 @@ Weight = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 
 
 def parse_size(text: str | int) -> int:
-    """Bytes of a size such as `2GiB`, `500 MB` or a plain number of bytes. Raises ValueError."""
+    """The number of bytes in a size such as `2GiB`, `500 MB` or a plain number of bytes. Raises ValueError."""
     if isinstance(text, int):
         return text
     match = _SIZE.match(text)
@@ -57,7 +57,7 @@ class MemberConfig(_Section):
     model: str = Field(min_length=1, description="Hub id, folder, or demo:NAME (see `unisono pull`).")
     revision: str | None = Field(None, description="Branch, tag or commit on the hub; ignored by folders.")
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
-        "auto", description="Weights and cache. auto: what the checkpoint was saved in."
+        "auto", description="Of weights and cache. auto: the dtype that the checkpoint was saved in."
     )
     device: str = Field("auto", description="cpu, cuda, cuda:1, ... auto: the first GPU, else the CPU.")
     device_map: str | dict[str, int | str] | None = Field(
@@ -67,19 +67,19 @@ class MemberConfig(_Section):
         None, description="Device -> size for device_map: {0: 20GiB, cpu: 32GiB}."
     )
     kv_memory: int | Literal["auto"] = Field(
-        AUTO, description="This member's KV cache, for example 2GiB. auto: a share of what weights leave."
+        AUTO, description="This member's KV cache, for example 2GiB. auto: a share of what the weights leave."
     )
     kv_cache: Literal["auto", "rows", "paged"] = Field(
-        "auto", description="rows: one place a sequence. paged: small pages. auto: paged on CUDA, rows on the CPU."
+        "auto", description="rows: one row per sequence. paged: small pages. auto: paged on CUDA, rows on the CPU."
     )
     max_len: int = Field(
         2048, ge=16, description="Longest sequence (prompt + completion) in this member's tokens."
     )
     forward: Literal["auto", "transformers"] = Field(
-        "auto", description="auto: flat layers where the family is known; transformers: its own code in any case."
+        "auto", description="auto: flat layers for known families. transformers: always the library's own forward."
     )
     chat_template: str | None = Field(
-        None, description="Jinja text, or a path to a .jinja file, in place of the tokenizer's own template."
+        None, description="Jinja text or the path of a .jinja file, used instead of the tokenizer's own template."
     )
     trust_remote_code: bool = Field(False, description="Run Python code that comes with the checkpoint.")
 
@@ -94,7 +94,7 @@ class MemberConfig(_Section):
 
     @property
     def cache_bytes(self) -> int:
-        """Size of the cache, once it is planned."""
+        """Size of the cache in bytes, once it has been planned."""
         assert isinstance(self.kv_memory, int), "the cache is not planned"
         return self.kv_memory
 
@@ -108,10 +108,10 @@ class MemberConfig(_Section):
 
 
 class _StrategyConfig(_Section):
-    """Which strategy, and its options; a name is short for `{name: NAME}`."""
+    """A strategy and its options. A bare name is short for `{name: NAME}`."""
 
     name: str
-    options: dict[str, Any] = Field(default_factory=dict, description="Checked against the strategy's own.")
+    options: dict[str, Any] = Field(default_factory=dict, description="Checked by the strategy.")
 
     @model_validator(mode="before")
     @classmethod
@@ -126,9 +126,9 @@ class FusionConfig(_StrategyConfig):
 
 
 class ModeConfig(_StrategyConfig):
-    """How the next step of a sequence is taken."""
+    """How a sequence takes its next step."""
 
-    name: str = Field("lockstep", description="A registered mode: lockstep: every member at every step.")
+    name: str = Field("lockstep", description="A registered mode. lockstep: every member answers at every step.")
 
 
 class WeightingConfig(_Section):
@@ -138,7 +138,10 @@ class WeightingConfig(_Section):
         "fixed", description="fixed: as configured. perplexity: times exp(-NLL / tau) of each request's prompt."
     )
     tau: float = Field(
-        DEFAULT_TAU, gt=0.0, allow_inf_nan=False, description="Of perplexity, nats per byte; large: as configured."
+        DEFAULT_TAU,
+        gt=0.0,
+        allow_inf_nan=False,
+        description="For perplexity, nats per byte; large: as configured.",
     )
 
     @model_validator(mode="before")
@@ -154,18 +157,18 @@ class WeightingConfig(_Section):
 
 
 class EnsembleConfig(_Section):
-    """A recipe: which members, how heavy, which of them is main, how they are fused."""
+    """A recipe: the members, their weights, which one is main, and how they are fused."""
 
     members: dict[Name, Weight] = Field(min_length=1, description="Member -> weight; scaled to sum to 1.")
     main: Name = Field(description="The member whose vocabulary the output is sampled from.")
-    fusion: FusionConfig = Field(default_factory=lambda: FusionConfig(), description="How they are fused.")
+    fusion: FusionConfig = Field(default_factory=lambda: FusionConfig(), description="How the members are fused.")
     weighting: WeightingConfig = Field(
         default_factory=lambda: WeightingConfig(), description="fixed, or by each prompt's perplexity."
     )
     mode: ModeConfig = Field(default_factory=lambda: ModeConfig(), description="How steps are taken.")
     on_member_failure: Literal["fail", "drop"] = Field(
         "fail",
-        description="An assistant fails. fail: the request does, too; drop: it goes on without that member.",
+        description="When an assistant fails. fail: the request fails too. drop: it goes on without that member.",
     )
 
     @model_validator(mode="after")
@@ -187,7 +190,7 @@ class EnsembleConfig(_Section):
 class MatricesConfig(_Section):
     """Where transfer matrices lie and how `unisono build` makes them."""
 
-    folder: Path = Field(Path("../matrices"), description="Taken from the folder of this file.")
+    folder: Path = Field(Path("../matrices"), description="Relative to the folder of this file.")
     recipe: Literal["centred", "deepen"] = Field("centred", description="See docs/methods.md.")
     top_k: int = Field(8, ge=1, description="Anchors kept per row.")
     temperature: float = Field(80.0, gt=0.0, description="tau of the centred recipe.")
@@ -195,7 +198,7 @@ class MatricesConfig(_Section):
         0.2,
         ge=0.0,
         le=1.0,
-        description="Median share of mass that pruning must leave to the anchors' own rows, else build refuses.",
+        description="Median share of mass that pruning must leave in the anchors' own rows. Below it, build refuses.",
     )
 
 
@@ -203,38 +206,40 @@ class SchedulerConfig(_Section):
     """Limits of the engine's loop."""
 
     max_running: int = Field(32, ge=1, description="Sequences that decode at the same time.")
-    max_waiting: int = Field(256, ge=1, description="Waiting sequences; one more gets a 429.")
+    max_waiting: int = Field(256, ge=1, description="Sequences that may wait; one more gets a 429.")
     token_budget: int = Field(512, ge=1, description="Most tokens a member is fed in one step.")
     max_stretch: float = Field(
         2.0,
         gt=1.0,
-        description="While streams run: the longest step with prefill over one without, up to three times that while "
-        "more prompts wait than streams run; .inf: any.",
+        description="While streams run: a step with prefill over one without, at most; up to three times that while "
+        "more prompts wait than streams run. .inf: no limit.",
     )
-    prefix_reuse: bool = Field(True, description="Begin prompts with what is cached of earlier ones.")
+    prefix_reuse: bool = Field(True, description="Reuse cached prefixes of earlier prompts.")
     num_candidates: int = Field(256, ge=2, description="K: candidates that each member answers with.")
     member_timeout: float | None = Field(
         None,
         gt=0.0,
         allow_inf_nan=False,
-        description="Seconds that a member's forward may take; then it counts as failed. None: any.",
+        description="Seconds that a call to a member may take; a longer one counts as failed. None: no limit.",
     )
 
 
 class ServerConfig(_Section):
-    """The HTTP edge."""
+    """The HTTP server."""
 
     host: str = Field("127.0.0.1", description="Address to listen on; 0.0.0.0 for all.")
     port: int = Field(8000, ge=0, le=65535, description="0 picks a free one.")
     root_path: str = Field(
-        "", pattern=r"^(/[^/?#\s]+)*$", description="Where a proxy has put the server, for example /llm."
+        "", pattern=r"^(/[^/?#\s]+)*$", description="Path that a proxy gives this server, for example /llm."
     )
-    api_keys: tuple[SecretStr, ...] = Field((), description="Any of these lets a client in; none set: everybody.")
+    api_keys: tuple[SecretStr, ...] = Field(
+        (), description="A client needs one of these; none set: none is needed."
+    )
     api_key_env: str | None = Field(
         None, min_length=1, description="Environment variable with more keys, comma separated."
     )
-    api_key_file: Path | None = Field(None, description="File with more keys, a line each; # begins a comment.")
-    protect_metrics: bool = Field(True, description="Whether /metrics needs a key, too, where keys are set.")
+    api_key_file: Path | None = Field(None, description="File with more keys, one per line; # begins a comment.")
+    protect_metrics: bool = Field(True, description="Whether /metrics needs a key as well, if keys are set.")
     cors_origins: tuple[str, ...] = Field((), description="Web pages that may call: https://a.org, or * for all.")
     tls_cert_file: Path | None = Field(None, description="PEM certificate chain; with tls_key_file: HTTPS.")
     tls_key_file: Path | None = Field(None, description="PEM private key.")
@@ -243,7 +248,7 @@ class ServerConfig(_Section):
     )
     max_body_bytes: int = Field(4 * 2**20, ge=1024, description="Larger bodies get a 413.")
     max_choices: int = Field(128, ge=1, description="Most prompts x n of one request.")
-    drain_seconds: float = Field(30.0, ge=0.0, description="At shutdown running requests get this long.")
+    drain_seconds: float = Field(30.0, ge=0.0, description="How long requests may go on at shutdown.")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Of our loggers.")
 
     @field_validator("max_body_bytes", mode="before")
@@ -260,7 +265,7 @@ class ServerConfig(_Section):
         return self
 
     def replaced(self, **chosen: object) -> ServerConfig:
-        """The section with some fields set anew, and checked. Raises ConfigError as `load_config` does."""
+        """The section with some fields replaced and checked. Raises ConfigError as `load_config` does."""
         try:
             return ServerConfig.model_validate({**dict(self), **chosen})
         except ValidationError as error:
@@ -275,14 +280,14 @@ class Config(_Section):
     matrices: MatricesConfig = Field(default_factory=lambda: MatricesConfig())
     scheduler: SchedulerConfig = Field(default_factory=lambda: SchedulerConfig())
     deterministic: bool = Field(
-        False, description="A request's answer is the same, bit for bit, whatever else is running. CPU only."
+        False, description="A request's answer is the same, bit for bit, whatever other requests run. CPU only."
     )
     server: ServerConfig = Field(default_factory=lambda: ServerConfig())
     _source: Path | None = PrivateAttr(None)
 
     @property
     def build_command(self) -> str:
-        """The command that builds this configuration's matrices, for messages."""
+        """The command that builds this configuration's matrices, for use in messages."""
         return f"unisono build --config {self._source or 'FILE'}"
 
     @model_validator(mode="after")
@@ -299,9 +304,9 @@ class Config(_Section):
 
 
 def load_config(path: str | Path) -> Config:
-    """Read and check a YAML file; relative paths in it are resolved against its folder.
+    """Read and check a YAML file. Relative paths in it are resolved against its folder.
 
-    Raises ConfigError with one line per wrong field: its path, what is wrong, what was given.
+    Raises ConfigError that gives, for each wrong field, its path, what is wrong and what was given.
     """
     path = Path(path)
     try:
@@ -324,7 +329,7 @@ def load_config(path: str | Path) -> Config:
 
 
 def _yaml_line(error: yaml.YAMLError) -> str:
-    """What is wrong and where; not the line itself, which may hold a key."""
+    """What is wrong and where. Never quotes the line itself, which may hold a key."""
     if not isinstance(error, yaml.MarkedYAMLError) or error.problem_mark is None:
         return " ".join(str(error).split())
     mark = error.problem_mark

@@ -1,8 +1,8 @@
 """The engine: schedule, feed the members, decide, append, align, finish. One thread owns it.
 
-Invariants: a sequence that ends, however it ends, gives back its pages in every member; a member's failure concerns
-the sequences that it was asked about and no other (`decoding/failures.py`); what one request's own data can make go
-wrong ends that request alone. Does not know threads, asyncio or HTTP, or how a mode decides.
+Invariants: a sequence that ends for any reason gives back its pages in every member; a member's failure affects only
+the sequences in the failed call (`decoding/failures.py`); an error caused by one request's data ends only that
+request. Does not know threads, asyncio or HTTP, or how a mode decides.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from ensemble_core.members.parallel import MemberPool
 from ensemble_core.stats import Record, discard
 
 News = tuple[int, Output]  # seq_id, what happened
-_BUSY_SECONDS = 0.01  # to wait at once for members while nothing can go on without them
+_BUSY_SECONDS = 0.01  # longest single wait for busy members while no sequence can go on without them
 
 
 class Engine:
-    """Members, sequences and the loop's body."""
+    """The members, the sequences and the body of the loop."""
 
     def __init__(
         self,
@@ -41,9 +41,9 @@ class Engine:
         prefix_reuse: bool = True,
         member_timeout: float | None = None,
     ) -> None:
-        """prefix_reuse: prompts begin with what is cached of others; choices of one prompt always share it.
+        """prefix_reuse: prompts reuse cached prefixes of other prompts; choices of one prompt always share theirs.
 
-        member_timeout: seconds that a call to a member may take; None: any.
+        member_timeout: seconds that a call to a member may take; None: no limit.
         """
         self.members = dict(members)
         capacities = {n: Capacity(m.page_size, m.num_pages, m.max_len, m.min_prefix) for n, m in members.items()}
@@ -57,7 +57,7 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        """True while some sequence runs or waits."""
+        """True while any sequence runs or waits."""
         return self.scheduler.has_work
 
     def add(self, sequences: list[Sequence]) -> None:
@@ -66,7 +66,7 @@ class Engine:
         self._telemetry.queue()
 
     def step(self) -> list[News]:
-        """One step of everything that runs; the news of every sequence that moved."""
+        """Take one step of all running sequences; returns the news of each sequence that got tokens or ended."""
         self._pool.settle()
         self._admit()
         step = Step(self._failures.feasible(self.scheduler.schedule()))
@@ -85,7 +85,7 @@ class Engine:
         return news + self._retire()
 
     def abort(self, seq_ids: Iterable[int]) -> list[News]:
-        """End sequences now; unknown ones are fine."""
+        """End sequences now. Unknown ids are ignored."""
         wanted = set(seq_ids)
         for sequence in (*self.scheduler.running, *self.scheduler.waiting):
             if sequence.seq_id in wanted and sequence.phase is not Phase.FINISHED:
@@ -93,24 +93,27 @@ class Engine:
         return self._retire()
 
     def report_caches(self) -> None:
-        """Record what every member's cache holds, but for those that are busy."""
+        """Record the state of each member's cache, except for busy members."""
         self._pool.settle()
         for name in self.members.keys() - self._pool.busy:
             self._telemetry.cache(name, self.members[name])
 
     def close(self) -> None:
-        """End the threads of the members."""
+        """Stop the members' threads."""
         self._pool.close()
 
     def _admit(self) -> None:
-        """Let waiting sequences in, and let them begin with what each member has cached of their prompts."""
+        """Admit waiting sequences, and reuse what each member has cached of their prompts."""
         for sequence in self.scheduler.admit():
             self._telemetry.preemption(sequence)
             self._release(sequence)
         self._reuse()
 
     def _reuse(self) -> None:
-        """A prompt that is scored or weighed needs an answer at every position, so it is computed in full."""
+        """Reuse cached prefixes of the prompts that begin now.
+
+        A prompt that is scored or weighed needs an answer at every position, so it is computed in full.
+        """
         for sequence, leader in self.scheduler.beginners():
             if sequence.first_token is None:
                 sequence.num_reused = 0
@@ -128,25 +131,25 @@ class Engine:
                 self._begin(sequence, member, found[sequence.seq_id])
 
     def _begin(self, sequence: Sequence, member: str, found: int | MemberError) -> None:
-        """A member has some of a prompt cached, or has failed to say so."""
+        """Take in how much of a prompt a member had cached, or that its look-up failed."""
         if isinstance(found, MemberError):
             self._failures.lose_to(sequence, member, found)
             return
         if member == sequence.recipe.main and sequence.first_token is None:
-            sequence.num_reused = found  # later it is computed anew, of which its client knows nothing
+            sequence.num_reused = found  # a later recomputation is not reported to the client
         if found and member in sequence.tracks:
             sequence.tracks[member].cache(found)
             self._telemetry.prefix(member, found)
 
     def _decide(self, turns: list[Turn], answers: Mapping[str, Answers]) -> Outcome:
-        """What each mode makes of its sequences' answers."""
+        """Let each mode decide its own sequences."""
         by_mode: dict[ModeChoice, list[Turn]] = {}
         for turn in turns:
             by_mode.setdefault(turn.sequence.recipe.mode, []).append(turn)
         return joined(self._decide_by(mode_of(mode), own, answers) for mode, own in by_mode.items())
 
     def _decide_by(self, mode: Mode, turns: list[Turn], answers: Mapping[str, Answers]) -> Outcome:
-        """Where the batch raises, each turn alone, so that only the one at fault fails."""
+        """Decide a batch. If that raises, decide each turn alone, so that only the turn at fault fails."""
         try:
             return mode.decide(turns, answers, self._num_candidates)
         except Exception as error:
@@ -155,7 +158,7 @@ class Engine:
             return Outcome([Decision(turns[0].sequence, error=fault(turns[0].sequence, error))])
 
     def _append(self, decisions: list[Decision]) -> list[News]:
-        """Put what is decided to the sequences, and say what became of it."""
+        """Apply the decisions to their sequences; returns the news of those that got tokens and go on."""
         news = []
         for decision in decisions:
             sequence = decision.sequence
@@ -173,7 +176,7 @@ class Engine:
         return news
 
     def _align(self, step: Step) -> None:
-        """Respell the new text in every assistant; its next feed rolls back what it had cached otherwise."""
+        """Respell the new text in every assistant. Its next feed rolls back the cached tokens that changed."""
         started = time.perf_counter()
         for sequence in (turn.sequence for turn in step.turns):
             with own_fault(sequence):
@@ -193,7 +196,7 @@ class Engine:
                 sequence.finish("length")
 
     def _retire(self) -> list[News]:
-        """Release every finished sequence everywhere; their last news."""
+        """Release finished sequences in every member; returns their last news."""
         news = []
         for sequence in self.scheduler.retire():
             self._release(sequence)
@@ -204,7 +207,7 @@ class Engine:
         return news
 
     def _release(self, sequence: Sequence) -> None:
-        """Give back its pages everywhere; what is sound of them may serve others."""
+        """Give back its pages in every member. Finite prefixes may be reused by other sequences."""
         keep = self._prefix_reuse and sequence.finish_reason != "error"
         for member in sequence.tracks:
             self._pool.release(member, sequence.seq_id, keep)

@@ -1,8 +1,7 @@
-"""The one tree of errors.
+"""All typed errors, in one tree.
 
-Every error that a user can cause or must act on is a `UnisonoError`: its message names the field, what was
-given, what is allowed and what to do. This file knows nothing of HTTP; `server/edge/errors.py` maps the tree to
-statuses.
+Every error that a user can cause or must act on is a `UnisonoError`. Its message names the field, what was given,
+what is allowed and what to do. This file does not know HTTP; `server/edge/errors.py` maps the tree to statuses.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ class UnisonoError(Exception):
 
 
 class ConfigError(UnisonoError):
-    """A configuration file that cannot be used. The message carries the path of the field."""
+    """A configuration file that cannot be used. The message gives the path of the field."""
 
 
 class InvalidRequestError(UnisonoError):
@@ -29,7 +28,7 @@ class ModelNotFoundError(UnisonoError):
 
 
 class QueueFullError(UnisonoError):
-    """The bounded queue of waiting requests is full; the client should come back later."""
+    """The bounded queue of waiting sequences is full; the client should try again later."""
 
 
 class NotReadyError(UnisonoError):
@@ -37,7 +36,7 @@ class NotReadyError(UnisonoError):
 
 
 class MemberError(UnisonoError):
-    """A member failed while it worked on a request. Other requests go on."""
+    """A call to a member failed. Only the requests in that call are affected."""
 
     def __init__(self, member: str, message: str) -> None:
         super().__init__(f"member {member!r}: {message}")
@@ -45,15 +44,15 @@ class MemberError(UnisonoError):
 
 
 class MemberTimeoutError(MemberError):
-    """A member's forward took longer than `scheduler.member_timeout`."""
+    """A call to a member took longer than `scheduler.member_timeout`."""
 
 
 class WireError(UnisonoError):
-    """A message from or to a member elsewhere is damaged, of another version, or contradicts itself."""
+    """A message from or to a remote member is damaged, contradicts itself or has another version."""
 
 
 class ConstraintError(UnisonoError):
-    """The text of one request can no longer follow its grammar. It ends that request alone."""
+    """The text of a request can no longer follow its grammar. Ends only that request."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(f"response_format: the text cannot follow its JSON schema: {reason}; simplify the schema")
@@ -73,7 +72,7 @@ class TransferMatrixError(UnisonoError):
 
 
 class UnknownStrategyError(UnisonoError):
-    """A name that no registered strategy has; the message lists those that exist."""
+    """No strategy is registered under this name; the message lists the known names."""
 
 
 class EvaluationError(UnisonoError):

@@ -1,7 +1,7 @@
-"""From a configuration to a working engine: the one place that knows concrete classes.
+"""Builds a working engine from a configuration. The one place that knows concrete classes.
 
-Order: what can be refused without loading is refused first (names, options, missing files), then tokenizers and
-matrices, then the models. Does not know threads or HTTP.
+What can be checked without loading is checked first: names, options, chat templates. Then it loads the vocabularies,
+the models, and last the matrices that the configured fusions need. Does not know threads or HTTP.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ logger = logging.getLogger(__name__)
 _FUSIONS = ("relative", "projection", "union", "gac", "eva", "contrastive", "robust", "consistency")
 _MODES = ("lockstep",)
 for _strategy in (*(f"fusion.{name}" for name in _FUSIONS), *(f"decoding.modes.{name}" for name in _MODES)):
-    importlib.import_module(f"ensemble_core.{_strategy}")  # a strategy registers itself when its file is imported
+    importlib.import_module(f"ensemble_core.{_strategy}")  # importing a strategy's file registers it
 
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """Everything that serves requests."""
+    """Everything needed to serve requests."""
 
     engine: Engine
     admission: Admission
@@ -53,7 +53,7 @@ class Loaded:
 
 
 def check(config: Config) -> None:
-    """What can be found wrong without loading anything. Raises ConfigError."""
+    """Check what can be checked without loading anything. Raises ConfigError."""
     check_strategies(config)
     for name, member in config.members.items():
         read_template(name, member.chat_template)
@@ -73,9 +73,9 @@ def load(config: Config, record: Record) -> Loaded:
 
 
 def load_recipes(config: Config) -> tuple[RecipeBook, dict[str, Vocabulary]]:
-    """Recipes with their fusions, on the CPU, and every member's vocabulary: no model is loaded.
+    """The recipes, with fusions on the CPU, and every member's vocabulary, without loading any model.
 
-    Raises as `load`; a matrix is read when the first recipe asks for it.
+    Raises as `load`. A matrix is read when a recipe first needs it.
     """
     check(config)
     vocabularies = {name: load_vocabulary(name, member) for name, member in config.members.items()}
@@ -126,14 +126,14 @@ class _Placed(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class _Spoken:
-    """A member whose model is not there."""
+    """A member whose model is not loaded."""
 
     vocabulary: Vocabulary
     device: torch.device
 
 
 class Spaces:
-    """Fusion spaces of the resident members; each matrix is loaded once for all ensembles over one set."""
+    """Fusion spaces of the members. Ensembles over the same set of members share its matrices."""
 
     def __init__(self, config: Config, members: Mapping[str, _Placed]) -> None:
         self._config = config
@@ -141,7 +141,7 @@ class Spaces:
         self._matrices: dict[tuple[frozenset[str], str], TransferMatrix] = {}
 
     def space(self, members: tuple[str, ...], whole: tuple[str, ...]) -> FusionSpace:
-        """The space of `members` (main first), with the matrices of the ensemble's `whole` set."""
+        """The space of `members` (main first), with matrices made for `whole`, the ensemble's full set."""
         return FusionSpace(
             vocabularies=[self._members[name].vocabulary for name in members],
             matrices=lambda: [self._matrix(name, whole) for name in members],

@@ -1,4 +1,4 @@
-"""Where everything that can be fetched or computed again lies: models, compiled loops, what members said of texts."""
+"""The folder for everything that can be fetched or computed again: models, compiled loops, cached answers."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@
     for completion in llm.generate(["The capital of France is"], SamplingParams(max_tokens=32, temperature=0)):
         print(completion.text)
 
-Prompts of one call are batched as the server batches requests. Not thread-safe: one thread owns an LLM.
+The prompts of one call are batched as the server batches requests. Not thread-safe: one thread must own an LLM.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ from ensemble_core.stats import Reason, Record, discard
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """The answer to one prompt. token_ids and counts are the main member's.
+    """The answer to one prompt. token_ids and num_prompt_tokens are the main member's.
 
-    dropped: members that failed on the way and were done without, with the reason.
+    dropped: members that failed while the answer went on without them, with the reason.
     """
 
     text: str
@@ -54,14 +54,14 @@ class Completion:
 
 
 class LLM:
-    """All models of a configuration, in this process. Raises a UnisonoError if they cannot be loaded."""
+    """All models of a configuration, loaded in this process. Raises a UnisonoError if that fails."""
 
     def __init__(self, config: str | Path | Config, record: Record = discard) -> None:
         self._config = config if isinstance(config, Config) else load_config(config)
         loaded = factory.load(self._config, record)
         self._engine, self._admission = loaded.engine, loaded.admission
         self.models: list[ModelInfo] = loaded.models
-        self._inbox: dict[int, list[Output]] = {}  # news of every open call's sequences, not read yet
+        self._inbox: dict[int, list[Output]] = {}  # seq_id -> unread outputs, for every open call
         self._names = itertools.count()
 
     def generate(
@@ -71,10 +71,10 @@ class LLM:
         model: str | None = None,
         overrides: Overrides | None = None,
     ) -> list[Completion]:
-        """Complete every prompt (a text, main's ids, or a conversation); answers in the order of prompts.
+        """Complete every prompt (a text, main's ids or a conversation). Answers keep the order of the prompts.
 
-        params: one for all, or one each. model: an ensemble or a member; None: the first ensemble. Raises
-        InvalidRequestError, ModelNotFoundError before anything runs; UnisonoError where a member failed.
+        params: one for all, or one each. model: an ensemble or a member; None: the first ensemble, else the first
+        member. Raises InvalidRequestError or ModelNotFoundError before anything runs, UnisonoError if a request fails.
         """
         requests = self._requests([prompts] if isinstance(prompts, str) else prompts, params, model, overrides)
         outputs: dict[int, list[Output]] = {request.seq_id: [] for request in requests}
@@ -91,7 +91,7 @@ class LLM:
         model: str | None = None,
         overrides: Overrides | None = None,
     ) -> Iterator[str]:
-        """Complete one prompt piece by piece; an abandoned stream is aborted."""
+        """Complete one prompt and yield its text in pieces. Closing the generator aborts the request."""
         requests = self._requests([prompt], params, model, overrides)
         for _, output in self._run(requests):
             if output.error:
@@ -101,15 +101,15 @@ class LLM:
 
     @property
     def members(self) -> Mapping[str, Member]:
-        """The resident members. Who feeds them directly releases what was fed before the next call here."""
+        """The resident members. A caller that feeds them must release its sequences before the next call here."""
         return self._engine.members
 
     def encode(self, model: str, text: str) -> list[int]:
-        """Ids of a prompt in a model's main member. Raises ModelNotFoundError, InvalidRequestError."""
+        """A prompt's ids in a model's main member. Raises ModelNotFoundError, InvalidRequestError."""
         return self._admission.tokenize(model, text, add_special_tokens=True)[0]
 
     def close(self) -> None:
-        """End the engine's threads."""
+        """Stop the engine's threads."""
         self._engine.close()
 
     def _requests(
@@ -140,9 +140,9 @@ class LLM:
         )
 
     def _run(self, requests: list[Sequence]) -> Iterator[tuple[int, Output]]:
-        """Drive the engine until all requests have ended; the queue's bound only means feeding it in parts.
+        """Drive the engine until all requests have ended. More requests than the queue holds are added as room comes.
 
-        Several calls may be open at once (streams that are read in turn): each step moves all of them.
+        Several calls may be open at once (streams that are read in turn). Each step advances all of them.
         """
         waiting = list(reversed(requests))
         left = {request.seq_id for request in requests}
@@ -160,13 +160,13 @@ class LLM:
                 del self._inbox[request.seq_id]
 
     def _step(self, waiting: list[Sequence]) -> None:
-        """One step of everything that runs, with each sequence's news put into its box."""
+        """Take one step and put each sequence's news into its inbox."""
         self._refill(waiting)
         for seq_id, output in self._engine.step():
             self._inbox[seq_id].append(output)
 
     def _unread(self, seq_ids: set[int]) -> list[tuple[int, Output]]:
-        """Empty the boxes of some sequences."""
+        """Take the unread outputs of some sequences."""
         news = [(seq_id, output) for seq_id in sorted(seq_ids) for output in self._inbox[seq_id]]
         self._inbox.update((seq_id, []) for seq_id in seq_ids)
         return news

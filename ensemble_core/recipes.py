@@ -1,8 +1,8 @@
-"""Which recipe a request asks for: a model's name, and what the request overrides.
+"""Finds the recipe for a request, from the model's name and the request's overrides.
 
-Invariants: every recipe handed out is valid (known members, weights that sum to 1, a fusion whose options were
-checked); requests for the same thing share one fusion, the configured ones for good. Knows the configuration and
-fusions; does not know prompts, sequences or engines.
+Invariants: every recipe is valid (known members, weights that sum to 1, a fusion and a mode whose options were
+checked); requests for the same fusion share one object; configured fusions stay built. Knows the configuration and
+the strategies; does not know prompts, sequences or engines.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ from ensemble_core.errors import (
 from ensemble_core.fusion.base import FUSIONS, Fusion, FusionSpace, build_fusion
 from ensemble_core.fusion.shelf import FusionShelf
 
-# The space of some members of an ensemble, main first; matrices are those of the ensemble's whole set.
+# (some members of an ensemble, main first; all its members) -> space, with the matrices of the full set.
 SpaceOf = Callable[[tuple[str, ...], tuple[str, ...]], FusionSpace]
 
-_MAX_FUSIONS = 64  # built fusions that clients chose and that are kept
+_MAX_FUSIONS = 64  # most fusions chosen by clients that are kept
 
 
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
-    """What a client can ask for. recipe: None for a member alone."""
+    """A model that a client can request. recipe: None for a single member."""
 
     name: str
     kind: Literal["ensemble", "member"]
@@ -55,7 +55,7 @@ def check_strategies(config: Config) -> None:
 
 
 def list_models(config: Config, max_len: Mapping[str, int]) -> list[ModelInfo]:
-    """All ensembles, then all members. max_len: member -> tokens a sequence."""
+    """All ensembles, then all members. max_len: member -> tokens per sequence."""
     ensembles = [
         ModelInfo(name, "ensemble", max_len[ensemble.main], _described(ensemble))
         for name, ensemble in config.ensembles.items()
@@ -64,7 +64,7 @@ def list_models(config: Config, max_len: Mapping[str, int]) -> list[ModelInfo]:
 
 
 class RecipeBook:
-    """Recipes by name, and fusions that are built once."""
+    """Recipes by name. Each fusion is built once."""
 
     def __init__(self, config: Config, space_of: SpaceOf) -> None:
         self._config = config
@@ -99,7 +99,8 @@ class RecipeBook:
     def warm(self) -> None:
         """Build every configured ensemble's fusion, so that missing matrices are found at start.
 
-        Where members may be dropped, also what is left without any one of them: no request waits for that.
+        Where members may be dropped, also build the fusions that remain after losing any one of them, so that no
+        request waits for that.
         """
         for name in self._config.ensembles:
             recipe = self.resolve(name, Overrides())
@@ -119,7 +120,7 @@ class RecipeBook:
     def _fusion(
         self, model: str, ensemble: EnsembleConfig, members: tuple[str, ...], overrides: Overrides
     ) -> tuple[str, str, Fusion | None]:
-        """Its name, what it is but for its members, and the fusion; None where one member is alone."""
+        """The fusion's name, its key (the same for any subset of the members) and the fusion; None for one member."""
         name = overrides.fusion or ensemble.fusion.name
         options: Mapping[str, Any] = ensemble.fusion.options if overrides.fusion is None else {}
         if overrides.fusion_options is not None:
@@ -154,12 +155,12 @@ class RecipeBook:
 
 
 def _weights(ensemble: EnsembleConfig, overrides: Overrides) -> dict[str, float]:
-    """Member -> weight, main first, summing to 1; what the request does not name keeps its configured weight."""
+    """Member -> weight, main first, summing to 1. Weights that the request does not give are the configured ones."""
     chosen = overrides.members if overrides.members is not None else tuple(ensemble.members)
     _require_members(chosen, ensemble, "ensemble.members")
     if ensemble.main not in chosen or len(set(chosen)) != len(chosen):
         raise InvalidRequestError(
-            f"ensemble.members must name the main member {ensemble.main!r} and nobody twice, got {list(chosen)}",
+            f"ensemble.members must name the main member {ensemble.main!r} and no member twice, got {list(chosen)}",
             "ensemble.members",
         )
     given = dict(overrides.weights or {})
@@ -192,7 +193,7 @@ def _tau(ensemble: EnsembleConfig, overrides: Overrides) -> float | None:
 
 
 def _mode(ensemble: EnsembleConfig, overrides: Overrides) -> ModeChoice:
-    """How steps are taken. Options that a request does not send are the configured ones, if the mode is."""
+    """The mode. If the request sends no options, a configured mode keeps its configured options."""
     name = overrides.mode or ensemble.mode.name
     options = dict(ensemble.mode.options) if name == ensemble.mode.name else {}
     if overrides.mode_options is not None:

@@ -1,6 +1,6 @@
-"""Strategies by name: each registers itself with a pydantic model of its options.
+"""Strategies by name. Each registers itself with a pydantic model of its options.
 
-Errors list what is registered. Knows neither fusions nor modes, which are the two kinds of strategies.
+Errors list the registered names. Does not know the kinds of strategies (fusions, modes).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Registry(Generic[Factory]):
         self._entries: dict[str, tuple[type[BaseModel], Factory]] = {}
 
     def register(self, name: str, options: type[BaseModel]) -> Callable[[Factory], Factory]:
-        """Class decorator: make a strategy known under `name`."""
+        """Decorator that registers a strategy's class or factory under `name`."""
 
         def decorate(factory: Factory) -> Factory:
             self._entries[name] = (options, factory)
@@ -36,11 +36,11 @@ class Registry(Generic[Factory]):
         return sorted(self._entries)
 
     def factory(self, name: str) -> Factory:
-        """What makes the strategy `name`, which `parse` has let through."""
+        """The factory of a strategy whose name `parse` has accepted."""
         return self._entries[name][1]
 
     def parse(self, name: str, options: dict[str, Any], where: str) -> BaseModel:
-        """Check a strategy's options; `where` is the path of the field, for the message.
+        """Check a strategy's options. where: path of the field, for messages.
 
         Raises UnknownStrategyError for an unknown name, ConfigError for wrong options.
         """

@@ -1,8 +1,8 @@
-"""The engine's thread: commands in through a queue, outputs back to asyncio.
+"""The engine's thread: takes commands from a queue and sends outputs to asyncio.
 
-One thread owns the engine, its members and its sequences; everybody else sends commands. Invariants: a submitted
-request gets exactly one last output, whatever happens to it, to the engine or to the client; closing a stream
-aborts what is unfinished. Does not know HTTP, Prometheus or models.
+One thread owns the engine, its members and its sequences; other threads send it commands. Invariants: a submitted
+request gets exactly one last output, whatever happens to the request, the engine or the client; closing a stream
+aborts its unfinished requests. Does not know HTTP, Prometheus or models.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _IDLE_SECONDS = 1.0  # between cache reports while nothing runs
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """Whether requests are taken, and why not."""
+    """Whether requests are accepted, and if not, why."""
 
     state: State
     reason: str
@@ -46,7 +46,7 @@ class Status:
 
 @dataclass(frozen=True, slots=True)
 class Tokenized:
-    """A prompt in tokens: ids, their text, and the context length they must fit."""
+    """A prompt as tokens: ids, their text, and the context length that they must fit."""
 
     token_ids: tuple[int, ...]
     tokens: tuple[str, ...]
@@ -56,7 +56,8 @@ class Tokenized:
 class OutputStream(AsyncIterator[tuple[int, Output]]):
     """Outputs of one submission: (position in the requests, output), until every request has ended.
 
-    A generator that was never started would not run its `finally`; closing this always aborts what is unfinished.
+    Not a generator, since one that was never started would not run its `finally`. Closing this always aborts the
+    unfinished requests.
     """
 
     def __init__(
@@ -75,7 +76,7 @@ class OutputStream(AsyncIterator[tuple[int, Output]]):
         return index, output
 
     async def aclose(self) -> None:
-        """Abort what is unfinished; again is fine."""
+        """Abort the unfinished requests. Calling it again does nothing."""
         if self._left:
             self._abort(list(self._left.values()))
             self._left.clear()
@@ -91,17 +92,17 @@ class Runtime:
         self._status = Status("loading", "members and matrices are being loaded")
         self._loaded: factory.Loaded | None = None
         self._failure: BaseException | None = None
-        self._settled = threading.Event()  # loaded, or failed to
+        self._settled = threading.Event()  # set once loading has succeeded or failed
         self._commands: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
         self._listeners: dict[int, Listener] = {}
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> None:
-        """Start the thread, which loads and then serves; returns at once."""
+        """Start the thread, which loads and then serves. Returns at once."""
         self._thread.start()
 
     def wait_ready(self) -> None:
-        """Block until everything is loaded; raises what loading raised."""
+        """Block until everything is loaded. Raises whatever loading raised."""
         self._settled.wait()
         if self._failure is not None:
             raise self._failure
@@ -111,16 +112,16 @@ class Runtime:
         return self._status
 
     def models(self) -> list[ModelInfo]:
-        """All ensembles and members; lengths are the configured ones until everything is loaded."""
+        """All ensembles and members. Until everything is loaded, lengths are the configured ones."""
         if self._loaded is not None:
             return self._loaded.models
         return list_models(self._config, {name: member.max_len for name, member in self._config.members.items()})
 
     async def submit(self, requests: Rows[GenerationRequest]) -> OutputStream:
-        """Queue requests, all or none; a stream of (position in `requests`, output) until all have ended.
+        """Queue requests, all or none; returns a stream of (position in `requests`, output) until all have ended.
 
         Raises NotReadyError, ModelNotFoundError, InvalidRequestError or QueueFullError before any output. Closing
-        the stream aborts what is unfinished.
+        the stream aborts the unfinished requests.
         """
         loaded = self._require_ready()
         sequences = await asyncio.to_thread(loaded.admission.admit_all, requests)
@@ -136,13 +137,13 @@ class Runtime:
         return Tokenized(tuple(ids), names, main.max_len)
 
     async def detokenize(self, model: str, token_ids: Rows[int]) -> str:
-        """The text of ids of a model's main member, control tokens by their names. Raises as `submit`."""
+        """The text of the main member's ids, with control tokens by name. Raises as `submit`."""
         admission = self._require_ready().admission
         ids, main = await asyncio.to_thread(admission.tokenize, model, tuple(token_ids), False)
         return b"".join(main.vocabulary.tokens[token_id] for token_id in ids).decode("utf-8", "replace")
 
     def tokenizer_info(self, model: str) -> dict[str, Any]:
-        """The tokenizer of a model's main member. Raises NotReadyError, ModelNotFoundError."""
+        """Facts about the tokenizer of a model's main member. Raises NotReadyError, ModelNotFoundError."""
         name, main = self._require_ready().admission.main_of(model)
         return {
             "member": name,
@@ -154,7 +155,7 @@ class Runtime:
         }
 
     async def drain(self, seconds: float) -> None:
-        """Refuse new requests, let running ones end for up to `seconds`, then abort the rest."""
+        """Refuse new requests, give open ones up to `seconds` to end, then abort the rest."""
         if self._status.state != "ready":
             return
         self._status = Status("draining", "the server is shutting down")
@@ -167,7 +168,7 @@ class Runtime:
             self._commands.put(lambda engine: engine.abort(left))
 
     def stop(self) -> None:
-        """End the thread after what it is doing; unfinished requests are aborted."""
+        """Stop the thread after its current step and abort unfinished requests."""
         self._commands.put(None)
         if self._thread.is_alive():
             self._thread.join()
@@ -210,7 +211,7 @@ class Runtime:
         self._commands.put(lambda engine: engine.abort(seq_ids))
 
     def _run(self) -> None:
-        """The thread: load, then loop until stopped. Whatever goes wrong here ends the engine, not the process."""
+        """The thread's function: load, then loop until stopped. An error ends the engine, not the process."""
         try:
             loaded = factory.load(self._config, self._record)
         except BaseException as error:
@@ -241,7 +242,7 @@ class Runtime:
             engine.report_caches()
 
     def _pending(self, busy: bool) -> list[Command | None]:
-        """Commands that have come in; waits for one while there is nothing else to do."""
+        """Commands that have arrived. If the engine is idle, waits for one."""
         commands: list[Command | None] = []
         try:
             commands.append(self._commands.get(block=not busy, timeout=None if busy else _IDLE_SECONDS))
@@ -264,13 +265,13 @@ class Runtime:
         self._settled.set()
 
     def _end_all(self) -> None:
-        """Nobody waits for an engine that is gone: run what was queued against its end."""
+        """Send each open request its last output, since the engine is gone."""
         lost = Output("", (), 0, 0, "error", error=f"the engine is gone: {self._status.reason}")
         self._publish([(seq_id, lost) for seq_id in list(self._listeners)])
 
 
 def _call(loop: asyncio.AbstractEventLoop, function: Callable[..., object], *args: object) -> None:
-    """Run a function in the loop; a loop that is closed has nobody left to tell."""
+    """Run a function in an event loop. A closed loop has no listener left, so nothing is run."""
     try:
         loop.call_soon_threadsafe(function, *args)
     except RuntimeError:

@@ -1,7 +1,7 @@
-"""Plain numbers that the engine hands out; floor 0, no torch, no Prometheus.
+"""Metrics of the engine as plain records. Floor 0: no torch, no Prometheus.
 
-The engine fills these records and hands each to one `record(stats)`. `server/edge/metrics.py` is the one that knows
-Prometheus; tests use the `append` of a list. All durations are seconds.
+The engine fills these records and passes each to `record(stats)`. `server/edge/metrics.py` turns them into Prometheus
+metrics; tests collect them in a list. All durations are seconds.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from typing import Literal
 
 Phase = Literal["prefill", "decode"]
 Cause = Literal["exception", "non_finite", "timeout"]  # how a member fails
-# Why a member is left out: its failure; busy: an earlier forward has not come back; idle: the fusion has no use for
-# it without another one that failed.
+# Why a member is left out: its failure; busy: an earlier call has not returned; idle: the fusion cannot use it
+# without another member that was lost.
 Reason = Literal["exception", "non_finite", "timeout", "busy", "idle"]
 
 
@@ -22,7 +22,7 @@ class MemberStats:
     """What one member did in one step."""
 
     member: str
-    phase: Phase  # "prefill" as soon as one of its feeds is a part of a prompt
+    phase: Phase  # "prefill" if any of its feeds is part of a prompt
     forward_seconds: float
     wait_seconds: float  # from the end of its forward until the slowest member of the step was done
     prefill_tokens: int
@@ -37,17 +37,17 @@ class FusionStats:
     model: str
     fusion: str
     seconds: float
-    unmapped: dict[str, list[float]]  # member -> mass per row that found no place in main's vocabulary
-    agreed: dict[str, tuple[int, int]]  # member -> rows whose top token (has, has not) the bytes of the chosen
-    overruled: int  # rows where the chosen token is not main's own likeliest
+    unmapped: dict[str, list[float]]  # member -> mass per row that has no place in main's vocabulary
+    agreed: dict[str, tuple[int, int]]  # member -> rows whose top token (has, has not) the chosen one's bytes
+    overruled: int  # rows where the chosen token is not main's likeliest
 
 
 @dataclass(frozen=True, slots=True)
 class StepStats:
-    """One turn of the engine's loop."""
+    """One step of the engine."""
 
     mode: str
-    batch_size: int  # sequences that got a token
+    batch_size: int  # sequences that got at least one token
     seconds: float
     alignment_seconds: float
     sampling_seconds: float
@@ -57,20 +57,20 @@ class StepStats:
 
 @dataclass(frozen=True, slots=True)
 class RequestStats:
-    """One finished request (one choice of one prompt)."""
+    """One request that has ended (one choice of one prompt)."""
 
     model: str
     finish_reason: str  # stop | length | abort | error
     prompt_tokens: int
     generation_tokens: int
     queue_seconds: float
-    ttft_seconds: float | None  # None: it ended before its first token
+    ttft_seconds: float | None  # None: the request ended before its first token
     e2e_seconds: float
 
 
 @dataclass(frozen=True, slots=True)
 class TokenStats:
-    """One token that reached a stream: the gap to the one before it."""
+    """The gap between two steps that gave a sequence tokens."""
 
     model: str
     inter_token_seconds: float
@@ -78,7 +78,7 @@ class TokenStats:
 
 @dataclass(frozen=True, slots=True)
 class CacheStats:
-    """One member's cache and memory, read when somebody asks."""
+    """One member's cache and memory, when it was read."""
 
     member: str
     used_pages: int
@@ -88,7 +88,7 @@ class CacheStats:
 
 @dataclass(frozen=True, slots=True)
 class PrefixStats:
-    """Prompt tokens of one sequence that a member had cached already."""
+    """Prompt tokens of one sequence that a member already had cached."""
 
     member: str
     num_tokens: int
@@ -96,7 +96,7 @@ class PrefixStats:
 
 @dataclass(frozen=True, slots=True)
 class HealthStats:
-    """One member's forward failed as a whole or in some rows; failure None: it works again."""
+    """One member failed in a step, in a whole call or in some rows. failure None: it works again."""
 
     member: str
     failure: Cause | None
@@ -113,7 +113,7 @@ class DropStats:
 
 @dataclass(frozen=True, slots=True)
 class PreemptionStats:
-    """One sequence went back to the queue, since a member's cache was full."""
+    """One sequence went back to the queue because a member's cache was full."""
 
     model: str
 
@@ -137,9 +137,9 @@ Stats = (
     | PreemptionStats
     | QueueStats
 )
-# Takes in one record. Called from the engine's thread; must be quick and must not raise.
+# Receives one record. Called from the engine's thread; must be quick and must not raise.
 Record = Callable[[Stats], None]
 
 
 def discard(stats: Stats) -> None:
-    """The `Record` of those who want no numbers."""
+    """A `Record` that ignores everything."""
