@@ -74,7 +74,7 @@ class LLM:
         """Complete every prompt (a text, main's ids or a conversation). Answers keep the order of the prompts.
 
         params: one for all, or one each. model: an ensemble or a member; None: the first ensemble, else the first
-        member. Raises InvalidRequestError or ModelNotFoundError before anything runs, UnisonoError if a request fails.
+        member. Raises InvalidRequestError, ModelNotFoundError before anything runs; UnisonoError if a request fails.
         """
         requests = self._requests([prompts] if isinstance(prompts, str) else prompts, params, model, overrides)
         outputs: dict[int, list[Output]] = {request.seq_id: [] for request in requests}
