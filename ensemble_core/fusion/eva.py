@@ -49,7 +49,7 @@ class EvaFusion(TokenPool):
 
 def _borne_out(support: ClosedSupport, num_top: int) -> Tensor:
     """Which members' top token stands in another's top, (B, M) bool."""
-    top = support.top(num_top)  # (B, M, n)
+    top = support.top(num_top, support.inside())  # (B, M, n)
     leaders = top[:, :, :1].unsqueeze(3)  # (B, M, 1, 1)
     nothing = support.token_ids.shape[1]
     among = (leaders == top.unsqueeze(1)) & (leaders < nothing)  # (B, M, M, n)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -70,8 +71,9 @@ class MemberSets:
 
     def meets(self, chosen: Tensor) -> Tensor:
         """Which sets have one of each row's chosen members: (B, M) bool -> (B, S) bool."""
-        rows = MemberSets.of_flags(chosen.unsqueeze(2).unbind(1)).octets  # (G, B, 1)
-        return (self.octets & rows).amax(dim=0) > 0
+        parts = zip(torch.split(chosen, _EIGHT, dim=1), self.octets, strict=True)
+        met = [octet & _octet_of(own) for own, octet in parts]
+        return (met[0] if len(met) == 1 else torch.stack(met).amax(dim=0)) > 0
 
     def sums(self, numbers: Tensor) -> Tensor:
         """What the numbers of a set's members add up to: (B, M) -> (B, S)."""
@@ -82,15 +84,27 @@ class MemberSets:
         return parts[0] if len(parts) == 1 else torch.stack(parts).sum(dim=0)
 
     def counts(self) -> Tensor:
-        """How many of a row's sets each member is in, (B, M) float32."""
+        """How many of a row's sets each member is in, (B, M) int64."""
         parts = []
         for first, octet in zip(range(0, self.num_members, _EIGHT), self.octets, strict=True):
-            num = min(_EIGHT, self.num_members - first)
-            found = torch.zeros(len(octet), 2**num, device=octet.device)
-            found.scatter_add_(1, octet.long(), torch.ones_like(octet, dtype=torch.float32))
-            subsets = torch.arange(2**num, device=octet.device)
-            parts += [found[:, (subsets >> bit & 1).bool()].sum(dim=1) for bit in range(num)]
-        return torch.stack(parts, dim=1)
+            subsets = _subsets(min(_EIGHT, self.num_members - first), octet.device)
+            found = torch.zeros(len(octet), len(subsets), dtype=torch.float64, device=octet.device)
+            found.scatter_add_(1, octet.long(), found.new_ones(()).expand(octet.shape))
+            parts.append(found @ subsets)  # whole numbers, so the order of sums does not matter
+        return torch.cat(parts, dim=1).long()
+
+
+@lru_cache
+def _subsets(num: int, device: torch.device) -> Tensor:
+    """Which of n members are in each subset, by its bits: (2^n, n) float64 of 0 and 1."""
+    subsets = torch.arange(2**num, device=device).unsqueeze(1)
+    return (subsets >> torch.arange(num, device=device) & 1).double()
+
+
+def _octet_of(flags: Tensor) -> Tensor:
+    """(B, n) bool -> (B, 1) uint8."""
+    bits = torch.arange(flags.shape[1], dtype=torch.uint8, device=flags.device)
+    return (flags.to(torch.uint8) << bits).sum(dim=1, keepdim=True, dtype=torch.uint8)
 
 
 def _subset_sums(numbers: Tensor) -> Tensor:

@@ -14,8 +14,8 @@ rows do not touch each other; a pool in which main has all the weight is main, i
 
 Cost: S, the number of places, is the sum of all members' K. A share for each member and each place would be M S
 numbers, which grows with the square of M. But away from its own K candidates a member has one number, its floor. So
-`ClosedSupport` keeps candidates and floors, and a linear pool or a member's likeliest places cost time linear in M.
-Only `shares` writes out all M S numbers, for fusions that are not linear in them.
+`ClosedSupport` keeps candidates and floors, and `pooled` takes time linear in M. What members say of each place is
+written out (`inside`, `shares`) only for fusions that compare it.
 """
 
 from __future__ import annotations
@@ -70,72 +70,58 @@ class ClosedSupport:
         left = (weights * self.unmapped).sum(dim=1, keepdim=True)
         weights = torch.cat([weights[:, :1] + left, weights[:, 1:]], dim=1)
         outside = (weights * self.rest).sum(dim=1, keepdim=True)
-        pooled = torch.cat([self.lacking.sums(weights * self.floors), outside], dim=1)
-        for member, (places, masses) in enumerate(zip(self.places, self.masses, strict=True)):
-            pooled.scatter_add_(1, places, masses * weights[:, member : member + 1])
-        return self._gathered(pooled)
+        pooled = self.lacking.sums(weights * self.floors)
+        for places, masses, weight in zip(self.places, self.masses, torch.split(weights, 1, dim=1), strict=True):
+            pooled.scatter_add_(1, places, masses * weight)
+        return self._gathered(pooled, outside)
+
+    def inside(self) -> list[Tensor]:
+        """Every member's share of every place, M of (B, S), those of lost places, too. A pass a member over S."""
+        main = self._own(0)
+        unmapped = torch.split(self.unmapped, 1, dim=1)
+        return [main, *(self._own(i).addcmul_(unmapped[i], main) for i in range(1, len(self.places)))]
 
     def shares(self) -> Tensor:
-        """Every member's share of every place and of the outside, (B, M, S + 1). Grows with the square of M."""
-        shares = torch.stack([self._own(member) for member in range(len(self.places))], dim=1)
-        return self._gathered(shares.addcmul_(self.unmapped.unsqueeze(2), shares[:, :1].clone()))
+        """Every member's share of every place and of the outside, (B, M, S + 1)."""
+        outside = self.rest + self.unmapped * self.rest[:, :1]
+        return self._gathered(torch.stack(self.inside(), dim=1), outside.unsqueeze(2))
 
     def shares_of_main(self) -> Tensor:
         """Main's share of every place and of the outside, (B, S + 1)."""
-        return self._gathered(self._own(0))
+        return self._gathered(self._own(0), self.rest[:, :1])
 
-    def shares_at(self, member: int, places: Tensor) -> Tensor:
-        """A member's share of some places, (B, P) int64 below S -> (B, P)."""
-        share = self._own_at(member, places)
-        if member:
-            share = share + self.unmapped[:, member : member + 1] * self._own_at(0, places)
-        return share if self.kept is None else share * self.kept.gather(1, places)
-
-    def top(self, num: int) -> Tensor:
+    def top(self, num: int, inside: list[Tensor]) -> Tensor:
         """The `num` places of largest share for each member, largest first, (B, M, num); S where there is none.
 
-        Looked for among what the member or main named: elsewhere a share is nothing but supposed.
+        inside: of this support. A member's are looked for among what it or main named: elsewhere a share is nothing
+        but supposed.
         """
-        num_places, main = self.token_ids.shape[1], self.places[0]
-        found = [self._likeliest(main, self.shares_at(0, main), num)]
-        for member, own in enumerate(self.places[1:], start=1):
-            places = torch.cat([own, main], dim=1)
-            shares = self.shares_at(member, places).masked_fill_(_repeated(places, num_places), 0.0)
-            found.append(self._likeliest(places, shares, num))
+        found = []
+        for member, shares in enumerate(inside):
+            places = torch.cat([self.places[member], self.places[0]], dim=1) if member else self.places[0]
+            own = shares.gather(1, places)
+            if member:
+                own = own.masked_fill_(_repeated(places, shares.shape[1]), 0.0)
+            if self.kept is not None:
+                own = own * self.kept.gather(1, places)
+            best = ranked(own, num, places)
+            top = torch.where(own.gather(1, best) > 0.0, places.gather(1, best), shares.shape[1])
+            found.append(torch.nn.functional.pad(top, (0, num - best.shape[1]), value=shares.shape[1]))
         return torch.stack(found, dim=1)
 
-    def _likeliest(self, places: Tensor, shares: Tensor, num: int) -> Tensor:
-        """(B, num) of the places (B, P) by their shares; S where there is none."""
-        nothing = self.token_ids.shape[1]
-        best = ranked(shares, num, places)
-        top = torch.where(shares.gather(1, best) > 0.0, places.gather(1, best), nothing)
-        return torch.nn.functional.pad(top, (0, num - top.shape[1]), value=nothing)
-
-    def _gathered(self, shares: Tensor) -> Tensor:
-        """Shares (B, ..., S + 1) with those of lost places laid outside."""
-        if self.kept is None:
-            return shares
-        lost = torch.nn.functional.pad(~self.kept, (0, 1))
-        lost = lost.unsqueeze(1) if shares.ndim == 3 else lost
-        outside = torch.where(lost, shares, 0.0).sum(dim=-1)
-        shares = shares.masked_fill(lost, 0.0)
-        shares[..., -1] += outside
-        return shares
+    def _gathered(self, inside: Tensor, outside: Tensor) -> Tensor:
+        """Shares of places (B, ..., S) and of the outside (B, ..., 1) as one, lost places laid outside."""
+        if self.kept is not None:
+            kept = self.kept if inside.ndim == 2 else self.kept.unsqueeze(1)
+            outside = outside + torch.where(kept, 0.0, inside).sum(dim=-1, keepdim=True)
+            inside = torch.where(kept, inside, 0.0)
+        return torch.cat([inside, outside], dim=-1)
 
     def _own(self, member: int) -> Tensor:
-        """A member's shares without what it leaves to main, (B, S + 1)."""
-        floor = self.floors[:, member : member + 1]
-        inside = torch.where(self.lacking.has(member), floor, self._known(member))
-        return torch.cat([inside, self.rest[:, member : member + 1]], dim=1)
-
-    def _own_at(self, member: int, places: Tensor) -> Tensor:
-        lacks = self.lacking.at(places).has(member)
-        return torch.where(lacks, self.floors[:, member : member + 1], self._known(member).gather(1, places))
-
-    def _known(self, member: int) -> Tensor:
-        """The mass of a member's candidates at each place, (B, S)."""
+        """A member's shares of places without what it leaves to main, (B, S)."""
         known = torch.zeros_like(self.token_ids, dtype=torch.float32)
-        return known.scatter_add_(1, self.places[member], self.masses[member])
+        known.scatter_add_(1, self.places[member], self.masses[member])
+        return torch.where(self.lacking.has(member), self.floors[:, member : member + 1], known)
 
 
 class TokenSpace:
@@ -157,14 +143,15 @@ class TokenSpace:
         ids = self._mapped_ids(candidates)
         token_ids, present, places = closed_support(ids, self._size)
         masses = [part.logprobs.exp() for part in candidates]
-        placed = [mass.where(own >= 0, 0.0) for own, mass in zip(ids, masses, strict=True)]
+        pairs = zip(ids[1:], masses[1:], strict=True)
+        placed = [masses[0], *(mass.where(own >= 0, 0.0) for own, mass in pairs)]
         named = _named(places, placed, token_ids.shape[1])
         nameable = self._nameable.at(token_ids).where(present)
         lacking = nameable.without(named)
         counts = lacking.counts()
-        floors = [floor_of(part, counts[:, i], self._supposed) for i, part in enumerate(candidates)]
-        tails = [part.tail.exp() for part in candidates]
-        unplaced = [mass.where(own < 0, 0.0).sum(dim=1) for own, mass in zip(ids, masses, strict=True)]
+        tails = torch.stack([part.tail for part in candidates], dim=1).exp()
+        floors = floors_of(candidates, tails, counts, self._supposed)
+        unplaced = [(mass - own).sum(dim=1) for mass, own in zip(masses[1:], placed[1:], strict=True)]
         return ClosedSupport(
             token_ids=token_ids,
             places=places,
@@ -172,9 +159,9 @@ class TokenSpace:
             nameable=nameable,
             named=named,
             lacking=lacking,
-            floors=torch.stack(floors, dim=1),
-            rest=(torch.stack(tails, dim=1) - torch.stack(floors, dim=1) * counts).clamp_min(0.0),
-            unmapped=torch.stack(unplaced, dim=1),
+            floors=floors,
+            rest=(tails - floors * counts).clamp_min(0.0),
+            unmapped=torch.stack([torch.zeros_like(tails[:, 0]), *unplaced], dim=1),
         )
 
     def _mapped_ids(self, candidates: Sequence[Candidates]) -> list[Tensor]:
@@ -226,16 +213,16 @@ def closed_support(ids: Sequence[Tensor], size: int) -> tuple[Tensor, Tensor, li
     anywhere).
     """
     joined = torch.cat(list(ids), dim=1)
-    rows = torch.arange(len(joined), device=joined.device).unsqueeze(1)
+    starts = torch.arange(0, len(joined) * (size + 1), size + 1, device=joined.device).unsqueeze(1)
     # All rows in one: on CPU that is a radix sort, which takes half the time, and no more than linear time.
-    keys, order = (torch.where(joined < 0, size, joined) + rows * (size + 1)).flatten().sort()
-    ordered, order = keys.view_as(joined) - rows * (size + 1), order.view_as(joined) - rows * joined.shape[1]
+    keys, order = (torch.where(joined < 0, size, joined) + starts).flatten().sort()
+    ordered = keys.view_as(joined) - starts
     fresh = torch.ones_like(ordered, dtype=torch.bool)
-    fresh[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
-    rank = fresh.cumsum(dim=1) - 1
+    torch.ne(ordered[:, 1:], ordered[:, :-1], out=fresh[:, 1:])
+    rank = fresh.cumsum(dim=1).sub_(1)
     token_ids = torch.full_like(ordered, size).scatter_(1, rank, ordered)
     present = token_ids < size
-    places = torch.empty_like(rank).scatter_(1, order, rank)
+    places = torch.empty_like(order).scatter_(0, order, rank.flatten()).view_as(joined)
     return (
         torch.where(present, token_ids, token_ids[:, :1]),
         present,
@@ -243,14 +230,21 @@ def closed_support(ids: Sequence[Tensor], size: int) -> tuple[Tensor, Tensor, li
     )
 
 
-def floor_of(candidates: Candidates, num_lacking: Tensor, supposed: float = SUPPOSED) -> Tensor:
-    """What is supposed of each of `num_lacking` (B,) tokens outside a member's candidates, (B,).
+def floor_of(candidates: Candidates, num_lacking: Tensor) -> Tensor:
+    """What is supposed of each of `num_lacking` (B,) tokens outside a member's candidates, (B,)."""
+    return floors_of([candidates], candidates.tail.exp().unsqueeze(1), num_lacking.unsqueeze(1)).squeeze(1)
+
+
+def floors_of(
+    candidates: Sequence[Candidates], tails: Tensor, num_lacking: Tensor, supposed: float = SUPPOSED
+) -> Tensor:
+    """What is supposed of each token outside its candidates, for M members: (B, M) tails and counts -> (B, M).
 
     The last eighth of a row does not count as least, since ids asked for by `also` stand there whatever their rank.
     """
-    num = candidates.logprobs.shape[1]
-    least = candidates.logprobs[:, : num - num // 8].amin(dim=1).exp()
-    return torch.minimum(least, supposed * candidates.tail.exp() / num_lacking.clamp_min(1))
+    heads = (part.logprobs[:, : (num := part.logprobs.shape[1]) - num // 8] for part in candidates)
+    least = torch.stack([head.amin(dim=1) for head in heads], dim=1).exp()
+    return torch.minimum(least, supposed * tails / num_lacking.clamp_min(1))
 
 
 def concluded(support: ClosedSupport | Views, pooled: Tensor) -> Fused:

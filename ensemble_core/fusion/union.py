@@ -62,25 +62,29 @@ class UnionFusion(TokenPool):
 
     def _met(self, support: ClosedSupport, candidates: Sequence[Candidates]) -> tuple[Tensor, Tensor, Tensor]:
         """The union's places (B, U), S + 1 for none; shares there (B, M, U); and shares elsewhere (B, S + 1)."""
-        places, there = _union(support.top(self._options.top), support.token_ids.shape[1])
-        scores = torch.where(there.unsqueeze(1), self._scores(support, candidates, places), 0.0)
+        inside, num_places = support.inside(), support.token_ids.shape[1]
+        places, there = _union(support.top(self._options.top, inside), num_places)
+        shares = [each.gather(1, places) for each in inside]
+        scores = torch.where(there.unsqueeze(1), self._scores(support, candidates, places, shares), 0.0)
         scores = scores / scores.sum(dim=2, keepdim=True)
-        union = torch.where(there, places, support.token_ids.shape[1] + 1)
+        union = torch.where(there, places, num_places + 1)
         main = support.shares_of_main()
         if self._options.rest == "none":
             return union, scores, torch.zeros_like(main)
         held = main.gather(1, places).where(there, 0.0).sum(dim=1)  # (B,)
         return union, scores * held[:, None, None], main
 
-    def _scores(self, support: ClosedSupport, candidates: Sequence[Candidates], places: Tensor) -> Tensor:
-        """(B, M, U): shares, and where a member lacks the token that of its own first sub-token."""
+    def _scores(
+        self, support: ClosedSupport, candidates: Sequence[Candidates], places: Tensor, shares: list[Tensor]
+    ) -> Tensor:
+        """Shares (M of (B, U)), and where a member lacks the token that of its own first sub-token, (B, M, U)."""
         token_ids = support.token_ids.gather(1, places)
         nameable = support.nameable.at(places)
-        scores = [support.shares_at(0, places)]
+        scores = [shares[0]]
         for member, firsts in enumerate(self._first_tokens, start=1):
-            left = support.unmapped[:, member : member + 1] * scores[0]  # what members without words leave to main
+            left = support.unmapped[:, member : member + 1] * shares[0]  # what members without words leave to main
             lacked = probability_of(candidates[member], firsts[token_ids]) + left
-            scores.append(torch.where(nameable.has(member), support.shares_at(member, places), lacked))
+            scores.append(torch.where(nameable.has(member), shares[member], lacked))
         return torch.stack(scores, dim=1)
 
 
