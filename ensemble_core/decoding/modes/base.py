@@ -69,9 +69,9 @@ class Turn:
 class Decision:
     """The result of a step for one sequence: main's track then ends with `tokens`, followed by `draft`.
 
-    tokens: become final, in order; none, one or several. Where they begin with the old draft, or a part of it, that
-    part stays cached. draft: the tokens after them, still to be decided. The rest of the old draft is taken back.
-    unsound: members whose numbers were not finite. error: ends the sequence with this message.
+    tokens: become final, in order; none, one or several. draft: the tokens after them, still to be decided. What
+    `tokens` and `draft` together have in common with the old draft, from its start, stays cached; the rest of the old
+    draft is taken back. unsound: members whose numbers were not finite. error: ends the sequence with this message.
     """
 
     sequence: Request
