@@ -1,6 +1,7 @@
 """What a client is told about a token: log-probabilities and traces, as plain numbers.
 
-Both describe the distribution before penalties, bias and temperature. Does not know sequences, text offsets or outputs.
+Both describe the distribution before penalties, bias and temperature. Does not know sequences, text offsets or
+outputs.
 """
 
 from __future__ import annotations
