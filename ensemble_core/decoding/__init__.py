@@ -1,1 +1,1 @@
-"""Requests in flight: parameters, sequences, scheduling, the step, sampling."""
+"""Requests in flight: parameters, sequences, scheduling, steps, sampling."""

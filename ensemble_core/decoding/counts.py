@@ -1,7 +1,7 @@
-"""Numbers by token id, looked up for a whole support at once: a request's biases, and how often a token was seen.
+"""Numbers by token id, looked up for a whole support at once: a request's biases and its token counts.
 
-Ids stand sorted in arrays. So memory follows the distinct tokens of a text and not the vocabulary, and looking up S
-ids among n takes S log n, whatever their order. Knows ids alone, no distributions. No torch.
+Ids are kept in sorted arrays. So memory grows with the distinct tokens of a text, not with the vocabulary, and
+looking up S ids among n takes S log n in any order. Knows ids; does not know distributions. No torch.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from ensemble_core.text.alignment import Track
 
 Ids = npt.NDArray[np.int32]
 Flags = npt.NDArray[np.bool_]
-_BEYOND = np.iinfo(np.int32).max  # closes a table, so that a search never ends outside it; no token has this id
+_BEYOND = np.iinfo(np.int32).max  # ends a table, so that a search stays within it; no token has this id
 
 
 class TokenValues:
-    """A number for some ids, 0 for all others."""
+    """A number for each of some ids, 0 for all others."""
 
     def __init__(self, values: Mapping[int, float]) -> None:
         self._ids, order = _closed(values)
@@ -33,23 +33,22 @@ class TokenValues:
 
 
 class TokenCounts:
-    """How often each id stands in the completion of a track, and whether it stands in the prompt or the completion.
+    """How often each id occurs in a track's completion, and whether it occurs in its prompt or completion.
 
-    Nothing is counted before the first look-up, so a sequence that never asks pays nothing. From then on whoever
-    changes the completion says so: `add` for a token that has come, `remove` for one that was taken back. A new id
-    moves all larger ones up, 8 bytes each.
+    Nothing is counted before the first look-up, so a sequence that never asks pays nothing. The caller must report
+    each change to the completion: `add` for a new token, `remove` for one that was taken back. A new id moves all
+    larger ids up, 8 bytes each.
     """
 
     def __init__(self, track: Track) -> None:
         self._track = track
         self._size = -1  # distinct ids; -1: nothing is counted yet
         self._ids: Ids = np.empty(0, np.int32)
-        self._numbers = np.empty(
-            0, np.int32
-        )  # 2 * times in the completion + 1 if in the prompt; 0: was taken back
+        # 2 * times in the completion, + 1 if in the prompt; 0 once all are taken back.
+        self._numbers = np.empty(0, np.int32)
 
     def of(self, token_ids: Ids) -> tuple[Flags, npt.NDArray[np.int32]]:
-        """(S,) ids in any order -> whether each stands in the text, and how often in the completion; both (S,)."""
+        """(S,) ids in any order -> whether each is in the text, and its count in the completion; both (S,)."""
         if self._size < 0:
             self._count()
         places = self._ids[: self._size + 1].searchsorted(token_ids)
@@ -57,11 +56,11 @@ class TokenCounts:
         return numbers > 0, numbers >> 1
 
     def add(self, token_id: int) -> None:
-        """The completion has got a token."""
+        """Report a new token of the completion."""
         self._change(token_id, 2)
 
     def remove(self, token_id: int) -> None:
-        """The completion has lost a token that it had."""
+        """Report a token that was taken back from the completion."""
         self._change(token_id, -2)
 
     def _change(self, token_id: int, by: int) -> None:
@@ -74,8 +73,8 @@ class TokenCounts:
         assert self._numbers[place] >= 0, "a token is removed that the completion did not hold"
 
     def _insert(self, place: int, token_id: int) -> None:
-        """Make room for a new id."""
-        end = self._size + 1  # past the id that closes the table
+        """Insert a new id with the number 0."""
+        end = self._size + 1  # past the last entry
         if end == len(self._ids):
             self._ids = np.append(self._ids, np.full(end, _BEYOND, np.int32))
             self._numbers = np.append(self._numbers, np.zeros(end, np.int32))
@@ -85,7 +84,7 @@ class TokenCounts:
         self._size = end
 
     def _count(self) -> None:
-        """The whole text at once."""
+        """Count the whole text."""
         numbers = Counter(dict.fromkeys(self._track.prompt_ids, 1))
         for token_id, times in Counter(self._track.completion_ids).items():
             numbers[token_id] += 2 * times
@@ -95,7 +94,7 @@ class TokenCounts:
 
 
 def _closed(ids: Iterable[int]) -> tuple[Ids, npt.NDArray[np.int64]]:
-    """Distinct ids in order with `_BEYOND` behind them, and the places that they come from."""
+    """Distinct ids in order, followed by `_BEYOND`, and the position in `ids` that each comes from."""
     found = np.array(list(ids), np.int32)
     order = found.argsort()
     return np.append(found[order], np.int32(_BEYOND)), order

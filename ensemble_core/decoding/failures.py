@@ -1,16 +1,16 @@
-"""Members that fail: what becomes of the requests that they were fed, and who is told.
+"""Failures of members: what happens to the requests in the failed call, and what is reported.
 
 | cause | what is lost | for how long |
 |---|---|---|
-| exception | the member, to every request that the forward was fed | the rest of the request |
-| timeout | the same | the same; the member is busy until the forward returns |
-| non_finite | the member, to the requests of the rows that are not finite | the rest of the request |
-| busy | the member, to other requests that decode | the steps until it is back |
-| busy | the member, to requests in prefill, or behind by more than `max_behind` tokens | the rest of the request |
+| exception | the member, for every request in the call | the rest of the request |
+| timeout | the same | the same; the member is busy until the call returns |
+| non_finite | the member, for requests whose rows are not finite | the rest of the request |
+| busy | the member, for other requests that decode | the steps until it is back |
+| busy | the member, for requests in prefill, or more than `max_behind` tokens behind | the rest of the request |
 
-After a failure nobody knows what the member's cache holds of the request, so it is not asked again. A request fails
-instead where its recipe says so and where its main fails; such a one waits for a busy member, and fails once that is
-stuck. Every loss has one line in the log, and one in the request's outputs.
+After a failure it is unknown what the member's cache holds of the request, so the member is not asked again. A
+request that cannot lose the member, because it is main or the recipe says so, fails instead. Such a request waits for
+a busy member, and fails once that member is stuck. Every loss is logged once and listed in the request's outputs.
 
 Knows sequences, shares and the pool; does not know fusion or the engine's loop.
 """
@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 
 class Failures:
-    """See the module. max_behind: tokens that a member may have to catch up with after it was busy."""
+    """See the module's docstring. max_behind: most tokens that a member may have to catch up after it was busy."""
 
     def __init__(self, pool: MemberPool, record: Record, max_behind: int) -> None:
         self._pool, self._record, self._max_behind = pool, record, max_behind
@@ -41,7 +41,7 @@ class Failures:
         self._down: set[str] = set()
 
     def lose(self, sequence: Sequence, member: str, cause: Cause, detail: str) -> None:
-        """A member has failed in what it was fed of a sequence: fail this too, or go on without."""
+        """Take in that a member failed for a sequence: drop the member, or fail the sequence if it cannot lose it."""
         self._failed[member] = cause
         if sequence.recipe.can_lose(member):
             self._drop(sequence, member, cause, detail)
@@ -49,18 +49,18 @@ class Failures:
             fail(sequence, detail)
 
     def lose_to(self, sequence: Sequence, member: str, error: MemberError) -> None:
-        """A member has raised at what it was asked of a sequence."""
+        """Like `lose`, for an error that a member raised."""
         self.lose(sequence, member, cause_of(error), str(error))
 
     def feasible(self, shares: Iterable[Share]) -> list[Share]:
-        """What of a schedule can be done while members are busy."""
+        """The part of a schedule that can run while some members are busy."""
         busy = self._pool.busy
         if not busy:
             return list(shares)
         return [left for share in shares if (left := self._without(share, busy)) is not None]
 
     def report(self, answered: Iterable[str]) -> None:
-        """Record who failed in a step, and who works again."""
+        """Record which members failed in a step, and which work again."""
         for member, cause in self._failed.items():
             self._record(HealthStats(member, cause))
         for member in self._down.intersection(answered) - self._failed.keys():
@@ -70,7 +70,7 @@ class Failures:
         self._failed = {}
 
     def _without(self, share: Share, busy: frozenset[str]) -> Share | None:
-        """A share without those of its members that are busy; None where it must wait, or nothing is left."""
+        """The share without its busy members; None if it must wait or nothing is left."""
         sequence = share.sequence
         for member in busy.intersection(share.counts):
             if not sequence.recipe.can_lose(member):
@@ -99,7 +99,7 @@ def _kept(counts: Mapping[str, int], busy: frozenset[str], sequence: Sequence) -
 
 
 def fail(sequence: Sequence, message: str) -> None:
-    """End a sequence with an error, unless it has ended."""
+    """End a sequence with an error, unless it has already ended."""
     if sequence.phase is not Phase.FINISHED:
         logger.error("request %s failed: %s", sequence.request.request_id, message)
         sequence.finish("error", error=message)
@@ -107,7 +107,7 @@ def fail(sequence: Sequence, message: str) -> None:
 
 @contextmanager
 def own_fault(sequence: Sequence) -> Iterator[None]:
-    """Whatever is raised within the block is this sequence's own fault: it fails, and nobody else."""
+    """Any exception in the block fails this sequence and no other."""
     try:
         yield
     except Exception as error:
@@ -115,7 +115,7 @@ def own_fault(sequence: Sequence) -> Iterator[None]:
 
 
 def fault(sequence: Sequence, error: Exception) -> str:
-    """What a client is told of an error that its own request has raised; one that nobody expected is logged whole."""
+    """The message for a client whose request raised an error. An unexpected error is logged with its traceback."""
     if isinstance(error, UnisonoError):
         return str(error)
     logger.error("request %s raised", sequence.request.request_id, exc_info=error)
@@ -123,7 +123,7 @@ def fault(sequence: Sequence, error: Exception) -> str:
 
 
 def last_output(sequence: Sequence) -> Output:
-    """The last news of a sequence that has ended, whatever is wrong with it."""
+    """The last output of a sequence that has ended. Never raises."""
     try:
         return sequence.take()
     except Exception as error:

@@ -1,8 +1,8 @@
-"""Between a schedule and the members: the feeds of a step, and where each answer goes.
+"""Builds the feeds of a step from its shares, and distributes the answers.
 
-Deciding sequences become turns for their modes; what members say of prompts that are scored or weighed is taken in.
-Invariant: what goes wrong with one sequence's own data fails that sequence alone. Knows shares, tracks and answers;
-does not know how a step is decided, or the engine's loop.
+Deciding sequences become turns for their modes. Answers for prompts that are scored or weighed go to their scores and
+likelihoods. Invariant: an error caused by one sequence's data fails only that sequence. Knows shares, tracks and
+answers; does not know how a step is decided, or the engine's loop.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ensemble_core.members.candidates import narrow
 
 
 class Feeding:
-    """See the module. num_candidates: K that is asked of a member, unless it can do less."""
+    """See the module's docstring. num_candidates: K that each member is asked for, unless its limit is lower."""
 
     def __init__(self, members: Mapping[str, Member], failures: Failures, num_candidates: int) -> None:
         self._failures, self._num_candidates = failures, num_candidates
@@ -28,14 +28,14 @@ class Feeding:
         self._most = {name: member.abilities.max_k or self._sizes[name] for name, member in members.items()}
 
     def prepare(self, step: Step) -> None:
-        """Fill in the step's feeds."""
+        """Fill in the feeds of a step."""
         for share in step.shares:
             for member, count in share.counts.items():
                 step.feeds.setdefault(member, []).append(self._feed(share, member, count))
         step.scoring = any(s.sequence.scoring or s.sequence.weighing for s in step.shares if s.prefill)
 
     def collect(self, step: Step) -> None:
-        """Take in the answers: caches have grown, prompts are scored or weighed, deciding sequences get a turn."""
+        """Take in the answers: update tracks, score or weigh prompts, and make a turn for each deciding sequence."""
         numbers = dict.fromkeys(step.feeds, 0)
         for share in step.shares:
             own = {}
@@ -46,7 +46,7 @@ class Feeding:
                 self._take_in(step, share, own)
 
     def _take_in(self, step: Step, share: Share, own: dict[str, int]) -> None:
-        """One share's answers. own: member -> number of its feed."""
+        """Take in one share's answers. own: member -> index of the share's feed."""
         sequence = share.sequence
         for member in own:
             attempt = step.attempts[member]
@@ -65,7 +65,7 @@ class Feeding:
             _take_turn(step, share, own)
 
     def _feed(self, share: Share, member: str, count: int) -> Feed:
-        """A scored prompt wants an answer at every position, its own next token always in it."""
+        """One member's feed. A scored prompt is answered at every position, and each answer holds the next token."""
         sequence = share.sequence
         track, is_main = sequence.tracks[member], member == sequence.recipe.main
         token_ids, top_k = track.uncached(count), self._top_k(share, member)
@@ -81,7 +81,7 @@ class Feeding:
         return Feed(sequence.seq_id, token_ids, wanted, also, counted, top_k, track.num_cached)
 
     def _top_k(self, share: Share, member: str) -> int:
-        """Candidates that a sequence needs of a member: no more because of what other sequences need."""
+        """Number of candidates that this sequence needs from a member, whatever other sequences need."""
         sequence = share.sequence
         recipe, is_main = sequence.recipe, member == sequence.recipe.main
         whole = recipe.fusion is not None and recipe.fusion.full_vocabulary
@@ -96,14 +96,14 @@ class Feeding:
         if not part.logprobs.amax(dim=1).isfinite().all():
             self._failures.lose(sequence, member, "non_finite", f"member {member!r}: its numbers are not finite")
             return
-        # Ids that are biased at the last position decide a token, and are no part of a score.
+        # Biased ids at the last position serve the token decision; they are not part of a score.
         num_following = len(sequence.tracks[member].prompt_ids) - (feed.keep or 0) - 1
         kept = [ids if i < num_following else () for i, ids in enumerate(feed.also)]
         sequence.scores.add(member, narrow(part, min(self._num_candidates, self._most[member]), kept))
 
 
 def _take_turn(step: Step, share: Share, own: Mapping[str, int]) -> None:
-    """The prompt is cached now: end a sequence whose prompt is all that is asked, let the others decide."""
+    """Give a deciding sequence its turn, or end it if only its prompt was asked for. Its prompt is cached by now."""
     sequence = share.sequence
     sequence.settle()
     if sequence.request.params.max_tokens == 0:
@@ -116,14 +116,14 @@ def _take_turn(step: Step, share: Share, own: Mapping[str, int]) -> None:
 
 
 def _weigh(sequence: Sequence, member: str, feed: Feed, answers: Answers, number: int) -> None:
-    """Take in what a member made of a piece of a prompt."""
+    """Add a member's log-likelihood of a chunk of a prompt."""
     if feed.following and sequence.likelihood is not None:
         track = sequence.tracks[member]
         sequence.likelihood.add(member, track, feed.following, answers.likelihoods[number])
 
 
 def _advance_scores(step: Step, share: Share) -> None:
-    """Go on with a prompt's scores, as far as its share allows; to the end where it decides a token."""
+    """Fuse more of a prompt's scores: as many as the share allows, or all if the share decides a token."""
     sequence, started = share.sequence, time.perf_counter()
     assert sequence.scores is not None
     recipe, tracks = sequence.recipe, sequence.tracks

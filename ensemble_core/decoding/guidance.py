@@ -1,9 +1,9 @@
-"""Constrained decoding: which of main's tokens may come next, so that the text is JSON of a schema.
+"""Constrained decoding: which of main's tokens may come next, so that the text is JSON that follows a schema.
 
-The grammar engine is llguidance, fed with our own vocabulary, so that every kind of tokenizer works alike.
-Invariants: main's stop tokens are allowed where the text is complete, and only then; a grammar that fails raises and
-never lets text pass. Masks act on the fused distribution; assistants know nothing of them. Knows vocabularies; does
-not know sequences or members.
+The grammar engine is llguidance. It gets our own vocabulary, so every kind of tokenizer works the same way.
+Invariants: main's stop tokens are allowed exactly where the text is complete; a grammar that fails raises and never
+lets text pass. Masks act on the fused distribution; assistants do not see them. Knows vocabularies; does not know
+sequences or members.
 """
 
 from __future__ import annotations
@@ -22,26 +22,27 @@ from ensemble_core.errors import ConstraintError, InvalidRequestError
 from ensemble_core.text.vocabulary import Vocabulary
 
 ANY_OBJECT = json.dumps({"type": "object"})
-# Between the parts of a value: a space, or a new line with its indentation. Free white space would let a model that
-# likes it write nothing else until its tokens are used up. A schema's own `x-guidance` may say otherwise.
+# Between the parts of a value: a space, or a new line with its indentation. With free white space a model might write
+# nothing else until its tokens are used up. A schema's own `x-guidance` can override this.
 _LAYOUT = r" |\n {0,16}"
-# What one schema may cost. Measured: its first mask takes up to 0.2 s, in the caller's thread; a later one 10 ms, in
-# the engine's; a state about 1 kB. Ordinary schemas, with hundreds of fields and formats, need at most half of it.
+# Limits of one schema. Measured: the first mask takes up to 0.2 s, in the caller's thread; a later one 10 ms, in the
+# engine's; a state takes about 1 kB. Ordinary schemas, with hundreds of fields and formats, need at most half of
+# this.
 _LIMITS = LLParserLimits(
     initial_lexer_fuel=200_000, step_lexer_fuel=100_000, max_lexer_states=50_000, verbose_errors=False
 )
-_NUM_PROBED = 4  # tokens that a new constraint is tried on: many a schema that costs too much fails at once
-_NUM_GROUPS = 4  # prompts whose grammar is kept for their next choice
+_NUM_PROBED = 4  # tokens tried on a new constraint; many schemas that cost too much fail right there
+_NUM_GROUPS = 4  # groups whose compiled grammar is kept for their next choice
 _CONTRADICTION = "no text can satisfy it"
 
 
 class _Spelling:
-    """A vocabulary in the form that llguidance asks of a tokenizer."""
+    """A vocabulary in the form of a tokenizer that llguidance expects."""
 
     def __init__(self, vocabulary: Vocabulary) -> None:
         self.eos_token_id = min(vocabulary.stop_ids)
         self.bos_token_id = None
-        # Ids without bytes are named apart, since every token must have a name.
+        # Every token must have a name, so ids without bytes get unique ones.
         self.tokens = [token or b"\xff<%d>" % i for i, token in enumerate(vocabulary.tokens)]
         self.special_token_ids = sorted(vocabulary.special_ids | vocabulary.stop_ids)
         self._encode = vocabulary.encode
@@ -51,9 +52,9 @@ class _Spelling:
 
 
 class Grammars:
-    """Makes constraints over one vocabulary; what is costly is made once, at the first constraint.
+    """Makes constraints over one vocabulary. Costly parts are built once, with the first constraint.
 
-    The choices of a prompt share a compiled grammar, its limits too: 128 choices cost little more than one.
+    The choices of a prompt share a compiled grammar and its limits, so 128 choices cost little more than one.
     """
 
     def __init__(self, vocabulary: Vocabulary) -> None:
@@ -62,10 +63,9 @@ class Grammars:
         self._of_group = lru_cache(_NUM_GROUPS)(lambda schema, _group: self._compiled(schema))
 
     def compile(self, schema: str, group: str | None = None) -> Constraint:
-        """A constraint for JSON text of a schema; "" is any object. group: of the request, if it has one.
+        """A constraint for JSON text that follows a schema; "" allows any object. group: the request's group, if any.
 
-        Raises InvalidRequestError for what is no schema, for one that nothing can satisfy, and for one that costs
-        too much.
+        Raises InvalidRequestError for an invalid schema, one that no value can satisfy, and one that costs too much.
         """
         schema = schema or ANY_OBJECT
         return self._compiled(schema) if group is None else self._of_group(schema, group).copy()
@@ -97,12 +97,12 @@ class Grammars:
 
     @cached_property
     def _lengths(self) -> Tensor:
-        """(V,) bytes of every token."""
+        """(V,) length of every token in bytes."""
         return torch.tensor([len(token) for token in self._vocabulary.tokens])
 
 
 class Constraint:
-    """Where one sequence stands in its grammar. Once the grammar has failed its methods raise ConstraintError."""
+    """The position of one sequence in its grammar. Once the grammar has failed, methods raise ConstraintError."""
 
     def __init__(self, matcher: LLMatcher, vocabulary: Vocabulary) -> None:
         self._matcher, self._vocabulary = matcher, vocabulary
@@ -119,19 +119,19 @@ class Constraint:
         return allowed
 
     def accept(self, token_id: int) -> None:
-        """Move on over a token that `allowed` let through."""
+        """Advance by a token that `allowed` permitted."""
         if token_id not in self._vocabulary.stop_ids:
             self._matcher.consume_token(token_id)
             self._check()
 
     def copy(self) -> Constraint:
-        """Another that stands at the same place."""
+        """A copy at the same position."""
         return Constraint(self._matcher.deep_copy(), self._vocabulary)
 
     def probe(self, lengths: Tensor) -> None:
-        """Try how some text would begin, with the longest token that is allowed each time. Does not move.
+        """Try the first few tokens of a text, always the longest that is allowed. Does not advance.
 
-        lengths: (V,) bytes of every token.
+        lengths: (V,) length of every token in bytes.
         """
         trial = self.copy()
         for _ in range(_NUM_PROBED):

@@ -1,4 +1,4 @@
-"""A token's log-probability: as the engine has it, in ids, and as a client is told it, in bytes. No torch.
+"""A token's log-probability: with ids, for the engine, and with bytes, for clients. No torch.
 
 Knows tracks and vocabularies; does not know sequences, or where the numbers come from.
 """
@@ -13,7 +13,7 @@ from ensemble_core.text.alignment import Track
 
 @dataclass(frozen=True, slots=True)
 class Scored:
-    """A token's fused log-probability, and the likeliest ids with theirs (the token among them)."""
+    """A token's fused log-probability, and the likeliest ids with theirs, the token among them."""
 
     logprob: float
     top: tuple[tuple[int, float], ...] = ()

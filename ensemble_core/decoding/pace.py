@@ -1,13 +1,13 @@
-"""How much prefill a step can take before running streams feel it. Pure numbers: no torch, no clock.
+"""How much prefill a step can take before it slows running streams too much. Pure numbers: no torch, no clock.
 
-Learns from finished steps what a step costs that only decodes, by size of its batch, and what a prompt's token
-costs beside it in every member; grants a step as many prompt tokens as keep it under `max_stretch` decode-only
-steps. Where more prompts wait than streams run that is up to three times as long, since then more gain than lose.
-Costs are middles of the last few observations, so one slow step (first use, other load) moves nothing. The cost of a
-token is taken at the number of tokens that is granted: what a forward costs beyond that is spread over them, and the
-next grant starts from there; the walk settles where the step is as long as it may be.
+Learns from finished steps what a decode-only step costs, by batch size, and what a prompt token costs on top in every
+member. Grants a step as many prompt tokens as keep it shorter than `max_stretch` decode-only steps. While more
+prompts wait than streams run the limit is up to three times that, since then more requests gain than lose. Costs are
+medians or lower thirds of the last few observations, so one slow step (first use, other load) changes nothing. The
+cost per token is measured at the number granted, with a forward's fixed cost spread over the tokens. The next grant
+starts from there, so grants settle where a step is as long as it may be.
 
-Does not know sequences, members or schedules; whoever records says what was done.
+Does not know sequences, members or schedules; the caller of `record` says what was done.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 
-LEAST = 16  # tokens that a step takes at any price, so that prompts go on; fewer teach nothing
-_GRAIN = 8  # grants are multiples, since libraries prepare each new number of tokens anew
-_PROBES = 2  # decode-only steps that must have been seen of a batch size
-_CROWD = 3.0  # how far a crowd of prompts stretches the limit
-_FRESH = 256  # steps after which a batch size is looked at again
+LEAST = 16  # tokens always granted, so that prompts make progress; steps with fewer are not learnt from
+_GRAIN = 8  # grants are multiples of this, since libraries prepare for each new number of tokens
+_PROBES = 2  # decode-only steps that must be observed for a batch size
+_CROWD = 3.0  # most that waiting prompts can raise the limit, as a factor
+_FRESH = 256  # steps after which a batch size is measured again
 _MEMORY = 8  # observations kept of each cost
 
-Kind = tuple[str, bool]  # (member, whether every position is answered: a prompt is scored or weighed)
-SCORING: Kind = ("", True)  # the fusion of scored positions, on no member
+Kind = tuple[str, bool]  # (member, whether it answers at every position, for a scored or weighed prompt)
+SCORING: Kind = ("", True)  # the fusion of scored positions, which no member does
 
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What one kind of work took in a step. num_tokens: of prompts; decoded: beside running sequences."""
+    """One kind of work in a step. num_tokens: prompt tokens. decoded: whether it also decoded running sequences."""
 
     seconds: float
     num_tokens: int
@@ -40,7 +40,7 @@ class Work:
 
 @dataclass(slots=True)
 class _Plain:
-    """Decode-only steps of one batch size. last: the number of the latest."""
+    """Decode-only steps of one batch size. last: number of the latest step."""
 
     last: int = 0
     steps: deque[float] = field(default_factory=lambda: deque(maxlen=_MEMORY))
@@ -48,7 +48,7 @@ class _Plain:
 
 
 class Pace:
-    """See the module. max_stretch: a step beside running streams over a decode-only step; inf: no limit."""
+    """See the module's docstring. max_stretch: longest step with prefill over a decode-only step; inf: no limit."""
 
     def __init__(self, max_stretch: float = math.inf) -> None:
         assert max_stretch > 1.0, "a step cannot be shorter than its decoding"
@@ -56,13 +56,13 @@ class Pace:
         self._plain: dict[int, _Plain] = {}
         self._costs: dict[Kind, deque[float]] = {}
         self._num_steps = 0
-        self._latest = 0  # tokens that the last step beside running sequences took
+        self._latest = 0  # prompt tokens of the last step that also had running sequences
 
     def grant(self, kinds: Collection[Kind], num_decoding: int, num_prompts: int = 1) -> int | None:
         """Prompt tokens for each of `kinds` in a step with `num_decoding` running sequences; None: no limit.
 
-        num_prompts: sequences that are in prefill. 0 where nobody knows what such a step costs without a prompt: this
-        one will tell.
+        Grants 0 while the cost of such a step without prompts is unknown, so that this step measures it.
+        num_prompts: sequences in prefill.
         """
         if not num_decoding or not kinds or math.isinf(self._max_stretch):
             return None
@@ -73,11 +73,11 @@ class Pace:
         crowd = min(max(num_prompts / num_decoding, 1.0), _CROWD)
         room = (crowd * self._max_stretch - 1.0) * _typical(plain.steps)
         token = sum(_dear(cost) if cost else math.inf for cost in costs)
-        tokens = min(int(room / token), 2 * self._latest)  # the walk goes up in steps that can be judged
+        tokens = min(int(room / token), 2 * self._latest)  # at most double, so that each increase is measured
         return max(LEAST, tokens // _GRAIN * _GRAIN)
 
     def record(self, num_decoding: int, seconds: float, parts: Mapping[Kind, Work]) -> None:
-        """Take in a finished step of `num_decoding` running sequences, and what was done in it."""
+        """Learn from a finished step with `num_decoding` running sequences and the given work."""
         self._num_steps += 1
         bucket = num_decoding.bit_length()
         if num_decoding and not any(work.num_tokens for work in parts.values()):
@@ -94,7 +94,7 @@ class Pace:
                 self._costs.setdefault(kind, deque(maxlen=_MEMORY)).append(self._cost(kind, work, bucket))
 
     def _cost(self, kind: Kind, work: Work, bucket: int) -> float:
-        """Seconds a token on top of the decoding beside it."""
+        """Seconds per prompt token, beyond the decoding in the same step."""
         member, _ = kind
         plain = self._plain.get(bucket)
         alone = plain.parts.get((member, False)) if plain is not None and work.decoded else None
@@ -103,10 +103,10 @@ class Pace:
 
 
 def _dear(costs: Sequence[float]) -> float:
-    """The median, of all or of the latest three: what grows dearer is believed sooner than what grows cheaper."""
+    """The larger of two medians, of all and of the latest three: a rising cost counts sooner than a falling one."""
     return max(median(costs), median(list(costs)[-3:]))
 
 
 def _typical(seconds: Collection[float]) -> float:
-    """The lower third: what happens now and then makes a step slower, not faster."""
+    """The lower third, since rare events make a step slower, never faster."""
     return sorted(seconds)[(len(seconds) - 1) // 3]

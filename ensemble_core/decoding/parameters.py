@@ -1,7 +1,7 @@
-"""What a parameter of a request is: its kind, range and default, and the words that describe it. No torch.
+"""A request parameter: its kind, range, default and description. No torch.
 
 A parameter is declared once, as a field of `SamplingParams`. The checks there, the fields of the HTTP schemas and the
-tables of docs/api.md follow from the declaration. Knows no parameter by name.
+tables of docs/api.md follow from that declaration. Knows no parameter by name.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ MAX_INT = 2**31 - 1  # stands for no bound: descriptions leave it out
 class Parameter:
     """One parameter.
 
-    default: of a request that does not send it; None is allowed where it is the default. low, high: the bounds,
-    inclusive, of a number, of each bias, of the length of a text or of each text. above: `low` itself is not allowed.
-    most: entries. note: what it does; example: a value that changes the answer; both for the documents.
+    default: the value if a request does not send it; None is allowed only where it is the default. low, high:
+    inclusive bounds of a number, of each bias, or of the length of each text. above: `low` itself is not allowed.
+    most: largest number of entries. note: what it does. example: a value that changes the answer. Both are for the
+    documentation.
     """
 
     kind: Kind
@@ -36,7 +37,7 @@ class Parameter:
     most: int = MAX_INT
 
     def check(self, name: str, value: Any, low: float | None = None, high: float | None = None) -> None:
-        """Raise InvalidRequestError for what is not of the kind or out of range. low, high: in place of its own."""
+        """Raise InvalidRequestError for a value of the wrong kind or out of range. low, high: override the bounds."""
         low, high = self.low if low is None else low, self.high if high is None else high
         if value is None and self.default is None:
             return
@@ -62,11 +63,11 @@ class Parameter:
                     _check_number(name, bias, low, high)
 
     def describe(self, note: str = "") -> str:
-        """Range, default and note in words. note: in place of its own."""
+        """Range, default and note in words. note: overrides its own."""
         return "; ".join(part for part in (self._range(), self._unsent(), note or self.note) if part)
 
     def json_schema(self) -> dict[str, Any]:
-        """Range and default in the words of JSON schema."""
+        """Range and default as JSON Schema keywords."""
         default = {} if self.default in (None, ()) else {"default": self.default}
         if self.kind not in ("integer", "number"):
             return default
@@ -102,7 +103,7 @@ class Parameter:
 
 
 def declared(kind: Kind, default: Any, note: str, example: Any, **bounds: Any) -> Any:
-    """A dataclass field that declares a parameter; its metadata holds the Parameter. bounds: as of Parameter."""
+    """A dataclass field that declares a parameter. Its metadata holds the Parameter. bounds: fields of Parameter."""
     parameter = Parameter(kind, default, note, example, **bounds)
     return field(default=default, metadata={"parameter": parameter})
 

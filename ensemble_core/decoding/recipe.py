@@ -1,7 +1,6 @@
-"""How one model of the API answers. No torch.
+"""The recipe by which one model of the API answers. No torch.
 
-Invariant: a recipe is valid: main comes first, weights sum to 1. Does not know requests, sequences or how it was
-chosen.
+Invariants: main comes first; weights sum to 1. Does not know requests, sequences or how it was chosen.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class ModeChoice:
-    """A registered mode by its name, and its options as JSON; `modes.base.mode_of` gives the mode itself."""
+    """The name of a registered mode and its options as JSON. `modes.base.mode_of` gives the mode itself."""
 
     name: str = "lockstep"
     options: str = "{}"
@@ -26,12 +25,11 @@ class ModeChoice:
 class Recipe:
     """How one model of the API answers: members (main first), their weights, how they are fused.
 
-    mode: how steps are taken.
-    tau: the weights are times what each prompt says, see `decoding/perplexity.py`; None: they are fixed.
-    on_failure: what an assistant's failure does to a request. refit: the same fusion over fewer members (main first,
-    two or more); None where it cannot do without the others. apart: each position is fused by itself, never in one
-    batch with others, so that its numbers cannot depend on them. fusion_key: two recipes with the same one fuse the
-    same members alike; empty: not known.
+    mode: how steps are taken. tau: temperature of weights by perplexity (`decoding/perplexity.py`); None: the weights
+    are fixed. on_failure: whether an assistant's failure fails the request or drops the assistant. apart: each
+    position is fused by itself, never in a batch, so that its numbers cannot depend on others. fusion_key: recipes
+    with the same key fuse the same members in the same way; empty: unknown. refit: gives the same fusion over fewer
+    members (main first, two or more), or None if it needs the others.
     """
 
     model: str
@@ -48,22 +46,22 @@ class Recipe:
 
     @property
     def main(self) -> str:
-        """The member whose vocabulary is sampled."""
+        """The member whose vocabulary is sampled from."""
         return self.members[0]
 
     def can_lose(self, member: str) -> bool:
-        """Whether a request goes on where this member fails. Never without main, whose vocabulary decides."""
+        """Whether a request goes on if this member fails. Always False for main, whose vocabulary is sampled."""
         return self.on_failure == "drop" and member != self.main
 
     def without(self, gone: Collection[str]) -> Recipe:
-        """The same without some assistants, the weights of the others scaled to sum to 1.
+        """The same recipe without some assistants, with the remaining weights scaled to sum to 1.
 
-        Main alone where nobody else is left, nobody left has any weight, or the fusion cannot do without them.
+        Main alone if no assistant remains, no remaining member has weight, or the fusion needs the others.
         """
         if not gone:
             return self
         left = {m: w for m, w in zip(self.members, self.weights, strict=True) if m not in gone}
-        assert self.main in left, "nothing is left without main"
+        assert self.main in left, "a recipe cannot lose main"
         total, members = sum(left.values()), tuple(left)
         fusion = self.refit(members) if self.refit is not None and len(left) > 1 and total > 0.0 else None
         if fusion is None:

@@ -1,7 +1,7 @@
-"""What a client is told about a token: log-probabilities and traces, in plain numbers.
+"""What a client is told about a token: log-probabilities and traces, as plain numbers.
 
-Both speak of the distribution before temperature, penalties and bias. Does not know sequences, text
-offsets or outputs.
+Both describe the distribution before penalties, bias and temperature. Does not know sequences, text offsets or
+outputs.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ NUM_TRACED = 5  # candidates of each member in a trace
 
 
 def score(token_ids: Tensor, logprobs: Tensor, token_id: int, num_top: int) -> Scored:
-    """A token's log-probability in one row (S,), and the `num_top` likeliest with the token itself among them.
+    """A token's log-probability in one row (S,), and the `num_top` likeliest ids, with the token always among them.
 
-    An id may stand twice in a row; the likelier entry counts. A token without any mass gets `LEAST_LOGPROB`.
+    An id may occur twice in a row; the likelier entry counts. A token without mass gets `LEAST_LOGPROB`.
     """
     own = max(logprobs[token_ids == token_id].amax().item(), LEAST_LOGPROB)
     best = _best(token_ids, logprobs, num_top)
@@ -44,9 +44,9 @@ def trace(
     token_id: int,
     left_out: Mapping[str, Reason],
 ) -> Trace:
-    """What every consulted member and the fusion proposed for the token of one row, and who was left out.
+    """What the consulted members and the fusion proposed for one row's token, and which members were left out.
 
-    candidates: of each consulted member, main first.
+    candidates: consulted member -> its candidates, main first.
     """
     main, *others = candidates
     spell = {member: tracks[member].vocabulary for member in candidates}
@@ -73,7 +73,7 @@ def trace(
 
 
 def _weights(recipe: Recipe, members: Sequence[str]) -> dict[str, float]:
-    """Of the members that were consulted, scaled to sum to 1; main alone has all of it."""
+    """Weights of the consulted members, scaled to sum to 1; main alone has weight 1."""
     known = dict(zip(recipe.members, recipe.weights, strict=True))
     total = sum(known[member] for member in members)
     return (

@@ -1,6 +1,6 @@
-"""What goes into the engine's thread and what comes out of it. No torch.
+"""Requests to the engine's thread and its outputs. No torch.
 
-A request is one prompt with one set of parameters; `n` choices are n requests. It does not know HTTP.
+A request is one prompt with one set of parameters; `n` choices are n requests. Does not know HTTP.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from ensemble_core.stats import Reason
 from ensemble_core.text.vocabulary import readable
 
 FinishReason = Literal["stop", "length", "abort", "error"]
-LEAST_LOGPROB = -9999.0  # as in vLLM: of a token without any mass, since JSON has no infinity
+LEAST_LOGPROB = -9999.0  # of a token without mass, as in vLLM, since JSON has no infinity
 
 
 @dataclass(frozen=True, slots=True)
 class Weighting:
-    """Where weights come from: as they are given, or times what each prompt says (tau in nats per byte)."""
+    """Where weights come from: fixed, or scaled by each prompt's perplexity (tau in nats per byte)."""
 
     by: Literal["fixed", "perplexity"] = "fixed"
     tau: float = DEFAULT_TAU
@@ -29,7 +29,7 @@ class Weighting:
 
 @dataclass(frozen=True, slots=True)
 class Overrides:
-    """What a request changes of its ensemble: our extension `ensemble` of the API. None: as configured."""
+    """What a request changes in its ensemble: the `ensemble` extension of the API. None: as configured."""
 
     members: tuple[str, ...] | None = None  # a subset, main among them
     weights: Mapping[str, float] | None = None
@@ -44,8 +44,8 @@ class Overrides:
 class Conversation:
     """Messages for each member's own chat template.
 
-    messages: role and content. continue_final: the last message is the beginning of the answer, which goes on
-    from it; otherwise the template opens the assistant's turn.
+    messages: role and content. continue_final: the answer continues the last message; otherwise the template opens a
+    new turn of the assistant.
     """
 
     messages: tuple[Mapping[str, str], ...]
@@ -59,9 +59,9 @@ Prompt = str | tuple[int, ...] | Conversation  # ids are the main member's, take
 class GenerationRequest:
     """One prompt for one model (an ensemble or a member).
 
-    add_special_tokens: let tokenizers put their BOS in front of a text; ids and conversations get none. trace:
-    report what every member proposed at each token. group: requests with the same group have the same prompt and
-    share its prefill.
+    add_special_tokens: let tokenizers put their BOS before a text; has no effect on ids and conversations. trace:
+    report what each member proposed for every token. group: requests of one group have the same prompt and share its
+    prefill.
     """
 
     request_id: str
@@ -75,7 +75,7 @@ class GenerationRequest:
 
 
 class Alternative(NamedTuple):
-    """A token that could have come, with its fused log-probability. spelling: as of `TokenLogprob`."""
+    """A possible token with its fused log-probability. spelling: as in `TokenLogprob`."""
 
     token_id: int
     spelling: bytes
@@ -89,12 +89,11 @@ class Alternative(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """One token with its fused log-probability, before temperature, penalties and bias.
+    """One token with its fused log-probability, before penalties, bias and temperature.
 
-    spelling: its bytes, which may be a part of a character; of a control token, its name. text_offset: where its
-    text begins, in characters of prompt (with echo) and completion. top: the likeliest alternatives, the token
-    itself among them with the identical number. The prompt's first token has no log-probability and no
-    alternatives.
+    spelling: its bytes, which may be part of a character; for a control token, its name. text_offset: where its text
+    begins, in characters of the prompt (with echo) and completion. top: the likeliest alternatives, with the token
+    itself among them. The prompt's first token has no log-probability and no alternatives.
     """
 
     token_id: int
@@ -111,24 +110,24 @@ class TokenLogprob:
 
 @dataclass(frozen=True, slots=True)
 class Trace:
-    """What the members proposed for one emitted token: member -> (text, probability), best first."""
+    """What the members proposed for one token. members: member -> (text, probability), best first."""
 
     token: str
     consulted: bool  # False: main decided alone
     members: Mapping[str, tuple[tuple[str, float], ...]]
     fused: tuple[tuple[str, float], ...]
     agreed: Mapping[str, bool]  # assistant -> its best token spells the same
-    weights: Mapping[str, float]  # of those who were consulted
-    left_out: Mapping[str, Reason] = field(default_factory=dict)  # member that failed -> why it was not asked
+    weights: Mapping[str, float]  # of the consulted members
+    left_out: Mapping[str, Reason] = field(default_factory=dict)  # member that did not count -> why
 
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """One step's news of one request. The last one has a `finish_reason`.
+    """One step's news of one request. The last output has a `finish_reason`.
 
-    text: whole characters, stop strings already cut; may be empty. token_ids, logprobs, traces: of main's tokens
-    emitted since the last output (logprobs and traces only where asked for). prompt_logprobs: with echo and
-    logprobs, once, in the first output. Counts are main's tokens so far. dropped: members that this request has lost
+    text: whole characters, without stop strings unless they were asked for; may be empty. token_ids, logprobs,
+    traces: for main's tokens since the last output (logprobs and traces only on request). prompt_logprobs: with echo
+    and logprobs, only in the first output. num_*: main's tokens so far. dropped: members that this request has lost
     for good, and why.
     """
 
@@ -142,14 +141,14 @@ class Output:
     logprobs: tuple[TokenLogprob, ...] = ()
     traces: tuple[Trace, ...] = ()
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
-    prompt_text: str = ""  # with echo, once, in the first output
-    prompt_token_ids: tuple[int, ...] = ()  # once, in the first output
-    num_cached_tokens: int = 0  # of the prompt, that main did not have to compute
+    prompt_text: str = ""  # with echo, only in the first output
+    prompt_token_ids: tuple[int, ...] = ()  # only in the first output
+    num_cached_tokens: int = 0  # prompt tokens that main had cached at the start
     dropped: Mapping[str, Reason] = field(default_factory=dict)
 
 
 def join(outputs: Sequence[Output]) -> Output:
-    """All outputs of one request, at least one, as if they had come at once."""
+    """Join all outputs of one request, at least one, into one."""
     return replace(
         outputs[-1],
         text="".join(each.text for each in outputs),

@@ -1,14 +1,14 @@
-"""One token per row from shaped distributions.
+"""Samples one token per row from shaped distributions.
 
-Temperature, top-k, top-p and min-p act in this order, after fusion and shaping. Randomness is one uniform number a
-step from the sequence's own generator, looked up in the cumulative distribution over tokens from likely to unlikely,
-of equals the lowest id first. Greedy takes the first of that order.
+Temperature, top-k, top-p and min-p act in this order, after fusion and shaping. Tokens are ordered from likely to
+unlikely, of equals the lowest id first. Each step takes one uniform number from the sequence's own generator and
+looks it up in the cumulative distribution over that order. Greedy takes the first token.
 
-Invariant: a row's token does not depend on the other rows, the order of the columns, or entries of -inf. Sums of
-floats would depend on how wide the rows are, so weights are rounded to whole numbers, whose sums are exact.
+Invariant: a row's token does not depend on other rows, on the order of columns, or on entries of -inf. Sums of floats
+would depend on the width of the rows, so weights are rounded to whole numbers, whose sums are exact.
 
-A token outside the fused support (the tail) is never drawn: num_candidates of the configuration bounds how far
-down the distribution sampling can reach.
+A token outside the fused support (the tail) is never drawn, so `scheduler.num_candidates` bounds how far down the
+distribution sampling can reach. Does not know fusion or members.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from ensemble_core.decoding.sequence import Sequence as Request
 from ensemble_core.fusion.base import Fused
 from ensemble_core.members.ranking import ranked
 
-# A weight is a whole number of these parts of the likeliest token's: 2^20 weights still add up within 63 bits.
+# The whole-number weight of the likeliest token. The sum of 2^20 such weights still fits in 63 bits.
 _UNITS = 2.0**42
 
 
 def sample(fused: Fused, sequences: Sequence[Request]) -> list[int]:
-    """A token id of main's vocabulary for each of B rows; -1 where a row holds NaN, +inf, or nothing above -inf."""
+    """One of main's token ids for each of B rows; -1 for a row with NaN or +inf, or with nothing above -inf."""
     token_ids, logprobs = fused.token_ids, fused.logprobs
     tokens = greedy(token_ids, logprobs)
     rows = [i for i, sequence in enumerate(sequences) if not sequence.request.params.greedy]
@@ -40,7 +40,7 @@ def sample(fused: Fused, sequences: Sequence[Request]) -> list[int]:
 
 
 def greedy(token_ids: Tensor, logprobs: Tensor) -> Tensor:
-    """The likeliest id of each row, of equals the lowest: (B, S) ids and log-probabilities -> (B,)."""
+    """Each row's likeliest id, of equals the lowest. (B, S) ids and log-probabilities -> (B,)."""
     best = logprobs.amax(dim=1, keepdim=True)
     highest = torch.iinfo(torch.int64).max
     return torch.where(logprobs == best, token_ids, highest).amin(dim=1)
@@ -53,7 +53,7 @@ def _draw(token_ids: Tensor, logprobs: Tensor, sequences: Sequence[Request]) -> 
     uniform = torch.tensor([[s.draw()] for s in sequences], dtype=torch.float64, device=device)
     order = ranked(logprobs, logprobs.shape[1], token_ids)
     logprobs = logprobs.gather(1, order).double()
-    distance = logprobs - logprobs[:, :1]  # that of the likeliest is 0: no temperature makes it overflow
+    distance = logprobs - logprobs[:, :1]  # 0 for the likeliest, so no temperature can overflow
     relative = (distance / _column(params, lambda p: p.temperature, device)).exp().nan_to_num()
     mass = (relative * _UNITS).round().long().cumsum(dim=1)
     total = mass.gather(1, _num_in_reach(relative, mass, params) - 1)
@@ -63,13 +63,13 @@ def _draw(token_ids: Tensor, logprobs: Tensor, sequences: Sequence[Request]) -> 
 
 
 def _num_in_reach(relative: Tensor, mass: Tensor, params: Sequence[SamplingParams]) -> Tensor:
-    """(B, 1) how many of the likeliest top-k, top-p and min-p leave, at least 1.
+    """(B, 1) how many of the likeliest tokens top-k, top-p and min-p keep, at least 1.
 
-    relative: (B, S) weights over that of the likeliest. mass: (B, S) cumulative sums of their whole numbers.
+    relative: (B, S) weights relative to the likeliest. mass: (B, S) cumulative sums of the whole-number weights.
     """
     device, width = relative.device, relative.shape[1]
     top_k = _column(params, lambda p: min(p.top_k or width, width), device).long()
-    # The token that crosses top_p is still in.
+    # The token that crosses top_p is kept.
     limit = _column(params, lambda p: p.top_p, device) * mass.gather(1, top_k - 1).double()
     before = (mass.roll(1, dims=1).double() < limit)[:, 1:]
     likely = (relative >= _column(params, lambda p: p.min_p, device))[:, 1:]
@@ -79,5 +79,5 @@ def _num_in_reach(relative: Tensor, mass: Tensor, params: Sequence[SamplingParam
 def _column(
     params: Sequence[SamplingParams], value: Callable[[SamplingParams], float], device: torch.device
 ) -> Tensor:
-    """(B, 1) one parameter of every row."""
+    """(B, 1) one parameter for every row."""
     return torch.tensor([[value(p)] for p in params], dtype=torch.float64, device=device)

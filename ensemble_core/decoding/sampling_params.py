@@ -1,7 +1,7 @@
-"""How one request wants its tokens: bounds, randomness, penalties, stops, what it wants to be told. No torch.
+"""The sampling parameters of one request: limits, randomness, penalties, stops and reports. No torch.
 
-Invariant: an instance is valid by itself; what depends on a vocabulary (ids) is checked at admission. Every field
-is checked on construction, so the offline API and HTTP refuse the same values with the same words.
+Invariant: an instance is valid by itself; what depends on a vocabulary (ids) is checked at admission. Every field is
+checked on construction, so the offline API and HTTP refuse the same values with the same messages.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ MAX_GRAMMAR_LENGTH = 65_536
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """Parameters that act once, after fusion, in the order of the fields from `repetition_penalty` on.
+    """Sampling parameters. From `repetition_penalty` on they act after fusion, in the order of the fields.
 
-    Every default from there on changes nothing. Token ids are the main member's. temperature: 0 is greedy. top_k: 0
-    is off. logprobs: how many alternatives to report per token, None for none; of the fused distribution, before
-    everything below. echo: report the prompt too (with logprobs: its teacher-forced fused log-probabilities); the one
-    case in which max_tokens may be 0. json_schema: the text must be JSON of this schema ("" is any JSON object); None
-    is free text.
+    Defaults from there on change nothing, and temperature 1 samples as fused. Token ids are the main member's.
+    temperature: 0 is greedy. top_k: 0 is off. logprobs: number of alternatives to report per token, from the fused
+    distribution before penalties, bias and temperature; None: no log-probabilities. echo: also report the prompt
+    (with logprobs: its teacher-forced fused log-probabilities); only then may max_tokens be 0. json_schema: the text
+    must be JSON that follows this schema ("" allows any JSON object); None: free text.
     """
 
     max_tokens: int = declared("integer", 16, "most tokens of each choice", 5, low=1)
@@ -78,17 +78,17 @@ class SamplingParams:
 
     @property
     def greedy(self) -> bool:
-        """True where the likeliest token is taken."""
+        """True if the likeliest token is always taken."""
         return self.temperature == 0.0
 
     @property
     def shapes_logits(self) -> bool:
-        """True where penalties or biases change the fused distribution."""
+        """True if penalties or biases change the fused distribution."""
         return self.penalises or self.logit_bias != PARAMETERS["logit_bias"].default
 
     @property
     def penalises(self) -> bool:
-        """True where what stands in the text changes the fused distribution."""
+        """True if tokens already in the text change the fused distribution."""
         return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != _NEUTRAL
 
 

@@ -1,21 +1,21 @@
-"""Who runs in the next step, and with how many tokens. No torch.
+"""Decides which sequences run in the next step, and with how many tokens. No torch.
 
-A sequence is admitted in all its members at once, first come, first served, and holds the pages that its tokens need
-now. It grows page by page; where a member runs out, the youngest sequence there is preempted: it goes back to the
-head of the queue and is computed anew later, text and all. Newcomers leave everybody who runs a page to grow into.
-Decoding sequences go first in every step; what is left of the token budget is prefilled in chunks, beside running
-streams no more than `Pace` grants. The last piece of a prompt is fed to all members in one step, which is the first
-step that decides a token; a scored prompt waits with it until its scores are nearly done.
+Sequences are admitted in order of arrival, in all their members at once. A sequence reserves the pages that its
+tokens need now and grows page by page. If a member runs out of pages, its youngest sequence is preempted: it goes
+back to the head of the queue and is later computed again, prompt and completion. Admission reserves a spare page for
+each running sequence that can grow. Decoding sequences go first in every step. The rest of the token budget goes to
+chunks of prompts, limited by what `Pace` grants while streams run. The last token of a prompt is fed to all members
+of the mode's plan in one step, the first that decides a token; a scored prompt reaches it once its scores are nearly
+done.
 
-A sequence begins once, when the token budget of all its members reaches it: then what is cached of its prompt is
-looked up. Sequences of one group have the same prompt. The first of them leads; the others wait until it has read the
-prompt, and take over its prefix, scores and weights. Nobody waits for a prefix that is too short to be taken over.
-Once one of the group has read the prompt or failed, nobody waits: the others begin side by side, like requests
-without a group.
+A sequence begins once, when the token budget of all its members reaches it; then its cached prefix is looked up.
+Sequences of one group have the same prompt. The first of them leads; the others wait until it has read the prompt,
+then take over its prefix, scores and weights. No sequence waits for a prefix that is too short to reuse. Once one of
+the group has read the prompt or failed, the others begin side by side, like requests without a group.
 
-Invariants: a step never feeds more than a member's pages hold; every admitted sequence is on `running` until it is
-preempted or retired; nobody overtakes the head of the queue; the oldest sequence is never preempted, so all come to
-their end. Does not know tensors, forwards or fusion.
+Invariants: a step never feeds more than a member's pages hold; an admitted sequence is in `running` until it is
+preempted or retired; no sequence overtakes the head of the queue; the oldest sequence is never preempted, so every
+sequence ends. Does not know tensors, forwards or fusion.
 """
 
 from __future__ import annotations
@@ -38,57 +38,57 @@ class Capacity:
 
     page_size: int  # tokens
     num_pages: int
-    max_len: int  # tokens a sequence
-    min_prefix: int = 1  # tokens; a shorter prefix is never taken over
+    max_len: int  # tokens per sequence
+    min_prefix: int = 1  # tokens; a shorter prefix is never reused
 
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """One sequence's part of a step: tokens to feed per member, and whether the answers decide anything.
+    """One sequence's part of a step: how many tokens to feed each member, and whether the answers decide tokens.
 
-    wanted: member -> how many of its last tokens must be answered, where the share decides. scores: positions of a
+    wanted: member -> number of last positions to answer, if the share decides. scores: number of positions of a
     scored prompt that may be fused.
     """
 
     sequence: Sequence
     counts: dict[str, int]
     decides: bool
-    prefill: bool  # the tokens are a part of the prompt
+    prefill: bool  # the tokens are part of the prompt
     wanted: Mapping[str, int] = field(default_factory=dict)
     scores: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Of the whole engine."""
+    """Limits of the whole engine."""
 
     max_running: int
     max_waiting: int
-    token_budget: int  # tokens a member is fed in one step
-    max_stretch: float = math.inf  # a step with prefill over one without, while streams run
+    token_budget: int  # most tokens that a member is fed in one step
+    max_stretch: float = math.inf  # longest step with prefill over one without, while streams run
 
 
 class Scheduler:
-    """Waiting and running sequences, and the pages that they have reserved."""
+    """The waiting and running sequences, and the pages that they reserve."""
 
     def __init__(self, capacities: Mapping[str, Capacity], limits: Limits) -> None:
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self._capacities = dict(capacities)
         self._limits = limits
-        self._fresh: set[Sequence] = set()  # running, but not begun
-        self._read: dict[str | None, Sequence] = {}  # group -> one that has read their prompt, or failed
+        self._fresh: set[Sequence] = set()  # running, but have not begun
+        self._read: dict[str | None, Sequence] = {}  # group -> a sequence that has read the prompt, or failed
         self.pace = Pace(limits.max_stretch)
         for name, capacity in capacities.items():
             assert capacity.page_size * capacity.num_pages >= capacity.max_len, f"{name}: too few pages for one"
 
     @property
     def has_work(self) -> bool:
-        """True while somebody runs or waits."""
+        """True while any sequence runs or waits."""
         return bool(self.running or self.waiting)
 
     def reserved(self, member: str) -> int:
-        """Pages of a member that running sequences need for the tokens that they have now."""
+        """Pages of a member that running sequences need for their present tokens."""
         return sum(self._pages(s, member) for s in self.running if member in s.tracks)
 
     def add(self, sequences: list[Sequence]) -> None:
@@ -102,7 +102,7 @@ class Scheduler:
         self.waiting.extend(sequences)
 
     def schedule(self) -> list[Share]:
-        """The shares of the next step, after `admit`: decode, then prefill what the budget allows."""
+        """The shares of the next step, to be called after `admit`: all decodes, then prefill as the budget allows."""
         left = dict.fromkeys(self._capacities, self._limits.token_budget)
         shares = [_decode_share(s) for s in self.running if s.phase is Phase.DECODE]
         for share in shares:
@@ -113,14 +113,15 @@ class Scheduler:
         if granted == 0:
             return shares
         most = self._limits.token_budget if granted is None else granted
-        left = {member: max(min(tokens, most), 1) for member, tokens in left.items()}  # prompts go on
+        left = {member: max(min(tokens, most), 1) for member, tokens in left.items()}  # 1: prompts make progress
         return shares + _prefill_shares(prompts, left, math.inf if granted is None else granted)
 
     def beginners(self) -> Iterator[tuple[Sequence, Sequence | None]]:
-        """Each admitted sequence once, when it is to begin, with one of its group that has read the prompt, if any.
+        """Each admitted sequence once, when it begins, with a sequence of its group that has read the prompt, if any.
 
-        Lazy: what is cached of a sequence must be in its tracks before the next one is asked for, since that decides
-        whom the budget reaches. All that `schedule` may feed next have begun. Linear in the running sequences.
+        Lazy: the caller must enter a sequence's cached prefix in its tracks before it asks for the next, since that
+        decides how far the budget reaches. `schedule` feeds only sequences that have begun. Linear in the running
+        sequences.
         """
         self._fresh = {s for s in self._fresh if _untouched(s)}
         followers = self._followers()
@@ -133,12 +134,12 @@ class Scheduler:
                 self._fresh.discard(sequence)
                 yield sequence, leader
             for member, track in sequence.tracks.items():
-                left[member] -= track.num_uncached - 1  # the least that `schedule` will take
+                left[member] -= track.num_uncached - 1  # the least that `schedule` will spend
 
     def admit(self) -> list[Sequence]:
-        """Make room for what runs, then let waiting sequences in, in order.
+        """Make room for running sequences, then admit waiting ones in order.
 
-        Returns those that were preempted, youngest first: the caller gives back their pages in every member.
+        Returns the preempted sequences, youngest first. The caller must release them in every member.
         """
         preempted = self._make_room()
         if self.waiting and len(self.running) < self._limits.max_running:
@@ -151,12 +152,12 @@ class Scheduler:
             excess = self.reserved(member) - capacity.num_pages
             if excess > 0:
                 preempted += self._preempt(member, excess)
-        # Back to the head of the queue, the oldest first.
+        # Put them back at the head of the queue, the oldest first.
         self.waiting.extendleft(sorted(preempted, key=lambda s: s.admitted or 0.0, reverse=True))
         return preempted
 
     def _preempt(self, member: str, excess: int) -> list[Sequence]:
-        """Take the youngest off `running` until `excess` pages of a member are given back."""
+        """Remove the youngest sequences from `running` until `excess` pages of a member are free."""
         preempted = []
         for sequence in [s for s in reversed(self.running) if member in s.tracks]:
             if excess <= 0:
@@ -171,7 +172,7 @@ class Scheduler:
         return preempted
 
     def _let_in(self) -> None:
-        """Admit while everybody's claims fit; one alone always does. Linear in running and admitted sequences."""
+        """Admit while all claims fit; a sequence alone always fits. Linear in running and admitted sequences."""
         claimed = {m: sum(self._claim(s, m) for s in self.running if m in s.tracks) for m in self._capacities}
         while self.waiting and len(self.running) < self._limits.max_running:
             sequence = self.waiting[0]
@@ -184,7 +185,7 @@ class Scheduler:
             sequence.phase, sequence.admitted = Phase.PREFILL, sequence.admitted or time.perf_counter()
 
     def retire(self) -> list[Sequence]:
-        """Take finished sequences off all lists."""
+        """Remove finished sequences from all lists and return them."""
         finished = [s for s in (*self.running, *self.waiting) if s.phase is Phase.FINISHED]
         if finished:
             self.running = [s for s in self.running if s.phase is not Phase.FINISHED]
@@ -194,7 +195,10 @@ class Scheduler:
         return finished
 
     def _note_read(self, finished: list[Sequence]) -> None:
-        """Who ends by itself leaves nobody of its group waiting; groups that have ended are forgotten."""
+        """Stop followers from waiting for a leader that ended, unless it was aborted: then the next one leads.
+
+        Also forget groups that have ended.
+        """
         for sequence in finished:
             if sequence.request.group is not None and sequence.finish_reason != "abort":
                 self._read.setdefault(sequence.request.group, sequence)
@@ -203,16 +207,16 @@ class Scheduler:
             self._read = {group: s for group, s in self._read.items() if group in left}
 
     def check(self) -> None:
-        """Integrity: what is cached fits, and only of those that run. For tests and debugging."""
+        """Assert that all cached tokens fit, and that only running sequences have any. For tests and debugging."""
         for member, capacity in self._capacities.items():
             cached = [s.tracks[member].num_held for s in self.running if member in s.tracks]
             assert sum(-(-tokens // capacity.page_size) for tokens in cached) <= capacity.num_pages
         assert not any(track.num_cached for s in self.waiting for track in s.tracks.values())
-        assert self._fresh <= set(self.running), "who does not run cannot begin"
+        assert self._fresh <= set(self.running), "a sequence that does not run cannot begin"
         assert self._read.keys() <= {s.request.group for s in (*self.running, *self.waiting)}, "a group has ended"
 
     def _leader(self, sequence: Sequence) -> Sequence | None:
-        """Another one of its group that has read their prompt, if any."""
+        """Another sequence of its group that has read the prompt and has not failed, if any."""
         leader = self._read.get(sequence.request.group)
         if leader is None or leader is sequence or leader.finish_reason == "error":
             return None
@@ -233,22 +237,22 @@ class Scheduler:
         return {s for s in found if s.request.group not in self._read and self._can_follow(s)}
 
     def _can_follow(self, sequence: Sequence) -> bool:
-        """Whether a leader has something to hand over: a prefix that is long enough, scores or weights."""
+        """Whether it can take over anything from a leader: a long enough prefix, scores or weights."""
         lengths = {member: len(track.prompt_ids) for member, track in sequence.tracks.items()}
         if sequence.scoring or sequence.weighing:
             return max(lengths.values()) > 1
         return any(length > self._capacities[member].min_prefix for member, length in lengths.items())
 
     def _pages(self, sequence: Sequence, member: str) -> int:
-        """Pages for the tokens that the sequence has now, and for those that the member has not dropped yet."""
+        """Pages for the sequence's present tokens, including those that the member has yet to roll back."""
         track = sequence.tracks[member]
         return -(-max(len(track), track.num_held) // self._capacities[member].page_size)
 
     def _claim(self, sequence: Sequence, member: str) -> int:
-        """Pages that a newcomer must leave to a sequence: those that it needs now, and one more if it can grow.
+        """Pages that admission must leave to a sequence: those that it needs now, and one more if it can grow.
 
-        Main's completion is at most max_tokens; an assistant may need more tokens for the same text, up to its
-        own max_len.
+        Main's completion has at most max_tokens; an assistant may need more tokens for the same text, up to its own
+        max_len.
         """
         capacity, pages = self._capacities[member], self._pages(sequence, member)
         longest = capacity.max_len
@@ -276,7 +280,7 @@ def _deciding_share(sequence: Sequence, plan: Mapping[str, Ask], prefill: bool) 
 
 
 def _kinds(prompts: list[Sequence]) -> set[Kind]:
-    """What prefilling these prompts will cost: members with more than a last token to go, and scoring."""
+    """The kinds of work in prefilling these prompts: members with more than one token to go, and scoring."""
     scoring = any(s.scoring for s in prompts)
     answering = scoring or any(s.weighing for s in prompts)
     kinds = {(member, answering) for s in prompts for member, track in s.tracks.items() if track.num_uncached > 1}
@@ -284,14 +288,14 @@ def _kinds(prompts: list[Sequence]) -> set[Kind]:
 
 
 def _prefill_shares(prompts: list[Sequence], left: dict[str, int], positions: float) -> list[Share]:
-    """Chunks of prompts, in order; a prompt begins once the budget of all its members reaches it.
+    """Chunks of prompts, in order. A prompt begins once the budget of all its members reaches it.
 
-    left: tokens for each member, spent here; positions: that may be fused.
+    left: member -> tokens left in the budget, spent here. positions: how many may be fused.
     """
     shares = []
     for sequence in prompts:
         if _untouched(sequence) and not all(left[member] for member in sequence.tracks):
-            continue  # its turn has not come, see `beginners`
+            continue  # it has not begun, see `beginners`
         share = _prefill_share(sequence, left, positions)
         if share.counts or share.scores:
             _spend(left, share.counts)
@@ -301,10 +305,10 @@ def _prefill_shares(prompts: list[Sequence], left: dict[str, int], positions: fl
 
 
 def _prefill_share(sequence: Sequence, left: Mapping[str, int], positions: float) -> Share:
-    """What the mode plans for the deciding step if that fits, else a chunk that leaves each member its last token.
+    """The deciding step that the mode plans, if it fits; else a chunk that leaves each member its last token.
 
-    A member that the plan leaves out is fed all but its last token first. A scored prompt whose answer is constrained
-    decides with its last token alone, since only that position needs main's whole vocabulary.
+    A member that the plan leaves out is first fed all but its last token. A scored prompt with a constrained answer
+    decides in a step with only its last token, since only that position needs main's whole vocabulary.
     """
     rest = {member: track.num_uncached for member, track in sequence.tracks.items()}
     plan = _plan(sequence)

@@ -1,8 +1,8 @@
-"""Whether some finite JSON value can follow a schema, as far as its `$ref`s decide that.
+"""Checks whether a finite JSON value can follow a schema, as far as `$ref`s decide that.
 
-`{"type": "object", "properties": {"a": {"$ref": "#"}}, "required": ["a"]}` asks for objects without end. The grammar
-engine would write one until the tokens are used up. It finds every other contradiction itself, so this looks at
-nothing else: whatever it does not know counts as satisfiable.
+`{"type": "object", "properties": {"a": {"$ref": "#"}}, "required": ["a"]}` asks for endlessly nested objects. The
+grammar engine would write one until the tokens are used up. It finds all other contradictions itself, so this file
+looks only at `$ref`s: everything else counts as satisfiable. Does not know vocabularies or grammars.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from collections.abc import Iterator
 from typing import Any
 from urllib.parse import unquote
 
-_MOST_ROUNDS = 64  # a longer chain of references counts as satisfiable; each round costs one walk over the schema
+_MOST_ROUNDS = 64  # longer chains of references count as satisfiable; each round walks the schema once
 
 
 def endless(schema: str) -> str | None:
-    """A `$ref` on the way to every value of a schema that no finite value can satisfy; None where there is none.
+    """A `$ref` that makes every value of a schema infinite; None if a finite value can satisfy the schema.
 
-    schema: JSON text of an object. The least fixed point: a reference is proven once its target can be satisfied
-    with what is proven before it.
+    schema: JSON text of an object. Computes a least fixed point: a reference is proven once its target can be
+    satisfied using only references proven before.
     """
     root = json.loads(schema)
     open_refs = {ref: target for ref in _refs(root) if (target := _target(root, ref)) is not None}
@@ -42,7 +42,7 @@ def _refs(node: object) -> Iterator[str]:
 
 
 def _target(root: Any, ref: str) -> Any:
-    """What a JSON pointer within the schema points at; None for any other reference."""
+    """The target of a JSON pointer within the schema; None for any other reference."""
     node = root
     for part in unquote(ref).split("/")[1:]:
         key = part.replace("~1", "/").replace("~0", "~")
@@ -51,7 +51,7 @@ def _target(root: Any, ref: str) -> Any:
 
 
 def _ends(node: Any, open_refs: dict[str, Any]) -> bool:
-    """False where every value of a schema needs one of `open_refs`."""
+    """False if every value of a schema needs one of `open_refs`."""
     if not isinstance(node, dict):
         return True
     if isinstance(ref := node.get("$ref"), str) and ref in open_refs:
@@ -63,7 +63,7 @@ def _ends(node: Any, open_refs: dict[str, Any]) -> bool:
 
 
 def _needed(node: dict[str, Any]) -> Iterator[Any]:
-    """The schemas that some part of every value must follow."""
+    """The subschemas that every value must follow in some part."""
     yield from _listed(node.get("allOf"))
     if node.get("type") == "object" and "patternProperties" not in node:
         properties: Any = node.get("properties")

@@ -1,11 +1,11 @@
 """Teacher-forced fused log-probabilities of a prompt: what the ensemble gives each of its tokens.
 
-While a prompt is prefilled every member answers at every position. Main's answer at each position is fused with the
-assistants' answers at the same place of the text, where every assistant has a token boundary there (a shared
-position); elsewhere main speaks alone. Positions are fused in blocks, as soon as all their answers are there, no
-more at a time than the caller allows; answers that are used up are dropped. Places are counted in bytes of the text
-without control tokens, from its end, since some tokenizers put a space in front of it; where the members otherwise
-do not spell the same bytes (a control token that one of them reads as text) main speaks alone everywhere.
+During prefill every member answers at every position. At a shared position, where every assistant has a token
+boundary too, main's answer is fused with the assistants' answers at the same place in the text. Elsewhere main
+decides alone. Positions are fused in blocks once all their answers have arrived, no more at a time than the caller
+allows; used answers are dropped. A place is counted in bytes of the text without control tokens, from the end, since
+some tokenizers put a space before the text. If the members otherwise spell different bytes (one reads a control token
+as text), main decides alone everywhere.
 
 Knows candidates and recipes; does not know schedules, engines or outputs.
 """
@@ -39,31 +39,31 @@ class _AnsweredRows:
 
     @property
     def end(self) -> int:
-        """One past the last row."""
+        """One past the last row that is held."""
         return self.first + sum(len(part) for part in self.parts)
 
     def rows(self, rows: Sequence[int]) -> Candidates:
-        """Those of the given rows of the prompt."""
+        """The answers for the given rows of the prompt."""
         if len(self.parts) > 1:
             self.parts = [_joined(self.parts)]
         return self.parts[0].rows([row - self.first for row in rows])
 
     def drop(self, end: int) -> None:
-        """Forget parts that lie before row `end`."""
+        """Drop parts that lie wholly before row `end`."""
         while self.parts and self.first + len(self.parts[0]) <= end:
             self.first += len(self.parts.pop(0))
 
 
 @dataclass(slots=True)
 class _Run:
-    """Places that consult the same members, in the order of the text: [num_fused, num_ready) can be fused now."""
+    """Places that consult the same members, in text order; those in [num_fused, num_ready) can be fused now."""
 
     places: list[dict[str, int]]
     num_ready: int = 0
     num_fused: int = 0
 
     def look(self, answers: dict[str, _AnsweredRows]) -> int:
-        """How many places can be fused now. Rows rise from place to place, so the first that lacks one ends them."""
+        """Number of places to fuse now. Rows rise from place to place, so the first incomplete one is the end."""
         ends = {member: each.end for member, each in answers.items()}
         for place in self.places[self.num_ready :]:
             if any(row >= ends.get(member, 0) for member, row in place.items()):
@@ -74,10 +74,10 @@ class _Run:
 
 @dataclass(slots=True)
 class PromptScores:
-    """One sequence's prompt, being scored.
+    """The scores of one sequence's prompt, in progress.
 
     described: empty until `finish`, then an entry for every prompt token, the first without a number. num_ready:
-    positions that `advance` left, though it could have fused them.
+    positions that `advance` could have fused but left because of its limit.
     """
 
     num_top: int
@@ -88,11 +88,11 @@ class PromptScores:
     _scored: dict[int, Scored] = field(default_factory=dict)
 
     def add(self, member: str, candidates: Candidates) -> None:
-        """A member's answers for the next positions of its prompt."""
+        """Add a member's answers for the next positions of its prompt."""
         self._answers.setdefault(member, _AnsweredRows()).parts.append(candidates)
 
     def advance(self, recipe: Recipe, tracks: dict[str, Track], limit: int | None = None) -> int:
-        """Fuse up to `limit` positions (None: all) of those whose answers are there; returns how many."""
+        """Fuse up to `limit` positions (None: all) whose answers have arrived; returns how many."""
         before = len(self._scored)
         if not self._runs:
             self._runs = self._places(recipe, tracks)
@@ -110,24 +110,27 @@ class PromptScores:
         return len(self._scored) - before
 
     def finish(self, recipe: Recipe, tracks: dict[str, Track], text: str) -> int:
-        """Fuse what is left; returns how many. The prompts must be cached whole. text: what offsets count in."""
+        """Fuse all remaining positions; returns how many. All answers must have arrived. text: for offsets."""
         num_fused = self.advance(recipe, tracks)
         self.described = tuple(_described(tracks[recipe.main], self._scored, text))
         self.reset()
         return num_fused
 
     def lose(self, members: Collection[str]) -> None:
-        """Go on without some assistants. Positions that are fused stay as they are."""
+        """Go on without some assistants. Positions already fused stay as they are."""
         for member in members:
             self._answers.pop(member, None)
         self._runs = ()
 
     def reset(self) -> None:
-        """Forget all answers: the prompt is computed anew, or it is described."""
+        """Drop all answers, since the prompt is computed again or is fully scored."""
         self._answers, self._runs, self._scored, self.num_ready = {}, (), {}, 0
 
     def _places(self, recipe: Recipe, tracks: dict[str, Track]) -> tuple[_Run, _Run]:
-        """The runs, of what is not fused yet. After a loss more places may be shared; answers may be gone by then."""
+        """The runs of places that are not fused yet: shared, and main alone.
+
+        After a loss more places may be shared, but their answers may have been dropped; there main decides alone.
+        """
         shared, alone, main = [], [], recipe.main
         firsts = {member: answers.first for member, answers in self._answers.items()}
         for place in chain(*_runs(recipe, tracks)):
@@ -145,7 +148,7 @@ class PromptScores:
             answers.drop(min((head[member] for head in heads if member in head), default=answers.end))
 
     def _fuse(self, recipe: Recipe, ids: list[int], block: Sequence[dict[str, int]]) -> dict[int, Scored]:
-        """Position -> what the token after it scored; a block consults the same members everywhere."""
+        """Position -> score of the token after it. All places of a block consult the same members."""
         parts = [self._answers[member].rows([place[member] for place in block]) for member in block[0]]
         device = parts[0].tail.device
         parts = [part.to(device) for part in parts]
@@ -161,9 +164,9 @@ class PromptScores:
 
 
 def _runs(recipe: Recipe, tracks: dict[str, Track]) -> tuple[list[dict[str, int]], list[dict[str, int]]]:
-    """All of main's positions but the last: those that all members share, and those where main speaks alone.
+    """All of main's positions but the last: those that all members share, and those where main decides alone.
 
-    A position is member -> row of that member's answers.
+    A position maps member -> row of that member's answers.
     """
     main, *others = recipe.members
     same = len({plain_text(track).removeprefix(b" ") for track in tracks.values()}) == 1
@@ -178,10 +181,11 @@ def _runs(recipe: Recipe, tracks: dict[str, Track]) -> tuple[list[dict[str, int]
 
 
 def _paired(main: Track, other: Track) -> dict[int, int]:
-    """Main's row -> another member's row that stands at the same place and says what follows there.
+    """Main's row -> another member's row at the same place that predicts the same thing.
 
-    Control tokens add nothing to the text, so several rows can stand at one place. The last of them says which text
-    follows; each before it says which control token does, and is paired where the other has that token, in order.
+    Control tokens add nothing to the text, so several rows can be at one place. The last of them predicts the text
+    that follows. Each earlier row predicts a control token, and is paired, in order, with a row of the other member
+    that predicts the same control token.
     """
     theirs = _by_place(other)
     pairs: dict[int, int] = {}
@@ -199,7 +203,7 @@ def _paired(main: Track, other: Track) -> dict[int, int]:
 
 
 def _by_place(track: Track) -> dict[int, list[int]]:
-    """Place in the text -> the rows that stand there, in order."""
+    """Place in the text -> the rows at that place, in order."""
     found: dict[int, list[int]] = {}
     for row, rest in enumerate(rests(track)):
         found.setdefault(rest, []).append(row)
@@ -207,19 +211,19 @@ def _by_place(track: Track) -> dict[int, list[int]]:
 
 
 def _control(track: Track, row: int) -> bytes:
-    """The control token of a row; every stop token is the end of text."""
+    """The control token in a row of the prompt; all stop tokens count as one."""
     token_id = track.prompt_ids[row]
     return b"" if token_id in track.vocabulary.stop_ids else track.vocabulary.tokens[token_id]
 
 
 def rests(track: Track) -> list[int]:
-    """How much of the text follows each prompt token, in bytes without control tokens: its place in the text."""
+    """The place of each prompt token: how many bytes of text follow it, without control tokens."""
     ends = list(accumulate(len(track.vocabulary.text_bytes(token_id)) for token_id in track.prompt_ids))
     return [ends[-1] - end for end in ends]
 
 
 def plain_text(track: Track) -> bytes:
-    """What a prompt's tokens spell, without control tokens."""
+    """The bytes that a prompt's tokens spell, without control tokens."""
     return b"".join(track.vocabulary.text_bytes(token_id) for token_id in track.prompt_ids)
 
 
@@ -242,7 +246,8 @@ def _described(main: Track, scored: dict[int, Scored], text: str) -> Iterator[To
 def _offsets(main: Track, text: str) -> list[int]:
     """Where each prompt token begins in the text, in whole characters.
 
-    A control token counts where the text spells its name; a space that the tokenizer put in front does not.
+    A control token counts only if the text spells its name. A space that the tokenizer put before the text does not
+    count.
     """
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     at = -1 if plain_text(main).startswith(b" ") and not text.startswith(" ") else 0

@@ -1,7 +1,7 @@
-"""One request in flight: its recipe, its text, its tokens in every member. No torch.
+"""One request in flight: its recipe, its text, and its tokens in every member. No torch.
 
-Invariants: main's track comes first and holds the sampled tokens; every other track spells the same text. A
-sequence does not know pages, steps or the other sequences.
+Invariants: main's track comes first and holds the sampled tokens; every other track spells the same text. A sequence
+does not know pages, steps or other sequences.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """A token that becomes final, with what its request wants to be told."""
+    """A token that becomes final, with the reports that its request asked for."""
 
     token_id: int
     scored: Scored | None = None
@@ -39,7 +39,7 @@ class Choice:
 
 @dataclass(slots=True)
 class _Pending:
-    """What a sequence has to say since its last output."""
+    """What has been added since the last output."""
 
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
@@ -48,7 +48,7 @@ class _Pending:
 
 
 class Phase(Enum):
-    """Where a sequence is in its life."""
+    """The stages of a sequence's life."""
 
     WAITING = auto()
     PREFILL = auto()
@@ -60,11 +60,11 @@ class Phase(Enum):
 class Sequence:
     """One request in flight.
 
-    prompt_text: what the prompt says, for echo and for the offsets of a scored prompt. constraint: where it stands
-    in its grammar. scores: what is known of its prompt's log-probabilities, where they are asked for. likelihood: of
-    its prompt in every member, where the weights follow it. dropped: members that it has lost, which are in recipe
-    and tracks no more. num_reused: prompt tokens that main had cached. num_drafted: tokens at the end of main's track
-    that are not final; no client has seen them.
+    prompt_text: the prompt's text, for echo and for the offsets of a scored prompt. constraint: its position in its
+    grammar. scores: log-probabilities of the prompt, if they are asked for. likelihood: of the prompt in every
+    member, if the weights depend on it. dropped: members that it has lost; recipe and tracks no longer hold them.
+    num_reused: prompt tokens that main had cached at the start. num_drafted: tokens at the end of main's track that
+    are not final; no client has seen them.
     """
 
     seq_id: int
@@ -88,12 +88,12 @@ class Sequence:
     last_token: float | None = None
     rng: random.Random = field(init=False)
     biases: TokenValues = field(init=False)
-    biased: tuple[int, ...] = field(init=False)  # main's ids with a positive bias: always in the support
-    counts: TokenCounts = field(init=False)  # of main's tokens
+    biased: tuple[int, ...] = field(init=False)  # main's ids with a positive bias, always in the support
+    counts: TokenCounts = field(init=False)  # of main's tokens in the text
     shown: Detokenizer = field(init=False)  # the text as the client sees it
-    spelt: Detokenizer = field(init=False)  # the text as assistants spell it: never the names of control tokens
+    spelt: Detokenizer = field(init=False)  # the text that assistants spell, without control tokens' names
     _pending: _Pending = field(default_factory=_Pending)
-    _opened: bool = False  # the first output is out
+    _opened: bool = False  # the first output has been taken
     _drawn: float | None = None
 
     def __post_init__(self) -> None:
@@ -112,7 +112,7 @@ class Sequence:
 
     @property
     def is_finished(self) -> bool:
-        """True once it has ended, however."""
+        """True once it has ended for any reason."""
         return self.phase is Phase.FINISHED
 
     @property
@@ -127,7 +127,7 @@ class Sequence:
 
     @property
     def spelling(self) -> tuple[str, bool]:
-        """What assistants spell, draft included, in whole characters; and whether it ends within a character."""
+        """The text for assistants in whole characters, draft included, and whether it ends within a character."""
         spell = self.main.vocabulary.text_bytes
         return self.spelt.foresee(b"".join(spell(token_id) for token_id in self.draft))
 
@@ -138,28 +138,28 @@ class Sequence:
 
     @property
     def scoring(self) -> bool:
-        """True while log-probabilities of the prompt are asked for and not told yet."""
+        """True while log-probabilities of the prompt are asked for and not yet known."""
         return self.scores is not None and not self.scores.described
 
     @property
     def weighing(self) -> bool:
-        """True while the weights follow the prompt's likelihood and it is not known yet."""
+        """True while the weights depend on the prompt's likelihood and it is not yet known."""
         return self.likelihood is not None and self.likelihood.weights is None
 
     def draw(self) -> float:
-        """A uniform number from [0, 1) for the next token; the same one until that token is final."""
+        """A uniform number from [0, 1) for the next token. Stays the same until that token is final."""
         if self._drawn is None:
             self._drawn = self.rng.random()
         return self._drawn
 
     def append(self, token_id: int, scored: Scored | None = None, trace: Trace | None = None) -> None:
-        """Take in one final token; may finish the sequence."""
+        """Append one final token. May finish the sequence."""
         self.decide((Choice(token_id, scored, trace),))
 
     def decide(self, tokens: Iterable[Choice], draft: Iterable[int] = ()) -> None:
-        """Main's track ends with `tokens`, which are final now, then with `draft`; may finish the sequence.
+        """Make main's track end with `tokens`, now final, followed by `draft`. May finish the sequence.
 
-        What they have in common with the old draft stays cached; the rest of that is taken back.
+        Their common prefix with the old draft stays cached; the rest of the old draft is taken back.
         """
         tokens = tuple(tokens)
         self.phase = Phase.DECODE
@@ -172,7 +172,7 @@ class Sequence:
                 return
 
     def _redraft(self, token_ids: list[int]) -> None:
-        """Put other tokens in the place of the draft."""
+        """Replace the draft."""
         draft = self.draft
         common = next(
             (i for i, (old, new) in enumerate(zip(draft, token_ids, strict=False)) if old != new),
@@ -188,7 +188,7 @@ class Sequence:
         self.num_drafted = len(token_ids)
 
     def _take_in(self, choice: Choice) -> None:
-        """A token of the draft is final."""
+        """Make the first token of the draft final."""
         self._drawn = None
         offset = len(self.shown.text) + (len(self.prompt_text) if self.request.params.echo else 0)
         self._pending.token_ids.append(choice.token_id)
@@ -202,7 +202,7 @@ class Sequence:
         self._maybe_finish(choice.token_id)
 
     def take(self) -> Output:
-        """News since the last output; the first also says what was asked of the prompt."""
+        """The output since the last one. The first output also carries the prompt's ids and reports."""
         pending, self._pending = self._pending, _Pending()
         if self.finish_reason is not None:
             pending.text += self._flush()
@@ -226,18 +226,18 @@ class Sequence:
         )
 
     def finish(self, reason: FinishReason, stop: str | int | None = None, error: str | None = None) -> None:
-        """The end; the scheduler takes it off its lists at the next turn."""
+        """End the sequence. The scheduler removes it from its lists at the next `retire`."""
         self.phase, self.finish_reason, self.stop_reason, self.error = Phase.FINISHED, reason, stop, error
 
     def settle(self) -> None:
-        """The prompt is cached in every member: weights that follow it are known from now on, and in the recipe."""
+        """Set the recipe's weights if they depend on the prompt. Called once the prompt has been read."""
         if self.likelihood is not None and self.weighing:
             assert self.recipe.tau is not None
             prior = dict(zip(self.recipe.members, self.recipe.weights, strict=True))
             self.recipe = replace(self.recipe, weights=self.likelihood.settle(prior, self.recipe.tau))
 
     def follow(self, leader: Sequence) -> None:
-        """Take over what a sequence with the same prompt knows of it: scores, and weights if it has lost nobody."""
+        """Take over scores from a sequence with the same prompt, and weights if both have the same members."""
         if self.scores is not None and leader.scores is not None:
             self.scores.described = leader.scores.described
         mine, theirs = self.likelihood, leader.likelihood
@@ -246,7 +246,7 @@ class Sequence:
             self.recipe = replace(self.recipe, weights=leader.recipe.weights)
 
     def drop(self, member: str, reason: Reason) -> tuple[str, ...]:
-        """Go on without an assistant; returns who is gone now, with it those that the fusion cannot use alone."""
+        """Go on without an assistant. Returns it and any others that the fusion cannot use without it."""
         before, self.recipe = self.recipe.members, self.recipe.without((member,))
         gone = tuple(other for other in before if other not in self.recipe.members)
         for other in gone:
@@ -257,7 +257,7 @@ class Sequence:
         return gone
 
     def preempt(self) -> None:
-        """Back to the queue with nothing cached; the text and the state of sampling stay."""
+        """Go back to waiting with nothing cached. The text and the sampling state stay."""
         self.phase = Phase.WAITING
         for track in self.tracks.values():
             track.cache(0)
@@ -267,7 +267,7 @@ class Sequence:
             self.likelihood.reset()
 
     def _spell(self, token_id: int) -> None:
-        """Add a token's bytes to the text."""
+        """Add a token's bytes to both texts."""
         params, vocabulary = self.request.params, self.main.vocabulary
         plain = vocabulary.text_bytes(token_id)
         named = plain if params.skip_special_tokens else vocabulary.tokens[token_id]
@@ -292,7 +292,7 @@ class Sequence:
             self.finish("length")
 
     def _flush(self) -> str:
-        """What was held back, at the end; a stop string that this completes is still cut."""
+        """The text held back until the end. A stop string that it completes is still cut."""
         rest = self.shown.flush()
         if self.shown.stop is not None and self.finish_reason == "length":
             self.finish_reason, self.stop_reason = "stop", self.shown.stop

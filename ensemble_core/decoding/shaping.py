@@ -1,14 +1,14 @@
-"""What a request does to its fused distribution before a token is drawn: penalties, biases, bans, constraints.
+"""Changes a request's fused distribution before sampling: penalties, biases, bans and constraints.
 
-Order: repetition penalty, presence and frequency penalties, bias, then what is forbidden. Only tokens of the support
-can be changed; the engine asks for biased and allowed ones, so that they are in it. Nothing here raises: a row whose
-numbers are not finite keeps them, and one whose constraint allows nothing becomes -inf throughout, which the sampler
-reports. Rows do not see one another. Does not know members or fusion.
+Order: repetition penalty, presence and frequency penalties, bias, then forbidden tokens. Only tokens of the support
+can change; biased ids and ids that a constraint allows are requested from main, so that they are in it. Nothing here
+raises: a row with numbers that are not finite keeps them. A row whose constraint allows nothing becomes -inf
+everywhere, which the sampler reports. Rows do not affect one another. Does not know members or fusion.
 
-The repetition penalty of one model divides the raw logits of tokens that stand in the prompt or the completion. A
-fused distribution has only log-probabilities, which are at most 0: dividing them would reward repetition, and
-multiplying them hardly moves a token that is nearly certain. So a constant is added first, the log-normaliser that
-models typically have, which brings them to the level of raw logits (`studies/repetition_penalty.py`).
+For a single model the repetition penalty divides the raw logits of tokens in the prompt or completion. A fused
+distribution has only log-probabilities, which are at most 0. Dividing them would reward repetition, and multiplying
+them hardly moves a nearly certain token. So a typical log-normaliser is added first, which brings log-probabilities
+to the level of raw logits (`studies/repetition_penalty.py`).
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from ensemble_core.decoding.counts import Flags, Ids
 from ensemble_core.decoding.sequence import Sequence as Request
 from ensemble_core.fusion.base import Fused
 
-TYPICAL_NORMALISER = 24.0  # log of the sum of exp(logits) that the repetition penalty assumes, nats
-_LEAST_LOGIT = 1.0  # what lies lower is moved as if it stood here
-_FLOOR = -87.0  # about the log of the least float32 of full precision
+TYPICAL_NORMALISER = 24.0  # the log-sum-exp of raw logits that the repetition penalty assumes, nats
+_LEAST_LOGIT = 1.0  # lower logits move as if they were here
+_FLOOR = -87.0  # about the log of the smallest normal float32
 
 
 def shape(fused: Fused, sequences: Sequence[Request], masks: Sequence[Tensor | None]) -> Fused:
-    """The same support with shaped log-probabilities, not normalised; `fused` itself where nobody asks for anything.
+    """The same support with shaped log-probabilities, not normalised; `fused` itself if no row needs shaping.
 
-    masks: for each row, which of main's ids its constraint allows (V,) bool, or None.
+    masks: for each row, (V,) bool, main's ids that its constraint allows; None: no constraint.
     """
     asked = [i for i, (s, mask) in enumerate(zip(sequences, masks, strict=True)) if _asks(s, mask)]
     if not asked:
@@ -46,12 +46,12 @@ def shape(fused: Fused, sequences: Sequence[Request], masks: Sequence[Tensor | N
 
 
 def penalise_repeats(logprobs: Tensor, penalty: Tensor) -> Tensor:
-    """What log-probabilities become where the token is repeated; the penalty broadcasts.
+    """Log-probabilities after the repetition penalty. The penalty broadcasts.
 
     logprob - (1 - 1 / penalty) * max(logprob + C, 1), where C = `TYPICAL_NORMALISER`: the logit `logprob + C` is
-    divided by the penalty, as transformers and vLLM divide positive logits. They multiply negative ones; here tokens
-    that unlikely all move by the same, in the direction of the others. Keeps the order of tokens, and -inf; a penalty
-    of 1 changes nothing.
+    divided by the penalty, as transformers and vLLM divide positive logits. They multiply negative logits; here all
+    logits below 1 move by the same amount, in the same direction as the others. Keeps the order of tokens, and -inf.
+    A penalty of 1 changes nothing.
     """
     return logprobs - (1.0 - 1.0 / penalty) * (logprobs + TYPICAL_NORMALISER).clamp_min(_LEAST_LOGIT)
 
@@ -61,14 +61,14 @@ def _asks(sequence: Request, mask: Tensor | None) -> bool:
 
 
 def _bans_stops(sequence: Request) -> bool:
-    """True before min_tokens: whatever would end the text may not come next."""
+    """True before min_tokens, while tokens that would end the text are banned."""
     return sequence.num_completion_tokens < sequence.request.params.min_tokens
 
 
 def _shaped(ids: Ids, logprobs: Tensor, sequences: Sequence[Request], masks: Sequence[Tensor | None]) -> Tensor:
-    """(n, S) log-probabilities of `ids` after everything."""
+    """(n, S) fully shaped log-probabilities of `ids`."""
     bias, closed, banned = _biases(ids, sequences), _closed(ids, masks), _banned(ids, sequences)
-    # A constraint that leaves nothing but the end is stronger than min_tokens, and so is a support of nothing else.
+    # min_tokens gives way where the constraint or the support leaves only tokens that end the text.
     forbidden = closed | banned
     forbidden = np.where(forbidden.all(axis=1, keepdims=True), closed, forbidden)
     is_bound = [mask is not None or _bans_stops(sequence) for mask, sequence in zip(masks, sequences, strict=True)]
@@ -79,7 +79,7 @@ def _shaped(ids: Ids, logprobs: Tensor, sequences: Sequence[Request], masks: Seq
 
 
 def _biases(ids: Ids, sequences: Sequence[Request]) -> npt.NDArray[np.float32]:
-    """(n, S): what requests add to single ids."""
+    """(n, S): each row's biases."""
     bias = np.zeros(ids.shape, dtype=np.float32)
     for row, sequence in enumerate(sequences):
         if sequence.request.params.logit_bias:
@@ -88,7 +88,7 @@ def _biases(ids: Ids, sequences: Sequence[Request]) -> npt.NDArray[np.float32]:
 
 
 def _closed(ids: Ids, masks: Sequence[Tensor | None]) -> Flags:
-    """(n, S): what constraints do not allow."""
+    """(n, S): True for ids that constraints do not allow."""
     closed = np.zeros(ids.shape, dtype=np.bool_)
     for row, mask in enumerate(masks):
         if mask is not None:
@@ -97,7 +97,7 @@ def _closed(ids: Ids, masks: Sequence[Tensor | None]) -> Flags:
 
 
 def _banned(ids: Ids, sequences: Sequence[Request]) -> Flags:
-    """(n, S): what would end a text before its min_tokens."""
+    """(n, S): True for ids that would end a text before its min_tokens."""
     banned = np.zeros(ids.shape, dtype=np.bool_)
     for row, sequence in enumerate(sequences):
         if _bans_stops(sequence):
@@ -107,9 +107,10 @@ def _banned(ids: Ids, sequences: Sequence[Request]) -> Flags:
 
 
 def _lifted(ids: Ids, logprobs: Tensor, wanted: Flags) -> Tensor:
-    """Fusion may round what is all but impossible down to nothing, which no bias could lift again.
+    """Raise wanted ids from -inf to `_FLOOR`: fusion may round tiny probabilities to 0, which no bias could raise.
 
-    Of an id that stands twice the padding stays as it is, and so does all but one entry of an id that has none.
+    An id that also occurs with a finite entry keeps its -inf entry, which is padding. Of an id with only -inf entries
+    the first is raised.
     """
     if not bool(logprobs.isneginf().any()):
         return logprobs
@@ -124,7 +125,7 @@ def _lifted(ids: Ids, logprobs: Tensor, wanted: Flags) -> Tensor:
 
 
 def _penalised(ids: Ids, logprobs: Tensor, sequences: Sequence[Request]) -> Tensor:
-    """(n, S) after the three penalties; neutral ones change no bit."""
+    """(n, S) log-probabilities after the three penalties. Neutral penalties change no bit."""
     params = [sequence.request.params for sequence in sequences]
     seen, counts = np.zeros(ids.shape, dtype=np.bool_), np.zeros(ids.shape, dtype=np.float32)
     for row, sequence in enumerate(sequences):

@@ -1,6 +1,6 @@
-"""One step of the engine while it is taken: what each sequence's part is, what was fed, what came back.
+"""The record of one engine step in progress: each sequence's share, what was fed, and what came back.
 
-Plain records that feeding, modes and telemetry read; nobody here decides anything.
+A plain record that the engine and feeding fill and telemetry reads. Decides nothing.
 """
 
 from __future__ import annotations
@@ -16,27 +16,27 @@ from ensemble_core.members.parallel import Attempt
 
 @dataclass(slots=True)
 class Step:
-    """What one step has done so far. Times are seconds, `started` is of time.perf_counter."""
+    """What one step has done so far. Times are seconds; `started` is from time.perf_counter."""
 
     shares: list[Share]
     started: float = field(default_factory=time.perf_counter)
     feeds: dict[str, list[Feed]] = field(default_factory=dict)  # member -> in the order of shares
     attempts: dict[str, Attempt] = field(default_factory=dict)
-    turns: list[Turn] = field(default_factory=list)  # sequences that decide something
+    turns: list[Turn] = field(default_factory=list)  # deciding sequences
     outcome: Outcome = field(default_factory=lambda: Outcome([]))
     alignment_seconds: float = 0.0
     rollbacks: dict[str, int] = field(default_factory=dict)  # member -> cached tokens that were dropped
-    scoring: bool = False  # a part of a prompt is fed whose every position is answered
+    scoring: bool = False  # a chunk of a scored or weighed prompt is fed
     scoring_seconds: float = 0.0
     num_scored: int = 0  # positions of prompts that were fused
 
     @property
     def answers(self) -> dict[str, Answers]:
-        """Of the members whose forward went well."""
+        """Answers of the members whose forward succeeded."""
         return {name: each.answers for name, each in self.attempts.items() if each.answers is not None}
 
     @property
     def modes(self) -> str:
-        """The modes that decide in this step, joined by `+`; that of the prompts where nothing is decided."""
+        """The modes of the deciding sequences, joined by `+`; if none decides, those of all sequences in the step."""
         recipes = [turn.sequence.recipe for turn in self.turns] or [share.sequence.recipe for share in self.shares]
         return "+".join(sorted({recipe.mode.name for recipe in recipes}))

@@ -1,6 +1,6 @@
-"""What the engine tells of itself: records for `ensemble_core.stats.Record`, and what the scheduler's pace learns.
+"""Metrics of the engine: fills the records of `ensemble_core.stats`, and feeds step costs to the scheduler's pace.
 
-Reads steps and sequences, changes none. Does not know Prometheus.
+Reads steps; on sequences it only notes the times of tokens. Does not know Prometheus.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ logger = logging.getLogger(__name__)
 
 
 class Telemetry:
-    """See the module."""
+    """See the module's docstring."""
 
     def __init__(self, record: Record, scheduler: Scheduler) -> None:
         self._record, self._scheduler = record, scheduler
 
     def step(self, step: Step) -> None:
-        """A step is over."""
+        """Record a finished step."""
         self._teach(step)
         last = max((attempt.ended for attempt in step.attempts.values()), default=0.0)
         self._record(
@@ -54,7 +54,7 @@ class Telemetry:
         self.queue()
 
     def token(self, sequence: Sequence, num_tokens: int) -> None:
-        """A sequence has got tokens, if any; those of one step come at once."""
+        """Record that a sequence got tokens, if any. Those of one step count as one event."""
         if not num_tokens:
             return
         now = time.perf_counter()
@@ -65,25 +65,25 @@ class Telemetry:
         sequence.last_token = now
 
     def preemption(self, sequence: Sequence) -> None:
-        """A sequence goes back to the queue."""
+        """Record that a sequence went back to the queue."""
         logger.info("request %s is preempted: a member's cache is full", sequence.request.request_id)
         self._record(PreemptionStats(sequence.recipe.model))
 
     def prefix(self, member: str, num_tokens: int) -> None:
-        """A member had this many tokens of a prompt cached."""
+        """Record how many tokens of a prompt a member had cached."""
         self._record(PrefixStats(member, num_tokens))
 
     def queue(self) -> None:
-        """Lengths of the queues, as they are now."""
+        """Record the present numbers of running and waiting sequences."""
         self._record(QueueStats(len(self._scheduler.running), len(self._scheduler.waiting)))
 
     def cache(self, name: str, member: Member) -> None:
-        """What a member's cache holds."""
+        """Record the state of a member's cache."""
         used = member.num_pages - member.free_pages
         self._record(CacheStats(name, used, member.num_pages, member.memory_bytes()))
 
     def request(self, sequence: Sequence) -> None:
-        """A sequence has ended."""
+        """Record that a sequence has ended."""
         now, arrived = time.perf_counter(), sequence.arrived
         self._record(
             RequestStats(
@@ -98,7 +98,7 @@ class Telemetry:
         )
 
     def _teach(self, step: Step) -> None:
-        """Let the scheduler learn what the step cost; one with a failure teaches nothing."""
+        """Tell the scheduler's pace what the step cost, unless a member failed in it."""
         if any(attempt.error for attempt in step.attempts.values()):
             return
         parts: dict[Kind, Work] = {}
@@ -127,7 +127,7 @@ def _member_stats(name: str, attempt: Attempt, step: Step, last: float) -> Membe
 
 
 def _num_fed(name: str, step: Step) -> tuple[int, int]:
-    """Tokens that a member was fed of prompts, and of completions."""
+    """Tokens of prompts and of completions that a member was fed."""
     counts: Mapping[bool, int] = {
         prefill: sum(share.counts.get(name, 0) for share in step.shares if share.prefill is prefill)
         for prefill in (True, False)

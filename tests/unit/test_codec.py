@@ -1,4 +1,4 @@
-"""The wire form of feeds and answers: what goes in comes out, bit for bit; what is damaged is refused."""
+"""The wire form of feeds and answers: decoding restores every bit, and damaged messages are refused."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ def test_spans_outside_the_blocks_are_refused() -> None:
 @settings(max_examples=300)
 @given(st.data())
 def test_a_damaged_message_is_a_wire_error_or_still_sound(data: st.DataObject) -> None:
-    """Cut, or with a byte changed anywhere: never anything but a WireError."""
+    """A message that is cut or has any byte changed raises WireError and nothing else."""
     message = bytearray(data.draw(st.sampled_from([encode_feeds([GOOD, GOOD]), _answers()])))
     at = data.draw(st.integers(0, len(message) - 1))
     if data.draw(st.booleans()):
@@ -164,7 +164,7 @@ def _answers() -> bytes:
 
 
 def test_nothing_is_pickled() -> None:
-    """The first bytes are the length of a JSON header, as safetensors has it."""
+    """The first bytes give the length of a JSON header, as in safetensors."""
     message = encode_feeds([GOOD])
     (length,) = struct.unpack("<Q", message[:8])
     assert json.loads(message[8 : 8 + length])["seq_id"]["dtype"] == "I64"

@@ -1,4 +1,4 @@
-"""The engine over fake members: batched = single, chunked = whole, every end gives back every page."""
+"""The engine over fake members: batched = single, chunked = whole, and every end gives back all pages."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ PROMPTS = ["abc de", "a", "deed 中文 bad", "cab " * 12, "\n\nbe 😀", "x" * 9
 
 
 def pair(**options: object) -> list[FakeMember]:
-    """A main with bytes and an assistant with pairs of letters."""
+    """A main member with a byte vocabulary and an assistant whose tokens are pairs of letters."""
     return [
         FakeMember("alpha", byte_vocabulary(), seed=1, **options),  # type: ignore[arg-type]
         FakeMember("beta", pair_vocabulary(), seed=2, **options),  # type: ignore[arg-type]
@@ -37,7 +37,7 @@ def pair(**options: object) -> list[FakeMember]:
 
 
 def run(engine: Engine, limit: int = 2000) -> dict[int, list[Output]]:
-    """Step until nothing is left; every sequence's outputs."""
+    """Step until no work is left; returns every sequence's outputs."""
     outputs: dict[int, list[Output]] = {}
     for _ in range(limit):
         if not engine.has_work:
@@ -53,7 +53,7 @@ def collect(engine: Engine, outputs: dict[int, list[Output]]) -> None:
 
 
 def check(engine: Engine) -> None:
-    """What each member has cached is what the tracks say, and the scheduler's books are in order."""
+    """Each member has cached what the tracks say, and the scheduler's integrity check passes."""
     engine.scheduler.check()
     running = {s.seq_id: s for s in engine.scheduler.running}
     for name, member in engine.members.items():
@@ -72,7 +72,7 @@ def folded(outputs: Sequence[Output]) -> tuple[str, tuple[int, ...], str | None]
 
 
 def alone(members: Sequence[FakeMember], prompt: str, params: SamplingParams, **limits: int) -> Request:
-    """The sequence after it ran by itself in a fresh engine over the same members."""
+    """The sequence after it ran alone in a fresh engine over the same members."""
     engine = fake_engine(members, **limits)
     request = sequence(0, prompt, members, ensemble(members), params)
     engine.add([request])
@@ -171,7 +171,7 @@ def test_an_assistant_sees_its_own_spelling_of_the_text() -> None:
 
 
 def start(members: Sequence[FakeMember], params: SamplingParams, phase: str) -> tuple[Engine, Request]:
-    """An engine with one sequence in the wanted phase, and one beside it."""
+    """An engine with one sequence in the wanted phase and one more sequence."""
     engine = fake_engine(members, token_budget=8, max_running=1 if phase == "waiting" else 4)
     recipe = ensemble(members)
     other = sequence(1, "a", members, recipe, SamplingParams(max_tokens=30, temperature=0.0))
@@ -393,7 +393,7 @@ def test_a_full_queue_takes_all_or_none() -> None:
 
 
 def test_sequences_wait_for_pages() -> None:
-    members = pair(num_pages=2, max_len=128, page_size=128)  # a page holds the longest: nobody grows
+    members = pair(num_pages=2, max_len=128, page_size=128)  # a page holds the longest sequence, so none grows
     engine = fake_engine(members, token_budget=512)
     recipe = ensemble(members)
     params = SamplingParams(max_tokens=10, temperature=0.0)

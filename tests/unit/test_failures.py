@@ -1,4 +1,4 @@
-"""Members that fail: who loses what, what those that go on write, and who is told."""
+"""Failing members: which requests lose them, what the others write, and what is reported."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ FUSIONS: dict[str, dict[str, Any]] = {
     "gac": {"name": "gac"},
     "eva": {"name": "eva"},
     "core": {"name": "core", "options": {"base": {"name": "projection"}}},
-    # These cannot do without beta.
+    # These fusions need beta.
     "gac-gate": {"name": "gac", "options": {"gate": "beta"}},
     "robust": {"name": "robust"},
     "contrastive": {"name": "contrastive", "options": {"expert": "beta", "base": "gamma", "alpha": 0.5}},
@@ -41,7 +41,7 @@ LATE = 0.4  # seconds; far more than a fake's forward takes
 
 
 class Bench:
-    """An engine over three fake members with an ensemble for each fusion; `strict` fails where one of them fails."""
+    """An engine over three fake members with an ensemble per fusion; `strict` fails if any member fails."""
 
     def __init__(self, **scheduler: Any) -> None:
         self.members = {
@@ -99,7 +99,7 @@ class Bench:
         return self.outputs[sequence.seq_id][-1]
 
     def said(self, sequence: Request) -> list[tuple[int, float | None, tuple[tuple[int, str, float], ...]]]:
-        """Every token with its numbers."""
+        """Every token with its log-probabilities."""
         entries = [e for output in self.outputs[sequence.seq_id] for e in output.logprobs]
         return [(e.token_id, e.logprob, e.top) for e in entries]
 
@@ -121,7 +121,7 @@ def alone(model: str, prompt: Prompt, params: SamplingParams, members: tuple[str
 @pytest.mark.parametrize("cause", ["exception", "non_finite"])
 @pytest.mark.parametrize("fusion", [*FUSIONS, "weighed"])
 def test_what_is_left_is_the_smaller_ensemble(fusion: str, cause: Cause, params: SamplingParams) -> None:
-    """Token by token and number by number; main alone where the fusion cannot do without the one that failed."""
+    """Equal in tokens and log-probabilities; main alone if the fusion needs the member that failed."""
     bench = Bench()
     request = bench.add(fusion, params=params)
     bench.break_member("beta", cause, request.seq_id)
@@ -142,7 +142,7 @@ def test_what_is_left_is_the_smaller_ensemble(fusion: str, cause: Cause, params:
 @pytest.mark.parametrize("cause", ["exception", "non_finite"])
 @pytest.mark.parametrize("fusion", ["linear", "relative", "contrastive"])
 def test_a_request_goes_on_from_where_it_was(fusion: str, cause: Cause) -> None:
-    """Before the failure as with all members, from it on as the smaller ensemble that was given the text so far."""
+    """Before the failure as with all members; after it as the smaller ensemble given the text so far."""
     bench, prompt, params = Bench(), "cab", SamplingParams(max_tokens=16, temperature=0.0, logprobs=2)
     request = bench.add(fusion, prompt, params)
     while request.num_completion_tokens < 6 or request.spelt.mid_character:
@@ -165,7 +165,7 @@ def test_a_request_goes_on_from_where_it_was(fusion: str, cause: Cause) -> None:
 
 @pytest.mark.parametrize("cause", ["exception", "non_finite"])
 def test_weights_that_follow_the_prompt_are_of_those_that_read_it_all(cause: Cause) -> None:
-    """Lost in the middle of it, a member leaves what the others say of all of it; lost later, it leaves its share."""
+    """A member lost during the prompt or after it: both times the others get their own weights, rescaled."""
     early, late = Bench(token_budget=4), Bench()
     requests = [bench.add("weighed", "cab cab bed") for bench in (early, late)]
     while requests[1].weighing:
@@ -295,12 +295,12 @@ def test_who_needs_a_late_member_waits_and_fails_once_it_is_stuck() -> None:
 def await_return(bench: Bench) -> None:
     deadline = time.monotonic() + 5.0
     while bench.engine._pool.busy:
-        assert time.monotonic() < deadline, "nobody comes back"
+        assert time.monotonic() < deadline, "the member does not come back"
         bench.engine.report_caches()
 
 
 def test_a_request_that_decodes_misses_a_busy_member_for_some_steps() -> None:
-    """It catches up afterwards: the next tokens are those of all members again."""
+    """The member catches up; the next tokens are again those of all members."""
     bench, params = Bench(member_timeout=60.0), SamplingParams(max_tokens=24, temperature=0.0, logprobs=2)
     request = bench.add("linear", "cab", params)
     while request.num_completion_tokens < 4:
@@ -367,7 +367,7 @@ def test_a_scored_prompt_loses_a_member(fusion: str, cause: Cause) -> None:
 
 @pytest.mark.parametrize("num_steps", range(1, 7))
 def test_scores_before_a_failure_stay(num_steps: int) -> None:
-    """Every position has its number: with all members, or of those that were left; at last of these alone."""
+    """Each position has a score of all members, of the remaining ones or of main; the last, of the remaining ones."""
     whole, small, single = (
         scored_alone("linear"),
         scored_alone("linear", ("alpha", "gamma")),

@@ -1,4 +1,4 @@
-"""The decision of a step: rows are grouped as they are fused, and each gets what it would get alone."""
+"""Lockstep decisions: rows are grouped by how they are fused, and each gets what it would get alone."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ NUM_CANDIDATES = 32
 
 
 def answered(recipes: list[Recipe], prompts: list[str]) -> tuple[list[Turn], dict[str, Answers]]:
-    """Prefilled sequences, one a recipe, and the members' answers for all of them in one forward each."""
+    """Prefilled sequences, one per recipe, and each member's answers for all of them from one forward."""
     feeds: dict[str, list[Feed]] = {}
     turns = []
     for seq_id, (recipe, prompt) in enumerate(zip(recipes, prompts, strict=True)):
@@ -49,7 +49,7 @@ def decide(turns: list[Turn], answers: dict[str, Answers]) -> Outcome:
 
 
 def tokens(outcome: Outcome) -> dict[int, int]:
-    """The token of each sequence, -1 where it fails."""
+    """The token of each sequence, -1 if it fails."""
     return {d.sequence.seq_id: d.tokens[0].token_id if d.error is None else -1 for d in outcome.decisions}
 
 
@@ -73,7 +73,7 @@ def test_weights_are_each_rows_own() -> None:
     assert group.agreed.keys() == {"beta"}
     found = tokens(outcome)
     assert found[0] == int(ALPHA.next_logits(list(b"ab")).argmax())
-    # All weight on the assistant: the byte that begins most of its mass.
+    # All weight is on the assistant: the byte that begins most of its mass wins.
     probs = BETA.next_logits(BETA.vocabulary.encode("ab")).softmax(dim=0)
     mass = torch.zeros(256)
     for token, p in zip(BETA.vocabulary.tokens[:-1], probs, strict=False):

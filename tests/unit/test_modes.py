@@ -1,4 +1,4 @@
-"""The door for modes: a mode is one file. Here one that drafts two tokens by main and takes one back."""
+"""New modes fit in one file: here a toy mode lets main draft two tokens and takes one back."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class DraftTwo:
 
 
 class DraftTwoOptions(BaseModel):
-    """None: two is two."""
+    """No options."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -61,7 +61,7 @@ DRAFT_TWO = ModeChoice("draft-two")
 
 @pytest.fixture(autouse=True)
 def registered(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The toy mode is known here and nowhere else."""
+    """Register the toy mode for these tests only."""
     monkeypatch.setattr(MODES, "_entries", dict(MODES._entries))
     MODES.register("draft-two", DraftTwoOptions)(lambda options: DraftTwo())
     yield
@@ -90,7 +90,7 @@ def tokens(outputs: Sequence[Output]) -> list[int]:
 
 @pytest.mark.parametrize("prompts", [["abc"], ["abc", "deed 中文 bad", "cab " * 12, "a"]])
 def test_a_mode_of_one_file_drafts_and_takes_back(prompts: list[str]) -> None:
-    """Only final tokens are told, each once; they are main's own greedy ones, whatever was taken back."""
+    """Clients get each final token once, and no other: main's greedy tokens, whatever was taken back."""
     members, records = pair(), Records()
     engine = fake_engine(members, records.append)
     recipe = replace(ensemble(members), mode=DRAFT_TWO)
@@ -128,7 +128,7 @@ def test_an_assistant_reads_the_draft() -> None:
 
 
 def test_modes_share_a_step() -> None:
-    """Each gets its own sequences, and what they would get alone."""
+    """Each mode decides its own sequences, which get what they would get alone."""
     members, records = pair(), Records()
     engine = fake_engine(members, records.append)
     recipe = ensemble(members)

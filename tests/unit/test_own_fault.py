@@ -1,4 +1,4 @@
-"""What one request's own data can make go wrong ends that request alone; the others get what they get alone."""
+"""An error caused by one request's data ends only that request; the others get what they would get alone."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Break = Callable[[pytest.MonkeyPatch, Sequence], None]
 
 
 class Bench:
-    """An engine over two fake members, and everything that its sequences said."""
+    """An engine over two fake members, and all outputs of its sequences."""
 
     def __init__(self, **scheduler: Any) -> None:
         self.members = {
@@ -87,7 +87,7 @@ def _in_sampling(monkeypatch: pytest.MonkeyPatch, sick: Sequence) -> None:
     sample = lockstep.sample
 
     def broken(fused: Fused, sequences: list[Sequence]) -> list[int]:
-        found = sample(fused, sequences)  # everybody's number is drawn by then
+        found = sample(fused, sequences)  # by now every sequence has drawn its number
         assert sick not in sequences, "sampling went wrong"
         return found
 
@@ -154,7 +154,7 @@ def test_a_fault_ends_its_own_request_alone(monkeypatch: pytest.MonkeyPatch, har
 
 
 def test_more_biases_than_candidates_beside_a_scored_prompt() -> None:
-    """257 positive biases with echo and log-probabilities ended the engine once."""
+    """257 positive biases with echo and log-probabilities once stopped the engine."""
     bench = Bench(num_candidates=32)
     bias = tuple((token_id, 1.0) for token_id in range(257))
     params = SamplingParams(max_tokens=1, temperature=0.0, echo=True, logprobs=1, logit_bias=bias)
@@ -174,7 +174,7 @@ def _with_candidates(prompt: str, num: int) -> list[tuple[int, float | None]]:
 
 @pytest.mark.parametrize("bf16", [False, True])
 def test_what_a_neighbour_needs_changes_nobody(monkeypatch: pytest.MonkeyPatch, bf16: bool) -> None:
-    """Biases, a schema and a scored prompt beside a seeded request; logits with many ties."""
+    """A seeded request runs beside biases, a schema and a scored prompt, over logits with many ties."""
     logits = FakeMember.next_logits
 
     def tied(member: FakeMember, ids: list[int]) -> Tensor:
@@ -222,7 +222,7 @@ def test_a_member_that_fails_at_its_cache_fails_those_sequences_alone(call: str)
 
 
 def test_a_lost_cache_is_that_members_failure() -> None:
-    """A member that has restarted knows nothing of what it is to keep."""
+    """A restarted member has lost the tokens that it is asked to keep."""
     bench = Bench()
     request, other = bench.add("abcab dea"), bench.add("ab", model="alpha")
     bench.step()

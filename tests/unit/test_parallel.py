@@ -1,4 +1,4 @@
-"""Forwards that are late: the pool goes on without them, and does later what was put off."""
+"""Late forwards: the pool goes on without them, and later makes the calls that it put off."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def forward(pool: MemberPool, *names: str, seq_id: int = 1) -> dict[str, Attempt
 def settle(pool: MemberPool) -> None:
     deadline = time.monotonic() + 5.0
     while pool.busy:
-        assert time.monotonic() < deadline, "nobody comes back"
+        assert time.monotonic() < deadline, "the member does not come back"
         pool.wait(0.05)
         pool.settle()
 
@@ -101,7 +101,7 @@ def test_whatever_a_member_raises_is_a_failure_of_that_call(members: Members, ti
     found = pool.reuse({"a": {2: [97]}, "b": {2: [97], 3: [97, 98]}})
     assert isinstance(found["a"][2], MemberError)
     assert found["b"] == {2: 1, 3: 2}
-    pool.release("a", 1)  # nobody is left to be told
+    pool.release("a", 1)  # no caller is left to report to
     pool.release("b", 1)
     assert members["b"].cached.keys() == {2, 3}
     pool.close()

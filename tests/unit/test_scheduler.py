@@ -1,4 +1,4 @@
-"""Random walks over the scheduler: its books are exact after each operation, and everybody gets there in order."""
+"""Random walks over the scheduler: its state is exact after each operation, and all sequences end, in order."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def make(seq_id: int, lengths: Mapping[str, int], max_tokens: int) -> Sequence:
 
 
 def feed(share: Share, rng: random.Random) -> None:
-    """What the engine does with a share: cache it, append a token, align."""
+    """Do what the engine does with a share: cache it, append a token, align."""
     sequence = share.sequence
     for member, count in share.counts.items():
         sequence.tracks[member].cache(sequence.tracks[member].num_cached + count)
@@ -49,13 +49,13 @@ def feed(share: Share, rng: random.Random) -> None:
 
 
 def planned(scheduler: Scheduler) -> list[Share]:
-    """A step's shares; what is preempted has nothing cached anywhere that would have to be given back."""
+    """The shares of a step. Here preempted sequences have no pages to give back."""
     scheduler.admit()
     return scheduler.schedule()
 
 
 class Walk:
-    """A scheduler, and a plain account of what it should do."""
+    """A scheduler and a plain model of what it should do."""
 
     def __init__(self, seed: int) -> None:
         self.rng = random.Random(seed)
@@ -109,7 +109,7 @@ class Walk:
         new = [s.seq_id for s in self.scheduler.running if s.seq_id not in self.admitted]
         aborted = {s.seq_id for s in self.made if s.finish_reason == "abort"}
         waiting_before = [i for i in self.queued if i not in self.admitted and i not in aborted]
-        assert new == waiting_before[: len(new)], "somebody overtook the head of the queue"
+        assert new == waiting_before[: len(new)], "a sequence overtook the head of the queue"
         self.admitted += new
         assert len(self.scheduler.running) <= self.limits.max_running
 
@@ -120,14 +120,14 @@ class Walk:
         for member in CAPACITIES:
             decode = sum(share.counts.get(member, 0) for share in shares if not share.prefill)
             prefill = sum(share.counts.get(member, 0) for share in shares if share.prefill)
-            # What decoding leaves, and one token where it leaves nothing: a prompt never stands still.
+            # What decoding leaves of the budget, and one token if it leaves nothing: a prompt always makes progress.
             assert prefill <= max(1, self.limits.token_budget - decode)
             assert decode < self.limits.token_budget or not self.prefilling(member) or prefill == 1
         for share in shares:
             self.check_share(share)
 
     def prefilling(self, member: str) -> bool:
-        """Whether the first prompt that is not cached yet has more than its last token to go in this member."""
+        """Whether the first prompt in prefill has more than its last token to go in this member."""
         first = next((s for s in self.scheduler.running if s.phase is Phase.PREFILL), None)
         return first is not None and member in first.tracks and first.tracks[member].num_uncached > 1
 
@@ -163,7 +163,7 @@ def test_a_random_walk_keeps_the_books(seed: int) -> None:
             break
         walk.step()
         walk.check()
-    assert all(s.finish_reason in ("length", "abort", "stop") for s in walk.made), "somebody starved"
+    assert all(s.finish_reason in ("length", "abort", "stop") for s in walk.made), "a sequence starved"
     assert all(walk.scheduler.reserved(member) == 0 for member in CAPACITIES)
 
 
@@ -199,7 +199,7 @@ def test_a_long_prompt_does_not_stall_streams() -> None:
 
 
 def test_prefill_beside_streams_takes_what_is_granted_and_all_of_the_budget_without() -> None:
-    """A decode-only step takes 10, a prompt's token 0.5 in each member: 20 more are 20 tokens of each."""
+    """A decode-only step takes 10, a prompt token 0.5 in each member: 20 more pay for 20 tokens in each."""
     scheduler = Scheduler(CAPACITIES, Limits(4, 4, 50, max_stretch=3.0))
     stream, prompt = make(0, {"alpha": 40, "beta": 40}, 60), make(1, {"alpha": 100, "beta": 60}, 5)
     scheduler.add([stream])
@@ -208,13 +208,13 @@ def test_prefill_beside_streams_takes_what_is_granted_and_all_of_the_budget_with
     fed = []
     while prompt.phase is not Phase.DECODE:
         fed.append(run_timed(scheduler))
-    assert [each["alpha"] for each in fed[:4]] == [0, 0, 16, 16]  # two steps tell what decoding costs
+    assert [each["alpha"] for each in fed[:4]] == [0, 0, 16, 16]  # two steps measure what decoding costs
     assert all(each["alpha"] + each["beta"] <= 40 for each in fed)
     assert len(fed) <= 8
 
 
 def run_timed(scheduler: Scheduler) -> dict[str, int]:
-    """One step on a machine where it takes 10, and 0.5 a prompt's token; the prompt tokens of each member."""
+    """One step on a machine where it takes 10 plus 0.5 per prompt token; returns each member's prompt tokens."""
     shares = planned(scheduler)
     counts = {
         member: sum(share.counts.get(member, 0) for share in shares if share.prefill) for member in CAPACITIES

@@ -1,4 +1,4 @@
-"""One sequence fed token by token: stops, control tokens, and what it says of itself."""
+"""One sequence fed token by token: stops, control tokens, and its properties."""
 
 from __future__ import annotations
 

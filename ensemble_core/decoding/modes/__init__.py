@@ -1,1 +1,1 @@
-"""The ways to take a sequence's next step, one file each."""
+"""Decoding modes, one file each."""

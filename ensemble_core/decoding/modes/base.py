@@ -1,11 +1,11 @@
-"""The contract of a mode: how the next step of a sequence is taken. And the registry of modes.
+"""The contract of a decoding mode, which takes a sequence's steps, and the registry of modes.
 
 A mode plans what each member is fed and at how many positions it must answer, and decides what the answers mean for
-the text. The engine does everything between: it feeds, collects, appends, aligns and reports. A mode keeps no state
-of its own: what a sequence has decided and drafted stands in the sequence.
+the text. The engine does the rest: it feeds, collects, appends, aligns and reports. A mode keeps no state of its own:
+a sequence holds its decided and drafted tokens.
 
-Main's tokens are final or drafted. Drafted ones stand at the end of main's track; no client has seen them, and a
-later decision keeps or drops them. Does not know how members, caches or schedules work.
+Main's tokens are final or drafted. Drafted tokens are at the end of main's track; no client has seen them, and a
+later decision keeps or drops them. A mode does not know how members, caches or schedules work.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """One member's part of a step: it is fed its next `count` tokens and answers at the last `wanted` of them."""
+    """One member's part of a step: feed its next `count` tokens, answer at the last `wanted` of them."""
 
     count: int
     wanted: int = 1
@@ -40,9 +40,9 @@ class Ask:
 class Turn:
     """A sequence whose members have answered.
 
-    feeds: member -> number of its feed in that member's answers, for the members that were asked and answered.
-    mask: main's ids that the sequence's constraint allows next, (V,) bool; None: all. left_out: members that were
-    asked and do not count in this step, and why.
+    feeds: member -> index of the sequence's feed in that member's answers, for members that have answered. mask: (V,)
+    bool, main's ids that the sequence's constraint allows next; None: all. left_out: members of the plan that do not
+    count in this step, and why.
     """
 
     sequence: Request
@@ -52,11 +52,11 @@ class Turn:
 
     @property
     def recipe(self) -> Recipe:
-        """How this step is fused."""
+        """The sequence's recipe without the members that are left out."""
         return self.sequence.recipe.without(self.left_out)
 
     def without(self, members: Collection[str], reason: Reason) -> Turn:
-        """The turn without some assistants, and without those that its fusion cannot use alone."""
+        """The turn without some assistants, and without those that the fusion cannot use without them."""
         recipe = self.recipe.without(members)
         left_out = dict(self.left_out) | dict.fromkeys(members, reason)
         idle = (m for m in self.sequence.recipe.members if m not in recipe.members and m not in left_out)
@@ -67,11 +67,11 @@ class Turn:
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """What a step makes of a sequence: after it, main's track ends with `tokens`, then `draft`.
+    """The result of a step for one sequence: main's track then ends with `tokens`, followed by `draft`.
 
-    tokens: become final, in order; none, one or several. They may confirm what was drafted: what they have in common
-    with the draft stays cached. draft: tokens behind them that are still to be decided; of the old draft what stands
-    in neither is taken back. unsound: members whose numbers were not finite. error: the sequence ends with it.
+    tokens: become final, in order; none, one or several. draft: the tokens after them, still to be decided. What
+    `tokens` and `draft` together have in common with the old draft, from its start, stays cached; the rest of the old
+    draft is taken back. unsound: members whose numbers were not finite. error: ends the sequence with this message.
     """
 
     sequence: Request
@@ -83,7 +83,7 @@ class Decision:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """The decisions of a step, and what they cost."""
+    """The decisions of a step, and their cost."""
 
     decisions: list[Decision]
     fusions: list[FusionStats] = field(default_factory=list)
@@ -91,7 +91,7 @@ class Outcome:
 
 
 def joined(parts: Iterable[Outcome]) -> Outcome:
-    """Several outcomes of one step as one."""
+    """Join several outcomes of one step."""
     parts = list(parts)
     return Outcome(
         [decision for part in parts for decision in part.decisions],
@@ -101,26 +101,26 @@ def joined(parts: Iterable[Outcome]) -> Outcome:
 
 
 class Mode(Protocol):
-    """A way to take a sequence's next step. Hashable; modes of the same kind and options are equal."""
+    """A way to take a sequence's next step. Stateless: one object serves all sequences with the same options."""
 
     @property
     def name(self) -> str:
-        """As it is registered."""
+        """The name under which it is registered."""
 
     def plan(self, sequence: Request) -> Mapping[str, Ask]:
-        """What the next step asks of each member; one that is left out is not fed. Main first, at least one member.
+        """What the next deciding step asks of each member, main first, at least one. Members left out are not fed.
 
-        Called when the prompt is nearly cached, and before every decode step: cheap, and without tensors. While a
-        prompt is prefilled the members that are left out are fed all of it but its last token.
+        Called before each prefill chunk and each decode step, so it must be cheap and must not touch tensors. During
+        prefill the members that it leaves out are fed all of the prompt but the last token.
         """
 
     def decide(self, turns: Sequence[Turn], answers: Mapping[str, Answers], num_candidates: int) -> Outcome:
-        """What the answers mean for each turn, a decision each.
+        """One decision for each turn.
 
-        Changes nothing: where it raises, the engine asks it again for each turn alone.
+        Must change nothing: if it raises, the engine calls it again for each turn alone.
 
-        answers: member -> answers, on the member's device. num_candidates: K of a closed support. The engine asks
-        main for K and the biased ids, or for its whole vocabulary where a constraint or the fusion needs it.
+        answers: member -> answers, on the member's device. num_candidates: K of a closed support. Main is asked for
+        K candidates and the biased ids, or for its whole vocabulary if a constraint or the fusion needs it.
         """
 
 
@@ -128,11 +128,11 @@ MODES: Registry[Callable[[Any], Mode]] = Registry("mode")
 
 
 def choose_mode(name: str, options: dict[str, Any], where: str) -> ModeChoice:
-    """A mode with its options checked. Raises UnknownStrategyError, ConfigError; where: the path of the field."""
+    """A mode with checked options. where: path of the field. Raises UnknownStrategyError, ConfigError."""
     return ModeChoice(name, MODES.parse(name, options, where).model_dump_json())
 
 
 @lru_cache(maxsize=256)
 def mode_of(choice: ModeChoice) -> Mode:
-    """The mode that `choose_mode` has checked."""
+    """The mode of a choice that `choose_mode` has checked."""
     return MODES.factory(choice.name)(MODES.parse(choice.name, json.loads(choice.options), "mode"))

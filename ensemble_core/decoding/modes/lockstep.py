@@ -1,10 +1,10 @@
 """The lockstep mode: every member answers at every position, and the answers are fused into one token.
 
-Turns that are fused alike are one batched call. While a sequence's last character is incomplete main decides alone.
-Where an assistant's numbers are not finite its turn is fused again without it, together with turns that have the same
-remaining members, or it fails, as its recipe says.
+Turns with the same fusion are fused in one batch. While a sequence's last character is incomplete, main decides
+alone. If an assistant's numbers are not finite, the recipe says what happens: the turn fails, or it is fused again
+without that assistant, together with turns that have the same remaining members.
 
-Invariant: a turn gets what it would get alone. Does not know scheduling, caches or text.
+Invariant: a turn's token is the one that it would get alone. Does not know scheduling, caches or text.
 """
 
 from __future__ import annotations
@@ -41,19 +41,19 @@ class LockstepOptions(BaseModel):
 @MODES.register("lockstep", LockstepOptions)
 @dataclass(frozen=True)
 class Lockstep:
-    """See the module."""
+    """See the module's docstring."""
 
     options: LockstepOptions = field(default_factory=LockstepOptions)
     name: ClassVar[str] = "lockstep"
 
     def plan(self, sequence: Request) -> dict[str, Ask]:
-        """Everything that is not cached, to every member; to main alone while the last character is incomplete."""
+        """Feed each member its uncached tokens; only main while the last character is incomplete."""
         members = sequence.recipe.members
         asked = members[:1] if sequence.mid_character else members
         return {member: Ask(sequence.tracks[member].num_uncached) for member in asked}
 
     def decide(self, turns: Sequence[Turn], answers: Mapping[str, Answers], num_candidates: int) -> Outcome:
-        """See `Mode.decide`: one final token each."""
+        """See `Mode.decide`. Each turn gets one final token."""
         parts: list[Outcome] = []
         groups = _groups(turns, num_candidates)
         while groups:
@@ -66,7 +66,7 @@ class Lockstep:
 def _decide(
     group: Sequence[Turn], answers: Mapping[str, Answers], num_candidates: int
 ) -> tuple[list[Turn], Outcome]:
-    """Fuse and sample a group; also returns the turns that must be fused again, without members."""
+    """Fuse and sample a group; returns the turns to fuse again with fewer members, and the outcome of the others."""
     started = time.perf_counter()
     candidates = _gather(group, answers, num_candidates)
     fused = _fuse(group, candidates)
@@ -82,7 +82,7 @@ def _decide(
 
 
 def _groups(turns: Sequence[Turn], num_candidates: int) -> list[list[Turn]]:
-    """Turns of one model whose consulted members are the same, fused by the same fusion on as many candidates."""
+    """Group turns that have the same model, consulted members, fusion and number of candidates."""
     groups: dict[tuple[object, ...], list[Turn]] = {}
     for turn in turns:
         recipe = turn.recipe
@@ -94,7 +94,7 @@ def _groups(turns: Sequence[Turn], num_candidates: int) -> list[list[Turn]]:
 
 
 def _width(turn: Turn, num_candidates: int) -> int:
-    """Main's candidates in the fusion: what is asked for beyond the likeliest comes on top of them."""
+    """Number of main's candidates in the fusion: K, plus room for biased ids and for ids that a constraint allows."""
     constrained = 0 if turn.mask is None else num_candidates // 2
     return num_candidates + len(turn.sequence.biased) + constrained
 
@@ -110,7 +110,7 @@ def _gather(group: Sequence[Turn], answers: Mapping[str, Answers], num_candidate
 
 
 def _narrow_main(group: Sequence[Turn], wide: Candidates, num_candidates: int) -> Candidates:
-    """Main's likeliest, those that are biased, and the likeliest that a constraint allows."""
+    """Main's likeliest ids, the biased ids, and the likeliest ids that a constraint allows."""
     keep = []
     for i, turn in enumerate(group):
         kept = list(turn.sequence.biased)
@@ -132,7 +132,7 @@ def _fuse(group: Sequence[Turn], candidates: list[Candidates]) -> Fused:
 
 
 def _unsound(group: Sequence[Turn], candidates: Sequence[Candidates]) -> list[tuple[str, ...]]:
-    """For each turn the members whose numbers are not finite."""
+    """For each turn, the members whose numbers are not finite."""
     peaks = torch.stack([part.logprobs.amax(dim=1) for part in candidates], dim=1)  # (B, M)
     members = list(group[0].feeds)
     return [
@@ -142,7 +142,7 @@ def _unsound(group: Sequence[Turn], candidates: Sequence[Candidates]) -> list[tu
 
 
 def _without(group: Sequence[Turn], unsound: Sequence[tuple[str, ...]]) -> tuple[list[Turn], list[Decision]]:
-    """The turns to be fused again, each without its unsound members, and those that fail."""
+    """The turns to fuse again, each without its unsound members, and the decisions of those that fail."""
     again, failed = [], []
     for turn, members in zip(group, unsound, strict=True):
         if all(turn.recipe.can_lose(member) for member in members):
@@ -154,14 +154,14 @@ def _without(group: Sequence[Turn], unsound: Sequence[tuple[str, ...]]) -> tuple
 
 
 def _fusion(group: Sequence[Turn]) -> Fusion | None:
-    """The group's fusion; None where main decides alone."""
+    """The group's fusion; None if main decides alone."""
     return group[0].recipe.fusion if len(group[0].feeds) > 1 else None
 
 
 def _decisions(
     group: Sequence[Turn], candidates: list[Candidates], fused: Fused, tokens: Sequence[int]
 ) -> list[Decision]:
-    """The tokens, with the reports that their requests asked for."""
+    """A decision for each token, with the reports that its request asked for."""
     decisions = []
     for i, (turn, token) in enumerate(zip(group, tokens, strict=True)):
         unsound = tuple(member for member, reason in turn.left_out.items() if reason == "non_finite")
@@ -184,7 +184,7 @@ def _decisions(
 def _stats(
     group: Sequence[Turn], candidates: list[Candidates], fused: Fused, tokens: list[int], seconds: float
 ) -> FusionStats:
-    """The numbers of a group's turns; those without a token count nowhere."""
+    """The metrics of a group. Turns without a token are not counted."""
     recipe, tracks = group[0].recipe, group[0].sequence.tracks
     members = list(group[0].feeds)
     sound = [i for i, token in enumerate(tokens) if token >= 0]
