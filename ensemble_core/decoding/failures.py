@@ -75,10 +75,10 @@ class Failures:
         for member in busy.intersection(share.counts):
             if not sequence.recipe.can_lose(member):
                 if self._pool.is_stuck(member):
-                    fail(sequence, f"member {member!r}: an earlier forward has not returned")
+                    fail(sequence, f"member {member!r}: an earlier call has not returned")
                 return None
             if share.prefill or share.counts[member] > self._max_behind:
-                self._drop(sequence, member, "busy", "an earlier forward has not returned")
+                self._drop(sequence, member, "busy", "an earlier call has not returned")
         counts = _kept(share.counts, busy, sequence)
         return replace(share, counts=counts) if counts or share.scores else None
 
