@@ -11,8 +11,8 @@ import asyncio
 import logging
 import queue
 import threading
+from collections import abc
 from collections.abc import AsyncIterator, Callable
-from collections.abc import Sequence as Rows
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -117,7 +117,7 @@ class Runtime:
             return self._loaded.models
         return list_models(self._config, {name: member.max_len for name, member in self._config.members.items()})
 
-    async def submit(self, requests: Rows[GenerationRequest]) -> OutputStream:
+    async def submit(self, requests: abc.Sequence[GenerationRequest]) -> OutputStream:
         """Queue requests, all or none; returns a stream of (position in `requests`, output) until all have ended.
 
         Raises NotReadyError, ModelNotFoundError, InvalidRequestError or QueueFullError before any output. Closing
@@ -136,7 +136,7 @@ class Runtime:
         names = tuple(main.vocabulary.name_of(token_id) for token_id in ids)
         return Tokenized(tuple(ids), names, main.max_len)
 
-    async def detokenize(self, model: str, token_ids: Rows[int]) -> str:
+    async def detokenize(self, model: str, token_ids: abc.Sequence[int]) -> str:
         """The text of the main member's ids, with control tokens by name. Raises as `submit`."""
         admission = self._require_ready().admission
         ids, main = await asyncio.to_thread(admission.tokenize, model, tuple(token_ids), False)

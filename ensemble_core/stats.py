@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
-Phase = Literal["prefill", "decode"]
+StepPhase = Literal["prefill", "decode"]
 Cause = Literal["exception", "non_finite", "timeout"]  # how a member fails
 # Why a member is left out: its failure; busy: an earlier call has not returned; idle: the fusion cannot use it
 # without another member that was lost.
@@ -22,7 +22,7 @@ class MemberStats:
     """What one member did in one step."""
 
     member: str
-    phase: Phase  # "prefill" if any of its feeds is part of a prompt
+    phase: StepPhase  # "prefill" if any of its feeds is part of a prompt
     forward_seconds: float
     wait_seconds: float  # from the end of its forward until the slowest member of the step was done
     prefill_tokens: int

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import abc
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -14,7 +15,7 @@ from ensemble_core.decoding.recipe import Recipe
 from ensemble_core.decoding.requests import GenerationRequest
 from ensemble_core.decoding.sampling_params import SamplingParams
 from ensemble_core.decoding.scheduler import Limits
-from ensemble_core.decoding.sequence import Sequence as Request
+from ensemble_core.decoding.sequence import Sequence
 from ensemble_core.engine import Engine
 from ensemble_core.factory import Loaded
 from ensemble_core.fusion.base import Fusion, FusionSpace
@@ -46,7 +47,7 @@ def exact_matrix(vocabulary: Vocabulary, anchors: Anchors) -> TransferMatrix:
     return TransferMatrix(columns, values, anchors.ids(vocabulary))
 
 
-def space_of(members: Sequence[Member]) -> FusionSpace:
+def space_of(members: abc.Sequence[Member]) -> FusionSpace:
     """The fusion space of members, main first, with exact matrices."""
     vocabularies = [member.vocabulary for member in members]
     anchors = common_anchors(vocabularies)
@@ -56,13 +57,13 @@ def space_of(members: Sequence[Member]) -> FusionSpace:
     )
 
 
-def relative(members: Sequence[Member], **options: Any) -> Fusion:
+def relative(members: abc.Sequence[Member], **options: Any) -> Fusion:
     """Relative fusion over exact matrices, on whole vocabularies unless told otherwise."""
     chosen = RelativeOptions.model_validate({"support": "full", "steps": 1, **options})
     return RelativeFusion(space_of(members), chosen)
 
 
-def ensemble(members: Sequence[Member], weights: Sequence[float] | None = None, **options: Any) -> Recipe:
+def ensemble(members: abc.Sequence[Member], weights: abc.Sequence[float] | None = None, **options: Any) -> Recipe:
     """A recipe over members, main first; one alone has no fusion."""
     names = tuple(member.name for member in members)
     shares = tuple(weights or [1 / len(names)] * len(names))
@@ -71,12 +72,12 @@ def ensemble(members: Sequence[Member], weights: Sequence[float] | None = None, 
 
 
 def sequence(
-    seq_id: int, prompt: str, members: Sequence[Member], recipe: Recipe, params: SamplingParams
-) -> Request:
+    seq_id: int, prompt: str, members: abc.Sequence[Member], recipe: Recipe, params: SamplingParams
+) -> Sequence:
     """A request in flight, its prompt spelt by each member's own vocabulary."""
     request = GenerationRequest(f"request-{seq_id}", recipe.model, prompt, params)
     tracks = {member.name: Track(member.vocabulary, member.vocabulary.encode(prompt)) for member in members}
-    return Request(seq_id, request, recipe, tracks)
+    return Sequence(seq_id, request, recipe, tracks)
 
 
 class Records(list[Stats]):
@@ -88,7 +89,7 @@ class Records(list[Stats]):
 
 
 def fake_engine(
-    members: Sequence[Member],
+    members: abc.Sequence[Member],
     record: Record = discard,
     *,
     max_running: int = 32,
@@ -125,7 +126,7 @@ class FakeTokenizer:
         return {"input_ids": self._vocabulary.encode(text)}
 
 
-def fake_config(members: Sequence[str] = ("alpha", "beta"), **sections: Any) -> Config:
+def fake_config(members: abc.Sequence[str] = ("alpha", "beta"), **sections: Any) -> Config:
     """A configuration of fake members; an ensemble `duo` of the first two, and what `sections` say."""
     duo = {"members": dict.fromkeys(members[:2], 0.5), "main": members[0]}
     raw: dict[str, Any] = {

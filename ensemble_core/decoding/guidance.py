@@ -36,7 +36,7 @@ _NUM_GROUPS = 4  # groups whose compiled grammar is kept for their next choice
 _CONTRADICTION = "no text can satisfy it"
 
 
-class _Spelling:
+class _LLVocabulary:
     """A vocabulary in the form of a tokenizer that llguidance expects."""
 
     def __init__(self, vocabulary: Vocabulary) -> None:
@@ -93,7 +93,7 @@ class Grammars:
 
     @cached_property
     def _tokenizer(self) -> LLTokenizer:
-        return LLTokenizer(TokenizerWrapper(_Spelling(self._vocabulary)), n_vocab=len(self._vocabulary))
+        return LLTokenizer(TokenizerWrapper(_LLVocabulary(self._vocabulary)), n_vocab=len(self._vocabulary))
 
     @cached_property
     def _lengths(self) -> Tensor:

@@ -25,8 +25,8 @@ _CROWD = 3.0  # most that waiting prompts can raise the limit, as a factor
 _FRESH = 256  # steps after which a batch size is measured again
 _MEMORY = 8  # observations kept of each cost
 
-Kind = tuple[str, bool]  # (member, whether it answers at every position, for a scored or weighed prompt)
-SCORING: Kind = ("", True)  # the fusion of scored positions, which no member does
+WorkKind = tuple[str, bool]  # (member, whether it answers at every position, for a scored or weighed prompt)
+SCORING: WorkKind = ("", True)  # the fusion of scored positions, which no member does
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +44,7 @@ class _Plain:
 
     last: int = 0
     steps: deque[float] = field(default_factory=lambda: deque(maxlen=_MEMORY))
-    parts: dict[Kind, deque[float]] = field(default_factory=dict)
+    parts: dict[WorkKind, deque[float]] = field(default_factory=dict)
 
 
 class Pace:
@@ -54,11 +54,11 @@ class Pace:
         assert max_stretch > 1.0, "a step cannot be shorter than its decoding"
         self._max_stretch = max_stretch
         self._plain: dict[int, _Plain] = {}
-        self._costs: dict[Kind, deque[float]] = {}
+        self._costs: dict[WorkKind, deque[float]] = {}
         self._num_steps = 0
         self._latest = 0  # prompt tokens of the last step that also had running sequences
 
-    def grant(self, kinds: Collection[Kind], num_decoding: int, num_prompts: int = 1) -> int | None:
+    def grant(self, kinds: Collection[WorkKind], num_decoding: int, num_prompts: int = 1) -> int | None:
         """Prompt tokens for each of `kinds` in a step with `num_decoding` running sequences; None: no limit.
 
         Grants 0 while the cost of such a step without prompts is unknown, so that this step measures it.
@@ -76,7 +76,7 @@ class Pace:
         tokens = min(int(room / token), 2 * self._latest)  # at most double, so that each increase is measured
         return max(LEAST, tokens // _GRAIN * _GRAIN)
 
-    def record(self, num_decoding: int, seconds: float, parts: Mapping[Kind, Work]) -> None:
+    def record(self, num_decoding: int, seconds: float, parts: Mapping[WorkKind, Work]) -> None:
         """Learn from a finished step with `num_decoding` running sequences and the given work."""
         self._num_steps += 1
         bucket = num_decoding.bit_length()
@@ -93,7 +93,7 @@ class Pace:
             if work.num_tokens >= LEAST:
                 self._costs.setdefault(kind, deque(maxlen=_MEMORY)).append(self._cost(kind, work, bucket))
 
-    def _cost(self, kind: Kind, work: Work, bucket: int) -> float:
+    def _cost(self, kind: WorkKind, work: Work, bucket: int) -> float:
         """Seconds per prompt token, beyond the decoding in the same step."""
         member, _ = kind
         plain = self._plain.get(bucket)

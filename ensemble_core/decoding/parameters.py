@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from ensemble_core.errors import InvalidRequestError
 
-Kind = Literal["integer", "number", "boolean", "text", "texts", "ids", "biases"]
+ValueKind = Literal["integer", "number", "boolean", "text", "texts", "ids", "biases"]
 MAX_INT = 2**31 - 1  # stands for no bound: descriptions leave it out
 
 
@@ -27,7 +27,7 @@ class Parameter:
     documentation.
     """
 
-    kind: Kind
+    kind: ValueKind
     default: Any
     note: str
     example: Any
@@ -102,7 +102,7 @@ class Parameter:
         return f"{'true' if self.default is True else f'{self.default:g}'} if not sent"
 
 
-def declared(kind: Kind, default: Any, note: str, example: Any, **bounds: Any) -> Any:
+def declared(kind: ValueKind, default: Any, note: str, example: Any, **bounds: Any) -> Any:
     """A dataclass field that declares a parameter. Its metadata holds the Parameter. bounds: fields of Parameter."""
     parameter = Parameter(kind, default, note, example, **bounds)
     return field(default=default, metadata={"parameter": parameter})

@@ -17,8 +17,6 @@ from dataclasses import dataclass, field
 
 from ensemble_core.text.alignment import Track
 
-Weights = tuple[float, ...]
-
 
 @dataclass(slots=True)
 class PromptLikelihood:
@@ -27,7 +25,7 @@ class PromptLikelihood:
     weights: None until `settle`, then main first.
     """
 
-    weights: Weights | None = None
+    weights: tuple[float, ...] | None = None
     _nats: dict[str, float] = field(default_factory=dict)
     _num_bytes: dict[str, int] = field(default_factory=dict)
 
@@ -45,7 +43,7 @@ class PromptLikelihood:
         self._nats[member] = self._nats.get(member, 0.0) - logprob
         self._num_bytes[member] = self._num_bytes.get(member, 0) + num_bytes
 
-    def settle(self, prior: Mapping[str, float], tau: float) -> Weights:
+    def settle(self, prior: Mapping[str, float], tau: float) -> tuple[float, ...]:
         """Compute the weights once the prompt is read. prior: member -> configured weight, main first."""
         self.weights = tuple(prior.values())
         if all(self._num_bytes.get(member) for member in prior):
@@ -58,7 +56,7 @@ class PromptLikelihood:
         self._nats, self._num_bytes = {}, {}
 
 
-def weigh(prior: Weights, rates: list[float], tau: float) -> Weights:
+def weigh(prior: tuple[float, ...], rates: list[float], tau: float) -> tuple[float, ...]:
     """prior_i exp(-rates_i / tau), scaled to sum to 1. A rate that is not finite gives 0, all of them the prior."""
     known = [(w, rate) for w, rate in zip(prior, rates, strict=True) if w > 0 and math.isfinite(rate)]
     if not known:

@@ -13,13 +13,14 @@ distribution sampling can reach. Does not know fusion or members.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import abc
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from ensemble_core.decoding.sampling_params import SamplingParams
-from ensemble_core.decoding.sequence import Sequence as Request
+from ensemble_core.decoding.sequence import Sequence
 from ensemble_core.fusion.base import Fused
 from ensemble_core.members.ranking import ranked
 
@@ -27,7 +28,7 @@ from ensemble_core.members.ranking import ranked
 _UNITS = 2.0**42
 
 
-def sample(fused: Fused, sequences: Sequence[Request]) -> list[int]:
+def sample(fused: Fused, sequences: abc.Sequence[Sequence]) -> list[int]:
     """One of main's token ids for each of B rows; -1 for a row with NaN or +inf, or with nothing above -inf."""
     token_ids, logprobs = fused.token_ids, fused.logprobs
     tokens = greedy(token_ids, logprobs)
@@ -46,7 +47,7 @@ def greedy(token_ids: Tensor, logprobs: Tensor) -> Tensor:
     return torch.where(logprobs == best, token_ids, highest).amin(dim=1)
 
 
-def _draw(token_ids: Tensor, logprobs: Tensor, sequences: Sequence[Request]) -> Tensor:
+def _draw(token_ids: Tensor, logprobs: Tensor, sequences: abc.Sequence[Sequence]) -> Tensor:
     """(B,) ids drawn from (B, S) log-probabilities under each sequence's parameters."""
     params = [sequence.request.params for sequence in sequences]
     device = logprobs.device
@@ -62,7 +63,7 @@ def _draw(token_ids: Tensor, logprobs: Tensor, sequences: Sequence[Request]) -> 
     return token_ids.gather(1, order.gather(1, place)).squeeze(1)
 
 
-def _num_in_reach(relative: Tensor, mass: Tensor, params: Sequence[SamplingParams]) -> Tensor:
+def _num_in_reach(relative: Tensor, mass: Tensor, params: abc.Sequence[SamplingParams]) -> Tensor:
     """(B, 1) how many of the likeliest tokens top-k, top-p and min-p keep, at least 1.
 
     relative: (B, S) weights relative to the likeliest. mass: (B, S) cumulative sums of the whole-number weights.
@@ -77,7 +78,7 @@ def _num_in_reach(relative: Tensor, mass: Tensor, params: Sequence[SamplingParam
 
 
 def _column(
-    params: Sequence[SamplingParams], value: Callable[[SamplingParams], float], device: torch.device
+    params: abc.Sequence[SamplingParams], value: Callable[[SamplingParams], float], device: torch.device
 ) -> Tensor:
     """(B, 1) one parameter for every row."""
     return torch.tensor([[value(p)] for p in params], dtype=torch.float64, device=device)

@@ -27,7 +27,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from ensemble_core.decoding.modes.base import Ask, mode_of
-from ensemble_core.decoding.pace import LEAST, SCORING, Kind, Pace
+from ensemble_core.decoding.pace import LEAST, SCORING, Pace, WorkKind
 from ensemble_core.decoding.sequence import Phase, Sequence
 from ensemble_core.errors import QueueFullError
 
@@ -279,7 +279,7 @@ def _deciding_share(sequence: Sequence, plan: Mapping[str, Ask], prefill: bool) 
     return Share(sequence, counts, decides=True, prefill=prefill, wanted=wanted)
 
 
-def _kinds(prompts: list[Sequence]) -> set[Kind]:
+def _kinds(prompts: list[Sequence]) -> set[WorkKind]:
     """The kinds of work in prefilling these prompts: members with more than one token to go, and scoring."""
     scoring = any(s.scoring for s in prompts)
     answering = scoring or any(s.weighing for s in prompts)

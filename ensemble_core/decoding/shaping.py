@@ -13,7 +13,7 @@ to the level of raw logits (`studies/repetition_penalty.py`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import abc
 from dataclasses import replace
 
 import numpy as np
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ensemble_core.decoding.counts import Flags, Ids
-from ensemble_core.decoding.sequence import Sequence as Request
+from ensemble_core.decoding.sequence import Sequence
 from ensemble_core.fusion.base import Fused
 
 TYPICAL_NORMALISER = 24.0  # the log-sum-exp of raw logits that the repetition penalty assumes, nats
@@ -30,7 +30,7 @@ _LEAST_LOGIT = 1.0  # lower logits move as if they were here
 _FLOOR = -87.0  # about the log of the smallest normal float32
 
 
-def shape(fused: Fused, sequences: Sequence[Request], masks: Sequence[Tensor | None]) -> Fused:
+def shape(fused: Fused, sequences: abc.Sequence[Sequence], masks: abc.Sequence[Tensor | None]) -> Fused:
     """The same support with shaped log-probabilities, not normalised; `fused` itself if no row needs shaping.
 
     masks: for each row, (V,) bool, main's ids that its constraint allows; None: no constraint.
@@ -56,16 +56,18 @@ def penalise_repeats(logprobs: Tensor, penalty: Tensor) -> Tensor:
     return logprobs - (1.0 - 1.0 / penalty) * (logprobs + TYPICAL_NORMALISER).clamp_min(_LEAST_LOGIT)
 
 
-def _asks(sequence: Request, mask: Tensor | None) -> bool:
+def _asks(sequence: Sequence, mask: Tensor | None) -> bool:
     return mask is not None or sequence.request.params.shapes_logits or _bans_stops(sequence)
 
 
-def _bans_stops(sequence: Request) -> bool:
+def _bans_stops(sequence: Sequence) -> bool:
     """True before min_tokens, while tokens that would end the text are banned."""
     return sequence.num_completion_tokens < sequence.request.params.min_tokens
 
 
-def _shaped(ids: Ids, logprobs: Tensor, sequences: Sequence[Request], masks: Sequence[Tensor | None]) -> Tensor:
+def _shaped(
+    ids: Ids, logprobs: Tensor, sequences: abc.Sequence[Sequence], masks: abc.Sequence[Tensor | None]
+) -> Tensor:
     """(n, S) fully shaped log-probabilities of `ids`."""
     bias, closed, banned = _biases(ids, sequences), _closed(ids, masks), _banned(ids, sequences)
     # min_tokens gives way where the constraint or the support leaves only tokens that end the text.
@@ -78,7 +80,7 @@ def _shaped(ids: Ids, logprobs: Tensor, sequences: Sequence[Request], masks: Seq
     return moved.masked_fill(torch.from_numpy(forbidden).to(moved.device) & ~moved.isnan(), -torch.inf)
 
 
-def _biases(ids: Ids, sequences: Sequence[Request]) -> npt.NDArray[np.float32]:
+def _biases(ids: Ids, sequences: abc.Sequence[Sequence]) -> npt.NDArray[np.float32]:
     """(n, S): each row's biases."""
     bias = np.zeros(ids.shape, dtype=np.float32)
     for row, sequence in enumerate(sequences):
@@ -87,7 +89,7 @@ def _biases(ids: Ids, sequences: Sequence[Request]) -> npt.NDArray[np.float32]:
     return bias
 
 
-def _closed(ids: Ids, masks: Sequence[Tensor | None]) -> Flags:
+def _closed(ids: Ids, masks: abc.Sequence[Tensor | None]) -> Flags:
     """(n, S): True for ids that constraints do not allow."""
     closed = np.zeros(ids.shape, dtype=np.bool_)
     for row, mask in enumerate(masks):
@@ -96,7 +98,7 @@ def _closed(ids: Ids, masks: Sequence[Tensor | None]) -> Flags:
     return closed
 
 
-def _banned(ids: Ids, sequences: Sequence[Request]) -> Flags:
+def _banned(ids: Ids, sequences: abc.Sequence[Sequence]) -> Flags:
     """(n, S): True for ids that would end a text before its min_tokens."""
     banned = np.zeros(ids.shape, dtype=np.bool_)
     for row, sequence in enumerate(sequences):
@@ -124,7 +126,7 @@ def _lifted(ids: Ids, logprobs: Tensor, wanted: Flags) -> Tensor:
     return logprobs.masked_fill(torch.from_numpy(lifted).to(logprobs.device), _FLOOR)
 
 
-def _penalised(ids: Ids, logprobs: Tensor, sequences: Sequence[Request]) -> Tensor:
+def _penalised(ids: Ids, logprobs: Tensor, sequences: abc.Sequence[Sequence]) -> Tensor:
     """(n, S) log-probabilities after the three penalties. Neutral penalties change no bit."""
     params = [sequence.request.params for sequence in sequences]
     seen, counts = np.zeros(ids.shape, dtype=np.bool_), np.zeros(ids.shape, dtype=np.float32)

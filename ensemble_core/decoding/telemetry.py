@@ -9,7 +9,7 @@ import logging
 import time
 from collections.abc import Mapping
 
-from ensemble_core.decoding.pace import SCORING, Kind, Work
+from ensemble_core.decoding.pace import SCORING, Work, WorkKind
 from ensemble_core.decoding.scheduler import Scheduler
 from ensemble_core.decoding.sequence import Sequence
 from ensemble_core.decoding.step import Step
@@ -101,7 +101,7 @@ class Telemetry:
         """Tell the scheduler's pace what the step cost, unless a member failed in it."""
         if any(attempt.error for attempt in step.attempts.values()):
             return
-        parts: dict[Kind, Work] = {}
+        parts: dict[WorkKind, Work] = {}
         if step.num_scored:
             parts[SCORING] = Work(step.scoring_seconds, step.num_scored, False)
         for name, attempt in step.attempts.items():

@@ -29,7 +29,7 @@ from ensemble_core.errors import EvaluationError
 
 logger = logging.getLogger(__name__)
 
-Kind = Literal["text", "choice", "number", "answer"]
+TaskKind = Literal["text", "choice", "number", "answer"]
 Split = Literal["all", "even", "odd"]
 
 FINAL_NUMBER = re.compile(r"(?:the answer is|####)\s*\$?(-?[\d,]*\.?\d+)\s*\.?\s*$", re.IGNORECASE)
@@ -65,7 +65,7 @@ class Task:
     """A named file of items of one kind. digest: sha256 of the file."""
 
     name: str
-    kind: Kind
+    kind: TaskKind
     path: Path
     digest: str
     items: tuple[Item, ...]
@@ -79,7 +79,7 @@ class Task:
 def parse_task(spec: str, skip_bad: bool = False) -> Task:
     """Read the task that `NAME=FILE` or `NAME:KIND=FILE` names. See `load_task`."""
     match = _SPEC.match(spec)
-    kinds: tuple[Kind, ...] = get_args(Kind)
+    kinds: tuple[TaskKind, ...] = get_args(TaskKind)
     if match is None or match["kind"] not in (None, *kinds):
         raise EvaluationError(
             f"--task {spec!r}: write NAME=FILE.jsonl or NAME:KIND=FILE.jsonl, where KIND is one of {', '.join(kinds)}"
@@ -88,7 +88,7 @@ def parse_task(spec: str, skip_bad: bool = False) -> Task:
     return load_task(match["name"], Path(match["path"]), kind, skip_bad)
 
 
-def load_task(name: str, path: Path, kind: Kind | None = None, skip_bad: bool = False) -> Task:
+def load_task(name: str, path: Path, kind: TaskKind | None = None, skip_bad: bool = False) -> Task:
     """Read a JSONL file; kind: None takes what the first record's fields say.
 
     skip_bad: leave out records that do not fit, each with a warning; the others keep their index. Raises
@@ -104,12 +104,12 @@ def load_task(name: str, path: Path, kind: Kind | None = None, skip_bad: bool = 
     numbered = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
     if not numbered:
         raise EvaluationError(f"task {name!r}: {path} has no records")
-    records = [_Record(path, number, _parsed(path, number, line)) for number, line in numbered]
+    records = [_Line(path, number, _parsed(path, number, line)) for number, line in numbered]
     items = tuple(_items(records, kind or records[0].kind(), skip_bad))
     return Task(name, kind or records[0].kind(), path, hashlib.sha256(data).hexdigest(), items)
 
 
-def _items(records: Sequence[_Record], kind: Kind, skip_bad: bool) -> Iterator[Item]:
+def _items(records: Sequence[_Line], kind: TaskKind, skip_bad: bool) -> Iterator[Item]:
     for index, record in enumerate(records):
         try:
             yield record.item(index, kind)
@@ -130,14 +130,14 @@ def _parsed(path: Path, line: int, text: str) -> Mapping[str, Any]:
 
 
 @dataclass(frozen=True, slots=True)
-class _Record:
+class _Line:
     """One line of a file, and how it is refused."""
 
     path: Path
     line: int
     fields: Mapping[str, Any]
 
-    def kind(self) -> Kind:
+    def kind(self) -> TaskKind:
         if "text" in self.fields:
             return "text"
         if self._labels():
@@ -145,7 +145,7 @@ class _Record:
         answer = self.fields.get("answer")
         return "number" if isinstance(answer, str) and FINAL_NUMBER.search(answer) else "answer"
 
-    def item(self, index: int, kind: Kind) -> Item:
+    def item(self, index: int, kind: TaskKind) -> Item:
         if kind == "text":
             return Item(index, self.line, text=self._text("text"))
         question = self._text("question")
@@ -167,7 +167,7 @@ class _Record:
             raise self._wrong("answer", f"expected one of the labels {labels}, found {answer!r}")
         return tuple(self._text(label) for label in labels), labels.index(answer)
 
-    def _answers(self, kind: Kind) -> tuple[str, ...]:
+    def _answers(self, kind: TaskKind) -> tuple[str, ...]:
         found = self.fields.get("answer")
         if kind == "answer" and isinstance(found, list):
             texts = [text.strip() for text in found if isinstance(text, str) and text.strip()]

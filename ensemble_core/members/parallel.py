@@ -28,7 +28,7 @@ from ensemble_core.stats import Cause
 
 logger = logging.getLogger(__name__)
 
-Result = TypeVar("Result")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,14 +132,14 @@ class MemberPool:
         for worker in self._workers.values():
             worker.close()
 
-    def _overlap(self, calls: Mapping[str, Callable[[], Result]]) -> dict[str, Result]:
+    def _overlap(self, calls: Mapping[str, Callable[[], T]]) -> dict[str, T]:
         """Make a call of each member, lane by lane; none of them raises."""
         lanes: dict[str, list[str]] = {}
         for name in calls:
             assert name not in self._late, f"{name} is busy"
             lanes.setdefault(self.members[name].lane, []).append(name)
 
-        def run(names: list[str]) -> dict[str, Result]:
+        def run(names: list[str]) -> dict[str, T]:
             return {name: calls[name]() for name in names}
 
         if self._threads is None or len(lanes) == 1:
@@ -167,7 +167,7 @@ class MemberPool:
                 found[seq_id] = error
         return found
 
-    def _call(self, name: str, call: Callable[[], Result]) -> Result:
+    def _call(self, name: str, call: Callable[[], T]) -> T:
         """Here, or in the member's thread with an eye on the clock. Raises MemberError."""
         if name in self._late:
             raise MemberError(name, "an earlier call has not returned")
@@ -202,9 +202,9 @@ class _Worker:
         self._calls: SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = SimpleQueue()
         threading.Thread(target=self._work, name=f"member-{member}", daemon=True).start()
 
-    def submit(self, call: Callable[[], Result]) -> Future[Result]:
+    def submit(self, call: Callable[[], T]) -> Future[T]:
         """Run it after what was submitted before."""
-        future: Future[Result] = Future()
+        future: Future[T] = Future()
         self._calls.put((future, call))
         return future
 

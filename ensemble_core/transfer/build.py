@@ -39,7 +39,7 @@ class BuildReport:
 
 
 @dataclass(frozen=True, slots=True)
-class _Task:
+class _MatrixTask:
     """One matrix to make."""
 
     member: str
@@ -80,19 +80,21 @@ def origin_of(member: MemberConfig) -> Origin:
     return Origin(member.model, member.revision or "")
 
 
-def _tasks(config: Config) -> list[_Task]:
+def _tasks(config: Config) -> list[_MatrixTask]:
     sets = member_sets(config)
     names = sorted({name for members in sets for name in members})
     vocabularies = {name: load_vocabulary(name, config.members[name]) for name in names}
     return [task for members in sets for task in _tasks_of(members, vocabularies, config)]
 
 
-def _tasks_of(members: tuple[str, ...], vocabularies: Mapping[str, Vocabulary], config: Config) -> list[_Task]:
+def _tasks_of(
+    members: tuple[str, ...], vocabularies: Mapping[str, Vocabulary], config: Config
+) -> list[_MatrixTask]:
     anchors = common_anchors([vocabularies[name] for name in members])
     logger.info("members %s share %d tokens", ", ".join(members), len(anchors.tokens))
     recipe = recipe_of(config.matrices)
     return [
-        _Task(
+        _MatrixTask(
             member=name,
             origin=origin_of(config.members[name]),
             path=matrix_path(config.matrices.folder, members, name, recipe.name),
@@ -104,7 +106,7 @@ def _tasks_of(members: tuple[str, ...], vocabularies: Mapping[str, Vocabulary], 
     ]
 
 
-def _standing(task: _Task, rebuild: str) -> BuildReport | None:
+def _standing(task: _MatrixTask, rebuild: str) -> BuildReport | None:
     """A report on the matrix that is there, or None where it is missing or does not fit."""
     if not task.path.exists():
         return None
@@ -127,7 +129,7 @@ def _standing(task: _Task, rebuild: str) -> BuildReport | None:
     return BuildReport(task.member, task.path, seconds, quality, task.path.stat().st_size, skipped=True)
 
 
-def _build(task: _Task, config: Config, force: bool) -> BuildReport:
+def _build(task: _MatrixTask, config: Config, force: bool) -> BuildReport:
     start = time.perf_counter()
     embeddings = load_embeddings(resolve_folder(config.members[task.member]))
     device = "cuda" if torch.cuda.is_available() else "cpu"

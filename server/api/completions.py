@@ -10,7 +10,7 @@ from ensemble_core.decoding.sampling_params import SamplingParams
 from ensemble_core.errors import InvalidRequestError
 from server.api.jobs import Job, end_of, finite, trace_steps
 from server.api.tickets import Ticket, check_count, make_ticket, sampling_params
-from server.schema.completions import Choice, CompletionRequest, Logprobs, TextCompletion
+from server.schema.completions import CompletionRequest, Logprobs, TextChoice, TextCompletion
 
 
 def plan(body: CompletionRequest, max_choices: int) -> CompletionJob:
@@ -66,14 +66,14 @@ class CompletionJob(Job):
         ]
         return self._completion([self._choice(index, output, True) for index, output in enumerate(kept)])
 
-    def _completion(self, choices: list[Choice]) -> TextCompletion:
+    def _completion(self, choices: list[TextChoice]) -> TextCompletion:
         ticket = self.ticket
         return TextCompletion(
             id=ticket.id, object="text_completion", created=ticket.created, model=ticket.model, choices=choices
         )
 
-    def _choice(self, index: int, output: Output, first: bool) -> Choice:
-        choice = Choice(
+    def _choice(self, index: int, output: Output, first: bool) -> TextChoice:
+        choice = TextChoice(
             index=index,
             text=output.prompt_text + output.text,
             logprobs=to_logprobs(output.prompt_logprobs + output.logprobs) if self._sends_logprobs else None,

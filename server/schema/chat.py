@@ -191,7 +191,7 @@ class Delta(BaseModel):
     content: str
 
 
-class _ChatChoice(BaseModel):
+class _ChatBase(BaseModel):
     index: int
     logprobs: ChatLogprobs | None
     finish_reason: Literal["stop", "length"] | None
@@ -200,13 +200,13 @@ class _ChatChoice(BaseModel):
     trace: list[TraceStep] | None = Field(None, description="With ensemble.trace: an entry a token.")
 
 
-class ChatChoice(_ChatChoice):
+class ChatChoice(_ChatBase):
     """One choice."""
 
     message: AssistantMessage
 
 
-class ChatPiece(_ChatChoice):
+class ChatPiece(_ChatBase):
     """A piece of one choice."""
 
     delta: Delta

@@ -62,7 +62,7 @@ class Logprobs(BaseModel):
     text_offset: list[int]
 
 
-class Choice(BaseModel):
+class TextChoice(BaseModel):
     """One choice, or a piece of it. index = prompt index * n + i."""
 
     index: int
@@ -79,4 +79,4 @@ class TextCompletion(Reply):
     """An answer, or one chunk of a stream. `usage` is left out of chunks unless it was asked for."""
 
     object: Literal["text_completion"]
-    choices: list[Choice]
+    choices: list[TextChoice]

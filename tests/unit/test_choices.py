@@ -13,8 +13,7 @@ from fakes import FakeMember, byte_vocabulary, fake_config, fake_loaded, pair_vo
 from ensemble_core.decoding.requests import GenerationRequest, Output
 from ensemble_core.decoding.sampling_params import SamplingParams
 from ensemble_core.decoding.scheduler import Capacity, Limits, Scheduler
-from ensemble_core.decoding.sequence import Phase
-from ensemble_core.decoding.sequence import Sequence as Request
+from ensemble_core.decoding.sequence import Phase, Sequence
 
 SHORTEST = 16  # tokens that are worth being taken over
 
@@ -49,7 +48,7 @@ class Bench:
 
         member.reuse = watched  # type: ignore[method-assign]
 
-    def add(self, prompt: str, num: int, group: str | None = "g", **params: Any) -> list[Request]:
+    def add(self, prompt: str, num: int, group: str | None = "g", **params: Any) -> list[Sequence]:
         sampling: dict[str, Any] = {"max_tokens": 6, "ignore_eos": True} | params
         requests = [
             GenerationRequest(f"r{i}", "duo", prompt, SamplingParams(seed=i, **sampling), group=group)
@@ -73,7 +72,7 @@ class Bench:
             self.step()
         raise AssertionError("the engine does not come to an end")
 
-    def text(self, sequence: Request) -> str:
+    def text(self, sequence: Sequence) -> str:
         return "".join(output.text for output in self.outputs[sequence.seq_id])
 
     def fed(self, member: str, seq_id: int) -> int:
@@ -163,7 +162,7 @@ def test_nobody_waits_for_a_leader_that_is_gone(length: int, end: str) -> None:
 @pytest.mark.parametrize("perplexity", [False, True])
 def test_choices_that_are_preempted_say_what_they_say_alone(length: int, perplexity: bool) -> None:
     few, plenty = Bench(perplexity, num_pages=20, token_budget=30), Bench(perplexity, token_budget=30)
-    preempted: list[Request] = []
+    preempted: list[Sequence] = []
     admit = few.engine.scheduler.admit
     few.engine.scheduler.admit = lambda: (gone := admit(), preempted.extend(gone))[0]  # type: ignore[method-assign]
     made, expected = (bench.add("ab" * length, 10, max_tokens=40) for bench in (few, plenty))

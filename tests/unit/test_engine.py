@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections import abc
 
 import pytest
 from fakes import (
@@ -19,8 +19,7 @@ from fakes import (
 from ensemble_core.decoding.recipe import Recipe
 from ensemble_core.decoding.requests import Output
 from ensemble_core.decoding.sampling_params import SamplingParams
-from ensemble_core.decoding.sequence import Phase
-from ensemble_core.decoding.sequence import Sequence as Request
+from ensemble_core.decoding.sequence import Phase, Sequence
 from ensemble_core.engine import Engine
 from ensemble_core.errors import QueueFullError
 from ensemble_core.stats import CacheStats, QueueStats, RequestStats, StepStats, TokenStats
@@ -65,13 +64,13 @@ def check(engine: Engine) -> None:
             assert ids[: track.num_cached] == (track.prompt_ids + track.completion_ids)[: track.num_cached]
 
 
-def folded(outputs: Sequence[Output]) -> tuple[str, tuple[int, ...], str | None]:
+def folded(outputs: abc.Sequence[Output]) -> tuple[str, tuple[int, ...], str | None]:
     text = "".join(output.text for output in outputs)
     tokens = tuple(token for output in outputs for token in output.token_ids)
     return text, tokens, outputs[-1].finish_reason
 
 
-def alone(members: Sequence[FakeMember], prompt: str, params: SamplingParams, **limits: int) -> Request:
+def alone(members: abc.Sequence[FakeMember], prompt: str, params: SamplingParams, **limits: int) -> Sequence:
     """The sequence after it ran alone in a fresh engine over the same members."""
     engine = fake_engine(members, **limits)
     request = sequence(0, prompt, members, ensemble(members), params)
@@ -81,7 +80,7 @@ def alone(members: Sequence[FakeMember], prompt: str, params: SamplingParams, **
     return request
 
 
-def assert_empty(members: Sequence[FakeMember]) -> None:
+def assert_empty(members: abc.Sequence[FakeMember]) -> None:
     assert all(member.is_empty for member in members)
 
 
@@ -170,7 +169,7 @@ def test_an_assistant_sees_its_own_spelling_of_the_text() -> None:
     assert members[1].rollbacks, "no token of the assistant ever ran over main's boundaries"
 
 
-def start(members: Sequence[FakeMember], params: SamplingParams, phase: str) -> tuple[Engine, Request]:
+def start(members: abc.Sequence[FakeMember], params: SamplingParams, phase: str) -> tuple[Engine, Sequence]:
     """An engine with one sequence in the wanted phase and one more sequence."""
     engine = fake_engine(members, token_budget=8, max_running=1 if phase == "waiting" else 4)
     recipe = ensemble(members)

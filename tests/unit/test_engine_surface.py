@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Sequence
+from collections import abc
 from typing import Any
 
 import pytest
@@ -12,8 +12,7 @@ from fakes import FakeMember, byte_vocabulary, fake_config, fake_loaded, mid_cha
 
 from ensemble_core.decoding.requests import GenerationRequest, Output, Prompt, TokenLogprob
 from ensemble_core.decoding.sampling_params import SamplingParams
-from ensemble_core.decoding.sequence import Phase
-from ensemble_core.decoding.sequence import Sequence as Running
+from ensemble_core.decoding.sequence import Phase, Sequence
 from ensemble_core.engine import Engine
 from ensemble_core.factory import Loaded
 
@@ -37,12 +36,12 @@ class Bench:
         self.engine: Engine = self.loaded.engine
         self.outputs: dict[int, list[Output]] = {}
 
-    def admit(self, prompt: Prompt, model: str = "duo", group: str | None = None, **params: Any) -> Running:
+    def admit(self, prompt: Prompt, model: str = "duo", group: str | None = None, **params: Any) -> Sequence:
         trace = bool(params.pop("trace", False))
         made = GenerationRequest("r", model, prompt, SamplingParams(**params), trace=trace, group=group)
         return self.loaded.admission.admit(made)
 
-    def add(self, *args: Any, **params: Any) -> Running:
+    def add(self, *args: Any, **params: Any) -> Sequence:
         sequence = self.admit(*args, **params)
         self.engine.add([sequence])
         return sequence
@@ -60,22 +59,22 @@ class Bench:
             self.step()
         raise AssertionError("the engine does not come to an end")
 
-    def of(self, sequence: Running) -> list[Output]:
+    def of(self, sequence: Sequence) -> list[Output]:
         return self.outputs[sequence.seq_id]
 
     def fed(self, member: str) -> int:
         return sum(len(feed.token_ids) for call in self.members[member].calls for feed in call)
 
 
-def tokens(outputs: Sequence[Output]) -> tuple[int, ...]:
+def tokens(outputs: abc.Sequence[Output]) -> tuple[int, ...]:
     return tuple(token for output in outputs for token in output.token_ids)
 
 
-def text(outputs: Sequence[Output]) -> str:
+def text(outputs: abc.Sequence[Output]) -> str:
     return "".join(output.text for output in outputs)
 
 
-def entries(outputs: Sequence[Output]) -> tuple[TokenLogprob, ...]:
+def entries(outputs: abc.Sequence[Output]) -> tuple[TokenLogprob, ...]:
     return outputs[0].prompt_logprobs + tuple(entry for output in outputs for entry in output.logprobs)
 
 
@@ -254,7 +253,7 @@ def test_a_scored_prompt_beside_a_stream_is_fused_bit_by_bit(monkeypatch: pytest
 # Groups
 
 
-def group_of(bench: Bench, prompt: str, num: int, group: str | None = "g", **params: Any) -> list[Running]:
+def group_of(bench: Bench, prompt: str, num: int, group: str | None = "g", **params: Any) -> list[Sequence]:
     sampling = {"max_tokens": 6, "temperature": 1.0} | params
     made = [bench.admit(prompt, group=group, seed=i, **sampling) for i in range(num)]
     bench.engine.add(made)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections import abc
 from concurrent.futures import Future
 from typing import Any
 
@@ -14,8 +14,7 @@ from fakes import FakeMember, Records, byte_vocabulary, fake_config, fake_loaded
 from ensemble_core.decoding.recipe import Recipe
 from ensemble_core.decoding.requests import GenerationRequest, Output, Overrides, Prompt, TokenLogprob
 from ensemble_core.decoding.sampling_params import SamplingParams
-from ensemble_core.decoding.sequence import Phase
-from ensemble_core.decoding.sequence import Sequence as Request
+from ensemble_core.decoding.sequence import Phase, Sequence
 from ensemble_core.members.parallel import _Late
 from ensemble_core.stats import Cause, DropStats, HealthStats, StepStats
 
@@ -69,7 +68,7 @@ class Bench:
         prompt: Prompt = "abc de",
         params: SamplingParams = SAMPLED,
         members: tuple[str, ...] | None = None,
-    ) -> Request:
+    ) -> Sequence:
         overrides = Overrides(members=members)
         made = self.loaded.admission.admit(
             GenerationRequest(f"request-{prompt}", model, prompt, params, overrides, trace=True)
@@ -95,10 +94,10 @@ class Bench:
             member.gate.set()
         self.engine.close()
 
-    def last(self, sequence: Request) -> Output:
+    def last(self, sequence: Sequence) -> Output:
         return self.outputs[sequence.seq_id][-1]
 
-    def said(self, sequence: Request) -> list[tuple[int, float | None, tuple[tuple[int, str, float], ...]]]:
+    def said(self, sequence: Sequence) -> list[tuple[int, float | None, tuple[tuple[int, str, float], ...]]]:
         """Every token with its log-probabilities."""
         entries = [e for output in self.outputs[sequence.seq_id] for e in output.logprobs]
         return [(e.token_id, e.logprob, e.top) for e in entries]
@@ -338,7 +337,7 @@ def test_a_member_that_is_too_far_behind_is_lost() -> None:
     bench.close()
 
 
-def prompt_scores(bench: Bench, request: Request) -> list[TokenLogprob]:
+def prompt_scores(bench: Bench, request: Sequence) -> list[TokenLogprob]:
     return [entry for output in bench.outputs[request.seq_id] for entry in output.prompt_logprobs]
 
 
@@ -406,7 +405,7 @@ def test_both_assistants_may_go() -> None:
     assert bench.last(request).dropped == {"beta": "exception", "gamma": "non_finite"}
 
 
-def weighted(weights: Sequence[float]) -> Recipe:
+def weighted(weights: abc.Sequence[float]) -> Recipe:
     names = ("alpha", "beta", "gamma")[: len(weights)]
     fusion: Any = object()
     return Recipe("m", names, tuple(weights), fusion, "linear", on_failure="drop", refit=lambda _: fusion)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from collections import Counter
 from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
 from pathlib import Path
@@ -176,3 +177,33 @@ def test_an_import_from_above_is_seen(tmp_path: Path) -> None:
     wrong.write_text("def f():\n    from ensemble_core.fusion import base\n")
     assert imports(wrong) == {"ensemble_core.fusion.base"}
     assert floor("ensemble_core.fusion.base") > floor("ensemble_core.members.local")
+
+
+def renamed(path: Path) -> set[tuple[str, str]]:
+    """(name, what it is called here) of our classes and the abstract ones that a file imports under another name."""
+    return {
+        (alias.name, alias.asname)
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ImportFrom)
+        and (node.module or "").startswith(("ensemble_core", "server", "collections"))
+        for alias in node.names
+        if alias.asname and alias.name[0].isupper()
+    } - {("Set", "AbstractSet")}  # as linters want it
+
+
+@pytest.mark.parametrize("package", ["ensemble_core", "server", "benchmarks", "studies", "tests"])
+def test_a_class_has_one_name(package: str) -> None:
+    """Where the engine's `Sequence` and the abstract one meet, the latter is written `abc.Sequence`."""
+    assert {dotted(path): renamed(path) for path in modules(package) if renamed(path)} == {}
+
+
+def test_a_name_means_one_thing() -> None:
+    """Two classes of one name cannot be told apart where they are used; an underscore before it does not help."""
+    defined = Counter(
+        node.name.lstrip("_")
+        for package in ("ensemble_core", "server")
+        for path in modules(package)
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ClassDef)
+    )
+    assert [name for name, number in defined.items() if number > 1] == []

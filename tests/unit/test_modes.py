@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections import abc
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -16,8 +17,7 @@ from ensemble_core.decoding.recipe import ModeChoice
 from ensemble_core.decoding.requests import Output
 from ensemble_core.decoding.sampler import greedy
 from ensemble_core.decoding.sampling_params import SamplingParams
-from ensemble_core.decoding.sequence import Choice, Phase
-from ensemble_core.decoding.sequence import Sequence as Request
+from ensemble_core.decoding.sequence import Choice, Phase, Sequence
 from ensemble_core.engine import Engine
 from ensemble_core.errors import ConfigError, UnknownStrategyError
 from ensemble_core.members.base import Answers
@@ -32,12 +32,12 @@ class DraftTwo:
 
     name: ClassVar[str] = "draft-two"
 
-    def plan(self, sequence: Request) -> Mapping[str, Ask]:
+    def plan(self, sequence: Sequence) -> Mapping[str, Ask]:
         members = sequence.recipe.members
         asked = members[:1] if sequence.num_drafted < 2 or sequence.mid_character else members
         return {member: Ask(sequence.tracks[member].num_uncached) for member in asked}
 
-    def decide(self, turns: Sequence[Turn], answers: Mapping[str, Answers], num_candidates: int) -> Outcome:
+    def decide(self, turns: abc.Sequence[Turn], answers: Mapping[str, Answers], num_candidates: int) -> Outcome:
         return Outcome([self._decision(turn, answers) for turn in turns])
 
     def _decision(self, turn: Turn, answers: Mapping[str, Answers]) -> Decision:
@@ -84,7 +84,7 @@ def run(engine: Engine) -> dict[int, list[Output]]:
     return outputs
 
 
-def tokens(outputs: Sequence[Output]) -> list[int]:
+def tokens(outputs: abc.Sequence[Output]) -> list[int]:
     return [token for output in outputs for token in output.token_ids]
 
 

@@ -7,9 +7,9 @@ import random
 
 import pytest
 
-from ensemble_core.decoding.pace import LEAST, Kind, Pace, Work
+from ensemble_core.decoding.pace import LEAST, Pace, Work, WorkKind
 
-KINDS: tuple[Kind, ...] = (("alpha", False), ("beta", False))
+KINDS: tuple[WorkKind, ...] = (("alpha", False), ("beta", False))
 
 
 class Machine:

@@ -11,8 +11,7 @@ from fakes import FakeMember, Records, byte_vocabulary, fake_config, fake_loaded
 
 from ensemble_core.decoding.requests import GenerationRequest, Output
 from ensemble_core.decoding.sampling_params import SamplingParams
-from ensemble_core.decoding.sequence import Phase
-from ensemble_core.decoding.sequence import Sequence as Request
+from ensemble_core.decoding.sequence import Phase, Sequence
 from ensemble_core.stats import PreemptionStats
 
 SCHEMA = '{"type": "object", "properties": {"a": {"enum": ["b", "é"]}}, "required": ["a"]}'
@@ -37,7 +36,7 @@ class Bench:
     def _watch(self) -> None:
         scheduler, admit = self.engine.scheduler, self.engine.scheduler.admit
 
-        def watched() -> list[Request]:
+        def watched() -> list[Sequence]:
             within = [s.spelt.mid_character for s in scheduler.running]
             phases = {s.seq_id: (s.phase, mid) for s, mid in zip(scheduler.running, within, strict=True)}
             gone = admit()
@@ -48,7 +47,7 @@ class Bench:
         self.within = 0
         scheduler.admit = watched  # type: ignore[method-assign]
 
-    def add(self, model: str, prompt: str, group: str | None, params: SamplingParams) -> Request:
+    def add(self, model: str, prompt: str, group: str | None, params: SamplingParams) -> Sequence:
         request = GenerationRequest("r", model, prompt, params, group=group)
         made = self.loaded.admission.admit(request)
         self.engine.add([made])
@@ -78,7 +77,7 @@ class Bench:
             self.step()
         raise AssertionError("somebody starves")
 
-    def said(self, sequence: Request) -> Mapping[str, object]:
+    def said(self, sequence: Sequence) -> Mapping[str, object]:
         """What the client sees, put together."""
         outputs = self.outputs[sequence.seq_id]
         return {
@@ -88,7 +87,7 @@ class Bench:
             "scored": [entry.token_id for output in outputs for entry in output.prompt_logprobs],
         }
 
-    def logprobs(self, sequence: Request) -> list[float]:
+    def logprobs(self, sequence: Sequence) -> list[float]:
         """Of prompt and completion, in order."""
         outputs = self.outputs[sequence.seq_id]
         entries = [entry for output in outputs for entry in (*output.prompt_logprobs, *output.logprobs)]

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections import abc
 
 import pytest
 from fakes import FakeMember, Records, byte_vocabulary, ensemble, fake_engine, pair_vocabulary, sequence
 
 from ensemble_core.decoding.sampling_params import SamplingParams
-from ensemble_core.decoding.sequence import Phase
-from ensemble_core.decoding.sequence import Sequence as Request
+from ensemble_core.decoding.sequence import Phase, Sequence
 from ensemble_core.engine import Engine
 from ensemble_core.stats import PrefixStats
 
@@ -35,8 +34,8 @@ def run(engine: Engine) -> None:
 
 
 def done(
-    engine: Engine, members: Sequence[FakeMember], prompt: str, params: SamplingParams, seq_id: int
-) -> Request:
+    engine: Engine, members: abc.Sequence[FakeMember], prompt: str, params: SamplingParams, seq_id: int
+) -> Sequence:
     request = sequence(seq_id, prompt, members, ensemble(members), params)
     engine.add([request])
     run(engine)

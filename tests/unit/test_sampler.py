@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections import Counter
-from collections.abc import Sequence
+from collections import Counter, abc
 
 import pytest
 import torch
@@ -14,14 +13,14 @@ from torch import Tensor
 
 from ensemble_core.decoding.sampler import greedy, sample
 from ensemble_core.decoding.sampling_params import SamplingParams
-from ensemble_core.decoding.sequence import Sequence as Request
+from ensemble_core.decoding.sequence import Sequence
 from ensemble_core.fusion.base import Fused
 
 MEMBER = FakeMember()
 RECIPE = ensemble([MEMBER])
 
 
-def request(temperature: float = 1.0, top_p: float = 1.0, seed: int | None = 0) -> Request:
+def request(temperature: float = 1.0, top_p: float = 1.0, seed: int | None = 0) -> Sequence:
     params = SamplingParams(max_tokens=50, temperature=temperature, top_p=top_p, seed=seed)
     return sequence(0, "a", [MEMBER], RECIPE, params)
 
@@ -33,7 +32,7 @@ def fused(logits: Tensor, token_ids: Tensor | None = None) -> Fused:
     return Fused(ids, logits.log_softmax(dim=1), torch.full((rows,), -torch.inf), torch.zeros(rows, 1))
 
 
-def reference_draw(probs: Sequence[float], temperature: float, top_p: float, uniform: float) -> int:
+def reference_draw(probs: abc.Sequence[float], temperature: float, top_p: float, uniform: float) -> int:
     """Sort, cut after the token that crosses top_p, walk until the uniform number is passed."""
     powered = [p ** (1 / temperature) for p in probs]
     scaled = [p / math.fsum(powered) for p in powered]
@@ -97,7 +96,7 @@ def test_neither_order_nor_width_of_columns_nor_neighbours_matter(reach: dict[st
     num = 40
     logprobs, ids = tied(num, 60, seed=1)
 
-    def draw(ids: Tensor, logprobs: Tensor, seeds: Sequence[int]) -> list[int]:
+    def draw(ids: Tensor, logprobs: Tensor, seeds: abc.Sequence[int]) -> list[int]:
         rows = [
             sequence(0, "a", [MEMBER], RECIPE, SamplingParams(seed=seed, **reach))  # type: ignore[arg-type]
             for seed in seeds
@@ -164,7 +163,7 @@ def test_each_step_draws_anew_and_reproducibly() -> None:
     logits = torch.zeros(1, 100)
     first, second = request(seed=3), request(seed=3)
 
-    def step(made: Request) -> int:
+    def step(made: Sequence) -> int:
         (token,) = sample(fused(logits), [made])
         assert sample(fused(logits), [made]) == [token], "a step that is taken again draws the same"
         made.append(token)
@@ -267,7 +266,7 @@ def test_each_row_has_its_own_reach() -> None:
         {"top_k": 99},
     ]
 
-    def row(i: int) -> Request:
+    def row(i: int) -> Sequence:
         params = SamplingParams(seed=i, temperature=1.5, **options[i])  # type: ignore[arg-type]
         return sequence(i, "a", [MEMBER], RECIPE, params)
 

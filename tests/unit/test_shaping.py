@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ensemble_core.decoding.sampler import sample
 from ensemble_core.decoding.sampling_params import SamplingParams
-from ensemble_core.decoding.sequence import Sequence as Request
+from ensemble_core.decoding.sequence import Sequence
 from ensemble_core.decoding.shaping import TYPICAL_NORMALISER, penalise_repeats, shape
 from ensemble_core.fusion.base import Fused
 
@@ -24,7 +24,7 @@ RECIPE = ensemble([MEMBER])
 NEVER = -float("inf")
 
 
-def request(prompt: str = "ab", generated: str = "", **options: Any) -> Request:
+def request(prompt: str = "ab", generated: str = "", **options: Any) -> Sequence:
     made = sequence(0, prompt, [MEMBER], RECIPE, SamplingParams(**{"max_tokens": 50} | options))
     for byte in generated.encode():
         made.main.append(byte)
@@ -41,7 +41,7 @@ def fused(num_rows: int, size: int = 40, seed: int = 0) -> Fused:
     return Fused(ids, logprobs, torch.full((num_rows,), NEVER), torch.zeros(num_rows, 1))
 
 
-def reference(token_id: int, logprob: float, made: Request, mask: Tensor | None) -> float:
+def reference(token_id: int, logprob: float, made: Sequence, mask: Tensor | None) -> float:
     """One token: repetition, presence and frequency, bias, and only then what is forbidden."""
     params = made.request.params
     generated = made.main.completion_ids
@@ -186,7 +186,7 @@ def test_a_row_is_shaped_alone_as_in_any_crowd() -> None:
     mask = torch.rand(len(MEMBER.vocabulary), generator=torch.Generator().manual_seed(0)) < 0.5
     masks = [None, mask, None, None, mask, None]
 
-    def rows() -> list[Request]:
+    def rows() -> list[Sequence]:
         options: list[dict[str, Any]] = [
             {"repetition_penalty": 1.3, "generated": "abcabc"},
             {},

@@ -11,14 +11,14 @@ later decision keeps or drops them. A mode does not know how members, caches or 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections import abc
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ensemble_core.decoding.recipe import ModeChoice, Recipe
-from ensemble_core.decoding.sequence import Choice
-from ensemble_core.decoding.sequence import Sequence as Request
+from ensemble_core.decoding.sequence import Choice, Sequence
 from ensemble_core.registry import Registry
 from ensemble_core.stats import FusionStats, Reason
 
@@ -45,7 +45,7 @@ class Turn:
     count in this step, and why.
     """
 
-    sequence: Request
+    sequence: Sequence
     feeds: Mapping[str, int]
     mask: Tensor | None = None
     left_out: Mapping[str, Reason] = field(default_factory=dict)
@@ -74,7 +74,7 @@ class Decision:
     draft is taken back. unsound: members whose numbers were not finite. error: ends the sequence with this message.
     """
 
-    sequence: Request
+    sequence: Sequence
     tokens: tuple[Choice, ...] = ()
     draft: tuple[int, ...] = ()
     unsound: tuple[str, ...] = ()
@@ -107,14 +107,14 @@ class Mode(Protocol):
     def name(self) -> str:
         """The name under which it is registered."""
 
-    def plan(self, sequence: Request) -> Mapping[str, Ask]:
+    def plan(self, sequence: Sequence) -> Mapping[str, Ask]:
         """What the next deciding step asks of each member, main first, at least one. Members left out are not fed.
 
         Called before each prefill chunk and each decode step, so it must be cheap and must not touch tensors. During
         prefill the members that it leaves out are fed all of the prompt but the last token.
         """
 
-    def decide(self, turns: Sequence[Turn], answers: Mapping[str, Answers], num_candidates: int) -> Outcome:
+    def decide(self, turns: abc.Sequence[Turn], answers: Mapping[str, Answers], num_candidates: int) -> Outcome:
         """One decision for each turn.
 
         Must change nothing: if it raises, the engine calls it again for each turn alone.

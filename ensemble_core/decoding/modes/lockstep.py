@@ -10,7 +10,8 @@ Invariant: a turn's token is the one that it would get alone. Does not know sche
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections import abc
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -20,8 +21,7 @@ from pydantic import BaseModel, ConfigDict
 from ensemble_core.decoding import reports
 from ensemble_core.decoding.modes.base import MODES, Ask, Decision, Outcome, Turn, joined
 from ensemble_core.decoding.sampler import greedy, sample
-from ensemble_core.decoding.sequence import Choice
-from ensemble_core.decoding.sequence import Sequence as Request
+from ensemble_core.decoding.sequence import Choice, Sequence
 from ensemble_core.decoding.shaping import shape
 from ensemble_core.fusion.base import Fused, Fusion, single
 from ensemble_core.members.base import Answers, Candidates
@@ -46,13 +46,13 @@ class Lockstep:
     options: LockstepOptions = field(default_factory=LockstepOptions)
     name: ClassVar[str] = "lockstep"
 
-    def plan(self, sequence: Request) -> dict[str, Ask]:
+    def plan(self, sequence: Sequence) -> dict[str, Ask]:
         """Feed each member its uncached tokens; only main while the last character is incomplete."""
         members = sequence.recipe.members
         asked = members[:1] if sequence.mid_character else members
         return {member: Ask(sequence.tracks[member].num_uncached) for member in asked}
 
-    def decide(self, turns: Sequence[Turn], answers: Mapping[str, Answers], num_candidates: int) -> Outcome:
+    def decide(self, turns: abc.Sequence[Turn], answers: Mapping[str, Answers], num_candidates: int) -> Outcome:
         """See `Mode.decide`. Each turn gets one final token."""
         parts: list[Outcome] = []
         groups = _groups(turns, num_candidates)
@@ -64,7 +64,7 @@ class Lockstep:
 
 
 def _decide(
-    group: Sequence[Turn], answers: Mapping[str, Answers], num_candidates: int
+    group: abc.Sequence[Turn], answers: Mapping[str, Answers], num_candidates: int
 ) -> tuple[list[Turn], Outcome]:
     """Fuse and sample a group; returns the turns to fuse again with fewer members, and the outcome of the others."""
     started = time.perf_counter()
@@ -81,7 +81,7 @@ def _decide(
     return [], Outcome(decisions, [_stats(group, candidates, fused, tokens, fused_at - started)], sampling)
 
 
-def _groups(turns: Sequence[Turn], num_candidates: int) -> list[list[Turn]]:
+def _groups(turns: abc.Sequence[Turn], num_candidates: int) -> list[list[Turn]]:
     """Group turns that have the same model, consulted members, fusion and number of candidates."""
     groups: dict[tuple[object, ...], list[Turn]] = {}
     for turn in turns:
@@ -99,7 +99,7 @@ def _width(turn: Turn, num_candidates: int) -> int:
     return num_candidates + len(turn.sequence.biased) + constrained
 
 
-def _gather(group: Sequence[Turn], answers: Mapping[str, Answers], num_candidates: int) -> list[Candidates]:
+def _gather(group: abc.Sequence[Turn], answers: Mapping[str, Answers], num_candidates: int) -> list[Candidates]:
     """Each consulted member's rows for the group, main first, on main's device."""
     parts = [answers[member].last([turn.feeds[member] for turn in group]) for member in group[0].feeds]
     device, fusion = parts[0].token_ids.device, _fusion(group)
@@ -109,7 +109,7 @@ def _gather(group: Sequence[Turn], answers: Mapping[str, Answers], num_candidate
     return [part.to(device) for part in parts]
 
 
-def _narrow_main(group: Sequence[Turn], wide: Candidates, num_candidates: int) -> Candidates:
+def _narrow_main(group: abc.Sequence[Turn], wide: Candidates, num_candidates: int) -> Candidates:
     """Main's likeliest ids, the biased ids, and the likeliest ids that a constraint allows."""
     keep = []
     for i, turn in enumerate(group):
@@ -123,7 +123,7 @@ def _narrow_main(group: Sequence[Turn], wide: Candidates, num_candidates: int) -
     return narrow(wide, _width(group[0], num_candidates), keep)
 
 
-def _fuse(group: Sequence[Turn], candidates: list[Candidates]) -> Fused:
+def _fuse(group: abc.Sequence[Turn], candidates: list[Candidates]) -> Fused:
     fusion = _fusion(group)
     if fusion is None:
         return single(candidates[0])
@@ -131,7 +131,7 @@ def _fuse(group: Sequence[Turn], candidates: list[Candidates]) -> Fused:
     return fusion.fuse(candidates, weights)
 
 
-def _unsound(group: Sequence[Turn], candidates: Sequence[Candidates]) -> list[tuple[str, ...]]:
+def _unsound(group: abc.Sequence[Turn], candidates: abc.Sequence[Candidates]) -> list[tuple[str, ...]]:
     """For each turn, the members whose numbers are not finite."""
     peaks = torch.stack([part.logprobs.amax(dim=1) for part in candidates], dim=1)  # (B, M)
     members = list(group[0].feeds)
@@ -141,7 +141,9 @@ def _unsound(group: Sequence[Turn], candidates: Sequence[Candidates]) -> list[tu
     ]
 
 
-def _without(group: Sequence[Turn], unsound: Sequence[tuple[str, ...]]) -> tuple[list[Turn], list[Decision]]:
+def _without(
+    group: abc.Sequence[Turn], unsound: abc.Sequence[tuple[str, ...]]
+) -> tuple[list[Turn], list[Decision]]:
     """The turns to fuse again, each without its unsound members, and the decisions of those that fail."""
     again, failed = [], []
     for turn, members in zip(group, unsound, strict=True):
@@ -153,13 +155,13 @@ def _without(group: Sequence[Turn], unsound: Sequence[tuple[str, ...]]) -> tuple
     return again, failed
 
 
-def _fusion(group: Sequence[Turn]) -> Fusion | None:
+def _fusion(group: abc.Sequence[Turn]) -> Fusion | None:
     """The group's fusion; None if main decides alone."""
     return group[0].recipe.fusion if len(group[0].feeds) > 1 else None
 
 
 def _decisions(
-    group: Sequence[Turn], candidates: list[Candidates], fused: Fused, tokens: Sequence[int]
+    group: abc.Sequence[Turn], candidates: list[Candidates], fused: Fused, tokens: abc.Sequence[int]
 ) -> list[Decision]:
     """A decision for each token, with the reports that its request asked for."""
     decisions = []
@@ -182,7 +184,7 @@ def _decisions(
 
 
 def _stats(
-    group: Sequence[Turn], candidates: list[Candidates], fused: Fused, tokens: list[int], seconds: float
+    group: abc.Sequence[Turn], candidates: list[Candidates], fused: Fused, tokens: list[int], seconds: float
 ) -> FusionStats:
     """The metrics of a group. Turns without a token are not counted."""
     recipe, tracks = group[0].recipe, group[0].sequence.tracks

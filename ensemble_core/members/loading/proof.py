@@ -42,7 +42,7 @@ def attention_layers(name: str, model: Any) -> list[LayerShape]:
         )
     seen = _Seen()
     try:
-        with torch.inference_mode(), _Attention(model, _PROBE):
+        with torch.inference_mode(), _WithAttention(model, _PROBE):
             device = model.get_input_embeddings().weight.device
             ids = torch.zeros(1, 1, dtype=torch.long, device=device)
             model(input_ids=ids, position_ids=ids, use_cache=False, unisono=seen)
@@ -73,7 +73,7 @@ class Proof:
         self._ids: list[int] = ids.tolist()
         with torch.inference_mode():
             self._own = _own_probabilities(model, self._ids, self._wanted)
-            with _Attention(model, "eager"):
+            with _WithAttention(model, "eager"):
                 self._noise = _total_variation(self._own, _own_probabilities(model, self._ids, self._wanted))
 
     @property
@@ -172,7 +172,7 @@ def _total_variation(left: Tensor, right: Tensor) -> float:
     return (left - right.to(left.device)).abs().sum(dim=1).mean().item() / 2
 
 
-class _Attention:
+class _WithAttention:
     """Within the block the model uses another attention implementation."""
 
     def __init__(self, model: Any, implementation: str) -> None:

@@ -37,7 +37,7 @@ from torch import Tensor
 from ensemble_core.errors import WireError
 from ensemble_core.members.base import Answers, Candidates, Feed, Span
 
-Item = TypeVar("Item")
+T = TypeVar("T")
 
 VERSION = 1
 _FEEDS, _ANSWERS = 1, 2
@@ -174,7 +174,7 @@ class _Arrays:
         return _split(self.ints(name), self.ints(f"num_{name}"), name)
 
 
-def _split(items: list[Item], lengths: list[int], name: str) -> list[list[Item]]:
+def _split(items: list[T], lengths: list[int], name: str) -> list[list[T]]:
     _require(min(lengths, default=0) >= 0 and sum(lengths) == len(items), f"the lengths of {name} do not add up")
     return [items[start:stop] for start, stop in pairwise(accumulate(lengths, initial=0))]
 
