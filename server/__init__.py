@@ -1,1 +1,1 @@
-"""The HTTP edge: routes, schemas, errors, metrics and the command line."""
+"""The HTTP server: routes, schemas, errors, metrics and the command line."""

@@ -1,7 +1,7 @@
 """The command line: `unisono serve | build | pull | generate | evaluate | tune | inspect`.
 
-Heavy imports wait inside the commands, so that `unisono --help` is instant and so that the switches for
-progress bars are set before the libraries read them. An error of ours is one line on stderr and exit code 1.
+Heavy imports are inside the commands, so that `unisono --help` is instant and so that the switches for progress
+bars are set before the libraries read them. A UnisonoError becomes one line on stderr and exit code 1.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ app = typer.Typer(
 )
 
 ConfigPath = Annotated[
-    Path, typer.Option("--config", "-c", envvar="UNISONO_CONFIG", help="The YAML file to work from.")
+    Path, typer.Option("--config", "-c", envvar="UNISONO_CONFIG", help="The YAML configuration file.")
 ]
 DEFAULT_CONFIG = Path("configs/demo.yaml")
-_KEY_VARIABLES = ("UNISONO_API_KEY", "UNISONO_API_KEYS")  # the former is what clients set, too
+_KEY_VARIABLES = ("UNISONO_API_KEY", "UNISONO_API_KEYS")  # clients use the first one, too
 
 
 def main() -> None:
@@ -45,7 +45,7 @@ def main() -> None:
 
 @contextmanager
 def _one_line_errors() -> Generator[None]:
-    """Turn an error of ours into one line and exit code 1."""
+    """Turn a UnisonoError into one line and exit code 1."""
     try:
         yield
     except UnisonoError as error:
@@ -76,7 +76,7 @@ def _before(
 
 
 def _load(path: Path) -> Config:
-    """The configuration, with logging set up as it says."""
+    """The configuration, with logging set to its level."""
     from server.edge import logs
 
     config = load_config(path)
@@ -87,30 +87,28 @@ def _load(path: Path) -> Config:
 @app.command()
 def serve(
     config: ConfigPath = DEFAULT_CONFIG,
-    host: Annotated[str | None, typer.Option(help="In place of server.host.")] = None,
+    host: Annotated[str | None, typer.Option(help="Replaces server.host.")] = None,
     port: Annotated[
-        int | None, typer.Option(min=0, max=65535, help="In place of server.port; 0 picks a free one.")
+        int | None, typer.Option(min=0, max=65535, help="Replaces server.port; 0 picks a free port.")
     ] = None,
-    root_path: Annotated[str | None, typer.Option(help="In place of server.root_path.")] = None,
+    root_path: Annotated[str | None, typer.Option(help="Replaces server.root_path.")] = None,
     api_key: Annotated[
         list[str] | None,
         typer.Option(
             show_default=False,
-            help="One more key that lets clients in, beside those of UNISONO_API_KEY and UNISONO_API_KEYS; may be "
-            "repeated. Each may hold several with commas.",
+            help="An API key, in addition to those of UNISONO_API_KEY and UNISONO_API_KEYS; may be repeated. "
+            "Each may hold several keys, separated by commas.",
         ),
     ] = None,
-    api_key_file: Annotated[Path | None, typer.Option(help="In place of server.api_key_file.")] = None,
+    api_key_file: Annotated[Path | None, typer.Option(help="Replaces server.api_key_file.")] = None,
     cors_origin: Annotated[
-        list[str] | None, typer.Option(help="In place of server.cors_origins; may be repeated.")
+        list[str] | None, typer.Option(help="Replaces server.cors_origins; may be repeated.")
     ] = None,
-    tls_cert_file: Annotated[Path | None, typer.Option(help="In place of server.tls_cert_file.")] = None,
-    tls_key_file: Annotated[Path | None, typer.Option(help="In place of server.tls_key_file.")] = None,
-    tls_key_password_env: Annotated[
-        str | None, typer.Option(help="In place of server.tls_key_password_env.")
-    ] = None,
+    tls_cert_file: Annotated[Path | None, typer.Option(help="Replaces server.tls_cert_file.")] = None,
+    tls_key_file: Annotated[Path | None, typer.Option(help="Replaces server.tls_key_file.")] = None,
+    tls_key_password_env: Annotated[str | None, typer.Option(help="Replaces server.tls_key_password_env.")] = None,
 ) -> None:
-    """Load the models and serve them over HTTP until a signal comes."""
+    """Load the models and serve them over HTTP until a signal arrives."""
     with _one_line_errors():
         settings = _load(config)
         server = _chosen(
@@ -129,14 +127,14 @@ def serve(
 
 
 def _chosen(server: ServerConfig, **options: object) -> ServerConfig:
-    """The server's section with the options that were given in place of its fields."""
+    """The server's section, with its fields replaced by the options that were given."""
     return server.replaced(**{name: value for name, value in options.items() if value is not None})
 
 
 def _all_keys(server: ServerConfig, given: list[str] | None) -> list[object] | None:
-    """The keys of the file, the command line and the environment; all count, and each may hold several.
+    """The keys of the YAML, the command line and the environment. All count; each may hold several.
 
-    Raises ConfigError for a source without a key, so that a secret that came out empty does not open the door.
+    Raises ConfigError for a source without a key, so that an empty secret does not open the server.
     """
     sources = [("--api-key", keys) for keys in given or []]
     sources += [(name, os.environ[name]) for name in _KEY_VARIABLES if name in os.environ]
@@ -144,7 +142,7 @@ def _all_keys(server: ServerConfig, given: list[str] | None) -> list[object] | N
     for name, keys in sources:
         found = [key.strip() for key in keys.split(",") if key.strip()]
         if not found:
-            raise ConfigError(f"{name}: is set and holds no key; give one, or do without it to let everybody in")
+            raise ConfigError(f"{name}: is set and holds no key; give one, or remove it to serve without keys")
         more += found
     return [*server.api_keys, *more] if more else None
 
@@ -163,10 +161,14 @@ def _serve(settings: Config) -> None:
 @app.command()
 def build(
     config: ConfigPath = DEFAULT_CONFIG,
-    force: Annotated[bool, typer.Option("--force", help="Write matrices that retain too little, too.")] = False,
-    missing: Annotated[bool, typer.Option("--missing", help="Leave out those that are there and fit.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Also write matrices that retain too little mass.")
+    ] = False,
+    missing: Annotated[
+        bool, typer.Option("--missing", help="Build only matrices that are missing or do not fit.")
+    ] = False,
 ) -> None:
-    """Make the transfer matrices."""
+    """Build the transfer matrices."""
     with _one_line_errors():
         settings = _load(config)
 
@@ -179,12 +181,12 @@ def build(
 def _report_line(report: BuildReport) -> str:
     where = f"{report.member}: {report.path} ({report.num_bytes / 1e6:.1f} MB, "
     kept = f"retained mass: median {report.quality.median:.1%}, anchors {report.quality.median_anchors:.1%})"
-    return where + kept + (" fits, left alone" if report.skipped else f" built in {report.seconds:.0f} s")
+    return where + kept + (" fits, kept" if report.skipped else f" built in {report.seconds:.0f} s")
 
 
 @app.command()
 def pull(config: ConfigPath = DEFAULT_CONFIG) -> None:
-    """Fetch every member's files."""
+    """Download every member's files."""
     with _one_line_errors():
         settings = _load(config)
 
@@ -196,14 +198,14 @@ def pull(config: ConfigPath = DEFAULT_CONFIG) -> None:
 
 @app.command()
 def generate(
-    prompts: Annotated[list[str], typer.Argument(metavar="PROMPT...", help="One text or several.")],
+    prompts: Annotated[list[str], typer.Argument(metavar="PROMPT...", help="One or more texts.")],
     config: ConfigPath = DEFAULT_CONFIG,
     model: Annotated[str | None, typer.Option(help="An ensemble or a member; by default the first.")] = None,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of each completion.")] = 64,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Maximum number of tokens of each completion.")] = 64,
     temperature: Annotated[float, typer.Option(help=PARAMETERS["temperature"].describe())] = 1.0,
     seed: Annotated[int | None, typer.Option(help="Makes sampling reproducible.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="Ends a completion; may be repeated.")] = None,
-    stream: Annotated[bool, typer.Option("--stream", help="Print text as it comes.")] = False,
+    stream: Annotated[bool, typer.Option("--stream", help="Print text as it is generated.")] = False,
 ) -> None:
     """Continue prompts without a server."""
     with _one_line_errors():
@@ -219,7 +221,7 @@ def generate(
 
 
 def _print_stream(llm: LLM, prompts: list[str], params: SamplingParams, model: str | None) -> None:
-    """One prompt after the other, text as it comes; an empty line between them."""
+    """One prompt after the other, text as it is generated; an empty line between them."""
     for rank, prompt in enumerate(prompts):
         typer.echo("\n" * (rank > 0), nl=False)
         for piece in llm.stream(prompt, params, model=model):
@@ -243,11 +245,11 @@ TaskSpecs = Annotated[
 SplitChoice = Annotated[
     Literal["even", "odd", "all"], typer.Option(help="Records with even or odd numbers (from 0), or all.")
 ]
-LimitOption = Annotated[int | None, typer.Option(min=1, help="At most so many items of each task.")]
-ShotsOption = Annotated[int, typer.Option(min=0, help="Answered examples before each question.")]
-SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave out records that do not fit, with a warning.")]
+LimitOption = Annotated[int | None, typer.Option(min=1, help="Maximum number of items of each task.")]
+ShotsOption = Annotated[int, typer.Option(min=0, help="Number of answered examples before each question.")]
+SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Skip invalid records, with a warning.")]
 CacheFolder = Annotated[
-    Path | None, typer.Option("--cache", help="Folder of stored scores; scores in $UNISONO_HOME by default.")
+    Path | None, typer.Option("--cache", help="Folder of stored scores; by default scores in $UNISONO_HOME.")
 ]
 
 
@@ -270,7 +272,7 @@ def evaluate(
     limit: LimitOption = None,
     shots: ShotsOption = 0,
     out: Annotated[Path | None, typer.Option(help="Folder for items, tables, JSON and a plot.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with what is in --out.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")] = False,
     plot: Annotated[bool, typer.Option(help="Draw results.png.")] = True,
     skip_bad: SkipBad = False,
     cache: CacheFolder = None,
@@ -288,24 +290,24 @@ def evaluate(
 
 @app.command()
 def tune(
-    ensemble: Annotated[str, typer.Option(help="Whose weights.")],
+    ensemble: Annotated[str, typer.Option(help="The ensemble whose weights to tune.")],
     task: TaskSpecs,
     config: ConfigPath = DEFAULT_CONFIG,
     method: Annotated[
         Literal["nll", "score"],
-        typer.Option(help="nll: least negative log-likelihood. score: in proportion to accuracy."),
+        typer.Option(help="nll: minimise the negative log-likelihood. score: weights in proportion to accuracy."),
     ] = "nll",
     positions: Annotated[
-        int, typer.Option(min=100, help="nll looks at so many shared positions, spread over the documents.")
+        int, typer.Option(min=100, help="Number of shared positions that nll uses, spread over the documents.")
     ] = 5000,
     split: SplitChoice = "even",
     limit: LimitOption = None,
     shots: ShotsOption = 0,
-    write: Annotated[bool, typer.Option("--write", help="Put the weights into the configuration file.")] = False,
+    write: Annotated[bool, typer.Option("--write", help="Write the weights into the configuration file.")] = False,
     skip_bad: SkipBad = False,
     cache: CacheFolder = None,
 ) -> None:
-    """Find an ensemble's weights on one half of the tasks, and report on the other."""
+    """Find an ensemble's weights on one half of the tasks, and report on the other half."""
     with _one_line_errors():
         settings = _load_quietly(config)
 
@@ -336,7 +338,7 @@ def inspect(
 
 
 def _load_quietly(path: Path) -> Config:
-    """The configuration; only warnings are logged, since standard output is the result."""
+    """The configuration, with logging set to warnings so that the output is the result alone."""
     from server.edge import logs
 
     logs.configure("warning")

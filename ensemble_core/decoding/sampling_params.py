@@ -26,40 +26,47 @@ class SamplingParams:
     must be JSON that follows this schema ("" allows any JSON object); None: free text.
     """
 
-    max_tokens: int = declared("integer", 16, "most tokens of each choice", 5, low=1)
-    min_tokens: int = declared("integer", 0, "up to the length limit: no end of text, no stop before these", 3)
+    max_tokens: int = declared("integer", 16, "maximum number of tokens of each choice", 5, low=1)
+    min_tokens: int = declared(
+        "integer", 0, "at most the length limit; no end of text and no stop before this many tokens", 3
+    )
     stop: tuple[str, ...] = declared(
-        "texts", (), "one text or a list: each ends a choice and is not part of it", ["\n", "END"],
+        "texts", (), "a text or a list of texts; each ends a choice and is left out of it", ["\n", "END"],
         low=1, high=1024, most=16,
     )  # fmt: skip
     stop_token_ids: tuple[int, ...] = declared("ids", (), "each ends a choice", [13], most=64)
-    ignore_eos: bool = declared("boolean", False, "go on past the end of text", True)
+    ignore_eos: bool = declared("boolean", False, "continue past the end of text", True)
     include_stop_str_in_output: bool = declared("boolean", False, "keep the stop string in the text", True)
     skip_special_tokens: bool = declared("boolean", True, "leave special tokens out of the text", False)
     seed: int | None = declared(
-        "integer", None, "64 bit; makes sampling reproducible: choice i of each prompt draws with seed + i", 7,
+        "integer", None, "-2^63..2^63-1; makes sampling reproducible: choice i of each prompt uses seed + i", 7,
         low=-MAX_SEED - 1, high=MAX_SEED,
     )  # fmt: skip
     logprobs: int | None = declared(
-        "integer", None, "send each token's fused log-probability and this many alternatives", 3, high=20
+        "integer", None, "send each token's fused log-probability and those of this many alternatives", 3, high=20
     )
     echo: bool = declared("boolean", False, "the prompt comes first in `text`, and in `logprobs`", True)
     json_schema: str | None = declared(
         "text", None, "the text is JSON of this schema", "", high=MAX_GRAMMAR_LENGTH
     )
     repetition_penalty: float = declared(
-        "number", 1.0, "over 1: tokens of prompt and completion become less likely", 1.2, low=0.01, high=10
+        "number", 1.0, "over 1 makes tokens of prompt and completion less likely", 1.2, low=0.01, high=10
     )
     presence_penalty: float = declared(
-        "number", 0.0, "taken off the log-probability of generated tokens", 0.5, low=-2, high=2
+        "number", 0.0, "subtracted from the log-probability of generated tokens", 0.5, low=-2, high=2
     )
     frequency_penalty: float = declared(
-        "number", 0.0, "taken off the log-probability of generated tokens, times their count", 0.5, low=-2, high=2
+        "number",
+        0.0,
+        "subtracted, times the count, from the log-probability of generated tokens",
+        0.5,
+        low=-2,
+        high=2,
     )
     logit_bias: tuple[tuple[int, float], ...] = declared(
         "biases", (), "token id -> added to its log-probability", {"50": -100}, low=-100, high=100, most=1024
     )
-    temperature: float = declared("number", 1.0, "0 is greedy: it takes the likeliest token", 0.5, high=2)
+    temperature: float = declared("number", 1.0, "0 is greedy: always the likeliest token", 0.5, high=2)
     top_k: int = declared("integer", 0, "keep this many of the likeliest tokens; 0 or -1 is off", 40)
     top_p: float = declared(
         "number", 1.0, "keep the likeliest tokens that together hold this mass", 0.5, high=1, above=True

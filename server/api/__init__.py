@@ -1,1 +1,1 @@
-"""The endpoints: which job a body asks for, and how its answers are worded."""
+"""The endpoints: turn a body into a job for the engine, and the engine's outputs into answers."""

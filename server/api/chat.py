@@ -1,4 +1,4 @@
-"""How /v1/chat/completions asks the engine and words its answers. Nothing here knows HTTP."""
+"""/v1/chat/completions: turns bodies into jobs and outputs into answers. Nothing here knows HTTP."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from server.schema.chat import (
 
 @contextmanager
 def chat_words(body: ChatRequest) -> Generator[None]:
-    """Raise the engine's InvalidRequestError under the names that this endpoint's fields have."""
+    """Rename the fields in the engine's InvalidRequestError to the names that this endpoint uses."""
     names = {"prompt": "messages", "json_schema": "response_format"}
     if body.max_completion_tokens is not None:
         names["max_tokens"] = "max_completion_tokens"
@@ -46,13 +46,13 @@ def chat_words(body: ChatRequest) -> Generator[None]:
 
 
 def conversation(body: ChatRequest) -> Conversation:
-    """The messages as the engine takes them. Raises InvalidRequestError."""
+    """The messages in the engine's form. Raises InvalidRequestError."""
     opens_turn = body.add_generation_prompt is not False
     return to_conversation(body.messages, bool(body.continue_final_message), opens_turn)
 
 
 def length_limit(body: ChatRequest) -> int | None:
-    """The most tokens that the client asked for, under either name. Raises InvalidRequestError."""
+    """The client's length limit, sent under either name. Raises InvalidRequestError."""
     newer, older = body.max_completion_tokens, body.max_tokens
     if newer is not None and older is not None and newer != older:
         raise InvalidRequestError(
@@ -63,7 +63,7 @@ def length_limit(body: ChatRequest) -> int | None:
 
 
 def room_left(num_prompt_tokens: int, max_model_len: int) -> int:
-    """The length limit where the client set none. Raises InvalidRequestError where nothing is left."""
+    """The length limit if the client set none. Raises InvalidRequestError if the context is full."""
     if num_prompt_tokens >= max_model_len:
         raise InvalidRequestError(
             f"this model's context is {max_model_len} tokens and the messages have {num_prompt_tokens}; "
@@ -74,7 +74,7 @@ def room_left(num_prompt_tokens: int, max_model_len: int) -> int:
 
 
 def plan(body: ChatRequest, prompt: Conversation, max_tokens: int, max_choices: int) -> ChatJob:
-    """The job that a body asks for. Raises InvalidRequestError; bounds n before it allocates."""
+    """The job that a body asks for. Raises InvalidRequestError. Bounds n before it allocates anything."""
     num_choices = check_count("n", 1 if body.n is None else body.n, 1, max_choices)
     params = _params(body, max_tokens)
     return ChatJob(make_ticket(body, "chatcmpl", [prompt], params, (num_choices, num_choices)), body)
@@ -117,7 +117,7 @@ class ChatJob(Job):
         self._sends_trace = bool(body.ensemble and body.ensemble.trace)
 
     def piece(self, index: int, output: Output, *, first: bool) -> ChatChunk:
-        """A chunk with one choice; the first of each choice says who speaks."""
+        """A chunk with one choice; the first chunk of each choice has the role."""
         delta = Delta(role="assistant", content=output.text) if first else Delta(content=output.text)
         piece = ChatPiece(
             index=index,
@@ -137,7 +137,7 @@ class ChatJob(Job):
         return self._chunk([])
 
     def whole(self, outputs: Sequence[Output]) -> ChatCompletion:
-        """All choices."""
+        """The answer with all choices."""
         ticket = self.ticket
         answer = ChatCompletion(
             id=ticket.id,
@@ -172,7 +172,7 @@ class ChatJob(Job):
         return choice
 
     def _extend(self, choice: ChatChoice | ChatPiece, output: Output) -> None:
-        """What is only there where it was asked for."""
+        """Add the fields that are sent only on request."""
         if self._sends_ids:
             choice.token_ids = list(output.token_ids)
         if self._sends_trace:

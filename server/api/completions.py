@@ -1,4 +1,4 @@
-"""How /v1/completions asks the engine and words its answers. Nothing here knows HTTP."""
+"""/v1/completions: turns bodies into jobs and outputs into answers. Nothing here knows HTTP."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from server.schema.completions import CompletionRequest, Logprobs, TextChoice, T
 
 
 def plan(body: CompletionRequest, max_choices: int) -> CompletionJob:
-    """The job that a body asks for. Raises InvalidRequestError; bounds prompts x n before it allocates."""
+    """The job that a body asks for. Raises InvalidRequestError. Bounds prompts x n before it allocates."""
     prompts = body.prompts
     counts = _counts(body, len(prompts), max_choices)
     params = _params(body, ranked=counts[0] < counts[1])
@@ -30,12 +30,12 @@ def _counts(body: CompletionRequest, num_prompts: int, max_choices: int) -> tupl
     if body.best_of < num_choices:
         raise InvalidRequestError(f"best_of must be at least n = {num_choices}, got {body.best_of}", "best_of")
     if body.stream and body.best_of > num_choices:
-        raise InvalidRequestError("best_of greater than n cannot be streamed; leave out one of them", "best_of")
+        raise InvalidRequestError("best_of greater than n cannot be streamed; drop best_of or stream", "best_of")
     return num_choices, check_count("best_of", body.best_of, num_prompts, max_choices)
 
 
 def _params(body: CompletionRequest, ranked: bool) -> SamplingParams:
-    """ranked: choices are compared by their log-probabilities, so these are needed in any case."""
+    """ranked: choices are compared by log-probability, so log-probabilities are computed even if not sent."""
     logprobs = 0 if ranked and body.logprobs is None else body.logprobs
     return sampling_params(body, max_tokens=body.max_tokens, echo=body.echo, logprobs=logprobs)
 
@@ -57,7 +57,7 @@ class CompletionJob(Job):
         return self._completion([])
 
     def whole(self, outputs: Sequence[Output]) -> TextCompletion:
-        """All choices; of each prompt the n best where more were sampled."""
+        """The answer with all choices; the n best of each prompt if more were sampled."""
         size = self.ticket.num_sampled
         kept = [
             output
@@ -90,7 +90,7 @@ class CompletionJob(Job):
 
 
 def best(outputs: Sequence[Output], num_kept: int) -> list[Output]:
-    """Those with the highest mean log-probability of their tokens, best first; all, in order, if none goes."""
+    """The `num_kept` with the highest mean token log-probability, best first. If all are kept, their order stays."""
     if len(outputs) <= num_kept:
         return list(outputs)
     return sorted(outputs, key=_mean_logprob, reverse=True)[:num_kept]
@@ -102,7 +102,7 @@ def _mean_logprob(output: Output) -> float:
 
 
 def to_logprobs(tokens: Sequence[TokenLogprob]) -> Logprobs:
-    """Parallel lists, an entry a token."""
+    """Parallel lists, one entry for each token."""
     return Logprobs(
         tokens=[token.text for token in tokens],
         token_logprobs=[None if token.logprob is None else finite(token.logprob) for token in tokens],
@@ -112,7 +112,7 @@ def to_logprobs(tokens: Sequence[TokenLogprob]) -> Logprobs:
 
 
 def _alternatives(token: TokenLogprob) -> dict[str, float] | None:
-    """Text -> log-probability, the token itself among them; of two with the same text the likelier."""
+    """Text -> log-probability, including the token itself; of two with the same text the likelier is kept."""
     if token.logprob is None:
         return None
     found: dict[str, float] = {}

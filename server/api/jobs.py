@@ -1,7 +1,7 @@
-"""From the engine's outputs to an answer: the life of a stream, usage, and what completions and chat word alike.
+"""From the engine's outputs to an answer: streaming, usage, and what completions and chat share.
 
-Invariant: a whole answer is worded from all outputs of its stream joined. Nothing here knows HTTP, or how an
-endpoint words its answers.
+Invariant: a whole answer is made from all outputs of its stream, joined. Nothing here knows HTTP, or the form of an
+endpoint's answers.
 """
 
 from __future__ import annotations
@@ -27,9 +27,10 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class Tally:
-    """Tokens so far: of each prompt once, of each choice. dropped: members that some choice has lost.
+    """Tokens so far, for each prompt and for each choice. dropped: members that some choice has lost.
 
-    A prompt's first choice alone computes it, so of the cached tokens that choices tell the fewest count.
+    Only the first choice of a prompt computes the prompt; the others find it cached. So a prompt's cached tokens are
+    the fewest that any of its choices reports.
     """
 
     num_sampled: int
@@ -39,7 +40,7 @@ class Tally:
     dropped: dict[str, str] = field(default_factory=dict)
 
     def add(self, index: int, output: Output) -> None:
-        """Take in the counts of one output."""
+        """Add the counts of one output."""
         prompt = index // self.num_sampled
         self.prompts[prompt] = output.num_prompt_tokens
         self.completions[index] = output.num_completion_tokens
@@ -47,7 +48,7 @@ class Tally:
         self.dropped |= output.dropped
 
     def usage(self) -> Usage:
-        """As the API reports it."""
+        """The counts in the API's form."""
         prompt, completion = sum(self.prompts.values()), sum(self.completions.values())
         usage = Usage(
             prompt_tokens=prompt,
@@ -61,7 +62,7 @@ class Tally:
 
 
 class Job(ABC):
-    """A ticket and the wording of its answers."""
+    """A ticket, and how its outputs become answers."""
 
     def __init__(self, ticket: Ticket, sends_ids: bool) -> None:
         self.ticket = ticket
@@ -69,7 +70,7 @@ class Job(ABC):
 
     @abstractmethod
     def piece(self, index: int, output: Output, *, first: bool) -> Reply:
-        """A chunk that tells one output of one choice. first: nothing was told of this choice before."""
+        """A chunk for one output of one choice. first: this is the choice's first chunk."""
 
     @abstractmethod
     def usage_chunk(self) -> Reply:
@@ -77,12 +78,12 @@ class Job(ABC):
 
     @abstractmethod
     def whole(self, outputs: Sequence[Output]) -> Reply:
-        """The answer out of each choice's joined outputs."""
+        """The answer from each choice's joined outputs."""
 
     async def chunks(self, outputs: OutputStream) -> AsyncGenerator[BaseModel]:
-        """The stream. Closing it closes `outputs`, which aborts what is unfinished.
+        """The chunks of the stream. Closing it closes `outputs`, which aborts unfinished requests.
 
-        Raises RequestFailedError or NotReadyError where the engine gives up on one of the choices.
+        Raises RequestFailedError or NotReadyError if the engine gives up on one of the choices.
         """
         tally = Tally(self.ticket.num_sampled)
         begun: set[int] = set()
@@ -97,7 +98,7 @@ class Job(ABC):
             yield self._counted(self.usage_chunk(), tally.usage())
 
     async def answer(self, outputs: OutputStream) -> BaseModel:
-        """The whole answer; closes and raises as `chunks` does."""
+        """The whole answer. Closes `outputs` and raises errors as `chunks` does."""
         tally = Tally(self.ticket.num_sampled)
         parts: list[list[Output]] = [[] for _ in self.ticket.requests]
         async with aclosing(_checked(self.ticket, outputs)) as news:
@@ -107,7 +108,7 @@ class Job(ABC):
         return self._counted(self.whole([join(each) for each in parts]), tally.usage())
 
     def _counted(self, chunk: Reply, usage: Usage | None) -> Reply:
-        """A chunk's `usage` is only set where some chunk of this stream carries one."""
+        """The chunk, with its `usage` set if any chunk of this stream carries one."""
         if self.ticket.final_usage or self.ticket.running_usage:
             chunk.usage = usage
         return chunk
@@ -120,7 +121,7 @@ class Job(ABC):
 
 
 async def _checked(ticket: Ticket, outputs: OutputStream) -> AsyncGenerator[tuple[int, Output]]:
-    """The outputs; raises what a failed, aborted or missing one stands for."""
+    """The outputs. Raises an error for a failed, aborted or missing one."""
     left = set(range(len(ticket.requests)))
     async with aclosing(outputs):
         async for index, output in outputs:
@@ -136,18 +137,18 @@ async def _checked(ticket: Ticket, outputs: OutputStream) -> AsyncGenerator[tupl
 
 
 def end_of(output: Output) -> Literal["stop", "length"] | None:
-    """The reasons that a choice can carry; the others were raised before."""
+    """The finish reason that a choice reports. Errors and aborts were raised before."""
     assert output.finish_reason in ("stop", "length", None)
     return output.finish_reason
 
 
 def finite(logprob: float) -> float:
-    """A log-probability that JSON can spell."""
+    """A log-probability that JSON can represent."""
     return max(logprob, LEAST_LOGPROB) if not math.isnan(logprob) else LEAST_LOGPROB
 
 
 def trace_steps(traces: Sequence[Trace]) -> list[TraceStep]:
-    """As the API reports them."""
+    """Traces in the API's form."""
     return [
         TraceStep(
             token=trace.token,

@@ -1,4 +1,4 @@
-"""The endpoints that tell how the server is: health, readiness, version, metrics."""
+"""The endpoints that report the server's state: health, readiness, version, metrics."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ router = APIRouter(responses=REFUSALS)
 
 @router.get("/health")
 async def health(services: ServicesOf) -> dict[str, str]:
-    """200 while the engine's loop is alive, be it loading or draining."""
+    """200 while the engine's loop is alive, including while it loads or drains."""
     status = services.runtime.status()
     if status.state == "dead":
         raise NotReadyError(f"the engine is dead: {status.reason}")
@@ -24,7 +24,7 @@ async def health(services: ServicesOf) -> dict[str, str]:
 
 @router.get("/ready")
 async def ready(services: ServicesOf) -> dict[str, str]:
-    """200 once everything is loaded and while nothing drains."""
+    """200 from the end of loading until draining begins."""
     status = services.runtime.status()
     if status.state != "ready":
         raise NotReadyError(f"not ready, {status.state}: {status.reason}")
@@ -33,13 +33,13 @@ async def ready(services: ServicesOf) -> dict[str, str]:
 
 @router.get("/version")
 async def get_version() -> dict[str, str]:
-    """Of this server."""
+    """The version of this server."""
     return {"version": version("unisono")}
 
 
 @router.get("/metrics", response_class=Response)
 async def get_metrics(services: ServicesOf) -> Response:
-    """Prometheus' text format."""
+    """All metrics in Prometheus' text format."""
     members = [model.name for model in services.runtime.models() if model.kind == "member"]
     services.metrics.members_up(members, services.runtime.status().state in ("ready", "draining"))
     return Response(services.metrics.render(), headers={"Content-Type": CONTENT_TYPE})

@@ -18,7 +18,7 @@ from server.schema.replies import ModelCard, ModelList
 if TYPE_CHECKING:
     from ensemble_core.runtime import ModelInfo
 
-_EVENTS = "Events: the data of each is a chunk of the same object, of the last `[DONE]`."
+_EVENTS = "Server-sent events: each carries a chunk of the same object; the last carries `[DONE]`."
 _STREAM = {"text/event-stream": {"schema": {"description": _EVENTS}}}
 
 router = APIRouter(responses=REFUSALS)
@@ -55,7 +55,7 @@ async def create_chat_completion(body: ChatRequest, request: Request, services: 
 
 
 async def _run(job: Job, stream: bool, request: Request, services: Services) -> Response:
-    """The whole answer, or a stream whose first chunk is there: until then errors are real statuses."""
+    """The whole answer, or a stream once its first chunk is there. Errors before that get real statuses."""
     outputs = await services.runtime.submit(job.ticket.requests)
     try:
         if stream:
@@ -70,7 +70,7 @@ async def _run(job: Job, stream: bool, request: Request, services: Services) -> 
 
 @router.get("/v1/models")
 async def list_models(services: ServicesOf) -> ModelList:
-    """Every ensemble and every member."""
+    """List every ensemble and every member."""
     return ModelList(data=[_card(model, services) for model in services.runtime.models()])
 
 
@@ -79,7 +79,7 @@ async def get_model(model_id: str, services: ServicesOf) -> ModelCard:
     """One model by its name."""
     models = {model.name: model for model in services.runtime.models()}
     if model_id not in models:
-        raise ModelNotFoundError(f"model {model_id!r} is unknown; there are {sorted(models)}")
+        raise ModelNotFoundError(f"model {model_id!r} is unknown; known are {sorted(models)}")
     return _card(models[model_id], services)
 
 

@@ -1,4 +1,4 @@
-"""What the routes of one app share, and how a route gets at it."""
+"""The objects that the routes of one app share, and the dependency that gives them to a route."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Services:
-    """The engine's runtime and what surrounds it."""
+    """The engine's runtime, the configuration and the metrics."""
 
     runtime: Runtime
     config: ServerConfig

@@ -2,7 +2,7 @@
 
 Invariants: choice i of prompt p is request p * num_sampled + i; its seed is the request's seed + i, so a prompt's
 choices do not depend on the prompts beside it. Counts are bounded before anything is allocated. Nothing here knows
-HTTP, or how an endpoint words its answers.
+HTTP, or the form of an endpoint's answers.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from server.schema.sampling import EnsembleOptions, SamplingFields, WeightingCho
 
 @dataclass(frozen=True, slots=True)
 class Ticket:
-    """One accepted body: the engine's requests, and what its stream reports."""
+    """One accepted body: the engine's requests, and which usage its stream reports."""
 
     id: str
     created: int
     model: str
-    num_choices: int  # n: that the client gets of each prompt
-    num_sampled: int  # best_of: that the engine makes of each prompt
+    num_choices: int  # n: choices of each prompt that the client gets
+    num_sampled: int  # best_of: choices of each prompt that the engine samples
     requests: tuple[GenerationRequest, ...]
     final_usage: bool
     running_usage: bool
@@ -41,7 +41,7 @@ def make_ticket(
     counts: tuple[int, int],
     add_special_tokens: bool = True,
 ) -> Ticket:
-    """The engine's requests, prompt by prompt. prefix: of the id; counts: n and best_of, already bounded."""
+    """The engine's requests, prompt by prompt. prefix: of the ids; counts: n and best_of, already bounded."""
     final_usage, running_usage = stream_options(body)
     ticket_id = f"{prefix}-{uuid.uuid4().hex}"
     overrides = to_overrides(body.ensemble)
@@ -67,7 +67,7 @@ def make_ticket(
 
 
 def check_count(name: str, count: int, num_prompts: int, max_choices: int) -> int:
-    """`count`, once prompts x count is known to be within bounds. name: the field it was sent as."""
+    """`count`, after checking that prompts x count is within bounds. name: the field that carried it."""
     if count < 1:
         raise InvalidRequestError(f"{name} must be at least 1, got {count}", name)
     if num_prompts * count > max_choices:
@@ -79,7 +79,7 @@ def check_count(name: str, count: int, num_prompts: int, max_choices: int) -> in
 
 
 def stream_options(body: SamplingFields) -> tuple[bool, bool]:
-    """(usage at the end, usage in each chunk). A whole answer has the former."""
+    """(usage at the end, usage in each chunk). A whole answer has usage at the end."""
     options = body.stream_options
     if not body.stream:
         if options is not None:
@@ -91,7 +91,7 @@ def stream_options(body: SamplingFields) -> tuple[bool, bool]:
 
 
 def sampling_params(body: SamplingFields, **own: Any) -> SamplingParams:
-    """Parameters of the fields that endpoints share and of the endpoint's own; null means the default.
+    """Parameters from the shared fields and from the endpoint's own; null means the default.
 
     Raises InvalidRequestError.
     """
@@ -103,21 +103,21 @@ def sampling_params(body: SamplingFields, **own: Any) -> SamplingParams:
 
 
 def _in_tuples(value: Any) -> Any:
-    """Lists and objects of JSON in the engine's form, which nobody can change."""
+    """Lists and objects of JSON as tuples, the engine's immutable form."""
     if isinstance(value, dict):
         return tuple(value.items())
     return tuple(value) if isinstance(value, list) else value
 
 
 def _with_seed(params: SamplingParams, index: int) -> SamplingParams:
-    """Parameters of choice `index`: its seed is shifted, within the range of a signed 64-bit integer."""
+    """Parameters of choice `index`: seed + index, wrapped around at the ends of a signed 64-bit integer."""
     if params.seed is None or index == 0:
         return params
     return replace(params, seed=(params.seed + index + MAX_SEED + 1) % (2 * (MAX_SEED + 1)) - MAX_SEED - 1)
 
 
 def to_overrides(options: EnsembleOptions | None) -> Overrides:
-    """The engine's form of our extension."""
+    """Our extension in the engine's form."""
     if options is None:
         return Overrides()
     fusion, weighting = options.fusion, options.weighting

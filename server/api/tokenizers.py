@@ -1,4 +1,4 @@
-"""The tokenizer endpoints: what a model's main member makes of text, and of ids."""
+"""The tokenizer endpoints: they use the tokenizer of a model's main member."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ router = APIRouter(responses=REFUSALS)
 
 
 def _model(services: Services, sent: str | None) -> str:
-    """The model that was asked for, or the first."""
+    """The model named in the request, or the first one."""
     return services.runtime.models()[0].name if sent is None else sent
 
 

@@ -1,1 +1,1 @@
-"""What stands around the endpoints: the app, keys, limits, errors, logs, metrics, the process."""
+"""Everything around the endpoints: the app, keys, limits, errors, logs, metrics, the process."""

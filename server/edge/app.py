@@ -1,4 +1,4 @@
-"""The HTTP app: a factory without globals. It knows how the parts are put together and nothing else."""
+"""The HTTP app: a factory without globals. It only knows how the parts fit together."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 
 
 def create_app(runtime: Runtime, config: ServerConfig, metrics: PrometheusMetrics) -> FastAPI:
-    """An app that serves `runtime`: its lifespan starts the runtime, and drains and stops it at shutdown.
+    """An app that serves `runtime`. Its lifespan starts the runtime, and drains and stops it at shutdown.
 
-    Raises ConfigError where the API keys cannot be had.
+    Raises ConfigError if the API keys cannot be loaded.
     """
     keys = load_keys(config)
 
@@ -58,7 +58,7 @@ def create_app(runtime: Runtime, config: ServerConfig, metrics: PrometheusMetric
 
 
 def _add_middleware(app: FastAPI, config: ServerConfig, keys: KeyRing, metrics: PrometheusMetrics) -> None:
-    """The one added last is the outermost: a preflight carries no key, and a web page may read a 401."""
+    """Add the innermost first. CORS is outside the gate: a preflight has no key, and web pages can read a 401."""
     app.add_middleware(BodyLimit, max_bytes=config.max_body_bytes)
     if keys:
         app.add_middleware(Gate, keys=keys, protect_metrics=config.protect_metrics, metrics=metrics)

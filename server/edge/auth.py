@@ -1,8 +1,8 @@
-"""Who may call: API keys, and the gate that asks for them.
+"""API keys, and the gate that checks them.
 
-Invariants: where any key is set, every route but the open ones needs one, routes that do not exist too; keys are
-compared as hashes, all of them, in constant time; a key is never logged, quoted or shown by a repr; a source of
-keys that is named and gives none is an error, so that a typo does not open the door.
+Invariants: if any key is set, every route except the open ones needs a key, even routes that do not exist. Keys are
+compared as hashes, all of them, in constant time. A key is never logged, quoted or shown by a repr. A named source
+without a key is an error, so that a typo does not open the server.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _KEY = re.compile(r"[\x21-\x7e]+")
 
 
 class KeyRing:
-    """The hashes of the keys that are let in. Empty: everybody is."""
+    """The hashes of the valid keys. If empty, no key is needed."""
 
     def __init__(self, keys: Iterable[SecretStr]) -> None:
         self._digests = frozenset(_digest(key.get_secret_value().encode()) for key in keys)
@@ -39,7 +39,7 @@ class KeyRing:
         return bool(self._digests)
 
     def admits(self, key: bytes) -> bool:
-        """True for one of the keys. Takes as long for any other."""
+        """True for one of the keys. Takes the same time for every key of the same length."""
         presented = _digest(key)
         found = False
         for digest in self._digests:
@@ -54,7 +54,7 @@ def _digest(key: bytes) -> bytes:
 def load_keys(config: ServerConfig) -> KeyRing:
     """The keys of all sources.
 
-    Raises ConfigError for a source that cannot be read or has no keys, and for a key that no header can carry.
+    Raises ConfigError for a source that cannot be read or has no keys, and for a key that does not fit in a header.
     """
     sources = {"server.api_keys": list(config.api_keys)}
     if config.api_key_env is not None:
@@ -91,7 +91,7 @@ def _from_file(config: ServerConfig) -> Iterator[SecretStr]:
 
 
 class Gate:
-    """Answers 401 for requests without a key. Pure ASGI, around everything that has routes."""
+    """Answers 401 to requests without a valid key. Pure ASGI, around all routes."""
 
     def __init__(self, app: ASGIApp, keys: KeyRing, protect_metrics: bool, metrics: PrometheusMetrics) -> None:
         self._app = app
@@ -115,13 +115,13 @@ class Gate:
 
 
 def route_path(scope: Scope) -> str:
-    """The path as the router will see it: without the root path, where it is there."""
+    """The path as the router sees it: without the root path, if it begins with it."""
     path, root = str(scope["path"]), str(scope.get("root_path", ""))
     return path.removeprefix(root) if path == root or path.startswith(root + "/") else path
 
 
 def _bearer(scope: Scope) -> bytes | None:
-    """The key of the one Authorization header; None where there is none, several, or another scheme."""
+    """The key in the Authorization header; None for no header, several headers or another scheme."""
     values = [value for name, value in scope["headers"] if name == b"authorization"]
     if len(values) != 1:
         return None

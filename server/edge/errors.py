@@ -1,7 +1,7 @@
-"""Errors as HTTP sees them: the one place where the error tree maps to statuses.
+"""Errors over HTTP: the one place that maps the error tree to statuses.
 
 Invariant: every refusal has OpenAI's shape, `{"error": {"message", "type", "param", "code"}}`, whether it comes
-from the engine, from validation, from routing or from a bug. It does not know what routes do.
+from the engine, from validation, from routing or from a bug. This module does not know what routes do.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ logger = logging.getLogger(__name__)
 
 INVALID = "invalid_request_error"
 SERVER = "server_error"
-CLIENT_CLOSED = 499  # nobody is left to read it; it stands in our own log line
+CLIENT_CLOSED = 499  # no client reads it; it only appears in our log line
 _MAX_LINES = 5
 
 
 class RequestFailedError(UnisonoError):
-    """The engine gave up on a request that it had taken."""
+    """The engine failed at a request that it had accepted."""
 
 
 class ClientGoneError(Exception):
@@ -55,7 +55,7 @@ class ApiError:
     headers: Mapping[str, str] = field(default_factory=dict)
 
     def json(self) -> str:
-        """The body. Pure ASCII, so that a message may quote what UTF-8 cannot spell."""
+        """The body. Pure ASCII, so that a message may quote text that UTF-8 cannot encode."""
         error = {"message": self.message, "type": self.type, "param": self.param, "code": self.code}
         return json.dumps({"error": error})
 
@@ -65,7 +65,7 @@ class ApiError:
 
 
 def to_api_error(error: Exception) -> ApiError:
-    """Map an exception of the engine, or a bug, to what the client is told."""
+    """Map an exception of the engine, or a bug, to the error that the client gets."""
     match error:
         case InvalidRequestError(param=param):
             return ApiError(400, str(error), param=param, reason="invalid_request")
@@ -78,7 +78,7 @@ def to_api_error(error: Exception) -> ApiError:
         case UnisonoError():
             return ApiError(500, str(error), SERVER, code="request_failed", reason="failed")
         case _:
-            message = "the server failed at this request; its log has the details under the X-Request-Id"
+            message = "the server failed at this request; the details are in its log, under this X-Request-Id"
             return ApiError(500, message, SERVER, code="internal_error", reason="failed")
 
 
@@ -88,13 +88,13 @@ def _come_back(status: int, kind: str, code: str, message: str, seconds: int) ->
 
 
 def from_validation(errors: Sequence[Mapping[str, Any]]) -> ApiError:
-    """A 400 out of pydantic's list: `param` is the first wrong field, the message has a line for each."""
+    """A 400 from pydantic's list of errors. `param` is the first wrong field; the message describes up to five."""
     lines = [_line(item) for item in errors[:_MAX_LINES]]
     return ApiError(400, "; ".join(lines), param=_path(errors[0]), reason="invalid_request")
 
 
 def _path(item: Mapping[str, Any]) -> str | None:
-    """`stream_options.include_usage`; None where the body as a whole is wrong."""
+    """The field's path, such as `stream_options.include_usage`; None if the body as a whole is wrong."""
     if item["type"] == "json_invalid":
         return None
     return ".".join(str(part) for part in item["loc"][1:]) or None
@@ -114,7 +114,7 @@ def _line(item: Mapping[str, Any]) -> str:
 
 
 def from_http(error: HTTPException, request: Request) -> ApiError:
-    """What routing and the body limit raise."""
+    """The error for an exception of routing or of the body limit."""
     headers = dict(error.headers or {})
     where = f"{request.method} {request.url.path}"
     match error.status_code:
@@ -132,7 +132,7 @@ def from_http(error: HTTPException, request: Request) -> ApiError:
 
 
 def _log(refusal: ApiError, level: int) -> None:
-    """A refusal in a line without its message, which may quote a prompt; a failure of ours with it."""
+    """Log a refusal without its message, which may quote a prompt; log a 500 with its message."""
     if refusal.status == 500:
         logger.error("failed: %s", refusal.message)
     else:
@@ -140,7 +140,7 @@ def _log(refusal: ApiError, level: int) -> None:
 
 
 def install(app: FastAPI, metrics: PrometheusMetrics) -> None:
-    """Register the handlers that turn each kind of exception into its answer, and count the refusals."""
+    """Register handlers that turn each kind of exception into an answer and count the refusals."""
 
     def refuse(request: Request, refusal: ApiError) -> Response:
         _log(refusal, logging.INFO if request.method == "POST" else logging.DEBUG)

@@ -1,7 +1,7 @@
-"""Log lines: one format, the request's id in every line.
+"""Log lines: one format, with the request's id in every line.
 
-The id travels in a context variable, so code that serves a request need not pass it on. The engine's thread
-serves many requests at once and has none; its lines name the requests themselves.
+The id is in a context variable, so code that serves a request need not pass it on. The engine's thread serves many
+requests at once and has no such id; its lines name the requests in their messages.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ class RequestIdFilter(logging.Filter):
     """Gives every record a `request_id`; drops none."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Always true."""
+        """Set the id. Always true."""
         record.request_id = REQUEST_ID.get()
         return True
 
 
 def configure(level: str) -> None:
-    """Log to stderr: our loggers at `level`, the HTTP server's from info, everybody else's from warning."""
+    """Log to stderr: our loggers at `level`, the HTTP server's at info, all others at warning."""
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter(_FORMAT))
     handler.addFilter(RequestIdFilter())

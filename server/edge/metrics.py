@@ -1,7 +1,7 @@
-"""The engine's numbers as Prometheus metrics. The only file that knows Prometheus.
+"""The engine's statistics as Prometheus metrics. The only file that knows Prometheus.
 
-Invariants: every metric here is fed; each sink has its own registry, so two apps in one process do not mix.
-Names are those of the HTTP contract, durations are seconds, sizes bytes.
+Invariants: every metric here is updated somewhere. Each instance has its own registry, so two apps in one process
+do not mix. Durations are in seconds, sizes in bytes.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from ensemble_core.stats import (
 
 CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
 
-# 1-2.5-5 a decade: parts of a step from 0.1 ms, steps and gaps from 1 ms, whole requests from 10 ms.
+# 1, 2.5, 5 in each decade: parts of a step from 0.1 ms, steps and gaps from 1 ms, whole requests from 10 ms.
 PART_BUCKETS = (1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0)
 STEP_BUCKETS = (1e-3, 2.5e-3, 5e-3, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 REQUEST_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 50.0, 100.0, 250.0)
@@ -40,7 +40,7 @@ MASS_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0)
 
 
 class PrometheusMetrics:
-    """Takes in the engine's records; safe to call from any thread."""
+    """Collects the engine's records. Safe to call from any thread."""
 
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
@@ -51,7 +51,7 @@ class PrometheusMetrics:
         self._down: frozenset[str] = frozenset()  # members whose last forward failed
 
     def record(self, stats: Stats) -> None:
-        """Take in one record of the engine; see `ensemble_core.stats.Record`."""
+        """Add one record of the engine; see `ensemble_core.stats.Record`."""
         match stats:
             case StepStats():
                 self._step(stats)
@@ -90,11 +90,11 @@ class PrometheusMetrics:
             self._members.failures.labels(stats.member, stats.failure).inc()
 
     def rejected(self, reason: str) -> None:
-        """Count one refused request of the HTTP edge."""
+        """Count one HTTP request that was refused."""
         self._requests.rejected.labels(reason).inc()
 
     def members_up(self, members: Iterable[str], up: bool) -> None:
-        """Say which members can serve now, if they do not fail."""
+        """Set whether members are up. A member whose last forward failed stays down."""
         for member in members:
             self._members.up.labels(member).set(up and member not in self._down)
 
@@ -116,7 +116,7 @@ class _WithoutCreated(Collector):
 
 
 class _Family:
-    """Makes metrics of one registry, all under one prefix."""
+    """Creates metrics in one registry, under one prefix."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self._registry = registry
@@ -136,12 +136,12 @@ class _RequestMetrics(_Family):
         super().__init__(registry)
         self.requests = self._counter("requests_total", "Finished choices.", "model", "finish_reason")
         self.rejected = self._counter("requests_rejected_total", "Refused HTTP requests.", "reason")
-        self.running = self._gauge("num_requests_running", "Sequences that are being worked on.")
+        self.running = self._gauge("num_requests_running", "Sequences that are running.")
         self.waiting = self._gauge("num_requests_waiting", "Sequences in the queue.")
         self.prompt = self._counter("prompt_tokens_total", "Prompt tokens of finished choices.", "model")
         self.generated = self._counter("generation_tokens_total", "Tokens of finished choices.", "model")
         self.gap = self._histogram(
-            "inter_token_latency_seconds", "Gap between a choice's tokens.", STEP_BUCKETS, "model"
+            "inter_token_latency_seconds", "Time between consecutive tokens of a choice.", STEP_BUCKETS, "model"
         )
         self.ttft = self._latency("time_to_first_token_seconds", "From arrival to the first token.")
         self.e2e = self._latency("e2e_request_latency_seconds", "From arrival to the last token.")
@@ -167,13 +167,13 @@ class _RequestMetrics(_Family):
 class _EngineMetrics(_Family):
     def __init__(self, registry: CollectorRegistry) -> None:
         super().__init__(registry)
-        self.step_seconds = self._histogram("step_seconds", "One turn of the engine's loop.", STEP_BUCKETS, "mode")
+        self.step_seconds = self._histogram("step_seconds", "One step of the engine.", STEP_BUCKETS, "mode")
         self.fusion_seconds = self._histogram("fusion_seconds", "One fused group of rows.", PART_BUCKETS, "fusion")
         self.alignment_seconds = self._histogram("alignment_seconds", "Retokenisation in one step.", PART_BUCKETS)
         self.sampling_seconds = self._histogram("sampling_seconds", "Sampling in one step.", PART_BUCKETS)
         self.batch = self._histogram("step_batch_size", "Sequences that got a token.", BATCH_BUCKETS)
         self.preemptions = self._counter(
-            "preemptions_total", "Sequences that went back to the queue, since a cache was full.", "model"
+            "preemptions_total", "Sequences sent back to the queue because a cache was full.", "model"
         )
 
     def step(self, stats: StepStats) -> None:
@@ -194,17 +194,19 @@ class _MemberMetrics(_Family):
         )
         self.tokens = self._counter("member_tokens_total", "Tokens fed to a member.", "member", "phase")
         self.rollback = self._counter(
-            "member_rollback_tokens_total", "Cached tokens that retokenisation took back.", "member"
+            "member_rollback_tokens_total", "Cached tokens that retokenisation rolled back.", "member"
         )
         self.prefix_hits = self._counter(
             "prefix_cache_hit_tokens_total", "Prompt tokens that a member had cached already.", "member"
         )
         self.kv_usage = self._gauge("member_kv_usage_ratio", "Used share of the cache's pages.", "member")
         self.memory = self._gauge("member_memory_bytes", "Weights and cache.", "member", "device")
-        self.up = self._gauge("member_up", "1 once the member can serve, 0 while its forwards fail.", "member")
+        self.up = self._gauge(
+            "member_up", "1 if the member can serve, 0 while loading or after a failed forward.", "member"
+        )
         self.failures = self._counter(
             "member_failures_total",
-            "Steps in which a member failed, as a whole or in some rows.",
+            "Steps in which a member failed, in all rows or in some.",
             "member",
             "cause",
         )
@@ -226,14 +228,14 @@ class _EnsembleMetrics(_Family):
     def __init__(self, registry: CollectorRegistry) -> None:
         super().__init__(registry)
         self.agreement = self._counter(
-            "agreement_total", "Steps where a member's likeliest token is the chosen one, or not.",
+            "agreement_total", "Steps by whether a member's likeliest token is the chosen one.",
             "model", "member", "agrees",
         )  # fmt: skip
         self.overruled = self._counter(
             "main_overruled_total", "Steps where the chosen token is not main's likeliest.", "model"
         )
         self.unmapped = self._histogram(
-            "unmapped_mass", "Mass without a place in main's vocabulary.", MASS_BUCKETS, "model", "member"
+            "unmapped_mass", "Mass that maps to no token of main's vocabulary.", MASS_BUCKETS, "model", "member"
         )
         self.drops = self._counter(
             "member_dropped_requests_total", "Choices that went on without a member.", "model", "member", "reason"

@@ -1,6 +1,6 @@
-"""What holds for every request whatever its route: an id, a log line, a last resort, a limit on the body.
+"""Middleware for every route: a request id, a log line, a 500 for bugs, a limit on the body.
 
-Pure ASGI, so that a stream passes through untouched and a disconnect reaches the route.
+Pure ASGI, so that streams pass through unchanged and disconnects reach the route.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _PROBES = frozenset({"/health", "/ready", "/metrics"})
 
 
 class RequestContext:
-    """Gives each request its id, writes one line about it, and answers for bugs with a 500."""
+    """Gives each request its id, logs one line about it, and turns bugs into a 500."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -62,7 +62,7 @@ class _Exchange:
         except Exception as error:
             logger.exception("failed: %s %s", scope["method"], scope["path"])
             if self._status is not None:
-                raise  # the headers are out; a broken connection is all that is left to say
+                raise  # the headers are sent, so only a broken connection can report the failure
             await to_api_error(error).response()(scope, receive, send_with_id)
         finally:
             self._log(scope, time.perf_counter() - started)
@@ -75,8 +75,8 @@ class _Exchange:
 class BodyLimit:
     """Refuses bodies over `max_bytes` with a 413, by their declared length or as they arrive in chunks.
 
-    The refusal is raised out of `receive`, where the route reads the body, so it takes the ordinary way of
-    errors; a route that reads no body has nothing to refuse.
+    `receive` raises the refusal when the route reads the body, so the usual error handlers answer it. A route that
+    does not read the body is not limited.
     """
 
     def __init__(self, app: ASGIApp, max_bytes: int) -> None:
@@ -110,7 +110,7 @@ class BodyLimit:
 
 
 class RootPath:
-    """Tells the router where a proxy has put the server; paths with and without that prefix then both work."""
+    """Sets the path prefix under which a proxy serves the app. Paths work with and without the prefix."""
 
     def __init__(self, app: ASGIApp, root_path: str) -> None:
         self._app = app
@@ -122,7 +122,7 @@ class RootPath:
 
 
 def choose_request_id(sent: str | None) -> str:
-    """The client's own id if it is 1 to 128 visible ASCII characters, else a new one."""
+    """The client's own id if it is 1 to 128 visible ASCII characters, otherwise a new one."""
     if sent is not None and _VISIBLE.fullmatch(sent):
         return sent
     return uuid.uuid4().hex

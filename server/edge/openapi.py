@@ -1,4 +1,4 @@
-"""The OpenAPI document: what FastAPI derives, and where a key is needed."""
+"""Adds to FastAPI's OpenAPI document which routes need a key."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _SCHEME = {"type": "http", "scheme": "bearer", "description": "One of the server
 
 
 def require_key(app: FastAPI, open_paths: frozenset[str] = OPEN_PATHS) -> None:
-    """Let the document say that every operation but those of `open_paths` needs a key."""
+    """Make the document say that every operation needs a key, except those of `open_paths`."""
     derive = app.openapi
 
     def described() -> dict[str, Any]:

@@ -1,8 +1,8 @@
-"""One process that listens: socket, HTTP server, signals. It does not know routes.
+"""The serving process: socket, HTTP server, signals. It does not know routes.
 
-At a signal the server first drains while it still listens, so that /ready and new requests get their 503 and
-running streams end in order; then it closes. A second Ctrl-C ends the wait. Where loading fails the server
-stops and the failure is raised to the caller.
+After a signal the server first drains while it still listens, so that /ready and new requests get a 503 and running
+streams can finish. Then it closes. A second Ctrl-C ends the wait. If loading fails, the server stops and the caller
+gets the error.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ if TYPE_CHECKING:
     from ensemble_core.runtime import Runtime
 
 _POLL_SECONDS = 0.1
-_FLUSH_SECONDS = 5  # after the drain: for the last bytes of answers to leave
+_FLUSH_SECONDS = 5  # after the drain, to send the last bytes of answers
 
 
 class DrainingServer(uvicorn.Server):
-    """uvicorn's server with a drain before its shutdown, and a word once the engine is ready."""
+    """uvicorn's server, with a drain before its shutdown and a message once the engine is ready."""
 
     def __init__(
         self, config: uvicorn.Config, runtime: Runtime, drain_seconds: float, announce: Callable[[], None]
@@ -40,10 +40,10 @@ class DrainingServer(uvicorn.Server):
         self._runtime = runtime
         self._drain_seconds = drain_seconds
         self._announce = announce
-        self.failure: Exception | None = None  # what loading raised
+        self.failure: Exception | None = None  # the error that loading raised
 
     async def main_loop(self) -> None:
-        """Wait for the engine, then serve until a signal comes."""
+        """Wait for the engine, then serve until a signal arrives."""
         while self._runtime.status().state == "loading" and not self.should_exit:
             await self.on_tick(0)
             await asyncio.sleep(_POLL_SECONDS)
@@ -61,7 +61,7 @@ class DrainingServer(uvicorn.Server):
             self._announce()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Let running requests end, then close."""
+        """Let running requests finish, then close."""
         drain = asyncio.create_task(self._runtime.drain(self._drain_seconds))
         while not drain.done() and not self.force_exit:
             await asyncio.wait([drain], timeout=_POLL_SECONDS)
@@ -70,7 +70,7 @@ class DrainingServer(uvicorn.Server):
 
 
 def listen(config: ServerConfig) -> socket.socket:
-    """A bound socket. Raises ConfigError where the address cannot be had."""
+    """A listening socket. Raises ConfigError if the address cannot be used."""
     family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
     try:
         return socket.create_server((config.host, config.port), family=family, backlog=2048)
@@ -82,7 +82,7 @@ def listen(config: ServerConfig) -> socket.socket:
 
 
 def check_tls(config: ServerConfig) -> str | None:
-    """The private key's password, if it has one, once the files are known to fit. Raises ConfigError."""
+    """Check the TLS files and return the private key's password, if any. Raises ConfigError."""
     if config.tls_cert_file is None or config.tls_key_file is None:
         return None
     password = _tls_password(config.tls_key_password_env)
@@ -113,23 +113,23 @@ def _tls_password(variable: str | None) -> str | None:
 
 
 def url(host: str, port: int, scheme: str = "http") -> str:
-    """Where a client on this machine finds the server."""
+    """The server's address for a client on this machine."""
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 
 
 def curl_line(base: str, model: str, keyed: bool = False) -> str:
-    """A request to try. keyed: the client must put its key into the environment first."""
+    """A command to try the server. keyed: it reads the API key from the environment."""
     body = {"model": model, "prompt": "The capital of France is", "max_tokens": 32, "temperature": 0}
     key = ' -H "Authorization: Bearer $UNISONO_API_KEY"' if keyed else ""
     return f"curl {base}/v1/completions{key} -H 'Content-Type: application/json' -d '{json.dumps(body)}'"
 
 
 def serve(app: FastAPI, runtime: Runtime, config: ServerConfig, say: Callable[[str], None]) -> None:
-    """Serve until a signal comes; returns after a graceful shutdown.
+    """Serve until a signal arrives; return after a graceful shutdown.
 
-    say: takes the lines for whoever started the server. Raises ConfigError for the address and the TLS files, and
-    what loading raised.
+    say: shows a line to the user who started the server. Raises ConfigError for the address and the TLS files, and
+    any error of loading.
     """
     settings = _settings(app, config)
     listener = listen(config)
@@ -142,7 +142,7 @@ def serve(app: FastAPI, runtime: Runtime, config: ServerConfig, say: Callable[[s
     server = DrainingServer(settings, runtime, config.drain_seconds, announce)
     say(f"listening on {base}; loading")
     _run(server, listener)
-    if server.force_exit:  # uvicorn then leaves out the app's own shutdown
+    if server.force_exit:  # uvicorn then skips the app's own shutdown
         runtime.stop()
     if server.failure is not None:
         raise server.failure
@@ -163,7 +163,7 @@ def _settings(app: FastAPI, config: ServerConfig) -> uvicorn.Config:
 
 
 def _run(server: uvicorn.Server, listener: socket.socket) -> None:
-    """uvicorn raises a signal once more after its shutdown; here that is the ordinary end, not an error."""
+    """Run the server. uvicorn raises its signal again after shutdown; ignore it, since this is a normal end."""
     before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         server.run(sockets=[listener])

@@ -1,6 +1,6 @@
 """Bodies and answers of /v1/chat/completions.
 
-A message is flattened to role and text here; which tokens it becomes is each member's own template's business.
+A message is flattened to role and text here. Each member's own template decides which tokens it becomes.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class TextPart(BaseModel):
 
 
 def _content(value: object) -> str:
-    """Text as it stands, or text parts joined by line breaks."""
+    """Text as it is, or text parts joined by line breaks."""
     if isinstance(value, str):
         return text(value)
     if not isinstance(value, list) or not value:
@@ -41,7 +41,7 @@ def _part(part: object) -> str:
     if not isinstance(part, dict) or not isinstance(part.get("type"), str):
         raise ValueError('a part must be an object with a type, for example {"type": "text", "text": "..."}')
     if part["type"] != "text":
-        raise ValueError(f"parts of type {part['type'][:40]!r} are not supported; send text parts alone")
+        raise ValueError(f"parts of type {part['type'][:40]!r} are not supported; send text parts only")
     return text(part.get("text"))
 
 
@@ -49,7 +49,7 @@ class Message(Strict):
     """One message of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant"] = Field(
-        description="developer is taken for system, which is the name that templates know."
+        description="developer is treated as system, the name that templates know."
     )
     content: Annotated[str, PlainValidator(_content, json_schema_input_type=str | list[TextPart])] = Field(
         description="Text, or text parts; parts are joined by line breaks."
@@ -65,7 +65,7 @@ class Message(Strict):
         return value
 
     def flat(self) -> dict[str, str]:
-        """Role and text, as templates take them."""
+        """Role and text, in the form that templates take."""
         return {"role": "system" if self.role == "developer" else self.role, "content": self.content}
 
 
@@ -94,18 +94,18 @@ class ResponseFormat(Strict):
 
 
 def to_conversation(messages: list[Message], goes_on: bool, opens_turn: bool) -> Conversation:
-    """As the engine takes it: it goes on from the last message, or the templates open the assistant's turn.
+    """Messages in the engine's form: continue the last message, or let the templates open the assistant's turn.
 
     Raises InvalidRequestError where the flags contradict each other or the messages.
     """
     if goes_on == opens_turn:
         raise InvalidRequestError(
-            "continue_final_message: true goes with add_generation_prompt: false, and one needs the other",
+            "continue_final_message: true needs add_generation_prompt: false, and the other way round",
             "continue_final_message" if goes_on else "add_generation_prompt",
         )
     if goes_on and messages[-1].role != "assistant":
         raise InvalidRequestError(
-            "continue_final_message needs an assistant's message at the end, got one of role "
+            "continue_final_message needs a last message of role 'assistant', got one of role "
             f"{messages[-1].role!r}",
             "continue_final_message",
         )
@@ -123,36 +123,36 @@ class ChatRequest(SamplingFields):
 
     messages: list[Message] = Field(
         min_length=1,
-        description="text, or parts of type text; other parts, `tool_calls`, `audio`: 400; `name` changes nothing",
+        description="text or a list of text parts; other parts, `tool_calls`, `audio`: 400; `name` changes nothing",
         examples=[[{"role": "user", "content": [{"type": "text", "text": "Bye!"}]}]],
     )
     max_completion_tokens: int | None = Field(
         None,
-        description="most tokens of each choice; what is left of the context if not sent",
+        description="maximum number of tokens of each choice; the rest of the context if not sent",
         examples=[5],
         json_schema_extra={"minimum": 1},
     )
     max_tokens: int | None = Field(
-        None, description="its older name", examples=[5], json_schema_extra={"minimum": 1}
+        None, description="older name of `max_completion_tokens`", examples=[5], json_schema_extra={"minimum": 1}
     )
     logprobs: bool | None = Field(
         None, description="`{content: [{token, logprob, bytes, top_logprobs}]}`", examples=[True]
     )
-    top_logprobs: int | None = parameter("logprobs", "only with `logprobs`: alternatives for each token")
+    top_logprobs: int | None = parameter("logprobs", "alternatives for each token; only with `logprobs`")
     response_format: ResponseFormat | None = Field(
         None,
         description="`text`, `json_object`, `json_schema`; a mask over the fused distribution, so the schema always "
-        "binds: a text that can no longer follow it ends with an error",
+        "binds; a text that can no longer follow it ends with an error",
         examples=[{"type": "json_object"}],
     )
     add_generation_prompt: bool | None = Field(
         None,
-        description="true if not sent; open the assistant's turn; false only with `continue_final_message`",
+        description="true if not sent; opens the assistant's turn; false only with `continue_final_message`",
         examples=[False],
     )
     continue_final_message: bool | None = Field(
         None,
-        description="go on from the last message, an assistant's; needs `add_generation_prompt: false`",
+        description="continue the last message, which must be the assistant's; needs `add_generation_prompt: false`",
         examples=[True],
     )
 
@@ -166,13 +166,13 @@ class ChatAlternative(BaseModel):
 
 
 class ChatToken(ChatAlternative):
-    """A token of the answer and what else was likely there."""
+    """A token of the answer and its likeliest alternatives."""
 
     top_logprobs: list[ChatAlternative]
 
 
 class ChatLogprobs(BaseModel):
-    """An entry a token."""
+    """One entry for each token."""
 
     content: list[ChatToken]
 
@@ -185,7 +185,7 @@ class AssistantMessage(BaseModel):
 
 
 class Delta(BaseModel):
-    """A piece of the answer. The first one of a choice has the role."""
+    """A piece of the answer. The first piece of a choice has the role."""
 
     role: Literal["assistant"] | None = None
     content: str
@@ -197,7 +197,7 @@ class _ChatBase(BaseModel):
     finish_reason: Literal["stop", "length"] | None
     stop_reason: str | int | None
     token_ids: list[int] | None = Field(None, description="With return_token_ids.")
-    trace: list[TraceStep] | None = Field(None, description="With ensemble.trace: an entry a token.")
+    trace: list[TraceStep] | None = Field(None, description="With ensemble.trace: one entry for each token.")
 
 
 class ChatChoice(_ChatBase):

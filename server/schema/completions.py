@@ -23,14 +23,16 @@ class CompletionRequest(SamplingFields):
     ignored: ClassVar[Mapping[str, Ignored]] = COMPLETION_IGNORED
 
     prompt: Prompts = Field(
-        description="one text or several, or token ids of the main member, one list or several; none empty",
+        description="a text, token ids of the main member, or a list of either; none may be empty",
         examples=[[[1, 2], [3]]],
     )
-    max_tokens: int | None = parameter("max_tokens", "most tokens of each choice; 0 only with `echo`", minimum=0)
+    max_tokens: int | None = parameter(
+        "max_tokens", "maximum number of tokens of each choice; 0 only with `echo`", minimum=0
+    )
     best_of: int | None = Field(
         None,
-        description="samples this many, sends the n with the highest mean log-probability, best first; `usage` "
-        "counts all. At least n; greater than n: not with `stream`",
+        description="sample this many, send the n with the highest mean log-probability, best first; `usage` counts "
+        "all; at least n, and with `stream` not more than n",
         examples=[2],
         json_schema_extra={"minimum": 1},
     )
@@ -38,7 +40,7 @@ class CompletionRequest(SamplingFields):
     logprobs: int | None = parameter("logprobs")
     add_special_tokens: bool | None = Field(
         None,
-        description="true if not sent; let tokenizers put their own tokens in front of a text prompt",
+        description="true if not sent; tokenizers add their own tokens in front of a text prompt",
         examples=[False],
     )
 
@@ -54,7 +56,7 @@ class CompletionRequest(SamplingFields):
 
 
 class Logprobs(BaseModel):
-    """Parallel lists, an entry a token. With echo the prompt's come first; its first token has none."""
+    """Parallel lists, one entry for each token. With echo the prompt comes first; its first token has null."""
 
     tokens: list[str]
     token_logprobs: list[float | None]
@@ -72,11 +74,11 @@ class TextChoice(BaseModel):
     stop_reason: str | int | None
     prompt_token_ids: list[int] | None = Field(None, description="With return_token_ids.")
     token_ids: list[int] | None = Field(None, description="With return_token_ids.")
-    trace: list[TraceStep] | None = Field(None, description="With ensemble.trace: an entry a token.")
+    trace: list[TraceStep] | None = Field(None, description="With ensemble.trace: one entry for each token.")
 
 
 class TextCompletion(Reply):
-    """An answer, or one chunk of a stream. `usage` is left out of chunks unless it was asked for."""
+    """An answer, or one chunk of a stream. Chunks have `usage` only if the client asked for it."""
 
     object: Literal["text_completion"]
     choices: list[TextChoice]

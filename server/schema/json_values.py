@@ -1,7 +1,8 @@
-"""JSON values as fields take them: strict types, text that UTF-8 can spell, token ids, one line for each mistake.
+"""JSON values of fields: strict types, text that UTF-8 can encode, token ids; one line for each mistake.
 
-Invariants: JSON types are strict (a string is no number, a bool no integer; an integer is a fine float); null
-means the default. Ranges that `SamplingParams` checks are not checked here. It does not know which endpoint asks.
+Invariants: JSON types are strict (a string is not a number, a bool is not an integer, but an integer is a valid
+float). null means the default. `SamplingParams` checks its own ranges, so they are not checked here. This module
+does not know the endpoints.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ class Strict(BaseModel):
 
 
 def decoded(body: object) -> object:
-    """A body whose content type is not JSON arrives as bytes; clients that send one mean JSON all the same."""
+    """Decode a body whose content type is not JSON: it arrives as bytes, but its client means JSON."""
     if not isinstance(body, bytes):
         return body
     try:
@@ -37,7 +38,7 @@ def decoded(body: object) -> object:
 
 
 def text(value: object) -> str:
-    """A string that UTF-8 can spell: JSON can write half a surrogate pair, no tokenizer can read it."""
+    """A string that UTF-8 can encode. JSON can write half a surrogate pair, which no tokenizer can read."""
     if not isinstance(value, str):
         raise ValueError("must be a string")
     if _LONE_SURROGATE.search(value):
@@ -62,17 +63,19 @@ def _token_id(value: object) -> int:
 
 
 def token_ids(value: object) -> list[int]:
-    """A list of ids that some vocabulary could have."""
+    """A list of ids; whether a vocabulary has them is checked at admission."""
     if not isinstance(value, list):
         raise ValueError("must be a list of token ids")
     return [_token_id(item) for item in value]
 
 
 def _prompt(value: object) -> str | list[str] | list[int] | list[list[int]]:
-    """Text or ids, one prompt or several; lists are of one kind."""
+    """Text or ids, one prompt or several; a list holds only one kind."""
     empty = not value or (isinstance(value, list) and any(item in ("", []) for item in value))
     if empty or not isinstance(value, str | list):
-        raise ValueError("must be a string, a list of strings, token ids or a list of lists of them; none empty")
+        raise ValueError(
+            "must be a string, a list of strings, token ids or a list of lists of them; none may be empty"
+        )
     if isinstance(value, list) and isinstance(value[0], list):
         return [token_ids(item) for item in value]
     if isinstance(value, list) and isinstance(value[0], int):
@@ -91,7 +94,7 @@ def _stop_token_ids(value: object) -> list[int]:
 
 
 def _logit_bias(value: object) -> dict[int, float]:
-    """Token id -> bias. JSON's keys are strings, so ids come as their decimal digits."""
+    """Token id -> bias. JSON keys are strings, so ids arrive as decimal digits."""
     if not isinstance(value, dict):
         raise ValueError("must be an object of token id -> bias")
     _check_most("logit_bias", value, "entries")
@@ -114,14 +117,14 @@ def _bias(value: object) -> float:
 
 
 def _check_most(name: str, value: object, what: str) -> None:
-    """Before each entry is looked at: a list may be as long as a body."""
+    """Check the length before the entries, since a list may be as long as a body."""
     most = PARAMETERS[name].most
     if isinstance(value, list | dict) and len(value) > most:
         raise ValueError(f"takes up to {most} {what}, got {len(value)}")
 
 
 def optional(check: Callable[[object], Any]) -> Callable[[object], Any]:
-    """`check`, but null passes."""
+    """`check`, with null allowed."""
     return lambda value: None if value is None else check(value)
 
 

@@ -1,4 +1,4 @@
-"""What the answers of all endpoints are made of: usage, traces, models, tokenizers, errors."""
+"""Parts of answers that endpoints share: usage, traces, models, errors."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ from pydantic import BaseModel, Field
 
 
 class PromptTokensDetails(BaseModel):
-    """What the prompt's tokens cost."""
+    """Details of `prompt_tokens`."""
 
-    cached_tokens: int = Field(description="Taken over from the main member's cache of earlier prompts.")
+    cached_tokens: int = Field(description="Found in the main member's cache of earlier prompts.")
 
 
 class Usage(BaseModel):
-    """Counts of the main member's tokens; each prompt counts once, however many choices it has."""
+    """Counts of the main member's tokens. Each prompt counts once, however many choices it has."""
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
     dropped_members: dict[str, str] | None = Field(
-        None, description="Member -> why some choice went on without it; not sent where none was lost."
+        None, description="Member -> why a choice went on without it; not sent if no member was lost."
     )
 
 
 class Reply(BaseModel):
-    """What completions, chat completions and their chunks have in common."""
+    """Fields that completions, chat completions and their chunks share."""
 
     id: str
     object: str
@@ -38,26 +38,26 @@ class Reply(BaseModel):
 
 
 class TracedToken(BaseModel):
-    """One token that a member, or all of them fused, could have gone on with."""
+    """One candidate of a member or of the fused distribution, with its probability."""
 
     token: str
     prob: float
 
 
 class TraceStep(BaseModel):
-    """How one token came about."""
+    """How one token was chosen."""
 
     token: str
     consulted: bool = Field(description="False where the main member decided alone.")
     members: dict[str, list[TracedToken]] = Field(description="Member -> its likeliest tokens, best first.")
     fused: list[TracedToken]
     agreed: dict[str, bool] = Field(description="Assistant -> whether its likeliest token spells the same.")
-    weights: dict[str, float] = Field(description="Of the members that were consulted; they sum to 1.")
-    left_out: dict[str, str] = Field(description="Member that failed -> why it was not asked.")
+    weights: dict[str, float] = Field(description="Weights of the members that were consulted; they sum to 1.")
+    left_out: dict[str, str] = Field(description="Member that was not asked -> why.")
 
 
 class ModelCard(BaseModel):
-    """One servable model. `recipe` is an ensemble's: members with weights, main, fusion, mode."""
+    """One servable model. An ensemble has a `recipe`: members with weights, main, fusion, mode."""
 
     id: str
     object: Literal["model"] = "model"
@@ -85,6 +85,6 @@ class ErrorDetail(BaseModel):
 
 
 class ErrorBody(BaseModel):
-    """Every refusal."""
+    """The body of every refusal."""
 
     error: ErrorDetail

@@ -1,7 +1,7 @@
 """The parameters that completions and chat share: sampling, stops, streaming, our extension.
 
-Ranges are declared and checked by `SamplingParams`, in the same words for the offline API; here they only document.
-The tables of docs/api.md are made of the fields' descriptions and first examples.
+`SamplingParams` declares and checks ranges, with the same messages for the offline API; here they only document.
+The tables of docs/api.md are generated from the fields' descriptions and first examples.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ def _strategy(value: object) -> object:
 
 
 def parameter(name: str, note: str = "", **schema: Any) -> Any:
-    """A field that is the parameter of that name in `SamplingParams`, which declares all that is told of it.
+    """A field for the `SamplingParams` parameter of that name, with the description declared there.
 
-    note, schema: what the endpoint says otherwise.
+    note, schema: replace the declared note and JSON Schema keywords for one endpoint.
     """
     found = PARAMETERS[name]
     return Field(
@@ -40,12 +40,12 @@ def parameter(name: str, note: str = "", **schema: Any) -> Any:
 
 
 class StreamOptions(Strict):
-    """What a stream carries besides text."""
+    """What a stream sends besides text."""
 
     include_usage: bool | None = Field(
-        None, description="One more chunk before [DONE], without choices, that carries the usage."
+        None, description="Send one more chunk before [DONE], with the usage and without choices."
     )
-    continuous_usage_stats: bool | None = Field(None, description="Usage so far in each chunk.")
+    continuous_usage_stats: bool | None = Field(None, description="Send the usage so far in each chunk.")
 
 
 class StrategyChoice(Strict):
@@ -63,30 +63,32 @@ def _weighting(value: object) -> object:
 
 
 class WeightingChoice(Strict):
-    """Where weights come from."""
+    """How weights are set: fixed, or from the perplexity of the prompt."""
 
     model_config = ConfigDict(extra="forbid")
 
     by: Literal["fixed", "perplexity"]
     tau: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] | None = Field(
-        None, description="Of perplexity, in nats per byte."
+        None, description="Temperature of perplexity weighting, in nats per byte."
     )
 
 
 class EnsembleOptions(Strict):
-    """Our extension: what this request changes of its ensemble. Sent through the SDK's `extra_body`."""
+    """Our extension: what this request changes in its ensemble. Sent through the SDK's `extra_body`."""
 
     model_config = ConfigDict(extra="forbid")
 
     members: list[Text] | None = Field(
-        None, min_length=1, max_length=64, description="The members to use, the main one among them."
+        None, min_length=1, max_length=64, description="The members to use, including the main member."
     )
     weights: dict[str, Annotated[float, Field(ge=0.0, allow_inf_nan=False)]] | None = Field(
         None, min_length=1, max_length=64, description="Member -> weight; scaled to sum to 1."
     )
     weighting: Annotated[
         WeightingChoice | None, BeforeValidator(_weighting, json_schema_input_type=str | WeightingChoice | None)
-    ] = Field(None, description="fixed, perplexity, or {by, tau}: whether weights follow the prompt's perplexity.")
+    ] = Field(
+        None, description="fixed, perplexity, or {by, tau}: whether weights depend on the prompt's perplexity."
+    )
     fusion: Annotated[
         StrategyChoice | None, BeforeValidator(_strategy, json_schema_input_type=str | StrategyChoice | None)
     ] = Field(None, description="Name of a fusion, or {name, options}.")
@@ -94,7 +96,7 @@ class EnsembleOptions(Strict):
         StrategyChoice | None, BeforeValidator(_strategy, json_schema_input_type=str | StrategyChoice | None)
     ] = Field(None, description="Name of a mode (lockstep), or {name, options}: how steps are taken.")
     trace: bool | None = Field(
-        None, description="Each choice carries, for each of its tokens, what every member proposed."
+        None, description="Each choice reports what every member proposed for each of its tokens."
     )
 
     @model_validator(mode="before")
@@ -108,7 +110,7 @@ class EnsembleOptions(Strict):
 
 
 class SamplingFields(Strict):
-    """A body that asks for text. Subclasses say what they refuse and what they know to ignore."""
+    """A body that asks for text. Subclasses list the parameters that they refuse and those that they ignore."""
 
     refused: ClassVar[Mapping[str, Refused]] = {}
     ignored: ClassVar[Mapping[str, Ignored]] = {}
@@ -126,7 +128,7 @@ class SamplingFields(Strict):
     logit_bias: LogitBias = parameter("logit_bias")
     n: int | None = Field(
         None,
-        description="1 if not sent; choices of each prompt, which share its prefill",
+        description="1 if not sent; number of choices of each prompt; they share its prefill",
         examples=[2],
         json_schema_extra={"minimum": 1},
     )
@@ -139,18 +141,20 @@ class SamplingFields(Strict):
     skip_special_tokens: bool | None = parameter("skip_special_tokens")
     return_token_ids: bool | None = Field(
         None,
-        description="send the ids of the prompt and of each choice; in streams the former once",
+        description="send the token ids of the prompt and of each choice; in a stream the prompt's come once",
         examples=[True],
     )
     stream: bool | None = Field(
-        None, description="send server-sent events as text comes, then `[DONE]`", examples=[True]
+        None, description="send text in server-sent events as it is generated, then `[DONE]`", examples=[True]
     )
     stream_options: StreamOptions | None = Field(
         None,
         description="`include_usage`, `continuous_usage_stats`; only with `stream`",
         examples=[{"include_usage": True}],
     )
-    ensemble: EnsembleOptions | None = Field(None, description="ours, see below", examples=[{"members": ["a"]}])
+    ensemble: EnsembleOptions | None = Field(
+        None, description="our extension, see below", examples=[{"members": ["a"]}]
+    )
     user: str | None = Field(None, description="nothing is kept about users", examples=["me"])
 
     @model_validator(mode="before")

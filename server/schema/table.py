@@ -1,6 +1,6 @@
-"""The tables of docs/api.md: a row for every parameter that an endpoint knows, out of its schema.
+"""Generates the tables of docs/api.md from the schemas: a row for every parameter that an endpoint knows.
 
-`python -m server.schema.table` writes them anew between their marks; a test holds that they are up to date.
+`python -m server.schema.table` rewrites them between their marks. A test checks that they are up to date.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from server.schema.sampling import SamplingFields
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "api.md"
 TABLES: dict[str, type[SamplingFields]] = {"completions": CompletionRequest, "chat": ChatRequest}
-_IDLE = "user"  # a field, so that its type is checked, of which nothing is made
+_IDLE = "user"  # a field only so that its type is checked
 
 
 def table(kind: type[SamplingFields]) -> str:
-    """Supported parameters, the endpoint's own first; then those that are refused, then those without effect."""
+    """Supported parameters (the endpoint's own first), then refused ones, then those without effect."""
     return "\n".join(("| parameter | status | example | notes |", "|---|---|---|---|", *_rows(kind)))
 
 
@@ -44,7 +44,7 @@ def _row(name: str, status: str, example: Any, *notes: str) -> str:
 
 
 def with_tables(document: str) -> str:
-    """A document with its tables made anew."""
+    """The document with its tables regenerated."""
     for name, kind in TABLES.items():
         begin, end = f"<!-- {name}: begin -->\n", f"\n<!-- {name}: end -->"
         head, _, rest = document.partition(begin)

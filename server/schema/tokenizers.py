@@ -11,7 +11,8 @@ from server.schema.json_values import Strict, Text, TokenIds, decoded
 
 class _TokenizerBody(Strict):
     model: Text | None = Field(
-        None, description="An ensemble (its main member answers) or a member; the first of /v1/models if not sent."
+        None,
+        description="An ensemble, whose main member answers, or a member; the first of /v1/models if not sent.",
     )
 
     @model_validator(mode="before")
@@ -30,7 +31,7 @@ class TokenizeRequest(_TokenizerBody):
     add_special_tokens: bool | None = Field(None, description="As in completions; true if not sent.")
     add_generation_prompt: bool | None = Field(None, description="As in chat completions.")
     continue_final_message: bool | None = Field(None, description="As in chat completions.")
-    return_token_strs: bool | None = Field(None, description="Send each token's text, too.")
+    return_token_strs: bool | None = Field(None, description="Also send each token's text.")
 
     @model_validator(mode="after")
     def _one_of_both(self) -> TokenizeRequest:
@@ -66,6 +67,6 @@ class DetokenizeRequest(_TokenizerBody):
 
 
 class DetokenizeReply(BaseModel):
-    """The text that the ids spell."""
+    """The text of the token ids."""
 
     prompt: str

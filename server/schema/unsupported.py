@@ -1,7 +1,7 @@
-"""What the endpoints know of and do not do: parameters that are refused by name, and those that change nothing.
+"""Parameters that the endpoints know but do not support: some are refused by name, others change nothing.
 
-Invariant: a parameter that would change the answer and is not supported is refused unless its value is neutral.
-null is neutral for all of them. The tables of docs/api.md list every name here with its reason.
+Invariant: an unsupported parameter that would change the answer is refused unless its value is neutral. null is
+always neutral. The tables of docs/api.md list every name here with its reason.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ensemble_core.errors import InvalidRequestError
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """A parameter that would change the answer. example: a value that is refused; neutral: those that pass."""
+    """A parameter that would change the answer. example: a refused value; neutral: the accepted values."""
 
     example: Any
     neutral: tuple[Any, ...] = ()
@@ -33,26 +33,26 @@ class Ignored:
 
 _REFUSED: dict[str, Refused] = {
     "structured_outputs": Refused({"regex": "a+"}, why="chat completions have `response_format`"),
-    "guided_json": Refused({"type": "object"}, why="older name of the same"),
-    "guided_regex": Refused("a+", why="older name of the same"),
-    "guided_choice": Refused(["a", "b"], why="older name of the same"),
-    "guided_grammar": Refused("root ::= x", why="older name of the same"),
+    "guided_json": Refused({"type": "object"}, why="older name of `structured_outputs`"),
+    "guided_regex": Refused("a+", why="older name of `structured_outputs`"),
+    "guided_choice": Refused(["a", "b"], why="older name of `structured_outputs`"),
+    "guided_grammar": Refused("root ::= x", why="older name of `structured_outputs`"),
     "use_beam_search": Refused(True, (False,)),
-    "length_penalty": Refused(2.0, (1,), "of beam search"),
+    "length_penalty": Refused(2.0, (1,), "there is no beam search"),
     "allowed_token_ids": Refused([1, 2]),
     "bad_words": Refused(["x"], ([],)),
     "logits_processors": Refused(["x"], ([],), "would run code"),
-    "prompt_logprobs": Refused(1, why="`echo` with `logprobs` tells the same"),
+    "prompt_logprobs": Refused(1, why="`echo` with `logprobs` reports the same"),
     "logprob_token_ids": Refused([1, 2], ([],)),
     "truncate_prompt_tokens": Refused(10, why="a prompt that is too long is refused"),
     "return_tokens_as_token_ids": Refused(True, (False,), "`return_token_ids` has them"),
     "spaces_between_special_tokens": Refused(False, (True,)),
     "repetition_detection": Refused({"max_pattern_size": 3}),
     "thinking_token_budget": Refused(5),
-    "cache_salt": Refused("salt", why="the isolation that it asks for is not there"),
+    "cache_salt": Refused("salt", why="the cache has no such isolation"),
 }
 COMPLETION_REFUSED: dict[str, Refused] = _REFUSED | {
-    "suffix": Refused("the end", ("",), "no member here fills in the middle"),
+    "suffix": Refused("the end", ("",), "members cannot fill in the middle"),
     "response_format": Refused({"type": "json_object"}, ({"type": "text"},), "chat completions have it"),
     "prompt_embeds": Refused("AAAA", why="members have different embeddings"),
 }
@@ -69,20 +69,20 @@ CHAT_REFUSED: dict[str, Refused] = _REFUSED | {
     "reasoning_effort": Refused("high", ("none",)),
     "verbosity": Refused("low", ("medium",)),
     "add_special_tokens": Refused(True, (False,), "templates write their own"),
-    "best_of": Refused(2, (1,), "of completions"),
-    "echo": Refused(True, (False,), "of completions"),
+    "best_of": Refused(2, (1,), "completions have it"),
+    "echo": Refused(True, (False,), "completions have it"),
     "chat_template": Refused("{{ messages }}", why="templates run code: set it in the server's YAML"),
     "chat_template_kwargs": Refused({"x": 1}, ({},)),
     "documents": Refused([{"text": "x"}], ([],)),
     "mm_processor_kwargs": Refused({"x": 1}, ({},)),
     "structured_outputs": Refused({"regex": "a+"}, why="`response_format` takes JSON schemas"),
-    "prompt_logprobs": Refused(1, why="of completions: `echo` with `logprobs`"),
+    "prompt_logprobs": Refused(1, why="completions have `echo` with `logprobs`"),
 }
 COMPLETION_IGNORED: dict[str, Ignored] = {
     "truncation_side": Ignored("left", "nothing is truncated"),
-    "return_token_offsets": Ignored(True, "acts on routes that are not here"),
+    "return_token_offsets": Ignored(True, "belongs to routes that do not exist here"),
     "priority": Ignored(1, "first come, first served"),
-    "request_id": Ignored("mine", "the `X-Request-Id` header does this"),
+    "request_id": Ignored("mine", "use the `X-Request-Id` header"),
     "kv_transfer_params": Ignored({}, "there is one server"),
     "ec_transfer_params": Ignored({}, "there is one server"),
     "vllm_xargs": Ignored({"x": 1}, "there are no such extensions"),
@@ -91,12 +91,12 @@ CHAT_IGNORED: dict[str, Ignored] = COMPLETION_IGNORED | {
     "parallel_tool_calls": Ignored(False, "there are no tools"),
     "metadata": Ignored({"a": "b"}, "nothing is stored"),
     "store": Ignored(True, "nothing is stored"),
-    "service_tier": Ignored("flex", "there is one"),
+    "service_tier": Ignored("flex", "there is one tier"),
     "safety_identifier": Ignored("me", "nothing is kept about users"),
-    "prompt_cache_key": Ignored("key", "speed only"),
-    "prompt_cache_options": Ignored({}, "speed only"),
-    "prompt_cache_retention": Ignored("24h", "speed only"),
-    "include_reasoning": Ignored(True, "no answer has a part for it"),
+    "prompt_cache_key": Ignored("key", "would affect speed only"),
+    "prompt_cache_options": Ignored({}, "would affect speed only"),
+    "prompt_cache_retention": Ignored("24h", "would affect speed only"),
+    "include_reasoning": Ignored(True, "answers have no reasoning part"),
 }
 
 

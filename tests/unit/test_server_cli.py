@@ -121,7 +121,7 @@ def test_build_reports_each_matrix(
     mass = "2.5 MB, retained mass: median 50.0%, anchors 25.0%"
     assert lines == [
         f"a: m/a.safetensors ({mass}) built in 12 s",
-        f"b: m/a.safetensors ({mass}) fits, left alone",
+        f"b: m/a.safetensors ({mass}) fits, kept",
     ]
 
 
