@@ -282,8 +282,8 @@ def test_a_random_walk_of_groups(seed: int) -> None:
     scheduler = Scheduler(
         {"alpha": Capacity(4, 30, 96, 6), "beta": Capacity(8, 14, 96, 9)}, Limits(5, 200, rng.choice([3, 20, 200]))
     )
-    made: list[Request] = []
-    begun: set[Request] = set()
+    made: list[Sequence] = []
+    begun: set[Sequence] = set()
     for turn in range(4000):
         if turn < 60 and rng.random() < 0.4:
             group = rng.choice("ghi")
