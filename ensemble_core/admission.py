@@ -218,8 +218,9 @@ def _is_scored(params: SamplingParams) -> bool:
 
 def _check_ids(param: str, token_ids: Iterable[int], vocabulary: Vocabulary) -> None:
     """Raise InvalidRequestError for the first id that the vocabulary does not have."""
+    known = range(len(vocabulary))
     for token_id in token_ids:
-        if not 0 <= token_id < len(vocabulary):
+        if token_id not in known:
             raise InvalidRequestError(
                 f"{param}: id {token_id} is outside the main member's vocabulary, which has ids 0 to "
                 f"{len(vocabulary) - 1}",

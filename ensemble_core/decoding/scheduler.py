@@ -234,7 +234,9 @@ class Scheduler:
                 self._read[group] = sequence
             elif first.setdefault(group, sequence) is not sequence and sequence in self._fresh:
                 found.append(sequence)
-        return {s for s in found if s.request.group not in self._read and self._can_follow(s)}
+        unread = {s.request.group: s for s in found if s.request.group not in self._read}
+        waiting = {group for group, one in unread.items() if self._can_follow(one)}  # they have the same prompt
+        return {s for s in found if s.request.group in waiting}
 
     def _can_follow(self, sequence: Sequence) -> bool:
         """Whether it can take over anything from a leader: a long enough prefix, scores or weights."""

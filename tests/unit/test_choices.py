@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from fakes import FakeMember, byte_vocabulary, fake_config, fake_loaded, pair_vocabulary
+from test_scheduler import feed, make
 
 from ensemble_core.decoding.requests import GenerationRequest, Output
 from ensemble_core.decoding.sampling_params import SamplingParams
@@ -272,3 +273,43 @@ def test_making_room_costs_a_share_of_each_sequence() -> None:
         assert len(scheduler.waiting) > num
         scheduler.check()
     assert cost[1] <= 5 * cost[0]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_random_walk_of_groups(seed: int) -> None:
+    """Few pages, aborts, late followers: each begins once an admission, somebody always moves, all come to an end."""
+    rng = random.Random(seed)
+    scheduler = Scheduler(
+        {"alpha": Capacity(4, 30, 96, 6), "beta": Capacity(8, 14, 96, 9)}, Limits(5, 200, rng.choice([3, 20, 200]))
+    )
+    made: list[Sequence] = []
+    begun: set[Sequence] = set()
+    for turn in range(4000):
+        if turn < 60 and rng.random() < 0.4:
+            group = rng.choice("ghi")
+            lengths = {"alpha": 7 * (1 + ord(group) - ord("g")), "beta": 11}
+            new = [make(len(made) + i, lengths, rng.choice([1, 9]), group) for i in range(rng.randint(1, 5))]
+            scheduler.add(new)
+            made += new
+        begun -= set(scheduler.admit())
+        for sequence, leader in scheduler.beginners():
+            assert sequence not in begun, "it began before"
+            assert not any(track.num_cached for track in sequence.tracks.values())
+            assert leader is None or leader.request.group == sequence.request.group
+            begun.add(sequence)
+            if leader is not None and leader.phase is Phase.DECODE and rng.random() < 0.8:
+                for track in sequence.tracks.values():
+                    track.cache(len(track.prompt_ids) - 1)
+        shares = scheduler.schedule()
+        assert bool(shares) == bool(scheduler.running)
+        for share in shares:
+            assert share.sequence in begun, "fed before it began"
+            feed(share, rng)
+        if scheduler.running and rng.random() < 0.1:
+            rng.choice([*scheduler.running, *scheduler.waiting]).finish("abort")
+        scheduler.retire()
+        scheduler.check()
+        if turn >= 60 and not scheduler.has_work:
+            break
+    assert made
+    assert all(s.finish_reason in ("length", "abort", "stop") for s in made), "somebody starved"

@@ -8,7 +8,7 @@ import random
 import pytest
 import torch
 
-from ensemble_core.members.cache.base import MIN_PREFIX, LayerShape, bytes_per_token
+from ensemble_core.members.cache.base import MIN_PREFIX, LayerShape, bytes_per_token, longest_shared
 from ensemble_core.members.cache.rows import KVCache
 
 CPU = torch.device("cpu")
@@ -305,6 +305,52 @@ def test_a_row_that_is_not_finite_is_never_reused(value: float, where: str) -> N
     pool.release(1, keep=True)
     assert pool.prefixes == []
     assert not any(slots(pool, 0))
+
+
+def test_what_is_written_anew_is_looked_at_anew() -> None:
+    """A row that was found finite, was rolled back and is not finite any more."""
+    pool = pool_with(IDS)
+    assert pool.reuse(2, IDS) == 30
+    pool.rollback(1, 20)
+    write_ids(pool, 1, [8] * 5)
+    pool.keys[1][22, 0, 2] = torch.nan
+    assert pool.reuse(3, [*IDS[:20], *[8] * 5]) == 0
+    pool.release(2)
+    assert pool.reuse(3, IDS) == 20, "the part before it is sound"
+    pool.check()
+
+
+def test_a_prefix_that_many_take_over_is_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    pool, asked = cache(num_rows=8, row_len=40), []
+    write_ids(pool, 1, IDS)
+    look = pool._finite
+    monkeypatch.setattr(pool, "_finite", lambda row, length: asked.append(length) or look(row, length))
+    assert [pool.reuse(seq_id, IDS[:29]) for seq_id in range(2, 8)] == [29] * 6
+    assert asked == [29]
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_the_longest_prefix_is_found(seed: int) -> None:
+    """Against a plain search, over rows that share beginnings of every length; the first of equals counts."""
+    rng = random.Random(seed)
+    stem = [rng.randrange(3) for _ in range(60)]
+    rows = [
+        [*stem[: rng.randint(0, 60)], *(rng.randrange(3) for _ in range(rng.randint(0, 20)))]
+        for _ in range(rng.randint(0, 12))
+    ]
+    wanted = [*stem[: rng.randint(0, 60)], *(rng.randrange(3) for _ in range(rng.randint(0, 3)))]
+    lengths = [shared_length(row, wanted) for row in rows]
+    longest = max(lengths, default=0)
+    found, length = longest_shared(rows, wanted)
+    if longest < MIN_PREFIX:
+        assert (found, length) == (-1, 0)
+    else:
+        assert length == longest
+        assert found == lengths.index(longest)
+
+
+def shared_length(left: list[int], right: list[int]) -> int:
+    return next((n for n in range(min(len(left), len(right)), -1, -1) if left[:n] == right[:n]), 0)
 
 
 def test_a_failed_forward_leaves_nothing_behind_in_a_prefix() -> None:

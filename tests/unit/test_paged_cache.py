@@ -211,6 +211,28 @@ def test_what_is_not_finite_is_never_shared(value: float, running: bool) -> None
     pool.check()
 
 
+def test_what_is_written_anew_is_looked_at_anew() -> None:
+    """A chain that was found finite, was rolled back and is not finite any more."""
+    pool = cache(num_pages=40)
+    write_ids(pool, 1, IDS)
+    assert pool.reuse(2, IDS) == 30
+    pool.rollback(1, 20)
+    write_ids(pool, 1, [8] * 5, poison=torch.nan)
+    assert pool.reuse(3, [*IDS[:20], *[8] * 5]) == 0
+    pool.release(2)
+    assert pool.reuse(3, IDS) == 20, "the part before it is sound"
+    pool.check()
+
+
+def test_a_prefix_that_many_take_over_is_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    pool, asked = cache(num_pages=80), []
+    write_ids(pool, 1, IDS)
+    look = pool._finite
+    monkeypatch.setattr(pool, "_finite", lambda pages, length: asked.append(length) or look(pages, length))
+    assert [pool.reuse(seq_id, IDS[:29]) for seq_id in range(2, 8)] == [29] * 6
+    assert asked == [29]
+
+
 @pytest.mark.parametrize("length", [MIN_PREFIX - 1, MIN_PREFIX])
 def test_a_short_prefix_is_not_worth_it(length: int) -> None:
     pool = cache()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import subprocess
 import sys
@@ -24,11 +25,11 @@ VOCABULARY = byte_vocabulary()
 CAPACITIES = {"alpha": Capacity(16, 24, 128), "beta": Capacity(32, 11, 96)}
 
 
-def make(seq_id: int, lengths: Mapping[str, int], max_tokens: int) -> Sequence:
+def make(seq_id: int, lengths: Mapping[str, int], max_tokens: int, group: str | None = None) -> Sequence:
     """A sequence with prompts of the given lengths, main first."""
     members = tuple(lengths)
     recipe = Recipe("m", members, (1 / len(members),) * len(members), None, "none")
-    request = GenerationRequest(f"r{seq_id}", "m", "", SamplingParams(max_tokens=max_tokens))
+    request = GenerationRequest(f"r{seq_id}", "m", "", SamplingParams(max_tokens=max_tokens), group=group)
     tracks = {member: Track(VOCABULARY, [97] * length) for member, length in lengths.items()}
     return Sequence(seq_id, request, recipe, tracks)
 
@@ -276,6 +277,54 @@ def test_newcomers_leave_a_page_to_grow_into() -> None:
     whole_rows.add(made)
     planned(whole_rows)
     assert whole_rows.running == made, "a row holds all that a sequence can become"
+
+
+def fits_plainly(scheduler: Scheduler, capacities: Mapping[str, Capacity], sequence: Sequence) -> bool:
+    """The rule spelt out: its pages, those of all that run, and a spare one for each that can grow."""
+    for member in sequence.tracks:
+        size, num_pages, max_len = (getattr(capacities[member], f) for f in ("page_size", "num_pages", "max_len"))
+        needed = 0
+        for each in (*scheduler.running, sequence):
+            if member in each.tracks:
+                track, longest = each.tracks[member], max_len
+                if member == each.recipe.main:
+                    longest = min(longest, len(track.prompt_ids) + each.request.params.max_tokens)
+                pages = math.ceil(len(track) / size)
+                needed += pages + (math.ceil(longest / size) > pages)
+        if needed > num_pages:
+            return False
+    return True
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_who_is_let_in_is_who_fits_by_a_plain_count(seed: int) -> None:
+    rng = random.Random(seed)
+    capacities = {"alpha": Capacity(4, rng.randint(24, 60), 96), "beta": Capacity(8, rng.randint(12, 40), 96)}
+    scheduler = Scheduler(capacities, Limits(rng.randint(2, 12), 64, 64))
+    lengths = [
+        rng.sample([("alpha", rng.randint(1, 40)), ("beta", rng.randint(1, 40))], rng.randint(1, 2))
+        for _ in range(40)
+    ]
+    scheduler.add([make(i, dict(each), rng.randint(1, 30)) for i, each in enumerate(lengths)])
+    for _ in range(40):
+        before, queue = list(scheduler.running), list(scheduler.waiting)
+        if scheduler.admit():
+            continue  # who is preempted goes back to the head of the queue
+        admitted = scheduler.running[len(before) :]
+        plain = Scheduler(capacities, Limits(10**6, 64, 64))
+        plain.running = before
+        for sequence in queue:
+            if len(plain.running) == scheduler._limits.max_running:
+                break
+            if plain.running and not fits_plainly(plain, capacities, sequence):
+                break
+            plain.running.append(sequence)
+        assert plain.running == scheduler.running
+        assert admitted == queue[: len(admitted)]
+        for share in scheduler.schedule():
+            feed(share, rng)
+        scheduler.retire()
+        scheduler.check()
 
 
 def test_it_needs_no_torch() -> None:

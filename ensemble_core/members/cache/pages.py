@@ -28,11 +28,15 @@ from ensemble_core.members.cache.base import MIN_PREFIX, LayerShape, longest_sha
 
 @dataclass(slots=True, eq=False)
 class Chain:
-    """The pages of one sequence, or of a cached prefix. token_ids: what the first `length` slots hold."""
+    """The pages of one sequence, or of a cached prefix.
+
+    token_ids: what the first `length` slots hold. num_finite: how many of them are known to be finite.
+    """
 
     pages: list[int] = field(default_factory=list)
     length: int = 0
     token_ids: list[int] = field(default_factory=list)
+    num_finite: int = 0
 
 
 class PagedCache:
@@ -90,8 +94,10 @@ class PagedCache:
         source = chains[found]
         if source in self._prefixes:
             self._touch(source)
-        elif not self._finite(source.pages, length):
-            return 0
+        elif source.num_finite < length:
+            if not self._finite(source.pages, length):
+                return 0
+            source.num_finite = length
         return self._begin(seq_id, source, length)
 
     def reserve(self, seq_id: int, num_new: int) -> Chain:
@@ -151,6 +157,7 @@ class PagedCache:
         assert all(c.length <= self.max_len and len(c.token_ids) == c.length for c in chains), (
             "ids and length differ"
         )
+        assert all(c.num_finite <= c.length for c in chains), "slots past the end are known to be finite"
         assert all(len(c.pages) == self.pages_of(c.length) for c in self._prefixes), "a prefix holds too much"
 
     def _begin(self, seq_id: int, source: Chain, length: int) -> int:
@@ -172,6 +179,7 @@ class PagedCache:
         if chain.length < MIN_PREFIX:
             self._drop(chain.pages)
             return 0
+        chain.num_finite = chain.length
         self._chains[seq_id] = chain
         return chain.length
 
@@ -210,7 +218,7 @@ class PagedCache:
         dropped = chain.pages[kept:]
         del chain.pages[kept:]
         del chain.token_ids[length:]
-        chain.length = length
+        chain.length, chain.num_finite = length, min(chain.num_finite, length)
         self._drop(dropped)
 
     def _hold(self, pages: Iterable[int]) -> None:
@@ -258,4 +266,5 @@ class PagedCache:
 
 
 def _begins(short: Chain, long: Chain) -> bool:
-    return long.token_ids[: short.length] == short.token_ids
+    at = short.length - 1  # where most that differ do
+    return long.token_ids[at : at + 1] == short.token_ids[-1:] and long.token_ids[: at + 1] == short.token_ids

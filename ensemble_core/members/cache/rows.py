@@ -28,11 +28,15 @@ from ensemble_core.members.cache.base import MIN_PREFIX, LayerShape, longest_sha
 
 @dataclass(slots=True)
 class CacheRow:
-    """One sequence's place in the pool, or a cached prefix's. token_ids: what the first `length` slots hold."""
+    """One sequence's place in the pool, or a cached prefix's.
+
+    token_ids: what the first `length` slots hold. num_finite: how many of them are known to be finite.
+    """
 
     index: int
     length: int = 0
     token_ids: list[int] = field(default_factory=list)
+    num_finite: int = 0
 
 
 class KVCache:
@@ -89,8 +93,10 @@ class KVCache:
         source = rows[found]
         if source in self._prefixes:
             self._touch(source)
-        elif not self._finite(source, length):
-            return 0
+        elif source.num_finite < length:
+            if not self._finite(source, length):
+                return 0
+            source.num_finite = length
         self._begin(seq_id, source, length)
         return length
 
@@ -111,7 +117,7 @@ class KVCache:
         """Keep the first `length` tokens; 0 of an unknown sequence is fine."""
         assert 0 <= length <= self.length(seq_id), f"rollback to {length} of {self.length(seq_id)}"
         if row := self._rows.get(seq_id):
-            row.length = length
+            row.length, row.num_finite = length, min(row.num_finite, length)
             del row.token_ids[length:]
 
     def release(self, seq_id: int, keep: bool = False) -> None:
@@ -148,6 +154,7 @@ class KVCache:
             "a prefix is not wiped past its end"
         )
         assert all(len(row.token_ids) in (0, row.length) for row in rows), "the ids are not those of the row"
+        assert all(row.num_finite <= row.length for row in rows), "slots past the end are known to be finite"
 
     def _begin(self, seq_id: int, source: CacheRow | None, length: int) -> None:
         """Give a sequence its row, with the first `length` tokens of `source`."""
@@ -159,7 +166,7 @@ class KVCache:
         if source is not None:
             if origin != row.index:
                 self._copy(source.index, row.index, length)
-            row.length, row.token_ids = length, source.token_ids[:length]
+            row.length, row.num_finite, row.token_ids = length, length, source.token_ids[:length]
         self._wipe(row.index, length)
         self._rows[seq_id] = row
 
@@ -210,4 +217,5 @@ class KVCache:
 
 
 def _begins(short: CacheRow, long: CacheRow) -> bool:
-    return long.token_ids[: short.length] == short.token_ids
+    at = short.length - 1  # where most that differ do
+    return long.token_ids[at : at + 1] == short.token_ids[-1:] and long.token_ids[: at + 1] == short.token_ids
