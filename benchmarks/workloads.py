@@ -34,6 +34,7 @@ from ensemble_core.factory import load_recipes
 from ensemble_core.fusion.base import FUSIONS, Fused, FusionSpace, build_fusion
 from ensemble_core.members.answering import answer, lay_out
 from ensemble_core.members.base import Candidates, Feed, log_rest
+from ensemble_core.members.kernels.choice import choose
 from ensemble_core.members.loading.checkpoints import load_tokenizer, load_vocabulary
 from ensemble_core.members.loading.models import make_member
 from ensemble_core.members.local import LocalMember
@@ -248,9 +249,10 @@ def candidates(vocabulary: int, constrained: bool) -> Sample:
     widths = [vocabulary if constrained else NUM_CANDIDATES, *[NUM_CANDIDATES] * (NUM_ROWS - 1)]
     feeds = [Feed(i, [0], top_k=width) for i, width in enumerate(widths)]
     groups = (range(1), range(1, NUM_ROWS)) if constrained else (range(NUM_ROWS),)
+    kernels = choose([logits.device], logits.dtype)
 
     def work() -> list[Candidates]:
-        answers = answer(logits, feeds, lay_out(feeds))
+        answers = answer(logits, feeds, lay_out(feeds), kernels)
         return [answers.last(group).best(NUM_CANDIDATES) for group in groups]
 
     return lambda: timed(work)

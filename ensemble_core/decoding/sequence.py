@@ -134,7 +134,7 @@ class Sequence:
     @property
     def mid_character(self) -> bool:
         """True while the last character is incomplete."""
-        return self.spelling[1]
+        return self.spelling[1] if self.num_drafted else self.spelt.mid_character
 
     @property
     def scoring(self) -> bool:

@@ -52,6 +52,7 @@ class Lockstep:
         asked = members[:1] if sequence.mid_character else members
         return {member: Ask(sequence.tracks[member].num_uncached) for member in asked}
 
+    @torch.inference_mode()
     def decide(self, turns: abc.Sequence[Turn], answers: Mapping[str, Answers], num_candidates: int) -> Outcome:
         """See `Mode.decide`. Each turn gets one final token."""
         parts: list[Outcome] = []
