@@ -250,7 +250,7 @@ def floors_of(
 def concluded(support: ClosedSupport | Views, pooled: Tensor) -> Fused:
     """Pooled shares on a closed support (B, S + 1) as a distribution."""
     impossible = pooled == 0.0  # places that repeat; on CPU the logarithm of 0 takes eight times as long
-    logprobs = pooled.masked_fill(impossible, 1.0).log_().masked_fill_(impossible, -torch.inf)
+    logprobs = torch.where(impossible, -torch.inf, torch.where(impossible, 1.0, pooled).log_())
     return Fused(support.token_ids, logprobs[:, :-1], logprobs[:, -1], support.unmapped)
 
 
