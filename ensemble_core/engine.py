@@ -88,7 +88,7 @@ class Engine:
         """End sequences now. Unknown ids are ignored."""
         wanted = set(seq_ids)
         for sequence in (*self.scheduler.running, *self.scheduler.waiting):
-            if sequence.seq_id in wanted and sequence.phase is not Phase.FINISHED:
+            if sequence.seq_id in wanted and not sequence.is_finished:
                 sequence.finish("abort")
         return self._retire()
 
@@ -163,12 +163,11 @@ class Engine:
         for decision in decisions:
             sequence = decision.sequence
             for member in decision.unsound:
-                detail = f"member {member!r}: its numbers are not finite"
-                self._failures.lose(sequence, member, "non_finite", detail)
+                self._failures.lose_unsound(sequence, member)
             if decision.error is not None:
                 fail(sequence, decision.error)
             with own_fault(sequence):
-                if sequence.phase is not Phase.FINISHED:
+                if not sequence.is_finished:
                     sequence.decide(decision.tokens, decision.draft)
                     self._telemetry.token(sequence, len(decision.tokens))
                 if decision.tokens and not sequence.is_finished:
@@ -180,7 +179,7 @@ class Engine:
         started = time.perf_counter()
         for sequence in (turn.sequence for turn in step.turns):
             with own_fault(sequence):
-                if sequence.phase is not Phase.FINISHED:
+                if not sequence.is_finished:
                     self._respell(sequence, step.rollbacks)
         step.alignment_seconds = time.perf_counter() - started
 

@@ -24,7 +24,7 @@ from dataclasses import replace
 
 from ensemble_core.decoding.requests import Output
 from ensemble_core.decoding.scheduler import Share
-from ensemble_core.decoding.sequence import Phase, Sequence
+from ensemble_core.decoding.sequence import Sequence
 from ensemble_core.errors import MemberError, UnisonoError
 from ensemble_core.members.parallel import MemberPool, cause_of
 from ensemble_core.stats import Cause, DropStats, HealthStats, Reason, Record
@@ -47,6 +47,10 @@ class Failures:
             self._drop(sequence, member, cause, detail)
         else:
             fail(sequence, detail)
+
+    def lose_unsound(self, sequence: Sequence, member: str) -> None:
+        """Like `lose`, for numbers that are not finite."""
+        self.lose(sequence, member, "non_finite", f"member {member!r}: its numbers are not finite")
 
     def lose_to(self, sequence: Sequence, member: str, error: MemberError) -> None:
         """Like `lose`, for an error that a member raised."""
@@ -83,7 +87,7 @@ class Failures:
         return replace(share, counts=counts) if counts or share.scores else None
 
     def _drop(self, sequence: Sequence, member: str, reason: Reason, detail: str) -> None:
-        if sequence.phase is Phase.FINISHED or member not in sequence.tracks:
+        if sequence.is_finished or member not in sequence.tracks:
             return
         for gone in sequence.drop(member, reason):
             self._pool.release(gone, sequence.seq_id)
@@ -100,7 +104,7 @@ def _kept(counts: Mapping[str, int], busy: frozenset[str], sequence: Sequence) -
 
 def fail(sequence: Sequence, message: str) -> None:
     """End a sequence with an error, unless it has already ended."""
-    if sequence.phase is not Phase.FINISHED:
+    if not sequence.is_finished:
         logger.error("request %s failed: %s", sequence.request.request_id, message)
         sequence.finish("error", error=message)
 

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from ensemble_core.decoding.failures import Failures, own_fault
 from ensemble_core.decoding.modes.base import Turn
 from ensemble_core.decoding.scheduler import Share
-from ensemble_core.decoding.sequence import Phase, Sequence
+from ensemble_core.decoding.sequence import Sequence
 from ensemble_core.decoding.step import Step
 from ensemble_core.members.base import Answers, Feed, Member
 from ensemble_core.members.candidates import narrow
@@ -59,9 +59,9 @@ class Feeding:
                 feed = step.feeds[member][number]
                 self._score(sequence, member, feed, answers, number)
                 _weigh(sequence, member, feed, answers, number)
-        if sequence.scoring and sequence.phase is not Phase.FINISHED:
+        if sequence.scoring and not sequence.is_finished:
             _advance_scores(step, share)
-        if share.decides and sequence.phase is not Phase.FINISHED:
+        if share.decides and not sequence.is_finished:
             _take_turn(step, share, own)
 
     def _feed(self, share: Share, member: str, count: int) -> Feed:
@@ -94,7 +94,7 @@ class Feeding:
             return
         part = answers.of(number)
         if not part.logprobs.amax(dim=1).isfinite().all():
-            self._failures.lose(sequence, member, "non_finite", f"member {member!r}: its numbers are not finite")
+            self._failures.lose_unsound(sequence, member)
             return
         # Biased ids at the last position serve the token decision; they are not part of a score.
         num_following = len(sequence.tracks[member].prompt_ids) - (feed.keep or 0) - 1

@@ -186,10 +186,10 @@ class Scheduler:
 
     def retire(self) -> list[Sequence]:
         """Remove finished sequences from all lists and return them."""
-        finished = [s for s in (*self.running, *self.waiting) if s.phase is Phase.FINISHED]
+        finished = [s for s in (*self.running, *self.waiting) if s.is_finished]
         if finished:
-            self.running = [s for s in self.running if s.phase is not Phase.FINISHED]
-            self.waiting = deque(s for s in self.waiting if s.phase is not Phase.FINISHED)
+            self.running = [s for s in self.running if not s.is_finished]
+            self.waiting = deque(s for s in self.waiting if not s.is_finished)
             self._fresh.difference_update(finished)
             self._note_read(finished)
         return finished
@@ -228,7 +228,7 @@ class Scheduler:
         found = []
         for sequence in self.running if self._fresh else ():
             group = sequence.request.group
-            if group is None or sequence.phase is Phase.FINISHED:
+            if group is None or sequence.is_finished:
                 continue
             if sequence.phase is Phase.DECODE:
                 self._read[group] = sequence

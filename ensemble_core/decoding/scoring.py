@@ -15,7 +15,7 @@ from __future__ import annotations
 import codecs
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate, chain
+from itertools import chain
 
 import torch
 
@@ -24,8 +24,8 @@ from ensemble_core.decoding.recipe import Recipe
 from ensemble_core.decoding.reports import score
 from ensemble_core.decoding.requests import TokenLogprob
 from ensemble_core.fusion.base import single
-from ensemble_core.members.base import Candidates
-from ensemble_core.text.alignment import Track
+from ensemble_core.members.base import Candidates, stacked
+from ensemble_core.text.alignment import Track, plain_text, rests
 
 _BLOCK = 64  # positions fused at once
 
@@ -45,7 +45,7 @@ class _AnsweredRows:
     def rows(self, rows: Sequence[int]) -> Candidates:
         """The answers for the given rows of the prompt."""
         if len(self.parts) > 1:
-            self.parts = [_joined(self.parts)]
+            self.parts = [stacked(self.parts)]
         return self.parts[0].rows([row - self.first for row in rows])
 
     def drop(self, end: int) -> None:
@@ -214,25 +214,6 @@ def _control(track: Track, row: int) -> bytes:
     """The control token in a row of the prompt; all stop tokens count as one."""
     token_id = track.prompt_ids[row]
     return b"" if token_id in track.vocabulary.stop_ids else track.vocabulary.tokens[token_id]
-
-
-def rests(track: Track) -> list[int]:
-    """The place of each prompt token: how many bytes of text follow it, without control tokens."""
-    ends = list(accumulate(len(track.vocabulary.text_bytes(token_id)) for token_id in track.prompt_ids))
-    return [ends[-1] - end for end in ends]
-
-
-def plain_text(track: Track) -> bytes:
-    """The bytes that a prompt's tokens spell, without control tokens."""
-    return b"".join(track.vocabulary.text_bytes(token_id) for token_id in track.prompt_ids)
-
-
-def _joined(parts: list[Candidates]) -> Candidates:
-    return Candidates(
-        torch.cat([part.token_ids for part in parts]),
-        torch.cat([part.logprobs for part in parts]),
-        torch.cat([part.tail for part in parts]),
-    )
 
 
 def _described(main: Track, scored: dict[int, Scored], text: str) -> Iterator[TokenLogprob]:

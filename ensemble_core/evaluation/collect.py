@@ -23,7 +23,7 @@ from ensemble_core.errors import EvaluationError
 from ensemble_core.evaluation.scores import MemberScores, Scores, join_scores, load_scores, save_scores
 from ensemble_core.evaluation.spelling import Document, Spelling, SpeltDocument, spell
 from ensemble_core.llm import LLM
-from ensemble_core.members.base import Candidates, Feed, Member, ask
+from ensemble_core.members.base import Candidates, Feed, Member, ask, stacked
 from ensemble_core.members.loading.checkpoints import resolve_folder
 from ensemble_core.text.alignment import Track
 
@@ -115,7 +115,7 @@ def _member_scores(member: Member, spellings: Sequence[Spelling], top_k: int, bu
         logprob=torch.cat(logprobs),
         scored=torch.tensor([row.scored for _, row in rows]),
         slot=torch.where(met, met.cumsum(0) - 1, -1).int(),
-        candidates=_joined(answers).rows(kept),
+        candidates=stacked(answers).rows(kept),
     )
 
 
@@ -161,11 +161,3 @@ def _feed(index: int, spelling: Spelling, start: int, end: int) -> Feed:
     first = max(start, spelling.first)
     also = tuple((spelling.token_ids[row + 1],) for row in range(first, end))
     return Feed(_FIRST_ID - index, spelling.token_ids[start:end], len(also), also)
-
-
-def _joined(parts: Sequence[Candidates]) -> Candidates:
-    return Candidates(
-        torch.cat([part.token_ids for part in parts]),
-        torch.cat([part.logprobs for part in parts]),
-        torch.cat([part.tail for part in parts]),
-    )

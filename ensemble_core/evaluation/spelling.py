@@ -12,8 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ensemble_core.decoding.scoring import plain_text, rests
-from ensemble_core.text.alignment import Track
+from ensemble_core.text.alignment import Track, plain_text, rests
 
 
 @dataclass(frozen=True, slots=True)

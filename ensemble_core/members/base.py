@@ -140,6 +140,15 @@ class Abilities:
 ALL_ABILITIES = Abilities()
 
 
+def stacked(parts: Sequence[Candidates]) -> Candidates:
+    """The rows of several parts of the same width, one part after the other."""
+    return Candidates(
+        torch.cat([part.token_ids for part in parts]),
+        torch.cat([part.logprobs for part in parts]),
+        torch.cat([part.tail for part in parts]),
+    )
+
+
 def log_rest(logprobs: Tensor) -> Tensor:
     """Log of the mass outside (N, K) log-probabilities, (N,) float32; NaN for a row that is not finite.
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 from ensemble_core.text.seams import Seam, Seams
 from ensemble_core.text.vocabulary import Vocabulary
@@ -87,6 +88,17 @@ class Track:
         valid = min(self.num_cached, len(self.prompt_ids) + kept, len(self) - 1)
         dropped, self.num_cached = self.num_cached - valid, valid
         return dropped
+
+
+def rests(track: Track) -> list[int]:
+    """The place of each prompt token: how many bytes of text follow it, without control tokens."""
+    ends = list(accumulate(len(track.vocabulary.text_bytes(token_id)) for token_id in track.prompt_ids))
+    return [ends[-1] - end for end in ends]
+
+
+def plain_text(track: Track) -> bytes:
+    """The bytes that a prompt's tokens spell, without control tokens."""
+    return b"".join(track.vocabulary.text_bytes(token_id) for token_id in track.prompt_ids)
 
 
 def _spell(vocabulary: Vocabulary, ids: list[int], old: str | None, new: str) -> tuple[int, list[int]]:
