@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from fakes import FakeMember, byte_vocabulary, ensemble, pair_vocabulary
-from hypothesis import given
+from fakes import FakeMember, byte_vocabulary, ensemble, pair_vocabulary, space_of
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from ensemble_core.decoding.recipe import Recipe
 from ensemble_core.decoding.requests import TokenLogprob
 from ensemble_core.decoding.scoring import PromptScores, _paired
+from ensemble_core.fusion.projection import ProjectionFusion, ProjectionOptions
 from ensemble_core.members.base import Candidates, Feed, ask
 from ensemble_core.text.alignment import Track, rests
 from ensemble_core.text.vocabulary import Vocabulary
@@ -190,23 +191,31 @@ def with_controls(names: Sequence[bytes], seed: int) -> FakeMember:
     return FakeMember("m", Vocabulary(tokens, specials, plain.stop_ids, plain.encode), seed=seed)
 
 
+def projected(members: list[FakeMember]) -> Recipe:
+    """Fused in main's vocabulary, where control tokens of one name meet; relative fusion leaves them to main."""
+    names, fusion = tuple(m.name for m in members), ProjectionFusion(space_of(members), ProjectionOptions())
+    return Recipe("p", names, (1 / len(names),) * len(names), fusion, "projection")
+
+
 @given(st.lists(st.sampled_from([97, 98, 32, 257, 258, 256]), min_size=2, max_size=12))
+@example([*b"abcab", 257, *b"dea"])
 def test_two_identical_members_are_one_whatever_control_tokens_there_are(ids: list[int]) -> None:
     one, two = with_controls((b"<sep>", b"<end>"), seed=1), with_controls((b"<sep>", b"<end>"), seed=1)
     one.name, two.name = "one", "two"
     said = "".join(chr(i) for i in ids if i < 256)
     alone = scored(ensemble([one]), [one], [ids], said)
-    both = scored(ensemble([one, two], support="closed"), [one, two], [ids, ids], said)
-    for mine, theirs in zip(alone[1:], both[1:], strict=True):
-        assert mine.logprob is not None
-        assert theirs.logprob == pytest.approx(mine.logprob, abs=1e-4)
+    for recipe in (ensemble([one, two], support="closed"), projected([one, two])):
+        both = scored(recipe, [one, two], [ids, ids], said)
+        for mine, theirs in zip(alone[1:], both[1:], strict=True):
+            assert mine.logprob is not None
+            assert theirs.logprob == pytest.approx(mine.logprob, abs=1e-4)
 
 
 def test_a_control_token_that_an_assistant_lacks_is_mains_alone() -> None:
     """`<sep>` after b: only main knows it; what follows it is shared again."""
     one, two = with_controls((b"<sep>",), seed=1), with_controls((), seed=2)
     one.name, two.name = "one", "two"
-    recipe = ensemble([one, two], support="closed")
+    recipe = projected([one, two])
     ids, theirs = [97, 98, 257, 97], [97, 98, 97]
     found = scored(recipe, [one, two], [ids, theirs], "aba")
     assert found[2].logprob == pytest.approx(
