@@ -104,9 +104,10 @@ class RecipeBook:
         """
         for name in self._config.ensembles:
             recipe = self.resolve(name, Overrides())
+            self._built.pin()  # at once: the shelf drops what it holds beyond its size
             for member in filter(recipe.can_lose, recipe.members):
                 recipe.without((member,))
-        self._built.pin()
+                self._built.pin()
 
     def _alone(self, model: str, overrides: Overrides) -> Recipe:
         if overrides != Overrides():

@@ -13,6 +13,7 @@ Knows candidates and recipes; does not know schedules, engines or outputs.
 from __future__ import annotations
 
 import codecs
+from bisect import bisect_right
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
@@ -185,20 +186,28 @@ def _paired(main: Track, other: Track) -> dict[int, int]:
 
     Control tokens add nothing to the text, so several rows can be at one place. The last of them predicts the text
     that follows. Each earlier row predicts a control token, and is paired, in order, with a row of the other member
-    that predicts the same control token.
+    that predicts the same control token. Cost: P log P for P tokens.
     """
     theirs = _by_place(other)
     pairs: dict[int, int] = {}
     for rest, rows in _by_place(main).items():
-        partners = theirs.get(rest, [])
-        if partners:
+        if partners := theirs.get(rest):
+            pairs |= _paired_controls(main, rows[:-1], other, partners[:-1])
             pairs[rows[-1]] = partners[-1]
-        left = partners[:-1]
-        for row in rows[:-1]:
-            named = [_control(other, partner + 1) for partner in left]
-            if (wanted := _control(main, row + 1)) in named:
-                place = named.index(wanted)
-                pairs[row], left = left[place], left[place + 1 :]
+    return pairs
+
+
+def _paired_controls(main: Track, rows: list[int], other: Track, partners: list[int]) -> dict[int, int]:
+    """`_paired` for rows at one place that predict a control token."""
+    predicting: dict[bytes, list[int]] = {}
+    for partner in partners:
+        predicting.setdefault(_control(other, partner + 1), []).append(partner)
+    pairs: dict[int, int] = {}
+    last = -1
+    for row in rows:
+        free = predicting.get(_control(main, row + 1), [])
+        if (place := bisect_right(free, last)) < len(free):
+            pairs[row] = last = free[place]
     return pairs
 
 

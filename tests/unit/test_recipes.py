@@ -150,6 +150,31 @@ def test_configured_fusions_stay_and_of_the_others_the_least_recently_used_go() 
     assert len(shared._built) == 1 + _MAX_FUSIONS
 
 
+def test_configured_fusions_stay_however_many_there_are() -> None:
+    """More ensembles than client fusions are kept for, each with what is left if a member is dropped."""
+    ensembles = {
+        f"trio{i}": {
+            **TRIO,
+            "fusion": {"name": "relative", "options": {"solver": "search", "eta": 0.1 + i / 1000}},
+            "on_member_failure": "drop",
+        }
+        for i in range(_MAX_FUSIONS)
+    }
+    built = []
+
+    def space(names: tuple[str, ...], _: tuple[str, ...]) -> FusionSpace:
+        built.append(names)
+        return space_of([MEMBERS[name] for name in names])
+
+    shared = RecipeBook(fake_config(tuple(MEMBERS), ensembles=ensembles), space)
+    shared.warm()
+    assert len(built) == len(shared._built) == 3 * _MAX_FUSIONS
+    for name in ensembles:
+        for gone in ((), ("beta",), ("gamma",)):
+            assert shared.resolve(name, Overrides()).without(gone).fusion is not None
+    assert len(built) == 3 * _MAX_FUSIONS
+
+
 def test_equal_choices_are_fused_in_one_batch() -> None:
     shared = book()
     chosen = [Overrides(fusion_options={"solver": "em", "steps": steps}) for steps in (2, 3, 2)]

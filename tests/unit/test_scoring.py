@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
-from fakes import FakeMember, byte_vocabulary, ensemble, pair_vocabulary
-from hypothesis import given
+from fakes import FakeMember, byte_vocabulary, ensemble, pair_vocabulary, space_of
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from ensemble_core.decoding.recipe import Recipe
 from ensemble_core.decoding.requests import TokenLogprob
-from ensemble_core.decoding.scoring import PromptScores
+from ensemble_core.decoding.scoring import PromptScores, _paired
+from ensemble_core.fusion.projection import ProjectionFusion, ProjectionOptions
 from ensemble_core.members.base import Candidates, Feed, ask
-from ensemble_core.text.alignment import Track
+from ensemble_core.text.alignment import Track, rests
 from ensemble_core.text.vocabulary import Vocabulary
 
 K = 300  # more than either vocabulary has
@@ -189,23 +191,31 @@ def with_controls(names: Sequence[bytes], seed: int) -> FakeMember:
     return FakeMember("m", Vocabulary(tokens, specials, plain.stop_ids, plain.encode), seed=seed)
 
 
+def projected(members: list[FakeMember]) -> Recipe:
+    """Fused in main's vocabulary, where control tokens of one name meet; relative fusion leaves them to main."""
+    names, fusion = tuple(m.name for m in members), ProjectionFusion(space_of(members), ProjectionOptions())
+    return Recipe("p", names, (1 / len(names),) * len(names), fusion, "projection")
+
+
 @given(st.lists(st.sampled_from([97, 98, 32, 257, 258, 256]), min_size=2, max_size=12))
+@example([*b"abcab", 257, *b"dea"])
 def test_two_identical_members_are_one_whatever_control_tokens_there_are(ids: list[int]) -> None:
     one, two = with_controls((b"<sep>", b"<end>"), seed=1), with_controls((b"<sep>", b"<end>"), seed=1)
     one.name, two.name = "one", "two"
     said = "".join(chr(i) for i in ids if i < 256)
     alone = scored(ensemble([one]), [one], [ids], said)
-    both = scored(ensemble([one, two], support="closed"), [one, two], [ids, ids], said)
-    for mine, theirs in zip(alone[1:], both[1:], strict=True):
-        assert mine.logprob is not None
-        assert theirs.logprob == pytest.approx(mine.logprob, abs=1e-4)
+    for recipe in (ensemble([one, two], support="closed"), projected([one, two])):
+        both = scored(recipe, [one, two], [ids, ids], said)
+        for mine, theirs in zip(alone[1:], both[1:], strict=True):
+            assert mine.logprob is not None
+            assert theirs.logprob == pytest.approx(mine.logprob, abs=1e-4)
 
 
 def test_a_control_token_that_an_assistant_lacks_is_mains_alone() -> None:
     """`<sep>` after b: only main knows it; what follows it is shared again."""
     one, two = with_controls((b"<sep>",), seed=1), with_controls((), seed=2)
     one.name, two.name = "one", "two"
-    recipe = ensemble([one, two], support="closed")
+    recipe = projected([one, two])
     ids, theirs = [97, 98, 257, 97], [97, 98, 97]
     found = scored(recipe, [one, two], [ids, theirs], "aba")
     assert found[2].logprob == pytest.approx(
@@ -218,3 +228,55 @@ def test_a_control_token_that_an_assistant_lacks_is_mains_alone() -> None:
 
 def _place(member: FakeMember, ids: list[int], row: int, token_id: int) -> int:
     return answer(member, ids).token_ids[row].tolist().index(token_id)
+
+
+def slow_pairs(main: Track, other: Track) -> dict[int, int]:
+    """Main's row -> the other's, found by walking: each control token takes the next of its name at its place."""
+    ours, theirs = rests(main), rests(other)
+    pairs: dict[int, int] = {}
+    for row, rest in enumerate(ours):
+        there = [r for r, place in enumerate(theirs) if place == rest]
+        if row + 1 == len(ours) or ours[row + 1] != rest:
+            pairs |= {row: there[-1]} if there else {}
+            continue
+        name = main.vocabulary.tokens[main.prompt_ids[row + 1]]
+        used = max((pairs[r] for r in pairs if ours[r] == rest), default=-1)
+        free = [r for r in there[:-1] if r > used and other.vocabulary.tokens[other.prompt_ids[r + 1]] == name]
+        pairs |= {row: free[0]} if free else {}
+    return pairs
+
+
+CONTROLS = st.lists(st.sampled_from([97, 98, 256, 257, 258, 259]), min_size=1, max_size=12)
+
+
+@given(CONTROLS, CONTROLS)
+def test_control_tokens_are_paired_by_name_in_order(ids: list[int], theirs: list[int]) -> None:
+    one, two = with_controls((b"<x>", b"<y>", b"<z>"), 1), with_controls((b"<y>", b"<x>", b"<w>"), 2)
+    main, other = Track(one.vocabulary, ids), Track(two.vocabulary, theirs)
+    found = _paired(main, other)
+    assert found == slow_pairs(main, other)
+    rows = [partner for _, partner in sorted(found.items())]
+    assert rows == sorted(rows)
+
+
+class CountedTokens(list[bytes]):
+    """Counts how often a token is looked up."""
+
+    num_lookups = 0
+
+    def __getitem__(self, index: Any) -> Any:
+        self.num_lookups += 1
+        return super().__getitem__(index)
+
+
+@pytest.mark.parametrize("partner", [257, 258])
+def test_a_run_of_control_tokens_is_paired_in_time_linear_in_its_length(partner: int) -> None:
+    plain = with_controls((b"<x>", b"<y>"), 1).vocabulary
+
+    def lookups(num: int) -> int:
+        tokens = CountedTokens(plain.tokens)
+        vocabulary = Vocabulary(tokens, plain.special_ids, plain.stop_ids, plain.encode)
+        _paired(Track(vocabulary, [97] + [257] * num), Track(vocabulary, [97] + [partner] * num))
+        return tokens.num_lookups
+
+    assert 0 < lookups(400) <= 2.1 * lookups(200)
