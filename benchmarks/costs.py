@@ -63,19 +63,15 @@ def every_cost(config: Path) -> list[Cost]:
     """All kinds of work."""
     wide = (32_768, 65_536, 131_072, 262_144)
     return [
-        Cost(
-            "search for cached prefixes a step, prompts of 4,000 tokens",
-            "waiting prompts",
-            (3, 7, 14, 27),
-            lambda num: workloads.prefix_search(num, 4000),
-            bound=1.0,
-        ),
-        Cost(
-            "search for cached prefixes a step, prompts of 9 tokens",
-            "waiting prompts",
-            (64, 128, 256, 512),
-            lambda num: workloads.prefix_search(num, 9),
-            bound=1.0,
+        *(
+            Cost(
+                f"search for cached prefixes a step, prompts of {length:,} tokens",
+                "waiting prompts",
+                sizes,
+                partial(workloads.prefix_search, length=length),
+                bound=1.0,
+            )
+            for length, sizes in ((4000, (3, 7, 14, 27)), (9, (64, 128, 256, 512)))
         ),
         *_respellings(config),
         Cost(

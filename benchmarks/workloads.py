@@ -27,7 +27,7 @@ from ensemble_core.decoding.recipe import Recipe
 from ensemble_core.decoding.requests import GenerationRequest
 from ensemble_core.decoding.sampling_params import SamplingParams
 from ensemble_core.decoding.scheduler import Capacity, Limits, Scheduler
-from ensemble_core.decoding.sequence import Sequence
+from ensemble_core.decoding.sequence import Choice, Sequence
 from ensemble_core.decoding.shaping import shape
 from ensemble_core.engine import Engine
 from ensemble_core.factory import load_recipes
@@ -286,7 +286,7 @@ def penalties(num_tokens: int) -> Sample:
 
 def _extend(sequences: list[Sequence], token_id: int) -> None:
     for sequence in sequences:
-        sequence.append(token_id)
+        sequence.decide([Choice(token_id)])
 
 
 def stop_strings(length: int, *, nearly: bool) -> Sample:

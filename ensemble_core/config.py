@@ -107,7 +107,7 @@ class MemberConfig(_Section):
         return self
 
 
-class _StrategyConfig(_Section):
+class StrategyConfig(_Section):
     """A strategy and its options. A bare name is short for `{name: NAME}`."""
 
     name: str
@@ -119,13 +119,13 @@ class _StrategyConfig(_Section):
         return {"name": value} if isinstance(value, str) else value
 
 
-class FusionConfig(_StrategyConfig):
+class FusionConfig(StrategyConfig):
     """How members' distributions are fused."""
 
     name: str = Field("relative", description="A registered fusion: relative, ...")
 
 
-class ModeConfig(_StrategyConfig):
+class ModeConfig(StrategyConfig):
     """How a sequence takes its next step."""
 
     name: str = Field("lockstep", description="A registered mode. lockstep: every member answers at every step.")

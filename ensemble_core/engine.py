@@ -166,12 +166,14 @@ class Engine:
                 self._failures.lose_unsound(sequence, member)
             if decision.error is not None:
                 fail(sequence, decision.error)
+            if sequence.is_finished:
+                continue
             with own_fault(sequence):
-                if not sequence.is_finished:
-                    sequence.decide(decision.tokens, decision.draft)
-                    self._telemetry.token(sequence, len(decision.tokens))
-                if decision.tokens and not sequence.is_finished:
-                    news.append((sequence.seq_id, sequence.take()))
+                sequence.decide(decision.tokens, decision.draft)
+                if decision.tokens:
+                    self._telemetry.tokens(sequence)
+                    if not sequence.is_finished:
+                        news.append((sequence.seq_id, sequence.take()))
         return news
 
     def _align(self, step: Step) -> None:

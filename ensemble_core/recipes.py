@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
-from ensemble_core.config import Config, EnsembleConfig
+from ensemble_core.config import Config, EnsembleConfig, StrategyConfig
 from ensemble_core.decoding.modes.base import choose_mode
 from ensemble_core.decoding.recipe import ModeChoice, Recipe
 from ensemble_core.decoding.requests import Overrides, Weighting
@@ -122,12 +122,9 @@ class RecipeBook:
         self, model: str, ensemble: EnsembleConfig, members: tuple[str, ...], overrides: Overrides
     ) -> tuple[str, str, Fusion | None]:
         """The fusion's name, its key (the same for any subset of the members) and the fusion; None for one member."""
-        name = overrides.fusion or ensemble.fusion.name
-        options: Mapping[str, Any] = ensemble.fusion.options if overrides.fusion is None else {}
-        if overrides.fusion_options is not None:
-            options = overrides.fusion_options
+        name, options = _chosen(ensemble.fusion, overrides.fusion, overrides.fusion_options)
         try:
-            parsed = FUSIONS.parse(name, dict(options), "ensemble.fusion")
+            parsed = FUSIONS.parse(name, options, "ensemble.fusion")
             if len(members) == 1:
                 return "single", "", None
             whole = tuple(ensemble.members)
@@ -194,15 +191,21 @@ def _tau(ensemble: EnsembleConfig, overrides: Overrides) -> float | None:
 
 
 def _mode(ensemble: EnsembleConfig, overrides: Overrides) -> ModeChoice:
-    """The mode. If the request sends no options, a configured mode keeps its configured options."""
-    name = overrides.mode or ensemble.mode.name
-    options = dict(ensemble.mode.options) if name == ensemble.mode.name else {}
-    if overrides.mode_options is not None:
-        options = dict(overrides.mode_options)
+    """How steps are taken. Raises InvalidRequestError."""
+    name, options = _chosen(ensemble.mode, overrides.mode, overrides.mode_options)
     try:
         return choose_mode(name, options, "ensemble.mode")
     except (UnknownStrategyError, ConfigError) as error:
         raise InvalidRequestError(str(error), "ensemble.mode") from error
+
+
+def _chosen(
+    configured: StrategyConfig, name: str | None, options: Mapping[str, Any] | None
+) -> tuple[str, dict[str, Any]]:
+    """A strategy's name and options. One that a request names starts from that strategy's own defaults."""
+    if options is None:
+        options = configured.options if name is None else {}
+    return name or configured.name, dict(options)
 
 
 def _require_members(names: tuple[str, ...], ensemble: EnsembleConfig, param: str) -> None:

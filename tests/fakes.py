@@ -12,7 +12,7 @@ from ensemble_core.admission import Admission, Speaker
 from ensemble_core.config import Config
 from ensemble_core.decoding.guidance import Grammars
 from ensemble_core.decoding.recipe import Recipe
-from ensemble_core.decoding.requests import GenerationRequest
+from ensemble_core.decoding.requests import GenerationRequest, Output
 from ensemble_core.decoding.sampling_params import SamplingParams
 from ensemble_core.decoding.scheduler import Limits
 from ensemble_core.decoding.sequence import Sequence
@@ -86,6 +86,29 @@ class Records(list[Stats]):
     def of(self, kind: type[Kind]) -> list[Kind]:
         """The records of one kind, in order."""
         return [each for each in self if isinstance(each, kind)]
+
+
+class Bench:
+    """An engine over fake members, and all outputs of its sequences."""
+
+    def __init__(self, loaded: Loaded, members: Mapping[str, FakeMember]) -> None:
+        self.loaded, self.engine, self.members = loaded, loaded.engine, members
+        self.outputs: dict[int, list[Output]] = {}
+
+    def step(self) -> None:
+        """One step, its outputs kept, and the scheduler's books checked."""
+        for seq_id, output in self.engine.step():
+            self.outputs.setdefault(seq_id, []).append(output)
+        self.engine.scheduler.check()
+
+    def run(self) -> int:
+        """Steps until all have ended; then every member is empty."""
+        for steps in range(5000):
+            if not self.engine.has_work:
+                assert all(member.is_empty for member in self.members.values())
+                return steps
+            self.step()
+        raise AssertionError("the engine does not come to an end")
 
 
 def fake_engine(

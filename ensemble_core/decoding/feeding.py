@@ -87,7 +87,8 @@ class Feeding:
         whole = recipe.fusion is not None and recipe.fusion.full_vocabulary
         if whole or (is_main and share.decides and sequence.constraint is not None):
             return self._sizes[member]
-        return min(self._num_candidates + (len(sequence.biased) if is_main else 0), self._most[member])
+        num_biased = len(sequence.biased) if is_main and share.decides else 0
+        return min(self._num_candidates + num_biased, self._most[member])
 
     def _score(self, sequence: Sequence, member: str, feed: Feed, answers: Answers, number: int) -> None:
         if sequence.scores is None or not sequence.scoring or not feed.wanted:

@@ -152,10 +152,6 @@ class Sequence:
             self._drawn = self.rng.random()
         return self._drawn
 
-    def append(self, token_id: int, scored: Scored | None = None, trace: Trace | None = None) -> None:
-        """Append one final token. May finish the sequence."""
-        self.decide((Choice(token_id, scored, trace),))
-
     def decide(self, tokens: Iterable[Choice], draft: Iterable[int] = ()) -> None:
         """Make main's track end with `tokens`, now final, followed by `draft`. May finish the sequence.
 

@@ -53,10 +53,8 @@ class Telemetry:
         )
         self.queue()
 
-    def token(self, sequence: Sequence, num_tokens: int) -> None:
-        """Record that a sequence got tokens, if any. Those of one step count as one event."""
-        if not num_tokens:
-            return
+    def tokens(self, sequence: Sequence) -> None:
+        """Record that a sequence got tokens. Those of one step count as one event."""
         now = time.perf_counter()
         if sequence.last_token is None:
             sequence.first_token = now

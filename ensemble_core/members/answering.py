@@ -8,35 +8,37 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import chain, groupby
 
 from torch import Tensor
 
 from ensemble_core.members.base import Answers, Feed, Span
 from ensemble_core.members.candidates import likelihoods, top_candidates
 from ensemble_core.members.kernels.base import Kernels
-from ensemble_core.members.kernels.plain import PLAIN
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
     """Which rows of logits belong to which feed.
 
-    order: feeds in the order of their rows. groups: for each block its feeds' numbers, in the order of their rows.
+    groups: for each block its feeds' numbers, in the order of their rows.
     """
 
-    order: tuple[int, ...]
     groups: tuple[tuple[int, ...], ...]
+
+    @property
+    def order(self) -> tuple[int, ...]:
+        """Feeds in the order of their rows."""
+        return tuple(chain.from_iterable(self.groups))
 
 
 def lay_out(feeds: Sequence[Feed]) -> Layout:
     """Rows of equal width together, otherwise in the order of the feeds; feeds that want nothing have no rows."""
     asking = sorted((i for i, feed in enumerate(feeds) if feed.wanted), key=lambda i: feeds[i].top_k)
-    groups = tuple(tuple(group) for _, group in groupby(asking, key=lambda i: feeds[i].top_k))
-    return Layout(tuple(asking), groups)
+    return Layout(tuple(tuple(group) for _, group in groupby(asking, key=lambda i: feeds[i].top_k)))
 
 
-def answer(logits: Tensor, feeds: Sequence[Feed], layout: Layout, kernels: Kernels = PLAIN) -> Answers:
+def answer(logits: Tensor, feeds: Sequence[Feed], layout: Layout, kernels: Kernels) -> Answers:
     """Candidates of every wanted position, and the likelihoods that are asked for.
 
     logits: (N, V), the wanted positions in the layout's order, then a row for every `following` id that is not -1,

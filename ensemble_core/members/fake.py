@@ -18,6 +18,7 @@ from torch import Tensor
 from ensemble_core.errors import MemberError
 from ensemble_core.members.answering import answer, lay_out
 from ensemble_core.members.base import ALL_ABILITIES, Abilities, Answers, Feed
+from ensemble_core.members.kernels.plain import PLAIN
 from ensemble_core.text.vocabulary import Vocabulary
 
 # What fake members like to write: a small alphabet, so that long tokens match, and the heads of é, 中 and 😀.
@@ -117,7 +118,7 @@ class FakeMember:
         rows = [row for i in layout.order for row in wanted[i]]
         rows += [row for feed in feeds for row in self._followed(feed)]
         logits = torch.stack(rows) if rows else torch.empty(0, len(self.vocabulary))
-        return answer(logits, feeds, layout)
+        return answer(logits, feeds, layout, PLAIN)
 
     def _followed(self, feed: Feed) -> list[Tensor]:
         """Logits before each id that the feed asks to be followed; what it fed is the last of what is cached."""

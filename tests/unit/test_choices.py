@@ -8,10 +8,10 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from fakes import FakeMember, byte_vocabulary, fake_config, fake_loaded, pair_vocabulary
+from fakes import Bench, FakeMember, byte_vocabulary, fake_config, fake_loaded, pair_vocabulary
 from test_scheduler import feed, make
 
-from ensemble_core.decoding.requests import GenerationRequest, Output
+from ensemble_core.decoding.requests import GenerationRequest
 from ensemble_core.decoding.sampling_params import SamplingParams
 from ensemble_core.decoding.scheduler import Capacity, Limits, Scheduler
 from ensemble_core.decoding.sequence import Phase, Sequence
@@ -19,26 +19,23 @@ from ensemble_core.decoding.sequence import Phase, Sequence
 SHORTEST = 16  # tokens that are worth being taken over
 
 
-class Bench:
+class Choosers(Bench):
     """Two fake members that take over no short prefix, and what their sequences said."""
 
     def __init__(self, perplexity: bool = False, num_pages: int = 1024, **scheduler: Any) -> None:
         options: dict[str, Any] = {"min_prefix": SHORTEST, "num_pages": num_pages}
-        self.members = {
+        members = {
             "alpha": FakeMember("alpha", byte_vocabulary(), seed=1, **options),
             "beta": FakeMember("beta", pair_vocabulary(), seed=2, **options),
         }
         self.searches: list[tuple[str, int]] = []  # member, sequence
-        for member in self.members.values():
+        for member in members.values():
             self._watch(member)
         duo: dict[str, Any] = {"members": {"alpha": 0.5, "beta": 0.5}, "main": "alpha"}
         if perplexity:
             duo["weighting"] = {"by": "perplexity", "tau": 0.5}
-        self.loaded = fake_loaded(
-            fake_config(ensembles={"duo": duo}, scheduler={"num_candidates": 32} | scheduler), self.members
-        )
-        self.engine = self.loaded.engine
-        self.outputs: dict[int, list[Output]] = {}
+        config = fake_config(ensembles={"duo": duo}, scheduler={"num_candidates": 32} | scheduler)
+        super().__init__(fake_loaded(config, members), members)
 
     def _watch(self, member: FakeMember) -> None:
         reuse = member.reuse
@@ -59,20 +56,6 @@ class Bench:
         self.engine.add(made)
         return made
 
-    def step(self) -> None:
-        for seq_id, output in self.engine.step():
-            self.outputs.setdefault(seq_id, []).append(output)
-        self.engine.scheduler.check()
-
-    def run(self) -> int:
-        """Steps until all have ended."""
-        for steps in range(3000):
-            if not self.engine.has_work:
-                assert all(member.is_empty for member in self.members.values())
-                return steps
-            self.step()
-        raise AssertionError("the engine does not come to an end")
-
     def text(self, sequence: Sequence) -> str:
         return "".join(output.text for output in self.outputs[sequence.seq_id])
 
@@ -81,8 +64,8 @@ class Bench:
         return sum(len(feed.token_ids) for call in calls for feed in call if feed.seq_id == seq_id)
 
 
-def steps_of(prompt: str, num: int, group: str | None = "g", bench: Bench | None = None, **params: Any) -> int:
-    bench = bench or Bench(token_budget=2048)
+def steps_of(prompt: str, num: int, group: str | None = "g", bench: Choosers | None = None, **params: Any) -> int:
+    bench = bench or Choosers(token_budget=2048)
     bench.add(prompt, num, group, **params)
     return bench.run()
 
@@ -94,7 +77,7 @@ def steps_of(prompt: str, num: int, group: str | None = "g", bench: Bench | None
 def test_sixteen_choices_take_the_steps_of_one(length: int, max_tokens: int, prefix_reuse: bool) -> None:
     prompt = ("ab" * length)[:length]
     one, many = (
-        steps_of(prompt, num, bench=Bench(token_budget=2048, prefix_reuse=prefix_reuse), max_tokens=max_tokens)
+        steps_of(prompt, num, bench=Choosers(token_budget=2048, prefix_reuse=prefix_reuse), max_tokens=max_tokens)
         for num in (1, 16)
     )
     assert many <= one + (length > SHORTEST), "a long prompt's leader goes one step ahead"
@@ -108,7 +91,7 @@ def test_scores_and_weights_are_found_once(what: str, length: int, max_tokens: i
     params: dict[str, Any] = {"max_tokens": max_tokens}
     if what == "scored":
         params |= {"echo": True, "logprobs": 1}
-    one, bench = Bench(what == "weighed"), Bench(what == "weighed")
+    one, bench = Choosers(what == "weighed"), Choosers(what == "weighed")
     (alone,) = one.add("ab" * length, 1, **params)
     made = bench.add("ab" * length, 16, **params)
     assert bench.run() <= one.run() + 2
@@ -133,7 +116,7 @@ def test_a_group_costs_no_more_steps_than_requests_without_one(seed: int) -> Non
         "max_running": rng.choice([1, 2, 5, 32]),
         "prefix_reuse": rng.random() < 0.5,
     }
-    alone, shared, apart = (Bench(**scheduler) for _ in range(3))
+    alone, shared, apart = (Choosers(**scheduler) for _ in range(3))
     once = steps_of(prompt, 1, bench=alone, max_tokens=max_tokens)
     made, expected = (b.add(prompt, num, g, max_tokens=max_tokens) for b, g in ((shared, "g"), (apart, None)))
     assert shared.run() <= apart.run() + once
@@ -143,14 +126,14 @@ def test_a_group_costs_no_more_steps_than_requests_without_one(seed: int) -> Non
 @pytest.mark.parametrize("length", [9, 40])
 @pytest.mark.parametrize("end", ["abort", "fail", "all fail"])
 def test_nobody_waits_for_a_leader_that_is_gone(length: int, end: str) -> None:
-    bench, prompt = Bench(token_budget=24), ("ab" * length)[:length]
+    bench, prompt = Choosers(token_budget=24), ("ab" * length)[:length]
     made = bench.add(prompt, 8)
     bench.step()
     if end == "abort":
         bench.engine.abort([made[0].seq_id])
     else:
         bench.members["alpha"].fails_on |= {s.seq_id for s in (made if end == "all fail" else made[:1])}
-    apart = Bench(token_budget=24)
+    apart = Choosers(token_budget=24)
     expected = apart.add(prompt, 8, None)
     assert bench.run() <= apart.run() + 3
     failed = 8 if end == "all fail" else 0
@@ -162,7 +145,7 @@ def test_nobody_waits_for_a_leader_that_is_gone(length: int, end: str) -> None:
 @pytest.mark.parametrize("length", [9, 40])
 @pytest.mark.parametrize("perplexity", [False, True])
 def test_choices_that_are_preempted_say_what_they_say_alone(length: int, perplexity: bool) -> None:
-    few, plenty = Bench(perplexity, num_pages=20, token_budget=30), Bench(perplexity, token_budget=30)
+    few, plenty = Choosers(perplexity, num_pages=20, token_budget=30), Choosers(perplexity, token_budget=30)
     preempted: list[Sequence] = []
     admit = few.engine.scheduler.admit
     few.engine.scheduler.admit = lambda: (gone := admit(), preempted.extend(gone))[0]  # type: ignore[method-assign]
@@ -176,7 +159,7 @@ def test_choices_that_are_preempted_say_what_they_say_alone(length: int, perplex
 
 
 def test_a_choice_that_comes_late_takes_over_from_one_that_runs() -> None:
-    bench = Bench(prefix_reuse=False)
+    bench = Choosers(prefix_reuse=False)
     first = bench.add("ab" * 20, 2, max_tokens=30)
     for _ in range(5):
         bench.step()
@@ -192,7 +175,7 @@ def test_a_choice_that_comes_late_takes_over_from_one_that_runs() -> None:
 
 @pytest.mark.parametrize("budget", [5, 30, 2048])
 def test_each_sequence_is_looked_up_once_a_member(budget: int) -> None:
-    bench = Bench(token_budget=budget, max_running=8)
+    bench = Choosers(token_budget=budget, max_running=8)
     made = [s for i in range(12) for s in bench.add(f"{'abcdef'[i % 6]}" * 30, 1, group=None)]
     made += bench.add("ab" * 9, 4)  # too short in beta
     bench.run()
@@ -202,7 +185,7 @@ def test_each_sequence_is_looked_up_once_a_member(budget: int) -> None:
 
 
 def test_prompts_that_come_together_take_over_all_that_was_cached_before_their_turn() -> None:
-    bench = Bench(token_budget=40)
+    bench = Choosers(token_budget=40)
     made = [s for i in range(6) for s in bench.add("ab" * 50 + "cde"[i % 3] * 3, 1, group=None)]
     bench.run()
     for sequence in made[2:]:  # the second begins in the step that ends the first one's prompt
@@ -210,7 +193,7 @@ def test_prompts_that_come_together_take_over_all_that_was_cached_before_their_t
 
 
 def test_prefixes_of_other_requests_stay_theirs_where_reuse_is_off() -> None:
-    bench = Bench(prefix_reuse=False, token_budget=200)
+    bench = Choosers(prefix_reuse=False, token_budget=200)
     bench.add("ab" * 20, 1, group=None, max_tokens=30)
     made = bench.add("ab" * 20, 3, max_tokens=1)  # the leader is gone when the others begin
     bench.run()
@@ -240,7 +223,7 @@ def crowd(num: int, group: str | None, num_pages: int = 10**6) -> Scheduler:
     scheduler = Scheduler(
         {name: Capacity(16, num_pages, 256, SHORTEST) for name in ("alpha", "beta")}, Limits(num, 2 * num, 512)
     )
-    bench = Bench(max_waiting=2 * num)
+    bench = Choosers(max_waiting=2 * num)
     scheduler.add(bench.add("ab" * 20, 2 * num, group))
     return scheduler
 

@@ -8,33 +8,29 @@ from collections import abc
 from typing import Any
 
 import pytest
-from fakes import FakeMember, byte_vocabulary, fake_config, fake_loaded, mid_character, pair_vocabulary
+from fakes import Bench, FakeMember, byte_vocabulary, fake_config, fake_loaded, mid_character, pair_vocabulary
 
 from ensemble_core.decoding.requests import GenerationRequest, Output, Prompt, TokenLogprob
 from ensemble_core.decoding.sampling_params import SamplingParams
 from ensemble_core.decoding.sequence import Phase, Sequence
-from ensemble_core.engine import Engine
-from ensemble_core.factory import Loaded
 
 K = 32
 GREEDY: dict[str, Any] = {"temperature": 0.0}
 
 
-class Bench:
+class Pair(Bench):
     """Two fake members, an engine and its admission."""
 
     def __init__(self, twins: bool = False, **scheduler: int) -> None:
         second = byte_vocabulary() if twins else pair_vocabulary()
-        self.members = {
+        members = {
             "alpha": FakeMember("alpha", byte_vocabulary(), seed=1),
             "beta": FakeMember("beta", second, seed=1 if twins else 2),
         }
         config = fake_config(
             scheduler={"num_candidates": K, "token_budget": 64, "prefix_reuse": False} | scheduler
         )
-        self.loaded: Loaded = fake_loaded(config, self.members)
-        self.engine: Engine = self.loaded.engine
-        self.outputs: dict[int, list[Output]] = {}
+        super().__init__(fake_loaded(config, members), members)
 
     def admit(self, prompt: Prompt, model: str = "duo", group: str | None = None, **params: Any) -> Sequence:
         trace = bool(params.pop("trace", False))
@@ -45,19 +41,6 @@ class Bench:
         sequence = self.admit(*args, **params)
         self.engine.add([sequence])
         return sequence
-
-    def step(self) -> None:
-        for seq_id, output in self.engine.step():
-            self.outputs.setdefault(seq_id, []).append(output)
-        self.engine.scheduler.check()
-
-    def run(self) -> None:
-        for _ in range(3000):
-            if not self.engine.has_work:
-                assert all(member.is_empty for member in self.members.values())
-                return
-            self.step()
-        raise AssertionError("the engine does not come to an end")
 
     def of(self, sequence: Sequence) -> list[Output]:
         return self.outputs[sequence.seq_id]
@@ -79,7 +62,7 @@ def entries(outputs: abc.Sequence[Output]) -> tuple[TokenLogprob, ...]:
 
 
 def alone(*args: Any, **params: Any) -> list[Output]:
-    bench = Bench()
+    bench = Pair()
     sequence = bench.add(*args, **params)
     bench.run()
     return bench.of(sequence)
@@ -91,7 +74,7 @@ def alone(*args: Any, **params: Any) -> list[Output]:
 @pytest.mark.parametrize("model", ["duo", "alpha"])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_a_full_bias_forces_a_token_and_harms_nobody_beside_it(model: str, temperature: float) -> None:
-    bench = Bench()
+    bench = Pair()
     unlikely = ord("~")  # far outside of main's candidates
     params = {"max_tokens": 6, "temperature": temperature, "seed": 3}
     forced = bench.add("abc", model, logit_bias=((unlikely, 100.0),), **params)
@@ -114,7 +97,7 @@ def test_a_full_negative_bias_bans() -> None:
 
 def test_the_end_is_held_off_until_min_tokens() -> None:
     for least in (0, 5):
-        bench = Bench()
+        bench = Pair()
         (end,) = bench.members["alpha"].vocabulary.stop_ids
         made = bench.add("abc", max_tokens=20, min_tokens=least, logit_bias=((end, 100.0),), **GREEDY)
         bench.run()
@@ -128,7 +111,7 @@ def test_the_end_is_held_off_until_min_tokens() -> None:
 @pytest.mark.parametrize("model", ["duo", "alpha"])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_constrained_text_fits_and_changes_nothing_beside_it(model: str, temperature: float) -> None:
-    bench = Bench()
+    bench = Pair()
     schema = json.dumps({"type": "array", "items": {"enum": ["cat", 7]}, "minItems": 2, "maxItems": 4})
     params = {"max_tokens": 200, "temperature": temperature, "seed": 4}
     bound = bench.add("abc", model, json_schema=schema, **params)
@@ -164,7 +147,7 @@ def test_a_prompt_is_scored_the_same_in_pieces_and_in_company(model: str) -> Non
     prompts = ["cab de deed 中文 bad " * 2, "abc", "a"]
     whole = [entries(alone(prompt, model, **params)) for prompt in prompts]
     for budget in (1, 7):
-        bench = Bench(token_budget=budget)
+        bench = Pair(token_budget=budget)
         made = [bench.add(prompt, model, **params) for prompt in prompts]
         bench.add("deed bad", "alpha", max_tokens=30, **GREEDY)
         bench.run()
@@ -178,7 +161,7 @@ def test_a_prompt_is_scored_the_same_in_pieces_and_in_company(model: str) -> Non
 
 def test_two_identical_members_score_as_one() -> None:
     params: dict[str, Any] = {"max_tokens": 0, "echo": True, "logprobs": 1, **GREEDY}
-    bench = Bench(twins=True)
+    bench = Pair(twins=True)
     both, one = bench.add("cab de deed", "duo", **params), bench.add("cab de deed", "alpha", **params)
     bench.run()
     found, expected = entries(bench.of(both)), entries(bench.of(one))
@@ -225,10 +208,10 @@ def test_numbers_are_before_temperature_and_bias() -> None:
 
 def test_a_scored_prompt_beside_a_stream_is_fused_bit_by_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     """No step fuses more than it is granted; the stream gets a token in each; the numbers are the same."""
-    prompt, apart = "cab de deed bad 中文 " * 6, Bench()
+    prompt, apart = "cab de deed bad 中文 " * 6, Pair()
     expected = apart.add(prompt, echo=True, logprobs=2, max_tokens=3, **GREEDY)
     apart.run()
-    bench = Bench()
+    bench = Pair()
     monkeypatch.setattr(bench.engine.scheduler.pace, "grant", lambda kinds, num, prompts: 16 if num else None)
     stream = bench.add("abc", max_tokens=200, **GREEDY)
     bench.step()
@@ -253,7 +236,7 @@ def test_a_scored_prompt_beside_a_stream_is_fused_bit_by_bit(monkeypatch: pytest
 # Groups
 
 
-def group_of(bench: Bench, prompt: str, num: int, group: str | None = "g", **params: Any) -> list[Sequence]:
+def group_of(bench: Pair, prompt: str, num: int, group: str | None = "g", **params: Any) -> list[Sequence]:
     sampling = {"max_tokens": 6, "temperature": 1.0} | params
     made = [bench.admit(prompt, group=group, seed=i, **sampling) for i in range(num)]
     bench.engine.add(made)
@@ -264,7 +247,7 @@ def group_of(bench: Bench, prompt: str, num: int, group: str | None = "g", **par
 @pytest.mark.parametrize("budget", [5, 200])
 @pytest.mark.parametrize("max_running", [2, 8])
 def test_choices_share_a_prefill_and_differ_in_nothing(prompt: str, budget: int, max_running: int) -> None:
-    shared, apart = (Bench(token_budget=budget, max_running=max_running) for _ in range(2))
+    shared, apart = (Pair(token_budget=budget, max_running=max_running) for _ in range(2))
     made, expected = group_of(shared, prompt, 5), group_of(apart, prompt, 5, group=None)
     shared.run()
     apart.run()
@@ -275,14 +258,14 @@ def test_choices_share_a_prefill_and_differ_in_nothing(prompt: str, budget: int,
 
 def test_a_prompt_is_prefilled_once_a_member() -> None:
     prompt = "cab de deed bad"
-    bench = Bench()
+    bench = Pair()
     made = group_of(bench, prompt, 5, max_tokens=1)
     made += group_of(bench, prompt, 1, group="other", max_tokens=1)
     group_of(bench, prompt, 1, group=None, max_tokens=2)
     bench.run()
     # Leaders of one token have ended when others would take over: everybody prefills.
     assert bench.fed("alpha") == 7 * len(prompt) + 1
-    bench = Bench()
+    bench = Pair()
     group_of(bench, prompt, 5, max_tokens=2)
     while any(s.phase is not Phase.DECODE for s in bench.engine.scheduler.running) or not bench.outputs:
         bench.step()
@@ -298,7 +281,7 @@ def test_a_prompt_is_prefilled_once_a_member() -> None:
 @pytest.mark.parametrize("end", ["abort", "fail"])
 @pytest.mark.parametrize("when", ["prefill", "decode"])
 def test_a_follower_takes_over(end: str, when: str) -> None:
-    bench = Bench(token_budget=4)
+    bench = Pair(token_budget=4)
     made = group_of(bench, "cab de deed bad", 3)
     wanted = Phase.PREFILL if when == "prefill" else Phase.DECODE
     bench.step()
@@ -311,7 +294,7 @@ def test_a_follower_takes_over(end: str, when: str) -> None:
         bench.members["beta"].fails_on.add(made[0].seq_id)
     bench.run()
     assert bench.of(made[0])[-1].finish_reason == ("abort" if end == "abort" else "error")
-    reference = Bench()
+    reference = Pair()
     expected = group_of(reference, "cab de deed bad", 3, group=None)
     reference.run()
     for i in (1, 2):
@@ -320,7 +303,7 @@ def test_a_follower_takes_over(end: str, when: str) -> None:
 
 
 def test_a_follower_of_one_token_runs_beside_its_leader() -> None:
-    bench = Bench()
+    bench = Pair()
     made = group_of(bench, "a", 3, max_tokens=20)
     bench.step()
     assert all(s.phase is Phase.DECODE for s in made)
@@ -328,12 +311,12 @@ def test_a_follower_of_one_token_runs_beside_its_leader() -> None:
 
 
 def test_a_late_follower_prefills_by_itself_or_takes_over_who_runs() -> None:
-    bench = Bench(max_running=1)
+    bench = Pair(max_running=1)
     made = group_of(bench, "cab de", 3)
     bench.run()
     assert not bench.members["alpha"].reuses
     assert all(len(tokens(bench.of(s))) == 6 for s in made)
-    bench = Bench(max_running=2)
+    bench = Pair(max_running=2)
     made = group_of(bench, "cab de", 2, max_tokens=20) + group_of(bench, "cab de", 1)
     made[0].finish("abort")
     bench.run()
@@ -341,7 +324,7 @@ def test_a_late_follower_prefills_by_itself_or_takes_over_who_runs() -> None:
 
 
 def test_scores_of_a_prompt_are_handed_over() -> None:
-    bench = Bench()
+    bench = Pair()
     made = group_of(bench, "cab de", 3, echo=True, logprobs=2)
     bench.run()
     first, *others = ([e for o in bench.of(s) for e in o.prompt_logprobs] for s in made)
@@ -354,7 +337,7 @@ def test_scores_of_a_prompt_are_handed_over() -> None:
 
 
 def test_traces_say_what_was_proposed() -> None:
-    bench = Bench()
+    bench = Pair()
     made = bench.add("a", max_tokens=80, temperature=1.0, seed=1, trace=True)
     bench.run()
     outputs = bench.of(made)

@@ -9,7 +9,7 @@ from concurrent.futures import Future
 from typing import Any
 
 import pytest
-from fakes import FakeMember, Records, byte_vocabulary, fake_config, fake_loaded, pair_vocabulary
+from fakes import Bench, FakeMember, Records, byte_vocabulary, fake_config, fake_loaded, pair_vocabulary
 
 from ensemble_core.decoding.recipe import Recipe
 from ensemble_core.decoding.requests import GenerationRequest, Output, Overrides, Prompt, TokenLogprob
@@ -39,11 +39,11 @@ GREEDY = SamplingParams(max_tokens=14, temperature=0.0, logprobs=2)
 LATE = 0.4  # seconds; far more than a fake's forward takes
 
 
-class Bench:
+class Trio(Bench):
     """An engine over three fake members with an ensemble per fusion; `strict` fails if any member fails."""
 
     def __init__(self, **scheduler: Any) -> None:
-        self.members = {
+        members = {
             "alpha": FakeMember("alpha", byte_vocabulary(), seed=1),
             "beta": FakeMember("beta", pair_vocabulary(), seed=2),
             "gamma": FakeMember("gamma", byte_vocabulary(("ab", "cd", " e")), seed=3),
@@ -55,12 +55,8 @@ class Bench:
         ensembles["strict"] = base | {"fusion": {"name": "projection"}}
         ensembles["weighed"] = ensembles["linear"] | {"weighting": {"by": "perplexity", "tau": 0.5}}
         self.records = Records()
-        config = fake_config(
-            tuple(self.members), ensembles=ensembles, scheduler={"num_candidates": 32} | scheduler
-        )
-        self.loaded = fake_loaded(config, self.members, self.records.append)
-        self.engine = self.loaded.engine
-        self.outputs: dict[int, list[Output]] = {}
+        config = fake_config(tuple(members), ensembles=ensembles, scheduler={"num_candidates": 32} | scheduler)
+        super().__init__(fake_loaded(config, members, self.records.append), members)
 
     def add(
         self,
@@ -76,18 +72,16 @@ class Bench:
         self.engine.add([made])
         return made
 
-    def step(self) -> None:
-        for seq_id, output in self.engine.step():
-            self.outputs.setdefault(seq_id, []).append(output)
-        self.engine.scheduler.check()
-
-    def run(self) -> None:
-        deadline = time.monotonic() + 20.0
+    def run(self) -> int:
+        """By the clock, since late members take no steps; those that are still busy need not be empty."""
+        deadline, steps = time.monotonic() + 20.0, 0
         while self.engine.has_work:
             assert time.monotonic() < deadline, "the engine does not come to an end"
             self.step()
+            steps += 1
         if not self.engine._pool.busy:
             assert all(member.is_empty for member in self.members.values())
+        return steps
 
     def close(self) -> None:
         for member in self.members.values():
@@ -110,7 +104,7 @@ class Bench:
 
 
 def alone(model: str, prompt: Prompt, params: SamplingParams, members: tuple[str, ...] | None = None) -> Any:
-    bench = Bench()
+    bench = Trio()
     request = bench.add(model, prompt, params, members)
     bench.run()
     return bench.said(request)
@@ -121,7 +115,7 @@ def alone(model: str, prompt: Prompt, params: SamplingParams, members: tuple[str
 @pytest.mark.parametrize("fusion", [*FUSIONS, "weighed"])
 def test_what_is_left_is_the_smaller_ensemble(fusion: str, cause: Cause, params: SamplingParams) -> None:
     """Equal in tokens and log-probabilities; main alone if the fusion needs the member that failed."""
-    bench = Bench()
+    bench = Trio()
     request = bench.add(fusion, params=params)
     bench.break_member("beta", cause, request.seq_id)
     bench.run()
@@ -142,7 +136,7 @@ def test_what_is_left_is_the_smaller_ensemble(fusion: str, cause: Cause, params:
 @pytest.mark.parametrize("fusion", ["linear", "relative", "contrastive"])
 def test_a_request_goes_on_from_where_it_was(fusion: str, cause: Cause) -> None:
     """Before the failure as with all members; after it as the smaller ensemble given the text so far."""
-    bench, prompt, params = Bench(), "cab", SamplingParams(max_tokens=16, temperature=0.0, logprobs=2)
+    bench, prompt, params = Trio(), "cab", SamplingParams(max_tokens=16, temperature=0.0, logprobs=2)
     request = bench.add(fusion, prompt, params)
     while request.num_completion_tokens < 6 or request.spelt.mid_character:
         bench.step()
@@ -165,7 +159,7 @@ def test_a_request_goes_on_from_where_it_was(fusion: str, cause: Cause) -> None:
 @pytest.mark.parametrize("cause", ["exception", "non_finite"])
 def test_weights_that_follow_the_prompt_are_of_those_that_read_it_all(cause: Cause) -> None:
     """A member lost during the prompt or after it: both times the others get their own weights, rescaled."""
-    early, late = Bench(token_budget=4), Bench()
+    early, late = Trio(token_budget=4), Trio()
     requests = [bench.add("weighed", "cab cab bed") for bench in (early, late)]
     while requests[1].weighing:
         late.step()
@@ -186,7 +180,7 @@ def test_weights_that_follow_the_prompt_are_of_those_that_read_it_all(cause: Cau
 @pytest.mark.parametrize("model", ["linear", "strict"])
 @pytest.mark.parametrize("member", ["alpha", "beta", "gamma"])
 def test_rows_beside_one_that_is_not_finite_never_know(member: str, model: str) -> None:
-    bench, prompts = Bench(), ["abc de", "a", "deed 中文 bad"]
+    bench, prompts = Trio(), ["abc de", "a", "deed 中文 bad"]
     requests = [bench.add(model, prompt) for prompt in prompts]
     for _ in range(3):
         bench.step()
@@ -201,7 +195,7 @@ def test_rows_beside_one_that_is_not_finite_never_know(member: str, model: str) 
 
 
 def test_a_forward_that_raises_concerns_those_that_it_was_fed() -> None:
-    bench = Bench()
+    bench = Trio()
     fed = [bench.add("linear", "abc"), bench.add("union", "a")]
     others = [bench.add("alpha", "ab"), bench.add("linear", "de", members=("alpha", "gamma"))]
     bench.break_member("beta", "exception", fed[0].seq_id)
@@ -216,7 +210,7 @@ def test_a_forward_that_raises_concerns_those_that_it_was_fed() -> None:
 @pytest.mark.parametrize("cause", ["exception", "non_finite", "timeout"])
 @pytest.mark.parametrize(("model", "member"), [("strict", "beta"), ("strict", "alpha"), ("linear", "alpha")])
 def test_the_request_fails_with_main_and_where_it_is_told_to(model: str, member: str, cause: Cause) -> None:
-    bench = Bench(member_timeout=LATE if cause == "timeout" else None)
+    bench = Trio(member_timeout=LATE if cause == "timeout" else None)
     request = bench.add(model)
     bench.break_member(member, cause, request.seq_id)
     while not bench.outputs:
@@ -230,7 +224,7 @@ def test_the_request_fails_with_main_and_where_it_is_told_to(model: str, member:
 
 @pytest.mark.parametrize("cause", ["exception", "non_finite"])
 def test_a_member_that_recovers_serves_the_next_request(cause: Cause, caplog: pytest.LogCaptureFixture) -> None:
-    bench = Bench()
+    bench = Trio()
     first = bench.add("linear")
     bench.break_member("beta", cause, first.seq_id)
     with caplog.at_level(logging.WARNING):
@@ -247,7 +241,7 @@ def test_a_member_that_recovers_serves_the_next_request(cause: Cause, caplog: py
 
 
 def test_a_late_member_is_done_without_until_it_is_back() -> None:
-    bench = Bench(member_timeout=LATE)
+    bench = Trio(member_timeout=LATE)
     beta = bench.members["beta"]
     first, other = bench.add("linear"), bench.add("alpha", "ab")
     beta.gate.clear()
@@ -271,7 +265,7 @@ def test_a_late_member_is_done_without_until_it_is_back() -> None:
 
 
 def test_who_needs_a_late_member_waits_and_fails_once_it_is_stuck() -> None:
-    bench = Bench(member_timeout=LATE)
+    bench = Trio(member_timeout=LATE)
     first, waiting = bench.add("linear"), None
     bench.members["beta"].gate.clear()
     bench.run()
@@ -291,7 +285,7 @@ def test_who_needs_a_late_member_waits_and_fails_once_it_is_stuck() -> None:
     bench.close()
 
 
-def await_return(bench: Bench) -> None:
+def await_return(bench: Trio) -> None:
     deadline = time.monotonic() + 5.0
     while bench.engine._pool.busy:
         assert time.monotonic() < deadline, "the member does not come back"
@@ -300,7 +294,7 @@ def await_return(bench: Bench) -> None:
 
 def test_a_request_that_decodes_misses_a_busy_member_for_some_steps() -> None:
     """The member catches up; the next tokens are again those of all members."""
-    bench, params = Bench(member_timeout=60.0), SamplingParams(max_tokens=24, temperature=0.0, logprobs=2)
+    bench, params = Trio(member_timeout=60.0), SamplingParams(max_tokens=24, temperature=0.0, logprobs=2)
     request = bench.add("linear", "cab", params)
     while request.num_completion_tokens < 4:
         bench.step()
@@ -321,7 +315,7 @@ def test_a_request_that_decodes_misses_a_busy_member_for_some_steps() -> None:
 
 
 def test_a_member_that_is_too_far_behind_is_lost() -> None:
-    bench = Bench(member_timeout=60.0, token_budget=6)
+    bench = Trio(member_timeout=60.0, token_budget=6)
     request = bench.add("linear", "cab", SamplingParams(max_tokens=24, temperature=0.0))
     while request.num_completion_tokens < 4:
         bench.step()
@@ -337,7 +331,7 @@ def test_a_member_that_is_too_far_behind_is_lost() -> None:
     bench.close()
 
 
-def prompt_scores(bench: Bench, request: Sequence) -> list[TokenLogprob]:
+def prompt_scores(bench: Trio, request: Sequence) -> list[TokenLogprob]:
     return [entry for output in bench.outputs[request.seq_id] for entry in output.prompt_logprobs]
 
 
@@ -346,7 +340,7 @@ TEXT = "deed 中文 bad cab de ab" * 2
 
 
 def scored_alone(model: str, members: tuple[str, ...] | None = None) -> list[TokenLogprob]:
-    bench = Bench()
+    bench = Trio()
     request = bench.add(model, TEXT, SCORED, members)
     bench.run()
     return prompt_scores(bench, request)
@@ -356,7 +350,7 @@ def scored_alone(model: str, members: tuple[str, ...] | None = None) -> list[Tok
 @pytest.mark.parametrize("fusion", ["linear", "contrastive"])
 def test_a_scored_prompt_loses_a_member(fusion: str, cause: Cause) -> None:
     small = scored_alone("alpha") if fusion == "contrastive" else scored_alone(fusion, ("alpha", "gamma"))
-    bench = Bench()
+    bench = Trio()
     request = bench.add(fusion, TEXT, SCORED)
     bench.break_member("beta", cause, request.seq_id)
     bench.run()
@@ -372,7 +366,7 @@ def test_scores_before_a_failure_stay(num_steps: int) -> None:
         scored_alone("linear", ("alpha", "gamma")),
         scored_alone("alpha"),
     )
-    bench = Bench(token_budget=9)
+    bench = Trio(token_budget=9)
     request = bench.add("linear", TEXT, SCORED)
     for _ in range(num_steps):
         bench.step()
@@ -388,7 +382,7 @@ def test_scores_before_a_failure_stay(num_steps: int) -> None:
 
 
 def test_a_scored_prompt_fails_with_main() -> None:
-    bench = Bench()
+    bench = Trio()
     request = bench.add("linear", TEXT, SCORED)
     bench.break_member("alpha", "non_finite", request.seq_id)
     bench.run()
@@ -396,7 +390,7 @@ def test_a_scored_prompt_fails_with_main() -> None:
 
 
 def test_both_assistants_may_go() -> None:
-    bench = Bench()
+    bench = Trio()
     request = bench.add("linear")
     bench.break_member("beta", "exception", request.seq_id)
     bench.break_member("gamma", "non_finite", request.seq_id)
@@ -427,7 +421,7 @@ def test_main_decides_alone_where_nobody_else_has_weight() -> None:
 
 
 def test_the_fusions_of_what_may_be_left_are_built_at_start() -> None:
-    bench = Bench()
+    bench = Trio()
     book = bench.loaded.admission._book
     book.warm()
     recipe = book.resolve("linear", Overrides())

@@ -117,3 +117,22 @@ def test_of_equals_that_a_constraint_allows_the_lowest_is_in_reach() -> None:
     mask[50:250] = True
     outcome = decide([replace(made[0], mask=mask)], answers)
     assert tokens(outcome) == {0: 50}
+
+
+def test_answers_of_several_widths_are_never_in_one_batch() -> None:
+    """A schema beside as many biases as it adds candidates: equal widths in the fusion, other widths of answers."""
+    num_biased = NUM_CANDIDATES // 2
+    params = SamplingParams(
+        temperature=0.0, logit_bias=tuple((token_id, 1.0) for token_id in range(97, 97 + num_biased))
+    )
+    free = sequence(0, "ab", [ALPHA], ALONE, params)
+    bound = sequence(1, "ab", [ALPHA], ALONE, GREEDY)
+    size = len(ALPHA.vocabulary)
+    ids = free.tracks["alpha"].prompt_ids
+    feeds = [Feed(0, ids, also=(free.biased,), top_k=NUM_CANDIDATES + num_biased), Feed(1, ids, top_k=size)]
+    answers = {"alpha": ALPHA.forward(feeds)}
+    for seq_id in (0, 1):
+        ALPHA.release(seq_id)
+    turns = [Turn(free, {"alpha": 0}), Turn(bound, {"alpha": 1}, mask=torch.ones(size, dtype=torch.bool))]
+    together = tokens(decide(turns, answers))
+    assert together == tokens(decide(turns[:1], answers)) | tokens(decide(turns[1:], answers))

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import abc
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar
 
 import pytest
 from fakes import FakeMember, Records, byte_vocabulary, ensemble, fake_engine, pair_vocabulary, sequence
@@ -29,8 +28,6 @@ GREEDY = SamplingParams(max_tokens=23, temperature=0.0)
 @dataclass(frozen=True)
 class DraftTwo:
     """Main drafts two tokens, then every member reads both; the first is kept, the second taken back."""
-
-    name: ClassVar[str] = "draft-two"
 
     def plan(self, sequence: Sequence) -> Mapping[str, Ask]:
         members = sequence.recipe.members

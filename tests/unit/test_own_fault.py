@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from fakes import FakeMember, byte_vocabulary, fake_config, fake_loaded, pair_vocabulary
+from fakes import Bench, FakeMember, byte_vocabulary, fake_config, fake_loaded, pair_vocabulary
 from torch import Tensor
 
 from ensemble_core.decoding import reports
@@ -24,40 +24,28 @@ SAMPLED = SamplingParams(max_tokens=12, temperature=1.0, seed=-7, logprobs=2)
 Break = Callable[[pytest.MonkeyPatch, Sequence], None]
 
 
-class Bench:
-    """An engine over two fake members, and all outputs of its sequences."""
+class Pair(Bench):
+    """Two fake members."""
 
     def __init__(self, **scheduler: Any) -> None:
-        self.members = {
+        members = {
             "alpha": FakeMember("alpha", byte_vocabulary(), seed=1),
             "beta": FakeMember("beta", pair_vocabulary(), seed=2),
         }
         config = fake_config(scheduler={"num_candidates": 64} | scheduler)
-        self.loaded = fake_loaded(config, self.members)
-        self.engine = self.loaded.engine
-        self.outputs: dict[int, list[Output]] = {}
+        super().__init__(fake_loaded(config, members), members)
 
     def add(self, prompt: str = "abcabc", params: SamplingParams = SAMPLED, model: str = "duo") -> Sequence:
         made = self.loaded.admission.admit(GenerationRequest(f"r-{prompt}", model, prompt, params, trace=True))
         self.engine.add([made])
         return made
 
-    def step(self) -> None:
-        for seq_id, output in self.engine.step():
-            self.outputs.setdefault(seq_id, []).append(output)
-        self.engine.scheduler.check()
-
-    def run(self) -> None:
-        while self.engine.has_work:
-            self.step()
-        assert all(member.is_empty for member in self.members.values())
-
     def said(self, sequence: Sequence) -> list[tuple[int, float | None]]:
         return [(e.token_id, e.logprob) for output in self.outputs[sequence.seq_id] for e in output.logprobs]
 
 
 def alone(prompt: str) -> list[tuple[int, float | None]]:
-    bench = Bench()
+    bench = Pair()
     request = bench.add(prompt)
     bench.run()
     return bench.said(request)
@@ -138,7 +126,7 @@ def _in_telling(monkeypatch: pytest.MonkeyPatch, sick: Sequence) -> None:
 @pytest.mark.parametrize("after", [0, 4])
 def test_a_fault_ends_its_own_request_alone(monkeypatch: pytest.MonkeyPatch, harm: Break, after: int) -> None:
     expected = {prompt: alone(prompt) for prompt in ("ab", "cab d")}
-    bench = Bench()
+    bench = Pair()
     well = {prompt: bench.add(prompt) for prompt in ("ab", "cab d")}
     sick = bench.add("abcde")
     for _ in range(after):
@@ -155,7 +143,7 @@ def test_a_fault_ends_its_own_request_alone(monkeypatch: pytest.MonkeyPatch, har
 
 def test_more_biases_than_candidates_beside_a_scored_prompt() -> None:
     """257 positive biases with echo and log-probabilities once stopped the engine."""
-    bench = Bench(num_candidates=32)
+    bench = Pair(num_candidates=32)
     bias = tuple((token_id, 1.0) for token_id in range(257))
     params = SamplingParams(max_tokens=1, temperature=0.0, echo=True, logprobs=1, logit_bias=bias)
     request, other = bench.add("abcab dea", params), bench.add("ab")
@@ -166,7 +154,7 @@ def test_more_biases_than_candidates_beside_a_scored_prompt() -> None:
 
 
 def _with_candidates(prompt: str, num: int) -> list[tuple[int, float | None]]:
-    bench = Bench(num_candidates=num)
+    bench = Pair(num_candidates=num)
     request = bench.add(prompt)
     bench.run()
     return bench.said(request)
@@ -183,7 +171,7 @@ def test_what_a_neighbour_needs_changes_nobody(monkeypatch: pytest.MonkeyPatch, 
 
     monkeypatch.setattr(FakeMember, "next_logits", tied)
     expected = _with_candidates("ab", 24)
-    bench = Bench(num_candidates=24)
+    bench = Pair(num_candidates=24)
     request = bench.add("ab")
     bench.add("cab", SamplingParams(max_tokens=20, logit_bias=tuple((i, 2.0) for i in range(60, 150))))
     bench.add("dea", SamplingParams(max_tokens=20, json_schema=""))
@@ -193,7 +181,7 @@ def test_what_a_neighbour_needs_changes_nobody(monkeypatch: pytest.MonkeyPatch, 
 
 
 def test_whole_vocabularies_are_asked_for_where_a_constraint_decides_and_nowhere_else() -> None:
-    bench = Bench(num_candidates=16)
+    bench = Pair(num_candidates=16)
     scored = SamplingParams(max_tokens=4, echo=True, logprobs=1, json_schema="", temperature=0.0)
     request = bench.add("abcab dea " * 12, scored)
     bench.add("ab")
@@ -209,7 +197,7 @@ def test_whole_vocabularies_are_asked_for_where_a_constraint_decides_and_nowhere
 
 @pytest.mark.parametrize("call", ["reuse", "release"])
 def test_a_member_that_fails_at_its_cache_fails_those_sequences_alone(call: str) -> None:
-    bench = Bench(prefix_reuse=True)
+    bench = Pair(prefix_reuse=True)
     bench.members["beta"].broken_calls = {call: RuntimeError("out of luck")}
     request, other = bench.add("abcab dea"), bench.add("ab", model="alpha")
     while bench.engine.has_work:
@@ -223,7 +211,7 @@ def test_a_member_that_fails_at_its_cache_fails_those_sequences_alone(call: str)
 
 def test_a_lost_cache_is_that_members_failure() -> None:
     """A restarted member has lost the tokens that it is asked to keep."""
-    bench = Bench()
+    bench = Pair()
     request, other = bench.add("abcab dea"), bench.add("ab", model="alpha")
     bench.step()
     bench.members["beta"].cached.clear()

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import pytest
-from fakes import FakeMember, Records, byte_vocabulary, fake_config, fake_loaded, pair_vocabulary
+from fakes import Bench, FakeMember, Records, byte_vocabulary, fake_config, fake_loaded, pair_vocabulary
 
-from ensemble_core.decoding.requests import GenerationRequest, Output
+from ensemble_core.decoding.requests import GenerationRequest
 from ensemble_core.decoding.sampling_params import SamplingParams
 from ensemble_core.decoding.sequence import Phase, Sequence
 from ensemble_core.stats import PreemptionStats
@@ -18,19 +18,19 @@ SCHEMA = '{"type": "object", "properties": {"a": {"enum": ["b", "é"]}}, "requir
 PROMPTS = ["abc de", "a", "deed 中文 bad", "cab cab cab ", "be 😀 e"]
 
 
-class Bench:
+class Tight(Bench):
     """An engine over two fake members, and everything that its sequences said."""
 
     def __init__(self, page_size: int, num_pages: int, **scheduler: Any) -> None:
         options = {"page_size": page_size, "num_pages": num_pages, "max_len": 64}
-        self.members = {
+        members = {
             "alpha": FakeMember("alpha", byte_vocabulary(), seed=1, **options),  # type: ignore[arg-type]
             "beta": FakeMember("beta", pair_vocabulary(), seed=2, **options),  # type: ignore[arg-type]
         }
         self.records = Records()
         config = fake_config(scheduler={"num_candidates": 32} | scheduler)
-        self.loaded = fake_loaded(config, self.members, self.records.append)
-        self.engine, self.outputs, self.preempted = self.loaded.engine, dict[int, list[Output]](), list[Phase]()
+        super().__init__(fake_loaded(config, members, self.records.append), members)
+        self.preempted: list[Phase] = []
         self._watch()
 
     def _watch(self) -> None:
@@ -54,12 +54,10 @@ class Bench:
         return made
 
     def step(self) -> None:
-        for seq_id, output in self.engine.step():
-            self.outputs.setdefault(seq_id, []).append(output)
+        super().step()
         self.check()
 
     def check(self) -> None:
-        self.engine.scheduler.check()
         running = {s.seq_id: s for s in self.engine.scheduler.running}
         for name, member in self.members.items():
             assert member.free_pages >= 0
@@ -113,7 +111,7 @@ def some_params(rng: random.Random, seed: int) -> SamplingParams:
 def test_everybody_ends_with_the_text_that_it_has_alone(seed: int, page_size: int, reuse: bool) -> None:
     rng = random.Random(seed)
     num_pages = -(-64 // page_size) + rng.randint(0, 48 // page_size)
-    bench = Bench(page_size, num_pages, token_budget=rng.choice([7, 30]), prefix_reuse=reuse)
+    bench = Tight(page_size, num_pages, token_budget=rng.choice([7, 30]), prefix_reuse=reuse)
     wanted = [
         (
             rng.choice(["duo", "duo", "alpha", "beta"]),
@@ -137,7 +135,7 @@ def test_everybody_ends_with_the_text_that_it_has_alone(seed: int, page_size: in
     assert bench.preempted or page_size == 16, "there is no want of pages"
     assert len(bench.records.of(PreemptionStats)) == len(bench.preempted)
     for sequence, (model, prompt, _, params) in zip(made, wanted, strict=True):
-        alone = Bench(page_size, num_pages)
+        alone = Tight(page_size, num_pages)
         reference = alone.add(model, prompt, None, params)
         alone.run()
         assert not alone.preempted
@@ -149,7 +147,7 @@ def test_all_phases_are_preempted_and_within_characters_too() -> None:
     """What the walk above must meet, met."""
     phases, within = set(), 0
     for seed in range(12):
-        bench = Bench(4, 20, token_budget=5, prefix_reuse=False)
+        bench = Tight(4, 20, token_budget=5, prefix_reuse=False)
         for i in range(6):
             bench.add("duo", PROMPTS[i % 5], None, SamplingParams(max_tokens=40, seed=10 * seed + i))
         bench.run()

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ensemble_core.decoding.sampler import greedy, sample
 from ensemble_core.decoding.sampling_params import SamplingParams
-from ensemble_core.decoding.sequence import Sequence
+from ensemble_core.decoding.sequence import Choice, Sequence
 from ensemble_core.fusion.base import Fused
 
 MEMBER = FakeMember()
@@ -166,7 +166,7 @@ def test_each_step_draws_anew_and_reproducibly() -> None:
     def step(made: Sequence) -> int:
         (token,) = sample(fused(logits), [made])
         assert sample(fused(logits), [made]) == [token], "a step that is taken again draws the same"
-        made.append(token)
+        made.decide([Choice(token)])
         return token
 
     drawn = [step(first) for _ in range(20)]

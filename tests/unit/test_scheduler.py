@@ -17,7 +17,7 @@ from ensemble_core.decoding.recipe import Recipe
 from ensemble_core.decoding.requests import GenerationRequest
 from ensemble_core.decoding.sampling_params import SamplingParams
 from ensemble_core.decoding.scheduler import Capacity, Limits, Scheduler, Share
-from ensemble_core.decoding.sequence import Phase, Sequence
+from ensemble_core.decoding.sequence import Choice, Phase, Sequence
 from ensemble_core.errors import QueueFullError
 from ensemble_core.text.alignment import Track
 
@@ -41,7 +41,7 @@ def feed(share: Share, rng: random.Random) -> None:
         sequence.tracks[member].cache(sequence.tracks[member].num_cached + count)
         assert sequence.tracks[member].num_uncached >= 0
     if share.decides:
-        sequence.append(rng.choice([97, 98, 32, 0xC3, 0xA9]))
+        sequence.decide([Choice(rng.choice([97, 98, 32, 0xC3, 0xA9]))])
         if sequence.phase is not Phase.FINISHED and not sequence.spelt.mid_character:
             for member in sequence.recipe.members[1:]:
                 sequence.tracks[member].respell(sequence.spelt.text)

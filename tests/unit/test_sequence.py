@@ -10,7 +10,7 @@ from fakes import FakeMember, ensemble, pair_vocabulary, sequence
 from ensemble_core.decoding.logprobs import Scored
 from ensemble_core.decoding.requests import Output
 from ensemble_core.decoding.sampling_params import SamplingParams
-from ensemble_core.decoding.sequence import Phase, Sequence
+from ensemble_core.decoding.sequence import Choice, Phase, Sequence
 from ensemble_core.text.vocabulary import Vocabulary
 
 PLAIN = pair_vocabulary()
@@ -28,7 +28,7 @@ def feed(request: Sequence, *ids: int) -> list[Output]:
     outputs = []
     for token_id in ids:
         assert request.phase is not Phase.FINISHED
-        request.append(token_id, Scored(-1.0))
+        request.decide([Choice(token_id, Scored(-1.0))])
         outputs.append(request.take())
     return outputs
 

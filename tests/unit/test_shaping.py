@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ensemble_core.decoding.sampler import sample
 from ensemble_core.decoding.sampling_params import SamplingParams
-from ensemble_core.decoding.sequence import Sequence
+from ensemble_core.decoding.sequence import Choice, Sequence
 from ensemble_core.decoding.shaping import TYPICAL_NORMALISER, penalise_repeats, shape
 from ensemble_core.fusion.base import Fused
 
@@ -175,7 +175,7 @@ def test_counts_follow_the_text_and_what_is_taken_back() -> None:
     for times in (0, 1, 2, 3):
         after = shape(before, [made], [None]).logprobs[0, 8].item()
         assert after == pytest.approx(own - 0.5 * times - (times > 0))
-        made.append(ord("a"))
+        made.decide([Choice(ord("a"))])
     for token_id in (made.main.completion_ids.pop(), made.main.completion_ids.pop()):
         made.counts.remove(token_id)
     assert shape(before, [made], [None]).logprobs[0, 8].item() == pytest.approx(own - 2.0)

@@ -103,10 +103,6 @@ def joined(parts: Iterable[Outcome]) -> Outcome:
 class Mode(Protocol):
     """A way to take a sequence's next step. Stateless: one object serves all sequences with the same options."""
 
-    @property
-    def name(self) -> str:
-        """The name under which it is registered."""
-
     def plan(self, sequence: Sequence) -> Mapping[str, Ask]:
         """What the next deciding step asks of each member, main first, at least one. Members left out are not fed.
 

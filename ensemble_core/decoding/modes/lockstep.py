@@ -13,7 +13,6 @@ import time
 from collections import abc
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -29,8 +28,6 @@ from ensemble_core.members.candidates import narrow
 from ensemble_core.members.ranking import ranked
 from ensemble_core.stats import FusionStats
 
-_NOT_FINITE = "the fusion of {members} gave numbers that are not finite"
-
 
 class LockstepOptions(BaseModel):
     """The lockstep mode has no options."""
@@ -44,7 +41,6 @@ class Lockstep:
     """See the module's docstring."""
 
     options: LockstepOptions = field(default_factory=LockstepOptions)
-    name: ClassVar[str] = "lockstep"
 
     def plan(self, sequence: Sequence) -> dict[str, Ask]:
         """Feed each member its uncached tokens; only main while the last character is incomplete."""
@@ -56,10 +52,10 @@ class Lockstep:
     def decide(self, turns: abc.Sequence[Turn], answers: Mapping[str, Answers], num_candidates: int) -> Outcome:
         """See `Mode.decide`. Each turn gets one final token."""
         parts: list[Outcome] = []
-        groups = _groups(turns, num_candidates)
+        groups = _groups(turns, answers, num_candidates)
         while groups:
             again, part = _decide(groups.pop(0), answers, num_candidates)
-            groups += _groups(again, num_candidates)
+            groups += _groups(again, answers, num_candidates)
             parts.append(part)
         return joined(parts)
 
@@ -82,14 +78,15 @@ def _decide(
     return [], Outcome(decisions, [_stats(group, candidates, fused, tokens, fused_at - started)], sampling)
 
 
-def _groups(turns: abc.Sequence[Turn], num_candidates: int) -> list[list[Turn]]:
-    """Group turns that have the same model, consulted members, fusion and number of candidates."""
+def _groups(turns: abc.Sequence[Turn], answers: Mapping[str, Answers], num_candidates: int) -> list[list[Turn]]:
+    """Group turns that have the same model, consulted members, fusion, widths of answers and number of candidates."""
     groups: dict[tuple[object, ...], list[Turn]] = {}
     for turn in turns:
         recipe = turn.recipe
         alone = turn.sequence.seq_id if recipe.apart else None
         fusion = recipe.fusion_key or id(recipe.fusion)
-        key = (recipe.model, tuple(turn.feeds), fusion, _width(turn, num_candidates), alone)
+        blocks = tuple((member, answers[member].spans[feed].block) for member, feed in turn.feeds.items())
+        key = (recipe.model, blocks, fusion, _width(turn, num_candidates), alone)
         groups.setdefault(key, []).append(turn)
     return list(groups.values())
 
@@ -151,9 +148,15 @@ def _without(
         if all(turn.recipe.can_lose(member) for member in members):
             again.append(turn.without(members, "non_finite") if members else turn)
         else:
-            error = _NOT_FINITE.format(members=turn.sequence.recipe.members)
-            failed.append(Decision(turn.sequence, unsound=members, error=error))
+            failed.append(_failed(turn, members))
     return again, failed
+
+
+def _failed(turn: Turn, unsound: tuple[str, ...]) -> Decision:
+    members = turn.sequence.recipe.members
+    return Decision(
+        turn.sequence, unsound=unsound, error=f"the fusion of {members} gave numbers that are not finite"
+    )
 
 
 def _fusion(group: abc.Sequence[Turn]) -> Fusion | None:
@@ -169,8 +172,7 @@ def _decisions(
     for i, (turn, token) in enumerate(zip(group, tokens, strict=True)):
         unsound = tuple(member for member, reason in turn.left_out.items() if reason == "non_finite")
         if token < 0:
-            error = _NOT_FINITE.format(members=turn.sequence.recipe.members)
-            decisions.append(Decision(turn.sequence, unsound=unsound, error=error))
+            decisions.append(_failed(turn, unsound))
             continue
         request, scored, trace = turn.sequence.request, None, None
         if request.params.logprobs is not None:
