@@ -1,7 +1,7 @@
 """Configuration -> transfer matrices on disk: what `unisono build` does.
 
-Each set of members that relative fusion brings together gets matrices of its own, since its anchors are its
-own. It knows configurations and where models lie; it does not know how a matrix is made or checked.
+Each set of members that relative fusion combines gets its own matrices, since it has its own anchors. Knows
+configurations and where models are stored; does not know how a matrix is made or checked.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class BuildReport:
-    """What became of one member's matrix."""
+    """The outcome for one member's matrix."""
 
     member: str
     path: Path
     seconds: float
     quality: Quality  # retained mass
     num_bytes: int  # on disk
-    skipped: bool  # it was there already and still fits
+    skipped: bool  # the existing matrix still fits
 
 
 @dataclass(frozen=True, slots=True)
 class _MatrixTask:
-    """One matrix to make."""
+    """One matrix to build."""
 
     member: str
     origin: Origin
@@ -53,9 +53,9 @@ class _MatrixTask:
 def build_matrices(config: Config, *, force: bool, only_missing: bool) -> list[BuildReport]:
     """Build every matrix that the ensembles of `config` need, and write it under `matrices.folder`.
 
-    force: write matrices that retain too little, too. only_missing: leave those alone that are there and fit.
-    Raises CheckpointError where a model's files are not there, TransferMatrixError where a matrix retains
-    too little or cannot be written.
+    force: also write matrices that retain too little. only_missing: skip matrices that exist and fit.
+    Raises CheckpointError if a model's files are missing, TransferMatrixError if a matrix retains too little
+    or cannot be written.
     """
     reports = []
     for task in _tasks(config):
@@ -65,18 +65,18 @@ def build_matrices(config: Config, *, force: bool, only_missing: bool) -> list[B
 
 
 def member_sets(config: Config) -> list[tuple[str, ...]]:
-    """The distinct sets of members (sorted) that relative fusion brings together in some ensemble."""
+    """The distinct sets of members (sorted) that some ensemble combines by relative fusion."""
     relative = [e for e in config.ensembles.values() if e.fusion.name == "relative" and len(e.members) > 1]
     return sorted({tuple(sorted(ensemble.members)) for ensemble in relative})
 
 
 def recipe_of(matrices: MatricesConfig) -> RowRecipe:
-    """The recipe that a configuration asks for."""
+    """The recipe that a configuration specifies."""
     return RowRecipe(matrices.recipe, matrices.top_k, matrices.temperature)
 
 
 def origin_of(member: MemberConfig) -> Origin:
-    """Which weights a member is configured to have."""
+    """Which weights a member is configured to use."""
     return Origin(member.model, member.revision or "")
 
 
@@ -107,7 +107,7 @@ def _tasks_of(
 
 
 def _standing(task: _MatrixTask, rebuild: str) -> BuildReport | None:
-    """A report on the matrix that is there, or None where it is missing or does not fit."""
+    """A report on the existing matrix, or None if it is missing or does not fit."""
     if not task.path.exists():
         return None
     start = time.perf_counter()
@@ -123,7 +123,7 @@ def _standing(task: _MatrixTask, rebuild: str) -> BuildReport | None:
         )
         quality = read_metadata(task.path).quality
     except TransferMatrixError as error:
-        logger.info("building anew: %s", error)
+        logger.info("rebuilding: %s", error)
         return None
     seconds = time.perf_counter() - start
     return BuildReport(task.member, task.path, seconds, quality, task.path.stat().st_size, skipped=True)

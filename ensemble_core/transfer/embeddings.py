@@ -1,7 +1,7 @@
 """The input embeddings of a model folder, without the rest of the model.
 
-Reads safetensors, single or sharded, and only the one tensor. It does not know architectures: the tensor is
-found by the names that they give it.
+Reads that one tensor from safetensors, single or sharded. Does not know architectures: it finds the tensor by
+the names that they commonly use.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ensemble_core.errors import CheckpointError
 
-# Last parts of the name, in the order of preference.
+# Name endings, in order of preference.
 _NAMES = (
     "embed_tokens.weight",
     "wte.weight",
@@ -29,8 +29,8 @@ _NAMES = (
 def load_embeddings(folder: Path) -> Tensor:
     """The input embeddings (V, d) of the model in `folder`, in the checkpoint's dtype, on the CPU.
 
-    Raises CheckpointError where there are no safetensors, where they are damaged, or where no tensor (or more
-    than one) has the name of an embedding; the message lists what was found.
+    Raises CheckpointError if there are no safetensors, if they are damaged, or if no tensor (or more than one)
+    has the name of an embedding; the message lists what was found.
     """
     files = _files_by_tensor(folder)
     name = _embedding_name(sorted(files), folder)
@@ -49,7 +49,7 @@ def _files_by_tensor(folder: Path) -> dict[str, Path]:
         with _open(path) as reader:
             files |= dict.fromkeys(reader.keys(), path)
     if not files:
-        raise CheckpointError(f"{folder}: no *.safetensors file there; only that format is read")
+        raise CheckpointError(f"{folder}: no *.safetensors file found; no other format is supported")
     return files
 
 
@@ -57,7 +57,7 @@ def _open(path: Path) -> safe_open:
     try:
         return safe_open(path, framework="pt")
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: cannot be read as safetensors ({error}); fetch it again") from error
+        raise CheckpointError(f"{path}: cannot be read as safetensors ({error}); download it again") from error
 
 
 def _embedding_name(names: list[str], folder: Path) -> str:
@@ -67,7 +67,7 @@ def _embedding_name(names: list[str], folder: Path) -> str:
         if len(found) == 1:
             return found[0]
         if found:
-            raise CheckpointError(f"{folder}: several tensors may be the input embeddings: {found}")
+            raise CheckpointError(f"{folder}: several tensors could be the input embeddings: {found}")
     listed = ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
     raise CheckpointError(
         f"{folder}: no tensor has the name of input embeddings (known endings: {', '.join(_NAMES)}); "

@@ -1,9 +1,9 @@
 """A transfer matrix in memory, and the anchors that its columns stand for.
 
-The relative representation of a member: a row per token, a column per anchor, rows sum to 1 (or to 0, for
-tokens that mean nothing to others, such as most control tokens). An anchor is a token that every member has,
-byte for byte, in sorted order; the class "end of text" (every member's stop ids together) is the last one.
-Nothing here knows files or fusions.
+The relative representation of a member: a row per token, a column per anchor. Rows sum to 1 (or to 0, for
+tokens without a counterpart, such as most control tokens). An anchor is a token that every member has, byte
+for byte. Anchors are sorted; the last one is the class "end of text" (all stop ids of each member). Knows
+neither files nor fusions.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ensemble_core.text.vocabulary import Vocabulary
 
 @dataclass(frozen=True, slots=True)
 class Anchors:
-    """The shared columns: sorted byte strings; one more column, the last, is "end of text"."""
+    """The shared columns: sorted byte strings, then one last column, "end of text"."""
 
     tokens: tuple[bytes, ...]
 
@@ -44,7 +44,7 @@ class Anchors:
 
 
 def common_anchors(vocabularies: Sequence[Vocabulary]) -> Anchors:
-    """Anchors of an ensemble: the byte strings that every vocabulary has as an ordinary token."""
+    """Anchors of an ensemble: the byte strings that are an ordinary token in every vocabulary."""
     shared = set(vocabularies[0].ids_by_bytes)
     for vocabulary in vocabularies[1:]:
         shared &= vocabulary.ids_by_bytes.keys()
@@ -53,7 +53,7 @@ def common_anchors(vocabularies: Sequence[Vocabulary]) -> Anchors:
 
 @dataclass(frozen=True)
 class TransferMatrix:
-    """Rows padded to the widest: used entries first, columns ascending; an unused one has column 0, value 0.
+    """Rows padded to the widest: used entries first, columns ascending; padding has column 0, value 0.
 
     anchor_ids: the member's own token for each anchor (see `Anchors.ids`).
     """
@@ -64,7 +64,7 @@ class TransferMatrix:
 
     @property
     def num_anchors(self) -> int:
-        """A, "end of text" included."""
+        """A, including "end of text"."""
         return self.anchor_ids.shape[0]
 
     def rows(self, token_ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -74,12 +74,12 @@ class TransferMatrix:
         return columns.long().view(shape), values.float().view(shape)
 
     def to(self, device: torch.device) -> TransferMatrix:
-        """The same matrix on `device`; itself where it is there already, with what it has worked out."""
+        """The same matrix on `device`; returns itself, with its cached values, if it is already there."""
         if self.columns.device == device:
             return self
         return TransferMatrix(self.columns.to(device), self.values.to(device), self.anchor_ids.to(device))
 
     @cached_property
     def row_mass(self) -> Tensor:
-        """(V,) float32: 1 for a row that says something, 0 for an empty one."""
+        """(V,) float32: the sum of each row; about 1, or 0 for an empty row."""
         return self.values.float().sum(dim=1)

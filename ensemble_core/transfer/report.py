@@ -1,8 +1,8 @@
-"""What is in a transfer matrix: what `unisono inspect` says.
+"""Reports on the contents of transfer matrices, for `unisono inspect`.
 
-A file holds ids and columns alone; what they spell comes from the members' tokenizers, so the folder's name must name
-members of the configuration, as `unisono build` writes it. Every file passes the checks of `store.load_matrix` first,
-with the recipe that it says it was made by. Does not know how matrices are made or used.
+A file holds only ids and columns. Their text comes from the members' tokenizers, so the folder's name must list
+members of the configuration, as `unisono build` writes it. Every file must first pass the checks of
+`store.load_matrix`, with the recipe in its own metadata. Does not know how matrices are made or used.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _MAX_NEIGHBOURS = 10
 
 @dataclass(frozen=True, slots=True)
 class Neighbours:
-    """A token's nearest anchors with their shares, most first. token_id: -1 for a token that the member lacks."""
+    """A token's nearest anchors with their shares, largest first. token_id: -1 if the member lacks the token."""
 
     token: str
     token_id: int
@@ -39,11 +39,11 @@ class Neighbours:
 
 @dataclass(frozen=True, slots=True)
 class MatrixReport:
-    """One file.
+    """The report on one file.
 
-    retained, retained_anchors: quantile -> share of the dense rows' mass that is kept, as measured at building.
-    own_mass: deciles of the share that an anchor's own row gives itself. peak: deciles of every row's largest share.
-    width: entries of the widest row; mean_width: over rows that are not empty.
+    retained, retained_anchors: quantile -> share of the dense rows' mass that was kept, measured during the build.
+    own_mass: deciles of the share that an anchor's own row gives that anchor. peak: deciles of each row's largest
+    share. width: entries of the widest row; mean_width: mean over rows that are not empty.
     """
 
     path: str
@@ -66,7 +66,7 @@ class MatrixReport:
 
 
 def inspect_matrices(config: Config, paths: Sequence[Path], tokens: Sequence[str]) -> list[MatrixReport]:
-    """A report on every file, and on every file of every folder. Raises TransferMatrixError."""
+    """A report on every file in `paths`, searching folders recursively. Raises TransferMatrixError."""
     vocabularies: dict[str, Vocabulary] = {}
     return [_inspect(config, path, tokens, vocabularies) for path in _files(paths)]
 
@@ -77,7 +77,7 @@ def _files(paths: Sequence[Path]) -> list[Path]:
     ]
     if not found:
         raise TransferMatrixError(
-            f"{', '.join(map(str, paths))}: no matrices there; build them with `unisono build --config FILE`"
+            f"{', '.join(map(str, paths))}: no matrices found; build them with `unisono build --config FILE`"
         )
     return found
 
@@ -90,7 +90,7 @@ def _inspect(
     for name in members:
         if name not in config.members:
             raise TransferMatrixError(
-                f"transfer matrix {path}: its folder names a member {name!r} that the configuration does not have "
+                f"transfer matrix {path}: its folder names member {name!r}, which the configuration does not have "
                 f"({', '.join(config.members)}); pass the --config that it was built from"
             )
         if name not in vocabularies:
@@ -109,7 +109,7 @@ def _inspect(
 
 
 def _recipe(metadata: Metadata) -> RowRecipe:
-    """What the file says of itself; `deepen` has no temperature."""
+    """The recipe in the file's metadata; `deepen` has no temperature."""
     found = json.loads(metadata.recipe)
     return RowRecipe(found["name"], found["top_k"], found.get("temperature", 0.0))
 
@@ -142,7 +142,7 @@ def _report(
 
 
 def _own_mass(matrix: TransferMatrix) -> Tensor:
-    """The share that an anchor's own row gives it, for all anchors that the member has a token for."""
+    """The share that each anchor's own row gives it, for all anchors for which the member has a token."""
     anchors = (matrix.anchor_ids >= 0).nonzero().squeeze(1)
     columns, values = matrix.rows(matrix.anchor_ids[anchors])
     return torch.where(columns == anchors.unsqueeze(1), values, 0.0).sum(dim=1)
@@ -181,12 +181,12 @@ def _spelt(anchors: Anchors, column: int) -> str:
 
 
 def shown(reports: Sequence[MatrixReport]) -> str:
-    """Reports for people to read."""
+    """Reports as text."""
     return "\n\n".join("\n".join(_lines(report)) for report in reports)
 
 
 def shown_as_json(reports: Sequence[MatrixReport]) -> str:
-    """Reports for programs to read: a list of objects."""
+    """Reports as JSON: a list of objects."""
     return json.dumps([asdict(report) for report in reports], indent=2, ensure_ascii=False)
 
 

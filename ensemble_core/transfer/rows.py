@@ -1,11 +1,11 @@
 """Vocabularies and input embeddings -> a transfer matrix, block by block.
 
-Invariants: a row of an ordinary token sums to 1; a stop id has one entry, "end of text", of 1; other special
-ids and ids without bytes have empty rows. Memory is bounded: besides the embedding table and two tables of
-anchors a build holds one block of similarities. What pruning to `top_k` anchors throws away is measured on
-the dense row, in the same pass. Formulas: section 1 of docs/methods.md.
+Invariants: a row of an ordinary token sums to 1; the row of a stop id has a single entry of 1, at "end of
+text"; other special ids and ids without bytes have empty rows. Memory is bounded: besides the embedding table
+and two tables of anchors, a build holds one block of similarities. The mass lost by pruning to `top_k`
+anchors is measured on the dense row, in the same pass. Formulas: section 1 of docs/methods.md.
 
-Nothing here knows files, configurations or models.
+Does not know files, configurations or models.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from ensemble_core.transfer.matrix import Anchors, TransferMatrix
 
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 _DEEPEN_SCALE = 100.0  # logits of the paper's recipe: 100 * C / ||C||_2
-_MARGIN = 16  # more anchors than top_k are scored exactly, since coarse similarities may swap neighbours
-_BLOCK_BYTES = 64 * 2**20  # larger ones cost a fifth of the CPU time in page faults
+_MARGIN = 16  # extra anchors beyond top_k that are scored exactly, since coarse similarities may swap neighbours
+_BLOCK_BYTES = 64 * 2**20  # larger blocks spend a fifth of the CPU time on page faults
 _MAX_BLOCK_ROWS = 1024
 
 RecipeName = Literal["centred", "deepen"]
@@ -34,9 +34,9 @@ RecipeName = Literal["centred", "deepen"]
 
 @dataclass(frozen=True, slots=True)
 class RowRecipe:
-    """How a row is made: which similarity, how sharp, how many anchors are kept.
+    """How a row is made: which similarity, how sharp, and how many anchors are kept.
 
-    temperature: tau of the centred recipe; `deepen` has none (its sharpness follows from the row's norm).
+    temperature: tau of the centred recipe; `deepen` ignores it (its sharpness follows from the row's norm).
     """
 
     name: RecipeName
@@ -45,7 +45,7 @@ class RowRecipe:
 
     @property
     def parameters(self) -> dict[str, str | int | float]:
-        """What two matrices of one recipe must have in common."""
+        """What two matrices of the same recipe must have in common."""
         if self.name == "deepen":
             return {"name": self.name, "top_k": self.top_k}
         return {"name": self.name, "top_k": self.top_k, "temperature": self.temperature}
@@ -55,9 +55,9 @@ class RowRecipe:
 class Quality:
     """Share of the dense rows' mass that the kept entries hold, as quantiles (see QUANTILES).
 
-    retained: over all rows of ordinary tokens. retained_anchors: over the anchors' own rows alone. The second
-    judges a recipe: an anchor has a meaning in the shared space, so a sharp enough row keeps it, while a
-    token far from all anchors has a flat row in any recipe.
+    retained: over all rows of ordinary tokens. retained_anchors: only over the anchors' own rows. The second
+    one judges a recipe: an anchor is a point of the shared space, so a sharp enough row retains its mass,
+    while a token far from all anchors has a flat row under any recipe.
     """
 
     retained: tuple[float, ...]
@@ -70,7 +70,7 @@ class Quality:
 
     @property
     def median_anchors(self) -> float:
-        """Median over the anchors' own rows: what `require_retained` looks at."""
+        """Median over the anchors' own rows, which `require_retained` checks."""
         return self.retained_anchors[QUANTILES.index(0.5)]
 
 
@@ -87,13 +87,13 @@ def build_matrix(
     progress: bool = True,
     label: str = "",
 ) -> tuple[TransferMatrix, Quality]:
-    """A member's relative representation over `anchors`, on the CPU, and how much pruning kept of it.
+    """A member's relative representation over `anchors`, on the CPU, and how much of it pruning kept.
 
-    embeddings: (V, d) input embeddings, any float dtype; rows past the vocabulary are not read. block_dtype:
-    of the search over all anchors and of the normaliser; kept entries are scored again in float32.
-    block_rows: rows at once; None: what 64 MiB hold. `top_k` >= A - 1 gives the dense matrix. A progress bar,
-    named `label`, is shown only if stderr is a terminal. Raises TransferMatrixError for embeddings that do not
-    fit.
+    embeddings: (V, d) input embeddings, any float dtype; rows past the vocabulary must be finite but are not
+    used. block_dtype: for the search over all anchors and the normaliser; kept entries are scored again in
+    float32. block_rows: rows per block; None: as many as fit in 64 MiB, at most 1,024. `top_k` >= A - 1 gives
+    the dense matrix. label: names the progress bar, which is shown only if stderr is a terminal. Raises
+    TransferMatrixError for embeddings that do not fit.
     """
     _check_embeddings(vocabulary, embeddings, anchors)
     anchor_ids = anchors.ids(vocabulary)
@@ -112,7 +112,7 @@ def build_matrix(
 
 
 def require_retained(member: str, quality: Quality, recipe: RowRecipe, minimum: float) -> None:
-    """Refuse a matrix whose pruned rows say too little. Raises TransferMatrixError with the numbers."""
+    """Refuse a matrix whose pruned rows retain too little. Raises TransferMatrixError with the numbers."""
     if quality.median_anchors >= minimum:
         return
     sharper = "set matrices.recipe to centred" if recipe.name == "deepen" else "raise matrices.temperature"
@@ -121,12 +121,12 @@ def require_retained(member: str, quality: Quality, recipe: RowRecipe, minimum: 
         f"entries hold a median of {quality.median_anchors:.4f} of the mass of the anchors' own rows, "
         f"matrices.min_retained is {minimum:g} (all rows: median {quality.median:.4f}, least "
         f"{quality.retained[0]:.4f}, most {quality.retained[-1]:.4f}); {sharper}, raise matrices.top_k, or "
-        "write it all the same with --force"
+        "write it anyway with --force"
     )
 
 
 class _AnchorSpace:
-    """The anchors' embeddings on the device, and how a block of tokens is seen from them."""
+    """The anchors' embeddings on the device, and the similarities of a block of tokens to them."""
 
     def __init__(
         self, embeddings: Tensor, anchor_ids: Tensor, recipe: RowRecipe, device: torch.device, dtype: torch.dtype
@@ -146,14 +146,14 @@ class _AnchorSpace:
 
     @property
     def block_rows(self) -> int:
-        """Rows whose similarities fit a block's share of memory."""
+        """How many rows' similarities fit in the memory of one block."""
         num_anchors, width = self._exact.shape
         scored = 4 * (num_anchors if self._scores_all else self._num_scored * width)
         row_bytes = 2 * num_anchors * self._coarse.element_size() + scored
         return max(1, min(_MAX_BLOCK_ROWS, _BLOCK_BYTES // row_bytes))
 
     def rows(self, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """For R tokens: columns (R, k), values (R, k) float32 likeliest first, retained mass (R)."""
+        """For R tokens: columns (R, k), values (R, k) float32 in descending order, retained mass (R)."""
         tokens = self._unit(ids)  # (R, d)
         sharpness = self._sharpness(tokens)  # (R, 1)
         coarse = (tokens * sharpness).to(self._dtype) @ self._coarse.T  # (R, A - 1)
@@ -168,7 +168,7 @@ class _AnchorSpace:
         return F.normalize(rows, dim=1)
 
     def _sharpness(self, tokens: Tensor) -> Tensor:
-        """What turns cosines C (R, A) into logits: tau, or 100 / ||C||_2, where ||C||^2 = e E^T E e^T."""
+        """Factor from cosines C (R, A) to logits: tau, or 100 / ||C||_2, with ||C||^2 = e E^T E e^T."""
         if self._recipe.name == "centred":
             return torch.full((len(tokens), 1), self._recipe.temperature, device=self._device)
         squared = ((tokens @ self._gram) * tokens).sum(dim=1, keepdim=True)
@@ -176,7 +176,7 @@ class _AnchorSpace:
 
     @property
     def _scores_all(self) -> bool:
-        """One dense float32 product costs less than gathering so many anchors' embeddings."""
+        """Whether one dense float32 product costs less than gathering that many anchors' embeddings."""
         return 4 * self._num_scored >= len(self._exact)
 
     def _score(self, tokens: Tensor, columns: Tensor) -> Tensor:
@@ -188,14 +188,14 @@ class _AnchorSpace:
 
 def _check_embeddings(vocabulary: Vocabulary, embeddings: Tensor, anchors: Anchors) -> None:
     if not anchors.tokens:
-        raise TransferMatrixError("the members share no token at all; relative fusion needs shared tokens")
+        raise TransferMatrixError("the members share no tokens; relative fusion needs shared tokens")
     if embeddings.ndim != 2 or len(embeddings) < len(vocabulary):
         raise TransferMatrixError(
             f"input embeddings: expected one row for each of {len(vocabulary)} tokens, found shape "
-            f"{tuple(embeddings.shape)}; tokenizer and weights are of different models"
+            f"{tuple(embeddings.shape)}; tokenizer and weights belong to different models"
         )
     if not all(bool(part.isfinite().all()) for part in torch.split(embeddings, 65_536)):
-        raise TransferMatrixError("input embeddings: some are NaN or infinite; fetch the weights again")
+        raise TransferMatrixError("input embeddings: some values are NaN or infinite; download the weights again")
 
 
 def _ordinary_ids(vocabulary: Vocabulary) -> Tensor:
@@ -213,7 +213,7 @@ def _blocks(ids: Tensor, size: int, progress: bool, label: str) -> Iterator[Tens
 
 
 def _ordered(columns: Tensor, values: Tensor, num_anchors: int) -> tuple[Tensor, Tensor]:
-    """Columns ascending within a row; entries that rounded to nothing become padding at its end."""
+    """Sorts each row by column; entries that rounded to zero become padding at its end."""
     padding = values == 0
     columns, order = columns.masked_fill_(padding, num_anchors).sort(dim=1)
     return columns.masked_fill_(columns == num_anchors, 0), values.gather(1, order)

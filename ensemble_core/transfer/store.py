@@ -1,9 +1,9 @@
-"""Transfer matrices on disk: CSR in safetensors, and the checks before one is used.
+"""Transfer matrices on disk: CSR in safetensors, and the checks made before a matrix is used.
 
 A file holds `crow_indices` (V + 1) int64, `col_indices` (nnz) int32, `values` (nnz) float16; columns ascend
-within a row, and padding is not stored. The metadata says what it was made for and from (see `Metadata`).
-Invariants: a file appears whole or not at all; a matrix that `load_matrix` returns fits the member's
-vocabulary, the anchors and the recipe that it was asked for. It does not know how matrices are made.
+within a row, and padding is not stored. The metadata records what the matrix was made for and from (see
+`Metadata`). Invariants: files are written atomically; a matrix that `load_matrix` returns fits the requested
+vocabulary, anchors and recipe. Does not know how matrices are made.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _DTYPES = {"crow_indices": torch.int64, "col_indices": torch.int32, "values": to
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """Which weights a matrix was made from: hub id or folder, and revision ("" where there is none)."""
+    """Which weights a matrix was made from: hub id or folder, and revision ("" if there is none)."""
 
     model: str
     revision: str
@@ -42,10 +42,10 @@ class Origin:
 
 @dataclass(frozen=True, slots=True)
 class Metadata:
-    """What stands in a file beside the tensors; all strings, as safetensors wants them.
+    """The metadata that a file stores beside the tensors; all strings, as safetensors requires.
 
     recipe: JSON of `RowRecipe.parameters`. retained, retained_anchors: JSON lists, quantiles as in `Quality`.
-    sha256: over the bytes of the three tensors. created: UTC, ISO 8601.
+    sha256: of the bytes of the three tensors. created: UTC, ISO 8601.
     """
 
     format_version: str
@@ -69,7 +69,7 @@ class Metadata:
 
 
 def matrix_path(folder: Path, members: Sequence[str], member: str, recipe_name: str) -> Path:
-    """Where a member's matrix lies: its columns depend on which members share the anchors."""
+    """The path of a member's matrix; its columns depend on which members share the anchors."""
     return folder / "+".join(sorted(members)) / f"{member}.{recipe_name}.safetensors"
 
 
@@ -84,9 +84,9 @@ def save_matrix(
     anchors: Anchors,
     recipe: RowRecipe,
 ) -> int:
-    """Write a matrix with its metadata, whole or not at all; its values are kept as float16.
+    """Write a matrix with its metadata atomically; values are stored as float16.
 
-    Returns the size of the file in bytes. Raises TransferMatrixError where it cannot be written.
+    Returns the size of the file in bytes. Raises TransferMatrixError if it cannot be written.
     """
     tensors = _compressed(matrix)
     metadata = Metadata(
@@ -124,10 +124,10 @@ def load_matrix(
     rebuild: str,
     origin: Origin | None = None,
 ) -> TransferMatrix:
-    """Read a matrix and prove that it is whole and made for just this use.
+    """Read a matrix, and check that it is intact and made for exactly this use.
 
-    rebuild: the command that makes it anew, for messages. origin: the weights that it must come from; None
-    takes any. Raises TransferMatrixError that names the member, what differs and the command.
+    rebuild: the command that rebuilds it, for messages. origin: the weights that it must come from; None
+    accepts any. Raises TransferMatrixError, which names the member, what differs and the command.
     """
     check = _Check(path, member, rebuild)
     metadata, tensors = _read(check)
@@ -146,14 +146,14 @@ def load_matrix(
 
 
 def read_metadata(path: Path) -> Metadata:
-    """The metadata alone, unchecked, for inspection. Raises TransferMatrixError for an unreadable file."""
+    """Only the metadata, for inspection; not compared with anything. Raises TransferMatrixError if unreadable."""
     check = _Check(path, path.name.removesuffix(".safetensors").rpartition(".")[0], "unisono build --config FILE")
     with check.open() as reader:
         return _metadata(check, reader)
 
 
 def data_sha256(tensors: Mapping[str, Tensor]) -> str:
-    """sha256 over the bytes of `crow_indices`, `col_indices`, `values`, in this order."""
+    """sha256 of the bytes of `crow_indices`, `col_indices`, `values`, in this order."""
     digest = hashlib.sha256()
     for name in _DTYPES:
         digest.update(tensors[name].contiguous().numpy().data)
@@ -162,7 +162,7 @@ def data_sha256(tensors: Mapping[str, Tensor]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Check:
-    """Refuses a file, always in the same form."""
+    """Checks on one file; all refusals have the same form."""
 
     path: Path
     member: str
@@ -215,7 +215,7 @@ def _check_structure(check: _Check, tensors: dict[str, Tensor], num_rows: int, n
     check.equal("entries of col_indices (as many as values)", num_entries, len(columns))
     check.equal("first and last of crow_indices", [0, num_entries], [int(crow[0]), int(crow[-1])])
     counts = crow.diff()
-    check.require(bool((counts >= 0).all()), "crow_indices: expected ascending, found a row that ends early")
+    check.require(bool((counts >= 0).all()), "crow_indices: expected ascending, found a descending pair")
     if num_entries:
         low, high = (int(bound) for bound in columns.aminmax())
         in_bounds = low >= 0 and high < num_anchors
@@ -226,15 +226,15 @@ def _check_structure(check: _Check, tensors: dict[str, Tensor], num_rows: int, n
 
 def _check_order(check: _Check, crow: Tensor, columns: Tensor) -> None:
     ascending = columns.diff() > 0  # (nnz - 1)
-    starts = crow[1:-1]  # a step from one row into the next may go down
+    starts = crow[1:-1]  # columns may descend from one row to the next
     ascending[starts[(starts > 0) & (starts < len(columns))] - 1] = True
-    check.require(bool(ascending.all()), "col_indices: expected ascending within a row, found otherwise")
+    check.require(bool(ascending.all()), "col_indices: expected ascending within a row, found a row out of order")
 
 
 def _check_values(check: _Check, counts: Tensor, values: Tensor) -> None:
-    """Finite, not negative, and rows sum to 1 as far as float16 goes: 2^-11 of each value, or 2^-25."""
+    """Finite, not negative; rows sum to 1 within twice float16's rounding (2^-11 of each value, or 2^-25)."""
     if len(values):
-        low, high = values.aminmax()  # NaN in either if there is one
+        low, high = values.aminmax()  # either is NaN if any value is
         finite = bool(torch.stack([low, high]).isfinite().all())
         check.require(finite, "values: expected finite numbers, found NaN or infinity")
         check.require(bool(low >= 0), "values: expected none below 0, found a negative one")
@@ -252,7 +252,7 @@ def _compressed(matrix: TransferMatrix) -> dict[str, Tensor]:
 
 
 def _padded(crow_indices: Tensor, col_indices: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    """Columns and values (V, k), k the widest row's, of the stored entries."""
+    """The stored entries as columns and values (V, k), where k is the width of the widest row."""
     counts = crow_indices.diff()  # (V)
     width = max(1, int(counts.max()))
     used = torch.arange(width) < counts[:, None]  # (V, k)
