@@ -1,7 +1,7 @@
 """Bootstrap intervals of ratios of sums over documents (Efron's percentile interval), paired between models.
 
-A metric is a ratio: bits over bytes, right answers over questions. Documents are drawn with replacement; models are
-compared on the same draws, so what makes a document hard for all of them cancels. Knows numbers alone.
+A metric is a ratio: bits over bytes, right answers over questions. Documents are drawn with replacement. Models are
+compared on the same draws, so what makes a document hard for all of them cancels. Knows only numbers.
 """
 
 from __future__ import annotations
@@ -26,23 +26,23 @@ class Interval:
 
 @dataclass(frozen=True, slots=True)
 class Ratio:
-    """One metric's shares of every document, float64."""
+    """Each document's contribution to one metric, float64."""
 
     numerators: Tensor  # (D,)
     denominators: Tensor  # (D,)
 
     @property
     def value(self) -> float:
-        """Over all documents."""
+        """The ratio over all documents."""
         return float(self.numerators.sum() / self.denominators.sum())
 
     def drawn(self, counts: Tensor) -> Tensor:
-        """Its value in each draw; counts: (R, D) how often each document was drawn. (R,)."""
+        """(R,): the ratio in each draw. counts: (R, D), how often each document was drawn."""
         return (counts @ self.numerators) / (counts @ self.denominators)
 
 
 def draws(num_documents: int, seed: int = 0, num_draws: int = NUM_DRAWS) -> Tensor:
-    """(R, D) float64: how often each document stands in each draw of D documents with replacement."""
+    """(R, D) float64: how often each document occurs in each draw of D documents with replacement."""
     generator = torch.Generator().manual_seed(seed)
     picked = torch.randint(num_documents, (num_draws, num_documents), generator=generator)
     counts = torch.zeros(num_draws, num_documents, dtype=torch.float64)
@@ -61,7 +61,7 @@ def paired_interval(ratio: Ratio, reference: Ratio, counts: Tensor) -> Interval:
 
 def _interval(value: float, drawn: Tensor) -> Interval:
     edge = (1 - _LEVEL) / 2
-    known = drawn[~drawn.isnan()]  # a draw may hold no document that the metric speaks of
+    known = drawn[~drawn.isnan()]  # a draw may hold no document that has the metric
     if not len(known):
         return Interval(value, value, value)
     low, high = known.quantile(torch.tensor([edge, 1 - edge], dtype=drawn.dtype)).tolist()

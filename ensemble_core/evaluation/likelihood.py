@@ -1,8 +1,8 @@
-"""How likely an ensemble makes the true tokens at shared positions, by its weights; and the best weights.
+"""The likelihood of the true tokens at shared positions as a function of the weights, and the best weights.
 
-For a linear pool the best weights follow from a few fusions (`mixture.py`); for any other fusion they are searched
-for (`weights.py`), with the coarse looks at an eighth of the positions. Either way the weights that come out are no
-worse than the recipe's own, at the positions looked at. Does not know tasks or where scores are from.
+For a linear pool the best weights follow from a few fusions (`mixture.py`). For any other fusion a search finds them
+(`weights.py`); its coarse steps use an eighth of the positions. Either way the result is no worse than the recipe's
+own weights at the given positions. Does not know tasks or where scores come from.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from ensemble_core.evaluation.weights import Weights, minimise
 
 logger = logging.getLogger(__name__)
 
-_SCREENED = 8  # coarse looks take one position of so many,
-_ENOUGH = 500  # but not fewer than this
+_SCREENED = 8  # coarse steps use one in this many positions,
+_ENOUGH = 500  # but at least this many
 
 
 @dataclass(frozen=True, slots=True)
 class Likelihood:
-    """The likelihood over some positions. progress: told how many positions were fused."""
+    """The likelihood over some positions. progress: called with the number of positions just fused."""
 
     scores: Scores
     recipe: Recipe
@@ -37,21 +37,21 @@ class Likelihood:
     progress: Callable[[int], object]
 
     def probabilities(self, weights: Weights) -> Tensor:
-        """(P',) float64, of the true tokens that are scored."""
+        """(P',) float64: the probabilities of the true tokens at the positions that are scored."""
         fused = fuse_positions(self.scores, self.recipe, self.shared, self.num_candidates, weights)
         self.progress(len(self.shared.rows))
         counted = self.scores.members[self.recipe.main].scored[self.shared.rows]
         return fused.logprobs[counted].double().exp()
 
     def nats(self, weights: Weights) -> float:
-        """-log p per position."""
+        """Mean -log p per position."""
         value = -float(self.probabilities(weights).log().mean())
         named = ", ".join(f"{m} {w:.3f}" for m, w in zip(self.recipe.members, weights, strict=True))
         logger.info("%s: %.5f nats per shared position", named, value)
         return value
 
     def best_weights(self) -> Weights:
-        """The weights at which `nats` is least, to about 0.01."""
+        """The weights that minimise `nats`, to about 0.01."""
         few = replace(self, shared=self.shared.spread(max(len(self.shared.rows) // _SCREENED, _ENOUGH)))
         linear = linear_shares(few.probabilities, len(self.recipe.members)) is not None
         mixed = self.best_mixture() if linear else None
@@ -60,7 +60,7 @@ class Likelihood:
     def best_mixture(self) -> Weights | None:
         """The best weights of a linear pool; None for any other fusion.
 
-        A member without weight has no part in the support, so the corners of the simplex are looked at by themselves.
+        A member without weight does not contribute to the support, so the corners of the simplex are tried apart.
         """
         num_members = len(self.recipe.members)
         shares = linear_shares(self.probabilities, num_members)

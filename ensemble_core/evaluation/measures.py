@@ -1,7 +1,7 @@
-"""What is measured of an item: bits of its document, whether the likeliest option is right, whether a completion is.
+"""Measures of an item: bits of its document, whether its likeliest option is right, whether its completion is right.
 
-Measures: `bits` (every kind: the record as a plain document), `score` (all kinds but text). Every function returns
-index of the record -> plain values, ready for JSON. Does not know files or intervals.
+Measures: `bits` (every kind: the record as a plain document), `score` (all kinds but text). Results map the index of
+a record to plain values, ready for JSON. Does not know files or intervals.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from ensemble_core.llm import Completion
 
 Measure = Literal["bits", "score"]
 
-_BATCH = 32  # prompts generated before they are put down
+_BATCH = 32  # prompts generated before their results are saved
 _PARAMS = {
     "answer": SamplingParams(max_tokens=32, temperature=0.0, stop=("\n",)),
     "number": SamplingParams(max_tokens=320, temperature=0.0, stop=("\n\n", "Question:")),
@@ -36,9 +36,9 @@ _PARAMS = {
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """Which items of a task are evaluated, and how many others stand as examples before each prompt.
+    """Which items of a task are evaluated, and how many others precede each prompt as examples.
 
-    Examples are the first of the other half; of `all` the first items, which are then not evaluated.
+    Examples are the first items of the other half. With `all` they are the first items, which are not evaluated.
     """
 
     split: Split = "all"
@@ -46,13 +46,13 @@ class Selection:
     shots: int = 0
 
     def items(self, task: Task) -> tuple[Item, ...]:
-        """What is evaluated."""
+        """The items to evaluate."""
         if self.split == "all":
             return task.items[self.shots :][: self.limit]
         return task.chosen(self.split, self.limit)
 
     def examples(self, task: Task) -> str:
-        """The text in front of every prompt."""
+        """The text before every prompt."""
         other: dict[Split, Split] = {"even": "odd", "odd": "even", "all": "all"}
         return "".join(f"{item.document}\n\n" for item in task.chosen(other[self.split], self.shots))
 
@@ -63,7 +63,7 @@ def documents(task: Task, items: Sequence[Item]) -> list[Document]:
 
 
 def bits(sums: DocumentSums, items: Sequence[Item]) -> dict[int, Values]:
-    """Sums of every document that can be compared; see `DocumentSums`."""
+    """The sums of every comparable document; see `DocumentSums`."""
     return {item.index: _row(sums, i) for i, item in enumerate(items) if sums.num_bytes[i] > 0}
 
 
@@ -77,7 +77,7 @@ def _row(sums: DocumentSums, document: int) -> dict[str, Any]:
 
 
 def option_documents(task: Task, items: Sequence[Item], examples: str) -> list[Document]:
-    """Each option behind its question; the option's bytes alone are scored."""
+    """Each option after its question; only the option's bytes are scored."""
     found = []
     for item in items:
         prompt = examples + item.prompt
@@ -87,7 +87,7 @@ def option_documents(task: Task, items: Sequence[Item], examples: str) -> list[D
 
 
 def choices(sums: DocumentSums, items: Sequence[Item]) -> dict[int, Values]:
-    """Whether the likeliest option is the right one: by its likelihood, and by its likelihood per byte."""
+    """Whether the likeliest option is the right one, by likelihood and by likelihood per byte."""
     found: dict[int, Values] = {}
     start = 0
     for item in items:
@@ -102,7 +102,7 @@ def choices(sums: DocumentSums, items: Sequence[Item]) -> dict[int, Values]:
 def completions(
     bench: Workbench, variant: Variant, task: Task, items: Sequence[Item], examples: str
 ) -> Iterator[dict[int, Values]]:
-    """Greedy completions and whether they are right, a batch at a time."""
+    """Greedy completions and whether they are right, batch by batch."""
     with tqdm(total=len(items), desc=f"{variant.label}: {task.name}", unit="item", disable=None) as bar:
         for start in range(0, len(items), _BATCH):
             batch = items[start : start + _BATCH]
@@ -116,10 +116,10 @@ def completions(
 
 
 def _require_whole(variant: Variant, done: Sequence[Completion]) -> None:
-    """What an ensemble answered without a member is not its result. Raises EvaluationError."""
+    """An answer that lost a member is not the ensemble's result. Raises EvaluationError."""
     if lost := {member: reason for answer in done for member, reason in answer.dropped.items()}:
         raise EvaluationError(
-            f"{variant.label}: members {lost} failed, and were dropped from answers that would count as the whole "
+            f"{variant.label}: members {lost} failed and were dropped from answers that would count as the whole "
             "ensemble's; see the log, or evaluate it with fewer members"
         )
 

@@ -1,4 +1,4 @@
-"""Results as a PNG: a panel a metric, a line a model, a mark a task, with 95 % intervals. matplotlib is optional."""
+"""Results as a PNG: one panel per metric, one row per model, one mark per task, 95 % intervals. Needs matplotlib."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ensemble_core.evaluation.report import Report, Result
 
 
 def require_matplotlib() -> Any:
-    """The Figure class. Raises EvaluationError that names the extra where matplotlib is not installed."""
+    """The Figure class. Raises EvaluationError, which names the extra, if matplotlib is not installed."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -20,7 +20,7 @@ def require_matplotlib() -> Any:
 
 
 def plot(report: Report, path: Path) -> None:
-    """Draw all results into a PNG file."""
+    """Plot all results to a PNG file."""
     metrics = list(dict.fromkeys(result.metric for result in report.results))
     models = list(dict.fromkeys(result.model for result in report.results))
     size = (6.5 * len(metrics), 1.6 + 0.55 * len(models))

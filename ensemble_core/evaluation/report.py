@@ -1,7 +1,7 @@
-"""From items to results: values with intervals, differences to the best member, diagnostics; as tables and JSON.
+"""Turns items into results: values with intervals, differences to the best member, diagnostics; as tables and JSON.
 
-The best member is the best on the very items that are reported, which makes it the harder one to beat. Knows items'
-values; does not know models.
+The best member is chosen on the very items that are reported, which makes it harder to beat. Knows items' values;
+does not know models.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ POOLED = "all tasks"
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """A ratio of items' values. denominator "": items are counted. reference: what a member alone has there."""
+    """A ratio of sums over items. denominator "": the number of items."""
 
     name: str
     numerator: str
     denominator: str
     lower_is_better: bool
-    own_main: str = ""  # compared with this numerator of the same items instead of with the best member's
+    own_main: str = ""  # compare with this numerator of the same items, not with the best member's value
 
 
 METRICS = (
@@ -38,7 +38,7 @@ METRICS = (
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """One metric of one model on one task. difference: to `reference`, over the same items; None for itself."""
+    """One metric of one model on one task. difference: to `reference`, over the same items; None if there is none."""
 
     task: str
     metric: str
@@ -51,7 +51,7 @@ class Result:
 
 @dataclass(frozen=True, slots=True)
 class Diagnosis:
-    """How a fusion acts at shared positions; shares of positions, and mean mass per position."""
+    """How a fusion acts at shared positions: shares of positions, and mean mass per position."""
 
     task: str
     model: str
@@ -70,7 +70,7 @@ class Report:
     diagnoses: list[Diagnosis]
 
     def as_json(self) -> dict[str, object]:
-        """Plain objects."""
+        """The report as plain JSON objects."""
         return {
             "results": [asdict(result) for result in self.results],
             "diagnoses": [asdict(diagnosis) for diagnosis in self.diagnoses],
@@ -82,7 +82,7 @@ Items = Mapping[str, Mapping[str, Mapping[int, Values]]]
 
 
 def summarise(items: Items, members: Iterable[str]) -> Report:
-    """Every metric of every model on every task, and over all of them. members: the models that are no ensembles."""
+    """Every metric of every model on every task and over all tasks. members: the models that are single members."""
     tasks = list(dict.fromkeys(task for by_task in items.values() for task in by_task))
     alone = [model for model in members if model in items]
     results, diagnoses = [], []
@@ -102,7 +102,7 @@ def _rows(by_task: Mapping[str, Mapping[int, Values]], task: str) -> dict[tuple[
 def _results(
     task: str, metric: Metric, rows: Mapping[str, Mapping[tuple[str, int], Values]], alone: Sequence[str]
 ) -> list[Result]:
-    """A metric of all models; those without it are left out."""
+    """One metric of all models that have it."""
     keys = {
         model: [key for key, values in found.items() if metric.numerator in values]
         for model, found in rows.items()
@@ -159,7 +159,7 @@ def _means(rows: Sequence[Values], name: str, positions: float) -> dict[str, flo
 
 
 def tables(report: Report) -> str:
-    """Results and diagnoses for people to read."""
+    """Results and diagnoses as text."""
     head = ("task", "metric", "model", "items", "value", "95 % interval", "against", "difference", "95 % interval")
     lines = [
         (
@@ -188,7 +188,7 @@ def _diagnosis_line(diagnosis: Diagnosis) -> tuple[str, ...]:
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:
-    """Columns as wide as their widest cell."""
+    """A text table; each column is as wide as its widest cell."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows

@@ -1,9 +1,9 @@
-"""Documents as every member spells them: which tokens count, and where several members have a token boundary.
+"""How each member tokenizes documents: which tokens are scored, and where several members have a token boundary.
 
-A place in the text is named by the bytes that follow it, as in `decoding/scoring.py`, since some tokenizers put a
-space in front. Invariant: all members are scored over the same bytes. Of a whole document these begin at the first
-place at which every member has a boundary with something before it (a member without BOS cannot say how a text
-begins); of an answer they are its own, with the whole token where a member has no boundary at its first byte.
+A place in the text is given by the number of bytes that follow it, as in `decoding/scoring.py`, since some tokenizers
+put a space in front. Invariant: all members are scored over the same bytes. For a whole document these start at the
+first place where every member has a boundary after some token (a member without BOS cannot score the first token).
+For an answer they are its own bytes, plus the rest of the token if a member has no boundary at the first byte.
 Knows tokens; does not know models.
 """
 
@@ -17,7 +17,7 @@ from ensemble_core.text.alignment import Track, plain_text, rests
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """A text to score. start: bytes of a prompt in front that is not scored; origin: where it is from."""
+    """A text to score. start: bytes of a leading prompt, not scored; origin: where the text comes from."""
 
     text: str
     start: int = 0
@@ -26,10 +26,10 @@ class Document:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One position of one member: after some token, with the next one known.
+    """One position of one member: after some token, with the next token known.
 
-    rest: bytes of the text that follow the position. scored: the next token counts. met: another member has a
-    boundary here, too.
+    rest: bytes of text after the position. scored: the next token counts. met: another member also has a boundary
+    here.
     """
 
     rest: int
@@ -40,7 +40,7 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Spelling:
-    """One member's tokens of a document, and its rows from position `first` to the last but one."""
+    """One member's tokens of a document, and its rows from position `first` to the second to last."""
 
     token_ids: list[int]
     first: int
@@ -49,14 +49,14 @@ class Spelling:
 
 @dataclass(frozen=True, slots=True)
 class SpeltDocument:
-    """A document in every member's tokens. num_bytes: scored ones; 0 where no place is shared by all."""
+    """A document in every member's tokens. num_bytes: scored bytes; 0 if the members share no place."""
 
     num_bytes: int
     spellings: dict[str, Spelling]
 
 
 def spell(document: Document, tracks: Mapping[str, Track]) -> SpeltDocument:
-    """Every member's rows; tracks: the whole text as each member's prompt."""
+    """The rows of every member. tracks: the whole text as each member's prompt."""
     ends = {member: rests(track) for member, track in tracks.items()}
     last = {member: _last_rows(places) for member, places in ends.items()}
     same = len({plain_text(track).removeprefix(b" ") for track in tracks.values()}) == 1
@@ -76,12 +76,12 @@ def spell(document: Document, tracks: Mapping[str, Track]) -> SpeltDocument:
 
 
 def _last_rows(ends: list[int]) -> dict[int, int]:
-    """Place -> the last position there, for positions that some text follows."""
+    """Place -> the last position there, for positions that are followed by text."""
     return {rest: row for row, rest in enumerate(ends[:-1]) if rest > 0}
 
 
 def _scored(track: Track, ends: list[int], num_bytes: int) -> list[int]:
-    """Tokens that spell something of the last `num_bytes` bytes and have something before them."""
+    """Indices of tokens that spell part of the last `num_bytes` bytes and have a token before them."""
     spelt = [bool(track.vocabulary.text_bytes(token_id)) for token_id in track.prompt_ids]
     return [t for t in range(1, len(ends)) if spelt[t] and ends[t] < num_bytes]
 
@@ -96,7 +96,7 @@ def _rows(
 
 
 def _once(rows: list[Row]) -> list[Row]:
-    """Of several positions at one place (a control token is between them) the last meets the others."""
+    """If several positions are at one place (with control tokens between them), only the last is `met`."""
     last = {row.rest: index for index, row in enumerate(rows)}
     return [
         row if not row.met or last[row.rest] == index else Row(row.rest, row.next_id, row.scored, met=False)

@@ -1,8 +1,8 @@
-"""Finding an ensemble's weights on one half of the tasks, and reporting on the other: what `unisono tune` does.
+"""Finds an ensemble's weights on one half of the tasks and reports on the other: what `unisono tune` does.
 
-`nll` minimises the fused negative log-likelihood per byte over the simplex; `score` takes weights in proportion to
-each member's accuracy. Whatever was tuned, the report is in bits per byte on documents that the tuning never saw.
-Does not know the command line or YAML.
+`nll` minimises the fused negative log-likelihood per shared position over the simplex; `score` sets weights in
+proportion to each member's accuracy. Either way the report is in bits per byte, on documents that tuning did not see
+unless the split is `all`. Does not know the command line or YAML.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ from ensemble_core.evaluation.weights import Weights, in_proportion
 from ensemble_core.evaluation.workbench import Workbench
 
 Method = Literal["nll", "score"]
-NUM_POSITIONS = 5000  # enough to place a weight: the optimum is flat
+NUM_POSITIONS = 5000  # enough to determine a weight: the optimum is flat
 BEFORE, AFTER = "before", "after"
 _OTHER: dict[Split, Split] = {"even": "odd", "odd": "even", "all": "all"}
 
 
 @dataclass(frozen=True, slots=True)
 class Tuned:
-    """Weights by member, main first, and what they are worth. results: bits per byte on the held-out half."""
+    """Weights by member, main first, and how well they do. results: bits per byte on the held-out half."""
 
     members: tuple[str, ...]
     before: Weights
     after: Weights
     results: list[Result]
-    held_out: bool  # False: everything was tuned on, and the results are in sample
+    held_out: bool  # False: all items were used for tuning, so the results are in sample
 
 
 def tune(
@@ -53,9 +53,9 @@ def tune(
     selection: Selection,
     num_positions: int = NUM_POSITIONS,
 ) -> Tuned:
-    """Tune the weights of an ensemble (or a variant of it). Raises EvaluationError for a member alone.
+    """Tune the weights of an ensemble (or a variant of it). Raises EvaluationError for a single member.
 
-    num_positions: shared positions that `nll` looks at, at most; spread evenly over the documents.
+    num_positions: the most shared positions that `nll` uses, spread evenly over the documents.
     """
     recipe = bench.recipe(variant)
     if len(recipe.members) < 2:
@@ -71,7 +71,7 @@ def tune(
 
 
 def rounded(weights: Weights) -> Weights:
-    """Three decimals that sum to 1: the largest weight takes the rest."""
+    """Rounded to three decimals that sum to 1; the largest weight absorbs the remainder."""
     parts = [round(weight, 3) for weight in weights]
     parts[parts.index(max(parts))] += 1.0 - sum(parts)
     return tuple(round(part, 3) for part in parts)
@@ -80,22 +80,22 @@ def rounded(weights: Weights) -> Weights:
 def _least_nats(
     bench: Workbench, recipe: Recipe, tasks: Sequence[Task], selection: Selection, num_positions: int
 ) -> Weights:
-    """Where main speaks alone weights change nothing, so the shared positions are all that counts."""
+    """Weights only matter at shared positions; elsewhere main predicts alone."""
     scores = _documents(bench, recipe, tasks, selection)
     shared = shared_positions(scores, recipe.members).spread(num_positions)
     if not len(shared.rows):
         raise EvaluationError(
-            f"{', '.join(recipe.members)}: the tasks have no place where all of them have a boundary"
+            f"{', '.join(recipe.members)}: the tasks have no position where all members have a token boundary"
         )
     with tqdm(desc="tuning", unit="position", unit_scale=True, disable=None) as bar:
         return Likelihood(scores, recipe, shared, bench.num_candidates, bar.update).best_weights()
 
 
 def _by_score(bench: Workbench, recipe: Recipe, tasks: Sequence[Task], selection: Selection) -> Weights:
-    """In proportion to accuracy over all items."""
+    """Weights in proportion to accuracy over all items."""
     asked = [task for task in tasks if task.kind != "text"]
     if not asked:
-        raise EvaluationError("--method score needs a task with answers; these are texts alone")
+        raise EvaluationError("--method score needs a task with answers; these are all plain texts")
     members = [Variant(name, name, Overrides()) for name in recipe.members]
     report = evaluate(bench, Scope(asked, members, selection, ("score",)), Destination())
     last = {result.model: result.value.value for result in report.results if result.metric == "accuracy"}
@@ -105,7 +105,7 @@ def _by_score(bench: Workbench, recipe: Recipe, tasks: Sequence[Task], selection
 def _judged(
     bench: Workbench, recipe: Recipe, after: Weights, tasks: Sequence[Task], selection: Selection
 ) -> list[Result]:
-    """Bits per byte of every member, of the ensemble before and after; against the best member."""
+    """Bits per byte of every member and of the ensemble before and after, against the best member."""
     scores = _documents(bench, recipe, tasks, selection)
     models = {name: Recipe(name, (name,), (1.0,), None, "single") for name in recipe.members}
     models |= {BEFORE: recipe, AFTER: replace(recipe, weights=after)}

@@ -1,7 +1,7 @@
-"""What evaluation works with: a configuration's recipes, stored scores, and the models where they are needed.
+"""What evaluation works with: a configuration's recipes, stored scores and, where needed, the models.
 
-The models are loaded when something has to be collected or generated, and not before: over stored scores alone an
-evaluation takes seconds. Does not know tasks or metrics.
+Models are loaded only when something has to be collected or generated; on stored scores an evaluation takes seconds.
+Does not know tasks or metrics.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from ensemble_core.llm import LLM
 
 
 class Workbench(AbstractContextManager["Workbench"]):
-    """Recipes, scores, models of one configuration. cache: folder of stored scores."""
+    """The recipes, scores and models of one configuration. cache: folder of stored scores."""
 
     def __init__(self, config: Config, cache: Path | None = None) -> None:
         self.config = config
@@ -36,22 +36,22 @@ class Workbench(AbstractContextManager["Workbench"]):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """End the models' threads, if there are any."""
+        """Stop the models' threads, if any."""
         if self._llm is not None:
             self._llm.close()
 
     def llm(self) -> LLM:
-        """The models, loaded at the first call."""
+        """The models, loaded on the first call."""
         if self._llm is None:
             self._llm = LLM(self.config)
         return self._llm
 
     def recipe(self, variant: Variant) -> Recipe:
-        """What a variant asks for. Raises ModelNotFoundError, InvalidRequestError as for a request."""
+        """The recipe of a variant. Raises ModelNotFoundError or InvalidRequestError, as for a request."""
         return self._book.resolve(variant.model, variant.overrides)
 
     def scores(self, documents: Sequence[Document], members: Iterable[str], label: str) -> Scores:
-        """What the members say of the documents. All models that are compared need one set of members."""
+        """The members' scores of the documents. Models to be compared must use the same set of members."""
         return Collector(
             self.config, tuple(sorted(set(members))), self.cache, self.num_candidates, self.llm
         ).collect(documents, label)

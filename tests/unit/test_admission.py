@@ -12,7 +12,7 @@ from fakes import FakeMember, FakeTokenizer, byte_vocabulary, fake_config, fake_
 from ensemble_core.admission import Admission
 from ensemble_core.decoding.requests import Conversation, GenerationRequest, Overrides, Weighting
 from ensemble_core.decoding.sampling_params import SamplingParams
-from ensemble_core.decoding.sequence import Phase
+from ensemble_core.decoding.sequence import Choice, Phase
 from ensemble_core.errors import InvalidRequestError, ModelNotFoundError
 from ensemble_core.members.base import Abilities
 
@@ -244,7 +244,7 @@ def test_choices_are_read_once_and_equal_those_that_come_alone(prompt: object, r
 def test_choices_go_on_apart() -> None:
     first, second = admission().admit_all(choices("abc", 2))
     before = [list(track.prompt_ids) for track in second.tracks.values()]
-    first.append(97)
+    first.decide([Choice(97)])
     first.tracks["beta"].respell("a")
     assert [track.prompt_ids for track in second.tracks.values()] == before
     assert not any(track.completion_ids for track in second.tracks.values())

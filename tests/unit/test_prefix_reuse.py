@@ -97,9 +97,9 @@ def test_what_failed_is_never_reused(kind: str) -> None:
 
 
 def test_a_scored_prompt_is_computed_in_full() -> None:
-    from test_engine_surface import Bench
+    from test_engine_surface import Pair
 
-    bench = Bench(prefix_reuse=True)
+    bench = Pair(prefix_reuse=True)
     plain = bench.add(HEAD, max_tokens=2, temperature=0.0)
     bench.run()
     scored = bench.add(HEAD, max_tokens=2, temperature=0.0, echo=True, logprobs=1)
