@@ -7,14 +7,12 @@ resolved against the folder of the file. It does not know which fusions and mode
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import (
     BaseModel,
-    ConfigDict,
     Field,
     PrivateAttr,
     SecretStr,
@@ -24,11 +22,10 @@ from pydantic import (
 )
 
 from ensemble_core.errors import ConfigError
+from ensemble_core.limits import LimitsConfig, OverridesConfig
+from ensemble_core.section import Section, Size, parse_size
 
-_SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*(B|KB|MB|GB|TB|KIB|MIB|GIB|TIB)\s*$", re.IGNORECASE)
-_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _SECRET = "api_keys"  # no message quotes the value of this field
-_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
 AUTO: Literal["auto"] = "auto"
 _LEAST_CACHE = 2**20
@@ -37,21 +34,7 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 Weight = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 
 
-def parse_size(text: str | int) -> int:
-    """The number of bytes in a size such as `2GiB`, `500 MB` or a plain number of bytes. Raises ValueError."""
-    if isinstance(text, int):
-        return text
-    match = _SIZE.match(text)
-    if match is None:
-        raise ValueError(f"{text!r} is not a size; write a number and a unit, for example 2GiB or 500MB")
-    return int(float(match[1]) * _UNITS[match[2].upper()])
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
-
-
-class MemberConfig(_Section):
+class MemberConfig(Section):
     """One resident model."""
 
     model: str = Field(min_length=1, description="Hub id, folder, or demo:NAME (see `unisono pull`).")
@@ -107,7 +90,7 @@ class MemberConfig(_Section):
         return self
 
 
-class StrategyConfig(_Section):
+class StrategyConfig(Section):
     """A strategy and its options. A bare name is short for `{name: NAME}`."""
 
     name: str
@@ -131,7 +114,7 @@ class ModeConfig(StrategyConfig):
     name: str = Field("lockstep", description="A registered mode. lockstep: every member answers at every step.")
 
 
-class WeightingConfig(_Section):
+class WeightingConfig(Section):
     """Where an ensemble's weights come from; `weighting: perplexity` is short for `weighting: {by: perplexity}`."""
 
     by: Literal["fixed", "perplexity"] = Field(
@@ -156,7 +139,7 @@ class WeightingConfig(_Section):
         return self
 
 
-class EnsembleConfig(_Section):
+class EnsembleConfig(Section):
     """A recipe: the members, their weights, which one is main, and how they are fused."""
 
     members: dict[Name, Weight] = Field(min_length=1, description="Member -> weight; scaled to sum to 1.")
@@ -187,7 +170,7 @@ class EnsembleConfig(_Section):
         return {name: self.members[name] / total for name in ordered}
 
 
-class MatricesConfig(_Section):
+class MatricesConfig(Section):
     """Where transfer matrices lie and how `unisono build` makes them."""
 
     folder: Path = Field(Path("../matrices"), description="Relative to the folder of this file.")
@@ -202,11 +185,16 @@ class MatricesConfig(_Section):
     )
 
 
-class SchedulerConfig(_Section):
+class SchedulerConfig(Section):
     """Limits of the engine's loop."""
 
     max_running: int = Field(32, ge=1, description="Sequences that decode at the same time.")
     max_waiting: int = Field(256, ge=1, description="Sequences that may wait; one more gets a 429.")
+    max_queued_tokens: int = Field(
+        1_000_000,
+        ge=1,
+        description="Prompt tokens that may wait; more get a 429. One request alone may have more.",
+    )
     token_budget: int = Field(512, ge=1, description="Most tokens a member is fed in one step.")
     max_stretch: float = Field(
         2.0,
@@ -222,9 +210,12 @@ class SchedulerConfig(_Section):
         allow_inf_nan=False,
         description="Seconds that a call to a member may take; a longer one counts as failed. None: no limit.",
     )
+    stall_seconds: float = Field(
+        60.0, gt=0.0, description="An engine that takes no step for so long is dead: /health fails, requests end."
+    )
 
 
-class ServerConfig(_Section):
+class ServerConfig(Section):
     """The HTTP server."""
 
     host: str = Field("127.0.0.1", description="Address to listen on; 0.0.0.0 for all.")
@@ -246,15 +237,17 @@ class ServerConfig(_Section):
     tls_key_password_env: str | None = Field(
         None, min_length=1, description="Environment variable with the private key's password."
     )
-    max_body_bytes: int = Field(4 * 2**20, ge=1024, description="Larger bodies get a 413.")
+    max_body_bytes: Size = Field(4 * 2**20, ge=1024, description="Larger bodies get a 413.")
     max_choices: int = Field(128, ge=1, description="Most prompts x n of one request.")
     drain_seconds: float = Field(30.0, ge=0.0, description="How long requests may go on at shutdown.")
+    allowed_hosts: tuple[str, ...] | None = Field(
+        None,
+        description="Host names that requests may address, or * for any. None: any, but on loopback without keys "
+        "only localhost and IP addresses, so that no web page can reach the server under its own name.",
+    )
+    limits: LimitsConfig = Field(default_factory=lambda: LimitsConfig())
+    allow_overrides: OverridesConfig = Field(default_factory=lambda: OverridesConfig())
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Of our loggers.")
-
-    @field_validator("max_body_bytes", mode="before")
-    @classmethod
-    def _size(cls, value: str | int) -> int:
-        return parse_size(value)
 
     @model_validator(mode="after")
     def _tls_pair(self) -> ServerConfig:
@@ -272,7 +265,7 @@ class ServerConfig(_Section):
             raise ConfigError("; ".join(_lines(error, "server"))) from error
 
 
-class Config(_Section):
+class Config(Section):
     """One file: everything a server (or the offline API) needs."""
 
     members: dict[Name, MemberConfig] = Field(min_length=1, description="Resident models by name.")

@@ -35,6 +35,14 @@ class NotReadyError(UnisonoError):
     """The engine is loading, draining or dead and cannot take a request now."""
 
 
+class RequestTimeoutError(UnisonoError):
+    """A request took longer than `server.limits.request_seconds`."""
+
+
+class SlowReaderError(UnisonoError):
+    """A client left more of its answer unread than `server.limits.stream_buffer`."""
+
+
 class MemberError(UnisonoError):
     """A call to a member failed. Only the requests in that call are affected."""
 

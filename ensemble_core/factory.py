@@ -1,7 +1,8 @@
 """Builds a working engine from a configuration. The one place that knows concrete classes.
 
-What can be checked without loading is checked first: names, options, chat templates. Then it loads the vocabularies,
-the models, and last the matrices that the configured fusions need. Does not know threads or HTTP.
+What can be checked without loading is checked first: names, options, chat templates. Then it loads the vocabularies
+and the matrices that the configured fusions need, and last the models, which take longest. Meanwhile a thread makes
+the tables of constrained decoding, so that no request pays for them. Does not know HTTP.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import importlib
 import logging
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
@@ -64,10 +66,17 @@ def load(config: Config, record: Record) -> Loaded:
     check(config)
     log_plan(config.members)
     vocabularies = {name: load_vocabulary(name, member) for name, member in config.members.items()}
-    members = _load_members(config, vocabularies)
-    book = RecipeBook(config, Spaces(config, members).space)
+    grammars = {name: Grammars(vocabulary) for name, vocabulary in vocabularies.items()}
+    spaces = Spaces(config, _spoken(vocabularies))
+    RecipeBook(config, spaces.space).warm()  # before the models: a missing matrix is found in seconds
+    with ThreadPoolExecutor(1, "grammars") as pool:
+        warmed = [pool.submit(each.warm) for each in grammars.values()]
+        members = _load_members(config, vocabularies)
+        for future in warmed:
+            future.result()
+    book = RecipeBook(config, spaces.placed(members).space)
     book.warm()
-    speakers = {name: _speaker(name, config, members[name]) for name in members}
+    speakers = {name: _speaker(name, config, members[name], grammars[name]) for name in members}
     max_len = {name: member.max_len for name, member in members.items()}
     return Loaded(_engine(config, members, record), Admission(book, speakers), list_models(config, max_len))
 
@@ -79,8 +88,11 @@ def load_recipes(config: Config) -> tuple[RecipeBook, dict[str, Vocabulary]]:
     """
     check(config)
     vocabularies = {name: load_vocabulary(name, member) for name, member in config.members.items()}
-    spoken = {name: _Spoken(vocabulary, torch.device("cpu")) for name, vocabulary in vocabularies.items()}
-    return RecipeBook(config, Spaces(config, spoken).space), vocabularies
+    return RecipeBook(config, Spaces(config, _spoken(vocabularies)).space), vocabularies
+
+
+def _spoken(vocabularies: Mapping[str, Vocabulary]) -> dict[str, _Spoken]:
+    return {name: _Spoken(vocabulary, torch.device("cpu")) for name, vocabulary in vocabularies.items()}
 
 
 def _load_members(config: Config, vocabularies: Mapping[str, Vocabulary]) -> dict[str, Member]:
@@ -97,7 +109,13 @@ def _load_members(config: Config, vocabularies: Mapping[str, Vocabulary]) -> dic
 
 def _engine(config: Config, members: Mapping[str, Member], record: Record) -> Engine:
     scheduler = config.scheduler
-    limits = Limits(scheduler.max_running, scheduler.max_waiting, scheduler.token_budget, scheduler.max_stretch)
+    limits = Limits(
+        scheduler.max_running,
+        scheduler.max_waiting,
+        scheduler.token_budget,
+        scheduler.max_stretch,
+        scheduler.max_queued_tokens,
+    )
     return Engine(
         members,
         limits,
@@ -108,10 +126,10 @@ def _engine(config: Config, members: Mapping[str, Member], record: Record) -> En
     )
 
 
-def _speaker(name: str, config: Config, member: Member) -> Speaker:
+def _speaker(name: str, config: Config, member: Member, grammars: Grammars) -> Speaker:
     template = read_template(name, config.members[name].chat_template)
     prompts = PromptEncoder(name, load_tokenizer(name, config.members[name]), template)
-    return Speaker(member.vocabulary, prompts, member.max_len, Grammars(member.vocabulary), member.abilities)
+    return Speaker(member.vocabulary, prompts, member.max_len, grammars, member.abilities)
 
 
 class _Placed(Protocol):
@@ -139,6 +157,12 @@ class Spaces:
         self._config = config
         self._members = members
         self._matrices: dict[tuple[frozenset[str], str], TransferMatrix] = {}
+
+    def placed(self, members: Mapping[str, _Placed]) -> Spaces:
+        """The spaces of the same members on other devices, with the matrices that are loaded already."""
+        spaces = Spaces(self._config, members)
+        spaces._matrices = self._matrices
+        return spaces
 
     def space(self, members: tuple[str, ...], whole: tuple[str, ...]) -> FusionSpace:
         """The space of `members` (main first), with matrices made for `whole`, the ensemble's full set."""

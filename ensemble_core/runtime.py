@@ -1,8 +1,8 @@
 """The engine's thread: takes commands from a queue and sends outputs to asyncio.
 
-One thread owns the engine, its members and its sequences; other threads send it commands. Invariants: a submitted
-request gets exactly one last output, whatever happens to the request, the engine or the client; closing a stream
-aborts its unfinished requests. Does not know HTTP, Prometheus or models.
+One thread owns the engine, its members and its sequences; other threads send it commands. A second one watches it: an
+engine that takes no step for `scheduler.stall_seconds` is declared dead. Invariant: a submitted request gets exactly
+one last output, whatever happens to the request, the engine or the client. Does not know HTTP, Prometheus or models.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ import asyncio
 import logging
 import queue
 import threading
+import time
 from collections import abc
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -22,8 +23,10 @@ from ensemble_core.decoding.requests import Conversation, GenerationRequest, Out
 from ensemble_core.decoding.sequence import Sequence
 from ensemble_core.engine import Engine, News
 from ensemble_core.errors import NotReadyError, UnisonoError
+from ensemble_core.permissions import Permissions
 from ensemble_core.recipes import ModelInfo, list_models
 from ensemble_core.stats import Record, discard
+from ensemble_core.streaming import OutputStream
 
 __all__ = ["ModelInfo", "OutputStream", "Runtime", "State", "Status", "Tokenized"]
 
@@ -34,6 +37,7 @@ Command = Callable[[Engine], list[News]]
 Listener = Callable[[Output], None]
 
 _IDLE_SECONDS = 1.0  # between cache reports while nothing runs
+_STOP_SECONDS = 10.0  # that `stop` waits for a step to end
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,35 +57,6 @@ class Tokenized:
     max_model_len: int
 
 
-class OutputStream(AsyncIterator[tuple[int, Output]]):
-    """Outputs of one submission: (position in the requests, output), until every request has ended.
-
-    Not a generator, since one that was never started would not run its `finally`. Closing this always aborts the
-    unfinished requests.
-    """
-
-    def __init__(
-        self, seq_ids: list[int], inbox: asyncio.Queue[tuple[int, Output]], abort: Callable[[list[int]], None]
-    ) -> None:
-        self._left = dict(enumerate(seq_ids))
-        self._inbox = inbox
-        self._abort = abort
-
-    async def __anext__(self) -> tuple[int, Output]:
-        if not self._left:
-            raise StopAsyncIteration
-        index, output = await self._inbox.get()
-        if output.finish_reason is not None:
-            self._left.pop(index, None)
-        return index, output
-
-    async def aclose(self) -> None:
-        """Abort the unfinished requests. Calling it again does nothing."""
-        if self._left:
-            self._abort(list(self._left.values()))
-            self._left.clear()
-
-
 class Runtime:
     """Loads a configuration and serves requests from one thread."""
 
@@ -89,6 +64,7 @@ class Runtime:
         factory.check(config)
         self._config = config
         self._record = record
+        self._permissions = Permissions(config)
         self._status = Status("loading", "members and matrices are being loaded")
         self._loaded: factory.Loaded | None = None
         self._failure: BaseException | None = None
@@ -96,6 +72,8 @@ class Runtime:
         self._commands: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
         self._listeners: dict[int, Listener] = {}
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._beat = time.monotonic()  # when the engine's loop last went round
+        self._ended = threading.Event()
 
     def start(self) -> None:
         """Start the thread, which loads and then serves. Returns at once."""
@@ -124,10 +102,13 @@ class Runtime:
         the stream aborts the unfinished requests.
         """
         loaded = self._require_ready()
+        for request in {each.group: each for each in requests}.values():  # choices of a prompt choose the same
+            self._permissions.check(request.model, request.overrides)
         sequences = await asyncio.to_thread(loaded.admission.admit_all, requests)
-        inbox: asyncio.Queue[tuple[int, Output]] = asyncio.Queue()
-        await self._enqueue(sequences, inbox)
-        return OutputStream([sequence.seq_id for sequence in sequences], inbox, self._abort)
+        limits = self._config.server.limits
+        stream = OutputStream(self._abort, limits.request_seconds, limits.stream_buffer)
+        await self._enqueue(sequences, stream)
+        return stream
 
     async def tokenize(self, model: str, prompt: str | Conversation, add_special_tokens: bool = True) -> Tokenized:
         """A prompt in the tokens of a model's main member. Raises as `submit`."""
@@ -165,26 +146,33 @@ class Runtime:
         left = list(self._listeners)
         if left:
             logger.warning("draining took longer than %.0f s; aborting %d requests", seconds, len(left))
-            self._commands.put(lambda engine: engine.abort(left))
+            self._abort(left)
 
-    def stop(self) -> None:
-        """Stop the thread after its current step and abort unfinished requests."""
+    def abort_all(self) -> None:
+        """Refuse new requests and end open ones now."""
+        if self._status.state == "ready":
+            self._status = Status("draining", "the server is shutting down")
+        self._abort(list(self._listeners))
+
+    def stop(self, seconds: float = _STOP_SECONDS) -> bool:
+        """Stop the thread after its current step and abort unfinished requests. False: it did not end in time."""
         self._commands.put(None)
         if self._thread.is_alive():
-            self._thread.join()
+            self._thread.join(seconds)
+        return not self._thread.is_alive()
 
     def _require_ready(self) -> factory.Loaded:
         if self._status.state != "ready" or self._loaded is None:
             raise NotReadyError(f"the server is {self._status.state}: {self._status.reason}; try again later")
         return self._loaded
 
-    async def _enqueue(self, sequences: list[Sequence], inbox: asyncio.Queue[tuple[int, Output]]) -> None:
+    async def _enqueue(self, sequences: list[Sequence], stream: OutputStream) -> None:
         """Hand sequences to the engine's thread and wait until it has queued or refused them."""
         loop = asyncio.get_running_loop()
         accepted: asyncio.Future[None] = loop.create_future()
 
         def listener(index: int) -> Listener:
-            return lambda output: _call(loop, inbox.put_nowait, (index, output))
+            return lambda output: _call(loop, stream.put, index, output)
 
         def command(engine: Engine) -> list[News]:
             try:
@@ -196,6 +184,7 @@ class Runtime:
             _call(loop, _settle, accepted, None)
             return []
 
+        stream.follow([sequence.seq_id for sequence in sequences])
         self._commands.put(command)
         try:
             while not accepted.done():
@@ -217,21 +206,37 @@ class Runtime:
         except BaseException as error:
             self._die(error, "loading failed")
             return
+        self._beat = time.monotonic()
         self._loaded, self._status = loaded, Status("ready", "")
         self._settled.set()
+        threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
         try:
             self._loop(loaded.engine)
-            self._status = Status("dead", "the server was stopped")
+            if self._status.state != "dead":
+                self._status = Status("dead", "the server was stopped")
         except BaseException as error:
             logger.exception("the engine died")
             self._die(error, "the engine died")
         finally:
+            self._ended.set()
             loaded.engine.close()
             self._end_all()
 
+    def _watch(self) -> None:
+        """The watchdog's function: declare the engine dead if its loop stands still."""
+        bound = self._config.scheduler.stall_seconds
+        while not self._ended.wait(min(bound / 4, 1.0)):
+            stalled = time.monotonic() - self._beat
+            if stalled > bound:
+                logger.error("the engine has taken no step for %.0f s and counts as dead", stalled)
+                self._status = Status("dead", f"the engine has taken no step for {stalled:.0f} s")
+                self._end_all()
+                return
+
     def _loop(self, engine: Engine) -> None:
         engine.report_caches()
-        while True:
+        while self._status.state != "dead":
+            self._beat = time.monotonic()
             for command in self._pending(engine.has_work):
                 if command is None:
                     self._publish(engine.abort(list(self._listeners)))
@@ -245,7 +250,8 @@ class Runtime:
         """Commands that have arrived. If the engine is idle, waits for one."""
         commands: list[Command | None] = []
         try:
-            commands.append(self._commands.get(block=not busy, timeout=None if busy else _IDLE_SECONDS))
+            idle = min(_IDLE_SECONDS, self._config.scheduler.stall_seconds / 4)
+            commands.append(self._commands.get(block=not busy, timeout=None if busy else idle))
             while True:
                 commands.append(self._commands.get_nowait())
         except queue.Empty:
@@ -253,9 +259,8 @@ class Runtime:
 
     def _publish(self, news: list[News]) -> None:
         for seq_id, output in news:
-            listener = self._listeners.get(seq_id)
-            if output.finish_reason is not None:
-                self._listeners.pop(seq_id, None)
+            ended = output.finish_reason is not None
+            listener = self._listeners.pop(seq_id, None) if ended else self._listeners.get(seq_id)
             if listener is not None:
                 listener(output)
 

@@ -33,7 +33,7 @@ from ensemble_core.decoding.requests import (
 from ensemble_core.errors import InvalidRequestError, ModelNotFoundError, NotReadyError
 from server.edge.app import create_app
 from server.edge.metrics import PrometheusMetrics
-from server.edge.serving import check_tls
+from server.edge.serving import settings_of
 
 VOCAB_SIZE = 10_000
 
@@ -258,9 +258,14 @@ class FakeRuntime:
             await asyncio.sleep(0.01)
         self.aborting = True
 
-    def stop(self) -> None:
+    def abort_all(self) -> None:
+        self.state, self.aborting = "draining", True
+
+    def stop(self, seconds: float = 10.0) -> bool:
+        if self.state != "dead":
+            self.log.append("stop")
         self.state = "dead"
-        self.log.append("stop")
+        return True
 
 
 def _with_extras(request: GenerationRequest, outputs: list[Output]) -> list[Output]:
@@ -302,15 +307,7 @@ def live_server(runtime: FakeRuntime, config: ServerConfig | None = None) -> Ite
     config = config or ServerConfig()
     listener = socket.create_server(("127.0.0.1", 0))
     app = create_app(runtime, config, PrometheusMetrics())  # type: ignore[arg-type]
-    server = uvicorn.Server(
-        uvicorn.Config(
-            app,
-            log_config=None,
-            ssl_certfile=config.tls_cert_file,
-            ssl_keyfile=config.tls_key_file,
-            ssl_keyfile_password=check_tls(config),
-        )
-    )
+    server = uvicorn.Server(settings_of(app, config))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     try:

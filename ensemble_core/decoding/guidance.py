@@ -52,7 +52,7 @@ class _LLVocabulary:
 
 
 class Grammars:
-    """Makes constraints over one vocabulary. Costly parts are built once, with the first constraint.
+    """Makes constraints over one vocabulary. Costly parts are built once, by `warm` or with the first constraint.
 
     The choices of a prompt share a compiled grammar and its limits, so 128 choices cost little more than one.
     """
@@ -69,6 +69,11 @@ class Grammars:
         """
         schema = schema or ANY_OBJECT
         return self._compiled(schema) if group is None else self._of_group(schema, group).copy()
+
+    def warm(self) -> None:
+        """Build the costly parts now: a second or two for a large vocabulary."""
+        if self._vocabulary.stop_ids:
+            self._compiled(ANY_OBJECT)
 
     def _compiled(self, schema: str) -> Constraint:
         if not self._vocabulary.stop_ids:

@@ -61,7 +61,7 @@ class GenerationRequest:
 
     add_special_tokens: let tokenizers put their BOS before a text; has no effect on ids and conversations. trace:
     report what each member proposed for every token. group: requests of one group have the same prompt and share its
-    prefill.
+    prefill. owner: who shares the places of the engine fairly with others: a client, and one request of that client.
     """
 
     request_id: str
@@ -72,6 +72,7 @@ class GenerationRequest:
     add_special_tokens: bool = True
     trace: bool = False
     group: str | None = None
+    owner: tuple[str, str] = ("", "")
 
 
 class Alternative(NamedTuple):

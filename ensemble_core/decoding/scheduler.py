@@ -1,6 +1,7 @@
 """Decides which sequences run in the next step, and with how many tokens. No torch.
 
-Sequences are admitted in order of arrival, in all their members at once. A sequence reserves the pages that its
+Sequences are admitted in order of arrival, but places are shared among clients and requests (`fairness.py`), and in
+all their members at once. A sequence reserves the pages that its
 tokens need now and grows page by page. If a member runs out of pages, its youngest sequence is preempted: it goes
 back to the head of the queue and is later computed again, prompt and completion. Admission reserves a spare page for
 each running sequence that can grow. Decoding sequences go first in every step. The rest of the token budget goes to
@@ -14,8 +15,8 @@ then take over its prefix, scores and weights. No sequence waits for a prefix th
 the group has read the prompt or failed, the others begin side by side, like requests without a group.
 
 Invariants: a step never feeds more than a member's pages hold; an admitted sequence is in `running` until it is
-preempted or retired; no sequence overtakes the head of the queue; the oldest sequence is never preempted, so every
-sequence ends. Does not know tensors, forwards or fusion.
+preempted or retired; no sequence overtakes an older one of its request; the oldest sequence is never preempted, so
+every sequence ends. Does not know tensors, forwards or fusion.
 """
 
 from __future__ import annotations
@@ -26,10 +27,11 @@ from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
+from ensemble_core.decoding.fairness import FairQueue
 from ensemble_core.decoding.modes.base import Ask, mode_of
 from ensemble_core.decoding.pace import LEAST, SCORING, Pace, WorkKind
 from ensemble_core.decoding.sequence import Phase, Sequence
-from ensemble_core.errors import QueueFullError
+from ensemble_core.errors import InvalidRequestError, QueueFullError
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +68,7 @@ class Limits:
     max_waiting: int
     token_budget: int  # most tokens that a member is fed in one step
     max_stretch: float = math.inf  # longest step with prefill over one without, while streams run
+    max_queued_tokens: float = math.inf  # main's prompt tokens that may wait
 
 
 class Scheduler:
@@ -77,6 +80,7 @@ class Scheduler:
         self._capacities = dict(capacities)
         self._limits = limits
         self._fresh: set[Sequence] = set()  # running, but have not begun
+        self._settled = False  # while no place is free: nothing has changed since the last round of admission
         self._read: dict[str | None, Sequence] = {}  # group -> a sequence that has read the prompt, or failed
         self.pace = Pace(limits.max_stretch)
         for name, capacity in capacities.items():
@@ -92,14 +96,28 @@ class Scheduler:
         return sum(self._pages(s, member) for s in self.running if member in s.tracks)
 
     def add(self, sequences: list[Sequence]) -> None:
-        """Queue sequences, all or none. Raises QueueFullError."""
-        room = self._limits.max_waiting - len(self.waiting)
+        """Queue sequences, all or none. Raises QueueFullError, or InvalidRequestError if they can never fit."""
+        limits = self._limits
+        if len(sequences) > limits.max_waiting:
+            raise InvalidRequestError(
+                f"prompts x n must be at most {limits.max_waiting} (scheduler.max_waiting), got {len(sequences)}",
+                "n",
+            )
+        room = limits.max_waiting - len(self.waiting)
         if len(sequences) > room:
             raise QueueFullError(
-                f"the queue has room for {max(room, 0)} of {self._limits.max_waiting} waiting sequences, this "
+                f"the queue has room for {max(room, 0)} of {limits.max_waiting} waiting sequences, this "
                 f"request needs {len(sequences)}; try again later, or raise scheduler.max_waiting"
             )
+        queued = sum(len(s.main.prompt_ids) for s in self.waiting)
+        new = sum(len(s.main.prompt_ids) for s in sequences)
+        if queued and queued + new > limits.max_queued_tokens:
+            raise QueueFullError(
+                f"{queued} prompt tokens wait already, and this request has {new}; at most "
+                f"{limits.max_queued_tokens} may wait (scheduler.max_queued_tokens); try again later"
+            )
         self.waiting.extend(sequences)
+        self._settled = False
 
     def schedule(self) -> list[Share]:
         """The shares of the next step, to be called after `admit`: all decodes, then prefill as the budget allows."""
@@ -137,13 +155,14 @@ class Scheduler:
                 left[member] -= track.num_uncached - 1  # the least that `schedule` will spend
 
     def admit(self) -> list[Sequence]:
-        """Make room for running sequences, then admit waiting ones in order.
+        """Make room for running sequences, then admit waiting ones, fairly among owners and in order for each.
 
         Returns the preempted sequences, youngest first. The caller must release them in every member.
         """
         preempted = self._make_room()
-        if self.waiting and len(self.running) < self._limits.max_running:
-            self._let_in()
+        if self.waiting and not (self._settled and len(self.running) >= self._limits.max_running):
+            preempted += self._let_in()
+            self._settled = True
         return preempted
 
     def _make_room(self) -> list[Sequence]:
@@ -152,9 +171,12 @@ class Scheduler:
             excess = self.reserved(member) - capacity.num_pages
             if excess > 0:
                 preempted += self._preempt(member, excess)
-        # Put them back at the head of the queue, the oldest first.
-        self.waiting.extendleft(sorted(preempted, key=lambda s: s.admitted or 0.0, reverse=True))
+        self._put_back(preempted)
         return preempted
+
+    def _put_back(self, preempted: list[Sequence]) -> None:
+        """To the head of the queue, the oldest first."""
+        self.waiting.extendleft(sorted(preempted, key=lambda s: s.admitted or 0.0, reverse=True))
 
     def _preempt(self, member: str, excess: int) -> list[Sequence]:
         """Remove the youngest sequences from `running` until `excess` pages of a member are free."""
@@ -163,31 +185,78 @@ class Scheduler:
             if excess <= 0:
                 break
             excess -= self._pages(sequence, member)
-            sequence.preempt()
             preempted.append(sequence)
+        self._send_away(preempted)
+        return preempted
+
+    def _send_away(self, preempted: list[Sequence]) -> None:
+        """Take sequences out of `running`."""
+        for sequence in preempted:
+            sequence.preempt()
         gone = set(preempted)
         self.running = [s for s in self.running if s not in gone]
         self._fresh -= gone
         self._read = {group: s for group, s in self._read.items() if s not in gone}
-        return preempted
 
-    def _let_in(self) -> None:
-        """Admit while all claims fit; a sequence alone always fits. Linear in running and admitted sequences."""
+    def _let_in(self) -> list[Sequence]:
+        """Admit while all claims fit; a sequence alone always fits. Returns those that made way for other owners.
+
+        Linear in running and waiting sequences.
+        """
         claimed = {m: sum(self._claim(s, m) for s in self.running if m in s.tracks) for m in self._capacities}
-        while self.waiting and len(self.running) < self._limits.max_running:
-            sequence = self.waiting[0]
-            for member in sequence.tracks:
-                claimed[member] += self._claim(sequence, member)
-            if self.running and any(claimed[m] > self._capacities[m].num_pages for m in sequence.tracks):
-                return
-            self.running.append(self.waiting.popleft())
+        queue = FairQueue(self.waiting, self.running)
+        displaced: list[Sequence] = []
+        while (sequence := queue.first()) is not None:
+            if not self._fits(sequence, claimed, len(self.running)):
+                sequence = queue.first(without_place=True)
+                victims = [] if sequence is None else self._victims(sequence, queue, claimed)
+                if sequence is None or not victims:
+                    break
+                self._send_away(victims)
+                displaced += victims
+            self._charge(sequence, claimed, 1)
+            queue.take()
+            self.running.append(sequence)
             self._fresh.add(sequence)
             sequence.phase, sequence.admitted = Phase.PREFILL, sequence.admitted or time.perf_counter()
+        return self._leave(queue, displaced)
+
+    def _victims(self, sequence: Sequence, queue: FairQueue, claimed: dict[str, int]) -> list[Sequence]:
+        """The running sequences that make way, their claims given up; none if that would not be enough."""
+        victims: list[Sequence] = []
+        while not self._fits(sequence, claimed, len(self.running) - len(victims)):
+            victim = queue.displaced(self.running, victims)
+            if victim is None:
+                for each in victims:
+                    self._charge(each, claimed, 1)
+                return queue.restore(victims)
+            self._charge(victim, claimed, -1)
+            victims.append(victim)
+        return victims
+
+    def _charge(self, sequence: Sequence, claimed: dict[str, int], by: int) -> None:
+        for member in sequence.tracks:
+            claimed[member] += by * self._claim(sequence, member)
+
+    def _fits(self, sequence: Sequence, claimed: Mapping[str, int], num_running: int) -> bool:
+        """Whether there is a place, and pages beside those that running sequences claim."""
+        if not num_running:
+            return True
+        pages = (claimed[m] + self._claim(sequence, m) <= self._capacities[m].num_pages for m in sequence.tracks)
+        return num_running < self._limits.max_running and all(pages)
+
+    def _leave(self, queue: FairQueue, displaced: list[Sequence]) -> list[Sequence]:
+        """Take what was admitted out of the queue, and put what was displaced at its head."""
+        if queue.taken:
+            self.waiting = deque(s for s in self.waiting if s not in queue.taken)
+        self._put_back(displaced)
+        return displaced[::-1]
 
     def retire(self) -> list[Sequence]:
         """Remove finished sequences from all lists and return them."""
         finished = [s for s in (*self.running, *self.waiting) if s.is_finished]
         if finished:
+            self._settled = False
             self.running = [s for s in self.running if not s.is_finished]
             self.waiting = deque(s for s in self.waiting if not s.is_finished)
             self._fresh.difference_update(finished)

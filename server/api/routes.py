@@ -11,6 +11,7 @@ from server.api import chat, completions
 from server.api.jobs import Job
 from server.api.services import REFUSALS, Services, ServicesOf
 from server.api.streams import EventStream, unless_gone
+from server.edge.bodies import BodyRoute
 from server.schema.chat import ChatCompletion, ChatRequest
 from server.schema.completions import CompletionRequest, TextCompletion
 from server.schema.replies import ModelCard, ModelList
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 _EVENTS = "Server-sent events: each carries a chunk of the same object; the last carries `[DONE]`."
 _STREAM = {"text/event-stream": {"schema": {"description": _EVENTS}}}
 
-router = APIRouter(responses=REFUSALS)
+router = APIRouter(responses=REFUSALS, route_class=BodyRoute)
 
 
 def _answers(model: type) -> dict[int | str, dict[str, Any]]:

@@ -23,6 +23,7 @@ class Services:
     config: ServerConfig
     metrics: PrometheusMetrics
     created: int  # Unix time of the app's start
+    keyed: bool  # a client needs a key
 
 
 async def _services(request: Request) -> Services:

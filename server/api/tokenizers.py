@@ -7,9 +7,10 @@ from typing import Any
 from fastapi import APIRouter
 
 from server.api.services import REFUSALS, Services, ServicesOf
+from server.edge.bodies import BodyRoute
 from server.schema.tokenizers import DetokenizeReply, DetokenizeRequest, TokenizeReply, TokenizeRequest
 
-router = APIRouter(responses=REFUSALS)
+router = APIRouter(responses=REFUSALS, route_class=BodyRoute)
 
 
 def _model(services: Services, sent: str | None) -> str:

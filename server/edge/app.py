@@ -17,8 +17,10 @@ from server.api import probes, routes, tokenizers
 from server.api.services import Services
 from server.edge import errors
 from server.edge.auth import Gate, KeyRing, load_keys
+from server.edge.bodies import BodyLimit
+from server.edge.door import Door
 from server.edge.metrics import PrometheusMetrics
-from server.edge.middleware import BodyLimit, RequestContext, RootPath
+from server.edge.middleware import RequestContext, RootPath
 from server.edge.openapi import require_key
 
 if TYPE_CHECKING:
@@ -49,7 +51,7 @@ def create_app(runtime: Runtime, config: ServerConfig, metrics: PrometheusMetric
         redoc_url=None,
         redirect_slashes=False,
     )
-    app.state.services = Services(runtime, config, metrics, created=int(time.time()))
+    app.state.services = Services(runtime, config, metrics, created=int(time.time()), keyed=bool(keys))
     for module in (routes, tokenizers, probes):
         app.include_router(module.router)
     _add_middleware(app, config, keys, metrics)
@@ -59,7 +61,7 @@ def create_app(runtime: Runtime, config: ServerConfig, metrics: PrometheusMetric
 
 def _add_middleware(app: FastAPI, config: ServerConfig, keys: KeyRing, metrics: PrometheusMetrics) -> None:
     """Add the innermost first. CORS is outside the gate: a preflight has no key, and web pages can read a 401."""
-    app.add_middleware(BodyLimit, max_bytes=config.max_body_bytes)
+    app.add_middleware(BodyLimit, max_bytes=config.max_body_bytes, limits=config.limits)
     if keys:
         app.add_middleware(Gate, keys=keys, protect_metrics=config.protect_metrics, metrics=metrics)
         require_key(app)
@@ -71,6 +73,7 @@ def _add_middleware(app: FastAPI, config: ServerConfig, keys: KeyRing, metrics: 
             allow_headers=["*"],
             expose_headers=["X-Request-Id", "Retry-After"],
         )
+    app.add_middleware(Door, config=config, keyed=bool(keys), metrics=metrics)
     app.add_middleware(RequestContext)
     if config.root_path:
         app.add_middleware(RootPath, root_path=config.root_path)

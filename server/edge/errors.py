@@ -22,6 +22,7 @@ from ensemble_core.errors import (
     ModelNotFoundError,
     NotReadyError,
     QueueFullError,
+    RequestTimeoutError,
     UnisonoError,
 )
 from server.edge.metrics import PrometheusMetrics
@@ -36,6 +37,14 @@ _MAX_LINES = 5
 
 class RequestFailedError(UnisonoError):
     """The engine failed at a request that it had accepted."""
+
+
+class RefusedBodyError(HTTPException):
+    """A body that is refused before it is validated. param: the field at fault, if it is one."""
+
+    def __init__(self, status: int, message: str, param: str | None = None) -> None:
+        super().__init__(status, message)
+        self.param = param
 
 
 class ClientGoneError(Exception):
@@ -75,6 +84,8 @@ def to_api_error(error: Exception) -> ApiError:
             return _come_back(429, "rate_limit_error", "queue_full", str(error), seconds=1)
         case NotReadyError():
             return _come_back(503, "service_unavailable", "not_ready", str(error), seconds=5)
+        case RequestTimeoutError():
+            return ApiError(504, str(error), SERVER, code="request_timeout", reason="timeout")
         case UnisonoError():
             return ApiError(500, str(error), SERVER, code="request_failed", reason="failed")
         case _:
@@ -126,6 +137,12 @@ def from_http(error: HTTPException, request: Request) -> ApiError:
             return ApiError(405, message, code="method_not_allowed", headers=headers)
         case 413:
             return ApiError(413, error.detail, code="body_too_large", reason="body_too_large", headers=headers)
+        case 408:
+            return ApiError(408, error.detail, code="body_too_slow", reason="body_too_slow", headers=headers)
+        case 503:
+            return _come_back(503, "service_unavailable", "busy", error.detail, seconds=1)
+        case status if isinstance(error, RefusedBodyError):
+            return ApiError(status, error.detail, param=error.param, reason="invalid_request")
         case status:
             kind = INVALID if status < 500 else SERVER
             return ApiError(status, error.detail, kind, reason="invalid_request", headers=headers)

@@ -1,4 +1,4 @@
-"""Middleware for every route: a request id, a log line, a 500 for bugs, a limit on the body.
+"""Middleware for every route: a request id, a log line, a 500 for bugs.
 
 Pure ASGI, so that streams pass through unchanged and disconnects reach the route.
 """
@@ -11,7 +11,6 @@ import time
 import uuid
 
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.edge.errors import to_api_error
@@ -70,43 +69,6 @@ class _Exchange:
     def _log(self, scope: Scope, seconds: float) -> None:
         level = logging.DEBUG if scope["path"] in _PROBES else logging.INFO
         logger.log(level, "%s %s %s %.3fs", scope["method"], scope["path"], self._status, seconds)
-
-
-class BodyLimit:
-    """Refuses bodies over `max_bytes` with a 413, by their declared length or as they arrive in chunks.
-
-    `receive` raises the refusal when the route reads the body, so the usual error handlers answer it. A route that
-    does not read the body is not limited.
-    """
-
-    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
-        self._app = app
-        self._max_bytes = max_bytes
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one connection."""
-        limited = self._limited(scope, receive) if scope["type"] == "http" else receive
-        await self._app(scope, limited, send)
-
-    def _limited(self, scope: Scope, receive: Receive) -> Receive:
-        length = Headers(scope=scope).get("content-length", "")
-        declared = int(length) if length.isdecimal() and len(length) < 20 else 0
-        received = 0
-
-        async def limited() -> Message:
-            nonlocal received
-            self._check(declared)
-            message = await receive()
-            received += len(message.get("body", b""))
-            self._check(received)
-            return message
-
-        return limited
-
-    def _check(self, num_bytes: int) -> None:
-        if num_bytes > self._max_bytes:
-            message = f"the body is over the limit of {self._max_bytes} bytes (server.max_body_bytes)"
-            raise HTTPException(413, message)
 
 
 class RootPath:

@@ -1,19 +1,23 @@
 """The serving process: socket, HTTP server, signals. It does not know routes.
 
 After a signal the server first drains while it still listens, so that /ready and new requests get a 503 and running
-streams can finish. Then it closes. A second Ctrl-C ends the wait. If loading fails, the server stops and the caller
-gets the error.
+streams can finish. Then it closes. A second signal ends the wait: open streams get their error event, and the process
+ends. If loading fails, the server stops and the caller gets the error.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
+import logging
+import math
 import os
 import signal
 import socket
 import ssl
 from collections.abc import Callable
+from functools import partial
+from types import FrameType
 from typing import TYPE_CHECKING
 
 import uvicorn
@@ -22,12 +26,16 @@ from fastapi import FastAPI
 from ensemble_core.config import ServerConfig
 from ensemble_core.errors import ConfigError
 from server.edge.auth import load_keys
+from server.edge.connection import Connection
 
 if TYPE_CHECKING:
     from ensemble_core.runtime import Runtime
 
+logger = logging.getLogger(__name__)
+
 _POLL_SECONDS = 0.1
 _FLUSH_SECONDS = 5  # after the drain, to send the last bytes of answers
+_LAST_WORDS_SECONDS = 1.0  # after a second signal, to send the error events
 
 
 class DrainingServer(uvicorn.Server):
@@ -60,25 +68,43 @@ class DrainingServer(uvicorn.Server):
         else:
             self._announce()
 
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """The first signal begins the drain, a second one of either kind ends it."""
+        self._captured_signals.append(sig)
+        self.force_exit = self.should_exit
+        self.should_exit = True
+
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Let running requests finish, then close."""
         drain = asyncio.create_task(self._runtime.drain(self._drain_seconds))
         while not drain.done() and not self.force_exit:
             await asyncio.wait([drain], timeout=_POLL_SECONDS)
         drain.cancel()
+        if self.force_exit:
+            await self._last_words()
         await super().shutdown(sockets)
+
+    async def _last_words(self) -> None:
+        """End all requests, so that their streams end with an error event."""
+        self._runtime.abort_all()
+        deadline = asyncio.get_running_loop().time() + _LAST_WORDS_SECONDS
+        while self.server_state.tasks and asyncio.get_running_loop().time() < deadline:
+            await asyncio.sleep(_POLL_SECONDS / 10)
 
 
 def listen(config: ServerConfig) -> socket.socket:
     """A listening socket. Raises ConfigError if the address cannot be used."""
     family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
     try:
-        return socket.create_server((config.host, config.port), family=family, backlog=2048)
+        listener = socket.create_server((config.host, config.port), family=family, backlog=2048)
     except OSError as error:
         raise ConfigError(
             f"server.host, server.port: cannot listen on {config.host}:{config.port} ({error.strerror}); "
             "choose another with --host or --port"
         ) from error
+    # asyncio sets this itself only on sockets that name their protocol. Without it an answer may wait 40 ms.
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return listener
 
 
 def check_tls(config: ServerConfig) -> str | None:
@@ -131,7 +157,7 @@ def serve(app: FastAPI, runtime: Runtime, config: ServerConfig, say: Callable[[s
     say: shows a line to the user who started the server. Raises ConfigError for the address and the TLS files, and
     any error of loading.
     """
-    settings = _settings(app, config)
+    settings = settings_of(app, config)
     listener = listen(config)
     base = url(config.host, listener.getsockname()[1], "https" if settings.is_ssl else "http")
 
@@ -142,13 +168,17 @@ def serve(app: FastAPI, runtime: Runtime, config: ServerConfig, say: Callable[[s
     server = DrainingServer(settings, runtime, config.drain_seconds, announce)
     say(f"listening on {base}; loading")
     _run(server, listener)
-    if server.force_exit:  # uvicorn then skips the app's own shutdown
-        runtime.stop()
     if server.failure is not None:
         raise server.failure
+    # A step that hangs cannot be stopped, and neither can Python's end while a member's thread runs.
+    if not runtime.stop(_LAST_WORDS_SECONDS if server.force_exit else 0.0):
+        logger.warning("ending the process during a step of the engine")
+        logging.shutdown()
+        os._exit(0)
 
 
-def _settings(app: FastAPI, config: ServerConfig) -> uvicorn.Config:
+def settings_of(app: FastAPI, config: ServerConfig) -> uvicorn.Config:
+    """uvicorn's settings. Raises ConfigError for TLS files that cannot be used."""
     password = check_tls(config)
     return uvicorn.Config(
         app,
@@ -156,6 +186,8 @@ def _settings(app: FastAPI, config: ServerConfig) -> uvicorn.Config:
         access_log=False,
         server_header=False,
         timeout_graceful_shutdown=_FLUSH_SECONDS,
+        timeout_keep_alive=math.ceil(config.limits.keep_alive_seconds),
+        http=partial(Connection, config.limits),  # type: ignore[arg-type]
         ssl_certfile=config.tls_cert_file,
         ssl_keyfile=config.tls_key_file,
         ssl_keyfile_password=password,

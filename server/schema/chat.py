@@ -123,6 +123,7 @@ class ChatRequest(SamplingFields):
 
     messages: list[Message] = Field(
         min_length=1,
+        fail_fast=True,
         description="text or a list of text parts; other parts, `tool_calls`, `audio`: 400; `name` changes nothing",
         examples=[[{"role": "user", "content": [{"type": "text", "text": "Bye!"}]}]],
     )

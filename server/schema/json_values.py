@@ -7,7 +7,6 @@ does not know the endpoints.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable
 from typing import Annotated, Any, TypeAlias
@@ -25,16 +24,6 @@ class Strict(BaseModel):
     """A JSON object whose values are not converted."""
 
     model_config = ConfigDict(strict=True, protected_namespaces=())
-
-
-def decoded(body: object) -> object:
-    """Decode a body whose content type is not JSON: it arrives as bytes, but its client means JSON."""
-    if not isinstance(body, bytes):
-        return body
-    try:
-        return json.loads(body)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"not valid JSON: {error}") from error
 
 
 def text(value: object) -> str:

@@ -14,7 +14,7 @@ from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
 from ensemble_core.decoding.sampling_params import PARAMETERS
 from ensemble_core.errors import InvalidRequestError
-from server.schema.json_values import LogitBias, Stop, StopTokenIds, Strict, Text, decoded
+from server.schema.json_values import LogitBias, Stop, StopTokenIds, Strict, Text
 from server.schema.unsupported import Ignored, Refused, refuse_unsupported
 
 logger = logging.getLogger(__name__)
@@ -159,8 +159,7 @@ class SamplingFields(Strict):
 
     @model_validator(mode="before")
     @classmethod
-    def _supported(cls, value: object) -> object:
-        body = decoded(value)
+    def _supported(cls, body: object) -> object:
         if isinstance(body, dict):
             refuse_unsupported(body, cls.refused)
             if unknown := body.keys() - cls.model_fields.keys() - cls.refused.keys() - cls.ignored.keys():

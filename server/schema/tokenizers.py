@@ -6,7 +6,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from ensemble_core.decoding.requests import Conversation
 from server.schema.chat import Message, to_conversation
-from server.schema.json_values import Strict, Text, TokenIds, decoded
+from server.schema.json_values import Strict, Text, TokenIds
 
 
 class _TokenizerBody(Strict):
@@ -15,11 +15,6 @@ class _TokenizerBody(Strict):
         description="An ensemble, whose main member answers, or a member; the first of /v1/models if not sent.",
     )
 
-    @model_validator(mode="before")
-    @classmethod
-    def _decoded(cls, value: object) -> object:
-        return decoded(value)
-
 
 class TokenizeRequest(_TokenizerBody):
     """The body of POST /tokenize: a text or a conversation."""
@@ -27,7 +22,9 @@ class TokenizeRequest(_TokenizerBody):
     model_config = ConfigDict(json_schema_extra={"example": {"model": "duo", "prompt": "The capital of France"}})
 
     prompt: Text | None = Field(None, description="A text; excludes messages.")
-    messages: list[Message] | None = Field(None, min_length=1, description="A conversation; excludes prompt.")
+    messages: list[Message] | None = Field(
+        None, min_length=1, fail_fast=True, description="A conversation; excludes prompt."
+    )
     add_special_tokens: bool | None = Field(None, description="As in completions; true if not sent.")
     add_generation_prompt: bool | None = Field(None, description="As in chat completions.")
     continue_final_message: bool | None = Field(None, description="As in chat completions.")

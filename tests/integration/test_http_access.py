@@ -28,7 +28,7 @@ BODY = {"model": "duo", "prompt": "p"}
 
 def client_of(**fields: Any) -> TestClient:
     app = create_app(FakeRuntime(), ServerConfig(**fields), PrometheusMetrics())  # type: ignore[arg-type]
-    return TestClient(app, raise_server_exceptions=False)
+    return TestClient(app, raise_server_exceptions=False, base_url="http://localhost")
 
 
 def bearer(key: str) -> dict[str, str]:

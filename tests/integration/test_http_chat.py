@@ -16,6 +16,8 @@ from ensemble_core.errors import InvalidRequestError, MemberError, NotReadyError
 from server.edge.app import create_app
 from server.edge.metrics import PrometheusMetrics
 
+JSON = {"Content-Type": "application/json"}
+
 USER = {"role": "user", "content": "a b c"}
 BEGUN = {"role": "assistant", "content": "Well,"}
 BASE: dict[str, Any] = {"model": "duo", "messages": [USER]}
@@ -30,7 +32,7 @@ def runtime() -> FakeRuntime:
 @pytest.fixture
 def client(runtime: FakeRuntime) -> Iterator[TestClient]:
     app = create_app(runtime, ServerConfig(max_choices=8), PrometheusMetrics())  # type: ignore[arg-type]
-    with TestClient(app, raise_server_exceptions=False) as client:
+    with TestClient(app, raise_server_exceptions=False, base_url="http://localhost", headers=JSON) as client:
         yield client
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from fake_runtime import FakeRuntime
+from pydantic import SecretStr
 from starlette.testclient import TestClient
 
 from ensemble_core.config import ServerConfig
@@ -16,6 +17,8 @@ from ensemble_core.errors import MemberError, NotReadyError, QueueFullError
 from server.edge.app import create_app
 from server.edge.logs import RequestIdFilter
 from server.edge.metrics import PrometheusMetrics
+
+JSON = {"Content-Type": "application/json"}
 
 CONFIG = ServerConfig(max_choices=8, max_body_bytes=4096)
 BASE: dict[str, Any] = {"model": "duo", "prompt": "a b c"}
@@ -29,7 +32,7 @@ def runtime() -> FakeRuntime:
 @pytest.fixture
 def client(runtime: FakeRuntime) -> Iterator[TestClient]:
     app = create_app(runtime, CONFIG, PrometheusMetrics())  # type: ignore[arg-type]
-    with TestClient(app, raise_server_exceptions=False) as client:
+    with TestClient(app, raise_server_exceptions=False, base_url="http://localhost", headers=JSON) as client:
         yield client
 
 
@@ -112,16 +115,31 @@ def test_choices_of_several_prompts(client: TestClient, runtime: FakeRuntime) ->
     assert [each.request_id for each in runtime.seen] == [f"{answer['id']}-{i}" for i in range(4)]
 
 
-@pytest.mark.parametrize(
-    "content_type", ["application/json", "text/plain", "application/x-www-form-urlencoded", "nonsense", None]
-)
-def test_any_content_type_is_read_as_json(client: TestClient, content_type: str | None) -> None:
+CONTENT_TYPES = ["text/plain", "application/x-www-form-urlencoded", "nonsense", None]
+
+
+@pytest.mark.parametrize("content_type", ["application/json", "application/json; charset=utf-8", *CONTENT_TYPES])
+def test_with_keys_any_content_type_is_read_as_json(runtime: FakeRuntime, content_type: str | None) -> None:
+    app = create_app(runtime, ServerConfig(api_keys=(SecretStr("k"),)), PrometheusMetrics())  # type: ignore[arg-type]
+    headers = {"Authorization": "Bearer k"} | ({} if content_type is None else {"Content-Type": content_type})
+    with TestClient(app) as client:
+        answer = client.post("/v1/completions", content=json.dumps(BASE).encode(), headers=headers)
+        assert answer.status_code == 200
+        broken = client.post("/v1/completions", content=b"{", headers=headers)
+        assert broken.status_code == 400
+        assert "not valid JSON" in broken.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("content_type", CONTENT_TYPES)
+def test_without_keys_only_json_is_read(runtime: FakeRuntime, content_type: str | None) -> None:
+    """A web page may send any other type to any address without asking."""
+    app = create_app(runtime, ServerConfig(), PrometheusMetrics())  # type: ignore[arg-type]
     headers = {} if content_type is None else {"Content-Type": content_type}
-    answer = client.post("/v1/completions", content=json.dumps(BASE).encode(), headers=headers)
-    assert answer.status_code == 200
-    broken = client.post("/v1/completions", content=b"{", headers=headers)
-    assert broken.status_code == 400
-    assert "not valid JSON" in broken.json()["error"]["message"]
+    with TestClient(app, base_url="http://localhost") as client:
+        answer = client.post("/v1/completions", content=json.dumps(BASE).encode(), headers=headers)
+    assert answer.status_code == 415
+    assert "application/json" in answer.json()["error"]["message"]
+    assert not runtime.seen
 
 
 BAD = [

@@ -14,6 +14,8 @@ from ensemble_core.config import ServerConfig
 from server.edge.app import create_app
 from server.edge.metrics import PrometheusMetrics
 
+HERE = "http://localhost"
+
 
 @pytest.fixture
 def runtime() -> FakeRuntime:
@@ -22,7 +24,8 @@ def runtime() -> FakeRuntime:
 
 @pytest.fixture
 def client(runtime: FakeRuntime) -> Iterator[TestClient]:
-    with TestClient(create_app(runtime, ServerConfig(), PrometheusMetrics())) as client:  # type: ignore[arg-type]
+    app = create_app(runtime, ServerConfig(), PrometheusMetrics())  # type: ignore[arg-type]
+    with TestClient(app, base_url=HERE) as client:
         yield client
 
 
@@ -135,7 +138,7 @@ def test_the_lifespan_starts_drains_and_stops() -> None:
 
 def test_two_apps_share_nothing() -> None:
     first, second = (create_app(FakeRuntime(), ServerConfig(), PrometheusMetrics()) for _ in range(2))  # type: ignore[arg-type]
-    with TestClient(first) as one, TestClient(second) as two:
+    with TestClient(first, base_url=HERE) as one, TestClient(second, base_url=HERE) as two:
         one.post("/v1/completions", json={})
         assert "unisono_requests_rejected_total{" in one.get("/metrics").text
         assert "unisono_requests_rejected_total{" not in two.get("/metrics").text

@@ -41,7 +41,9 @@ def client(members: Members, monkeypatch: pytest.MonkeyPatch) -> Iterator[TestCl
     runtime = Runtime(
         fake_config(ensembles={"lenient": DUO | {"on_member_failure": "drop"}, "strict": DUO}), metrics.record
     )
-    with TestClient(create_app(runtime, ServerConfig(), metrics), raise_server_exceptions=False) as client:
+    with TestClient(
+        create_app(runtime, ServerConfig(), metrics), raise_server_exceptions=False, base_url="http://localhost"
+    ) as client:
         runtime.wait_ready()
         yield client
 

@@ -47,7 +47,8 @@ def test_a_client_that_goes_aborts_its_requests(base: str, runtime: FakeRuntime,
     body = json.dumps(fields | {"stream": stream, "n": 2}).encode()
     host, _, port = base.removeprefix("http://").partition(":")
     with socket.create_connection((host, int(port))) as connection:
-        head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+        head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        head += f"Content-Length: {len(body)}\r\n\r\n"
         connection.sendall(head.encode() + body)
         if stream:
             assert b"200 OK" in connection.recv(4096)

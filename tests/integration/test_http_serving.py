@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import re
 import shlex
@@ -87,7 +86,8 @@ def test_the_printed_curl_line_is_a_request_that_works(config: str) -> None:
         base = address(process)
         words = shlex.split(read_until(process, "curl"))
         assert words[1] == f"{base}/v1/completions"
-        answer = httpx.post(words[1], content=words[words.index("-d") + 1])
+        name, value = words[words.index("-H") + 1].split(": ")
+        answer = httpx.post(words[1], content=words[words.index("-d") + 1], headers={name: value})
         assert answer.status_code == 200
         assert answer.json()["model"] == "duo"
 
@@ -170,7 +170,8 @@ def test_an_address_in_use_is_one_line_and_a_failure(config: str) -> None:
         assert "--port" in line
 
 
-def test_a_second_ctrl_c_does_not_wait_for_the_drain(config: str) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_does_not_wait_for_the_drain(config: str, number: signal.Signals) -> None:
     path = Path(config)
     path.write_text(path.read_text().replace("drain_seconds: 1.0", "drain_seconds: 60.0"))
     with serving(config, "endless=True, delay=0.05") as process:
@@ -178,10 +179,11 @@ def test_a_second_ctrl_c_does_not_wait_for_the_drain(config: str) -> None:
         with httpx.stream("POST", f"{base}/v1/completions", json=BASE | {"stream": True}) as answer:
             lines = answer.iter_lines()
             next(lines)
-            process.send_signal(signal.SIGINT)
+            process.send_signal(number)
             while httpx.get(f"{base}/ready").status_code != 503:
                 time.sleep(0.01)
-            process.send_signal(signal.SIGINT)
-            with contextlib.suppress(httpx.HTTPError):
-                list(lines)
-            assert process.wait(timeout=20) == 0
+            process.send_signal(number)
+            rest = [line for line in lines if line]
+        error = json.loads(rest[-2].removeprefix("data: "))["error"]
+        assert (error["code"], rest[-1]) == ("not_ready", "data: [DONE]")
+        assert process.wait(timeout=5) == 0

@@ -28,6 +28,8 @@ from server.schema.chat import ChatRequest
 from server.schema.completions import CompletionRequest
 from server.schema.tokenizers import DetokenizeRequest, TokenizeRequest
 
+JSON = {"Content-Type": "application/json"}
+
 BOUNDS = settings(
     max_examples=25,
     deadline=None,
@@ -53,7 +55,7 @@ def runtime() -> FakeRuntime:
 
 @cache
 def app() -> Any:
-    return create_app(runtime(), ServerConfig(max_choices=8), PrometheusMetrics())  # type: ignore[arg-type]
+    return create_app(runtime(), ServerConfig(max_choices=8, allowed_hosts=("*",)), PrometheusMetrics())  # type: ignore[arg-type]
 
 
 document = schemathesis.openapi.from_asgi("/openapi.json", app())
@@ -86,8 +88,8 @@ def test_the_fuzz_went_past_the_checks() -> None:
 
 @pytest.fixture(scope="module")
 def client() -> Iterator[TestClient]:
-    fresh = create_app(FakeRuntime(), ServerConfig(max_choices=8), PrometheusMetrics())  # type: ignore[arg-type]
-    with TestClient(fresh, raise_server_exceptions=False) as client:
+    fresh = create_app(FakeRuntime(), ServerConfig(max_choices=8, allowed_hosts=("*",)), PrometheusMetrics())  # type: ignore[arg-type]
+    with TestClient(fresh, raise_server_exceptions=False, base_url="http://localhost", headers=JSON) as client:
         yield client
 
 

@@ -132,11 +132,20 @@ def test_refusals_come_before_the_stream(
     assert reasons(asyncio.run(read(runtime, request()))) == ["length"]
 
 
+async def refused_while_one_waits(runtime: Runtime) -> None:
+    """One more than fits the queue is refused, all of it."""
+    first = await runtime.submit([request(max_tokens=200), request(max_tokens=200)])
+    with pytest.raises(QueueFullError):
+        await runtime.submit([request(), request()])
+    await first.aclose()
+
+
 def test_a_full_queue_refuses_all_of_a_batch(members: Members, monkeypatch: pytest.MonkeyPatch) -> None:
     with started(members, monkeypatch, scheduler={"max_waiting": 2, "max_running": 1}) as runtime:
         runtime.wait_ready()
-        with pytest.raises(QueueFullError):
+        with pytest.raises(InvalidRequestError, match="at most 2"):  # it could never succeed
             asyncio.run(read(runtime, request(), request(), request()))
+        asyncio.run(refused_while_one_waits(runtime))
         assert reasons(asyncio.run(read(runtime, request(), request()))) == ["length"] * 2
         wait_empty(members)
 

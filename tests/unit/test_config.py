@@ -17,11 +17,12 @@ from ensemble_core.config import (
     MemberConfig,
     ServerConfig,
     load_config,
-    parse_size,
 )
 from ensemble_core.errors import ConfigError
 from ensemble_core.fusion.base import FUSIONS
+from ensemble_core.limits import LimitsConfig, OverridesConfig
 from ensemble_core.members.loading.demo_models import demo_model
+from ensemble_core.section import parse_size
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 FILES = sorted(CONFIGS.glob("*.yaml"))
@@ -86,7 +87,7 @@ def test_the_demo_has_its_three_recipes() -> None:
 def test_the_demo_file_names_every_field() -> None:
     text = (CONFIGS / "demo.yaml").read_text(encoding="utf-8")
     sections = [Config.model_fields[name].annotation for name in ("matrices", "scheduler", "server")]
-    for section in (MemberConfig, EnsembleConfig, *sections):
+    for section in (MemberConfig, EnsembleConfig, LimitsConfig, OverridesConfig, *sections):
         for field in section.model_fields:  # type: ignore[union-attr]
             assert f"{field}:" in text, f"{field} is not in demo.yaml"
 

@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig
 
 from ensemble_core.config import AUTO, MemberConfig
-from ensemble_core.errors import ConfigError
+from ensemble_core.errors import CheckpointError, ConfigError
 from ensemble_core.members.loading.placement import DTYPES, page_size, resolve_device
 
 logger = logging.getLogger(__name__)
@@ -156,11 +156,20 @@ def _weight_bytes(folder: Path, dtype: torch.dtype | None) -> int:
     """Of all safetensors files, in the dtype that they are loaded in (None: as saved)."""
     total = 0
     for file in folder.glob("*.safetensors"):
-        with safe_open(file, "pt") as tensors:
-            for key in tensors.keys():  # noqa: SIM118 (not a mapping)
-                part = tensors.get_slice(key)
-                size = dtype.itemsize if dtype is not None else _SIZES.get(part.get_dtype(), 4)
-                total += size * torch.Size(part.get_shape()).numel()
+        try:
+            total += _file_bytes(file, dtype)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{file}: cannot be read as safetensors ({error}); fetch it again") from error
+    return total
+
+
+def _file_bytes(file: Path, dtype: torch.dtype | None) -> int:
+    total = 0
+    with safe_open(file, "pt") as tensors:
+        for key in tensors.keys():  # noqa: SIM118 (not a mapping)
+            part = tensors.get_slice(key)
+            size = dtype.itemsize if dtype is not None else _SIZES.get(part.get_dtype(), 4)
+            total += size * torch.Size(part.get_shape()).numel()
     return total
 
 
