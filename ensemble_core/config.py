@@ -250,6 +250,11 @@ class ServerConfig(_Section):
     max_choices: int = Field(128, ge=1, description="Most prompts x n of one request.")
     drain_seconds: float = Field(30.0, ge=0.0, description="How long requests may go on at shutdown.")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Of our loggers.")
+    log_format: Literal["text", "json"] = Field("text", description="Lines of text, or one JSON object a line.")
+    access_log: bool = Field(True, description="Log one line for each request, without prompts.")
+    traces: bool = Field(
+        False, description="Send a span for each request; OTEL_* variables configure it. Needs unisono[otel]."
+    )
 
     @field_validator("max_body_bytes", mode="before")
     @classmethod
