@@ -159,7 +159,8 @@ def _weights(ensemble: EnsembleConfig, overrides: Overrides) -> dict[str, float]
     _require_members(chosen, ensemble, "ensemble.members")
     if ensemble.main not in chosen or len(set(chosen)) != len(chosen):
         raise InvalidRequestError(
-            f"ensemble.members must name the main member {ensemble.main!r} and no member twice, got {quoted(list(chosen))}",
+            f"ensemble.members must name the main member {ensemble.main!r} and no member twice, got "
+            f"{quoted(list(chosen))}",
             "ensemble.members",
         )
     given = dict(overrides.weights or {})

@@ -65,8 +65,8 @@ def create_app(runtime: Runtime, config: ServerConfig, metrics: PrometheusMetric
 
 def _observers(config: ServerConfig, traces: Traces | None) -> list[Callable[[Exchange], None]]:
     """What learns of each exchange when it has ended."""
-    access = [log_access] if config.access_log else []
-    return access if traces is None else [*access, traces.record]
+    observers: list[Callable[[Exchange], None]] = [log_access] if config.access_log else []
+    return observers if traces is None else [*observers, traces.record]
 
 
 def _add_middleware(

@@ -146,11 +146,12 @@ def _asked(generation: Generation) -> Iterator[tuple[str, Value]]:
     yield "gen_ai.request.max_tokens", params.max_tokens
     yield "gen_ai.request.temperature", params.temperature
     yield "gen_ai.request.top_p", params.top_p
-    yield "gen_ai.request.top_k", params.top_k
     yield "gen_ai.request.frequency_penalty", params.frequency_penalty
     yield "gen_ai.request.presence_penalty", params.presence_penalty
     yield "gen_ai.request.choice.count", generation.num_choices
     yield "gen_ai.request.stream", generation.stream
+    if params.top_k:
+        yield "gen_ai.request.top_k", params.top_k
     if params.seed is not None:
         yield "gen_ai.request.seed", params.seed
 
