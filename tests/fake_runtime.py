@@ -306,6 +306,7 @@ def live_server(runtime: FakeRuntime, config: ServerConfig | None = None) -> Ite
         uvicorn.Config(
             app,
             log_config=None,
+            access_log=False,
             ssl_certfile=config.tls_cert_file,
             ssl_keyfile=config.tls_key_file,
             ssl_keyfile_password=check_tls(config),
