@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
@@ -101,9 +102,13 @@ class Traces:
         seconds = exchange.seconds(exchange.ended) or 0.0
         span.end(exchange.started_ns + round(seconds * 1e9))
 
-    def close(self) -> None:
-        """Send what is left, and end the thread. Takes at most the exporter's time-out."""
-        self._provider.shutdown()
+    def close(self, seconds: float = 5.0) -> None:
+        """Send what is left, for at most this long: a collector that is gone must not hold up the server's end."""
+        ending = threading.Thread(target=self._provider.shutdown, name="last spans", daemon=True)
+        ending.start()
+        ending.join(seconds)
+        if ending.is_alive():
+            logger.warning("the last spans are lost: the collector did not take them within %g s", seconds)
 
 
 def _name(exchange: Exchange) -> str:
