@@ -7,7 +7,7 @@ import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import asynccontextmanager
 from importlib.metadata import version
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
@@ -26,6 +26,17 @@ from server.edge.traces import Traces, open_traces
 
 if TYPE_CHECKING:
     from ensemble_core.runtime import Runtime
+
+# FastAPI's own spans and logs quote paths and wrong bodies; ours do not. Versions without them ignore this.
+_WITHOUT_TELEMETRY: dict[str, Any] = {
+    "telemetry": {
+        "tracing": False,
+        "metrics": False,
+        "logs": False,
+        "operation_spans": False,
+        "auto_configure": False,
+    }
+}
 
 
 def create_app(runtime: Runtime, config: ServerConfig, metrics: PrometheusMetrics) -> FastAPI:
@@ -54,6 +65,7 @@ def create_app(runtime: Runtime, config: ServerConfig, metrics: PrometheusMetric
         lifespan=lifespan,
         redoc_url=None,
         redirect_slashes=False,
+        **_WITHOUT_TELEMETRY,
     )
     app.state.services = Services(runtime, config, metrics, created=int(time.time()))
     for module in (routes, tokenizers, probes):

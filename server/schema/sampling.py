@@ -13,7 +13,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
 from ensemble_core.decoding.sampling_params import PARAMETERS
-from ensemble_core.errors import InvalidRequestError, shortened
+from ensemble_core.errors import InvalidRequestError, quoted, shortened
 from server.schema.json_values import LogitBias, Stop, StopTokenIds, Strict, Text, decoded
 from server.schema.unsupported import Ignored, Refused, refuse_unsupported
 
@@ -164,7 +164,7 @@ class SamplingFields(Strict):
         if isinstance(body, dict):
             refuse_unsupported(body, cls.refused)
             if unknown := body.keys() - cls.model_fields.keys() - cls.refused.keys() - cls.ignored.keys():
-                logger.debug("ignored %d unknown fields", len(unknown))
+                logger.debug("ignored unknown fields: %s", quoted(sorted(unknown)))
         return body
 
     @property

@@ -326,7 +326,7 @@ def test_spans_arrive_over_otlp_as_the_variables_say(
     [
         ("OTEL_SERVICE_NAME", "mine", "mine"),
         ("OTEL_RESOURCE_ATTRIBUTES", "service.name=mine", "mine"),
-        ("X", "", "unisono"),
+        ("OTEL_SERVICE_NAME", "", "unisono"),
     ],
 )
 def test_the_service_has_a_name(monkeypatch: pytest.MonkeyPatch, variable: str, value: str, name: str) -> None:
@@ -399,6 +399,18 @@ def test_without_the_extra(monkeypatch: pytest.MonkeyPatch, runtime: FakeRuntime
     create_app(runtime, ServerConfig(), PrometheusMetrics())  # type: ignore[arg-type]
 
 
-def test_nothing_of_opentelemetry_is_imported_unless_asked_for() -> None:
-    code = "import sys, server.edge.app; sys.exit(any(name.startswith('opentelemetry') for name in sys.modules))"
+def test_the_sdk_is_imported_only_where_it_is_asked_for() -> None:
+    code = "import sys, server.edge.app; sys.exit('opentelemetry.sdk' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_the_web_framework_sends_nothing_of_its_own(
+    runtime: FakeRuntime, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """FastAPI can export spans, and logs that quote wrong bodies."""
+    monkeypatch.setenv("FASTAPI_OTEL_AUTO_CONFIGURE", "true")
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", receiver.address)
+    with live_server(runtime, ServerConfig(drain_seconds=0.2)) as base:
+        assert httpx.post(f"{base}/v1/completions", json=BASE | {"max_tokens": "secret"}).status_code == 400
+        assert httpx.post(f"{base}/v1/completions", json=BASE).status_code == 200
+    assert receiver.taken == []
