@@ -28,15 +28,8 @@ if TYPE_CHECKING:
     from ensemble_core.runtime import Runtime
 
 # FastAPI's own spans and logs quote paths and wrong bodies; ours do not. Versions without them ignore this.
-_WITHOUT_TELEMETRY: dict[str, Any] = {
-    "telemetry": {
-        "tracing": False,
-        "metrics": False,
-        "logs": False,
-        "operation_spans": False,
-        "auto_configure": False,
-    }
-}
+_SIGNALS = ("tracing", "metrics", "logs", "operation_spans", "auto_configure")
+_WITHOUT_TELEMETRY: dict[str, Any] = {"telemetry": dict.fromkeys(_SIGNALS, False)}
 
 
 def create_app(runtime: Runtime, config: ServerConfig, metrics: PrometheusMetrics) -> FastAPI:

@@ -299,3 +299,19 @@ def test_as_text(base: str, log: io.StringIO) -> None:
         r"model=duo id=cmpl-[0-9a-f]{32} prompt_tokens=4 completion_tokens=4$",
         line,
     )
+
+
+def test_behind_a_root_path_the_route_is_the_same(json_log: io.StringIO, runtime: FakeRuntime) -> None:
+    with live_server(runtime, ServerConfig(root_path="/llm", drain_seconds=0.2)) as base:
+        httpx.post(f"{base}/llm/v1/completions", json=BASE, headers=headers("r"))
+        assert last_access(json_log, "r")["route"] == "/v1/completions"
+
+
+def test_without_a_key_no_route_is_reached(json_log: io.StringIO, runtime: FakeRuntime) -> None:
+    with live_server(runtime, ServerConfig(api_keys=("sk-mine",), drain_seconds=0.2)) as base:  # type: ignore[arg-type]
+        httpx.post(
+            f"{base}/v1/completions", json=BASE, headers=headers("k") | {"Authorization": "Bearer sk-wrong"}
+        )
+        told = last_access(json_log, "k")
+    assert (told["route"], told["status"]) == ("-", 401)
+    assert "sk-" not in json_log.getvalue()
