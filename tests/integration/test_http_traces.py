@@ -339,11 +339,17 @@ def test_the_service_has_a_name(monkeypatch: pytest.MonkeyPatch, variable: str, 
     assert span.resource.attributes["service.name"] == name
 
 
-@pytest.mark.parametrize("sampler", ["always_off", "parentbased_always_off"])
-def test_the_sampler_is_the_variables(
-    runtime: FakeRuntime, exporter: InMemorySpanExporter, monkeypatch: pytest.MonkeyPatch, sampler: str
+@pytest.mark.parametrize(
+    ("variable", "value"), [("OTEL_TRACES_SAMPLER", "always_off"), ("OTEL_SDK_DISABLED", "true")]
+)
+def test_variables_can_turn_spans_off(
+    runtime: FakeRuntime,
+    exporter: InMemorySpanExporter,
+    monkeypatch: pytest.MonkeyPatch,
+    variable: str,
+    value: str,
 ) -> None:
-    monkeypatch.setenv("OTEL_TRACES_SAMPLER", sampler)
+    monkeypatch.setenv(variable, value)
     with TestClient(create_app(runtime, TRACED, PrometheusMetrics())) as client:  # type: ignore[arg-type]
         client.get("/version")
     assert exporter.get_finished_spans() == ()
