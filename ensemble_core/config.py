@@ -248,6 +248,11 @@ class ServerConfig(Section):
     limits: LimitsConfig = Field(default_factory=lambda: LimitsConfig())
     allow_overrides: OverridesConfig = Field(default_factory=lambda: OverridesConfig())
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Of our loggers.")
+    log_format: Literal["text", "json"] = Field("text", description="Lines of text, or one JSON object a line.")
+    access_log: bool = Field(True, description="Log one line for each request, without prompts.")
+    traces: bool = Field(
+        False, description="Send a span for each request; OTEL_* variables configure it. Needs unisono[otel]."
+    )
 
     @model_validator(mode="after")
     def _tls_pair(self) -> ServerConfig:

@@ -6,6 +6,22 @@ what is allowed and what to do. This file does not know HTTP; `server/edge/error
 
 from __future__ import annotations
 
+import reprlib
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 80
+_SHORT.maxlist = _SHORT.maxtuple = _SHORT.maxdict = 8
+
+
+def quoted(value: object) -> str:
+    """A value that a client chose, for a message: its repr, cut in the middle where it is long."""
+    return _SHORT.repr(value)
+
+
+def shortened(text: str) -> str:
+    """Text that a client chose, as `quoted`, without the marks around it."""
+    return quoted(text)[1:-1]
+
 
 class UnisonoError(Exception):
     """Root of all errors that Unisono raises on purpose."""

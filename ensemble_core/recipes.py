@@ -24,6 +24,7 @@ from ensemble_core.errors import (
     ModelNotFoundError,
     TransferMatrixError,
     UnknownStrategyError,
+    quoted,
 )
 from ensemble_core.fusion.base import FUSIONS, Fusion, FusionSpace, build_fusion
 from ensemble_core.fusion.shelf import FusionShelf
@@ -78,7 +79,7 @@ class RecipeBook:
         ensemble = self._config.ensembles.get(model)
         if ensemble is None:
             known = [*self._config.ensembles, *self._config.members]
-            raise ModelNotFoundError(f"model {model!r} does not exist; this server has {', '.join(known)}")
+            raise ModelNotFoundError(f"model {quoted(model)} does not exist; this server has {', '.join(known)}")
         weights = _weights(ensemble, overrides)
         members = tuple(weights)
         name, key, fusion = self._fusion(model, ensemble, members, overrides)
@@ -158,14 +159,15 @@ def _weights(ensemble: EnsembleConfig, overrides: Overrides) -> dict[str, float]
     _require_members(chosen, ensemble, "ensemble.members")
     if ensemble.main not in chosen or len(set(chosen)) != len(chosen):
         raise InvalidRequestError(
-            f"ensemble.members must name the main member {ensemble.main!r} and no member twice, got {list(chosen)}",
+            f"ensemble.members must name the main member {ensemble.main!r} and no member twice, got "
+            f"{quoted(list(chosen))}",
             "ensemble.members",
         )
     given = dict(overrides.weights or {})
     _require_members(tuple(given), ensemble, "ensemble.weights")
     if wrong := {m: w for m, w in given.items() if not math.isfinite(w) or w < 0 or m not in chosen}:
         raise InvalidRequestError(
-            f"ensemble.weights must be finite, 0 or more, and of members in use {list(chosen)}, got {wrong}",
+            f"ensemble.weights must be finite, 0 or more, and of members in use {list(chosen)}, got {quoted(wrong)}",
             "ensemble.weights",
         )
     ordered = [ensemble.main, *(name for name in ensemble.members if name in chosen and name != ensemble.main)]
@@ -184,7 +186,7 @@ def _tau(ensemble: EnsembleConfig, overrides: Overrides) -> float | None:
     if chosen.by not in ("fixed", "perplexity") or not 0.0 < chosen.tau < math.inf:
         raise InvalidRequestError(
             "ensemble.weighting: `by` is fixed or perplexity and `tau` a finite number greater than 0, got "
-            f"{chosen.by!r} and {chosen.tau!r}",
+            f"{quoted(chosen.by)} and {chosen.tau!r}",
             "ensemble.weighting",
         )
     return chosen.tau if chosen.by == "perplexity" else None
@@ -211,7 +213,8 @@ def _chosen(
 def _require_members(names: tuple[str, ...], ensemble: EnsembleConfig, param: str) -> None:
     if unknown := [name for name in names if name not in ensemble.members]:
         raise InvalidRequestError(
-            f"{param}: {unknown} are not members of this ensemble; allowed are {list(ensemble.members)}", param
+            f"{param}: {quoted(unknown)} are not members of this ensemble; allowed are {list(ensemble.members)}",
+            param,
         )
 
 

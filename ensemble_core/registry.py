@@ -9,10 +9,13 @@ from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
 from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 
-from ensemble_core.errors import ConfigError, UnknownStrategyError
+from ensemble_core.errors import ConfigError, UnknownStrategyError, quoted, shortened
 
 Factory = TypeVar("Factory", bound=Callable[..., Any])
+
+_MAX_LINES = 5
 
 
 class Registry(Generic[Factory]):
@@ -45,12 +48,16 @@ class Registry(Generic[Factory]):
         Raises UnknownStrategyError for an unknown name, ConfigError for wrong options.
         """
         if name not in self._entries:
-            raise UnknownStrategyError(f"{where}.name: unknown {self._kind} {name!r}; known are {self.names()}")
+            raise UnknownStrategyError(
+                f"{where}.name: unknown {self._kind} {quoted(name)}; known are {self.names()}"
+            )
         try:
             return self._entries[name][0].model_validate(options)
         except ValidationError as error:
-            parts = [
-                f"{where}.options.{'.'.join(map(str, item['loc']))}: {item['msg']} (given: {item['input']!r})"
-                for item in error.errors(include_url=False)
-            ]
-            raise ConfigError("; ".join(parts)) from error
+            found = error.errors(include_url=False)[:_MAX_LINES]
+            raise ConfigError("; ".join(_line(f"{where}.options", item) for item in found)) from error
+
+
+def _line(where: str, item: ErrorDetails) -> str:
+    path = shortened(".".join(map(str, item["loc"])))
+    return f"{where}.{path}: {item['msg']} (given: {quoted(item['input'])})"

@@ -6,6 +6,7 @@ bars are set before the libraries read them. A UnisonoError becomes one line on 
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Generator
@@ -34,6 +35,8 @@ app = typer.Typer(
 ConfigPath = Annotated[
     Path, typer.Option("--config", "-c", envvar="UNISONO_CONFIG", help="The YAML configuration file.")
 ]
+logger = logging.getLogger(__name__)
+
 DEFAULT_CONFIG = Path("configs/demo.yaml")
 _KEY_VARIABLES = ("UNISONO_API_KEY", "UNISONO_API_KEYS")  # clients use the first one, too
 
@@ -76,11 +79,11 @@ def _before(
 
 
 def _load(path: Path) -> Config:
-    """The configuration, with logging set to its level."""
+    """The configuration, with logging set to its level and format."""
     from server.edge import logs
 
     config = load_config(path)
-    logs.configure(config.server.log_level)
+    logs.configure(config.server.log_level, config.server.log_format)
     return config
 
 
@@ -155,7 +158,8 @@ def _serve(settings: Config) -> None:
 
     metrics = PrometheusMetrics()
     runtime = Runtime(settings, metrics.record)
-    serve_app(create_app(runtime, settings.server, metrics), runtime, settings.server, _say)
+    say = _say if settings.server.log_format == "text" else logger.info
+    serve_app(create_app(runtime, settings.server, metrics), runtime, settings.server, say)
 
 
 @app.command()

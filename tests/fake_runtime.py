@@ -30,7 +30,7 @@ from ensemble_core.decoding.requests import (
     TokenLogprob,
     Trace,
 )
-from ensemble_core.errors import InvalidRequestError, ModelNotFoundError, NotReadyError
+from ensemble_core.errors import InvalidRequestError, ModelNotFoundError, NotReadyError, quoted
 from server.edge.app import create_app
 from server.edge.metrics import PrometheusMetrics
 from server.edge.serving import settings_of
@@ -151,7 +151,7 @@ class FakeRuntime:
         for model in MODELS:
             if model.name == name:
                 return model
-        raise ModelNotFoundError(f"model {name!r} is unknown; there are duo, a, b")
+        raise ModelNotFoundError(f"model {quoted(name)} is unknown; there are duo, a, b")
 
     async def tokenize(self, model: str, prompt: Any, add_special_tokens: bool = True) -> FakeTokenized:
         words = words_of(prompt)

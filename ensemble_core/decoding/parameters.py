@@ -11,7 +11,7 @@ from collections.abc import Sized
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from ensemble_core.errors import InvalidRequestError
+from ensemble_core.errors import InvalidRequestError, quoted
 
 ValueKind = Literal["integer", "number", "boolean", "text", "texts", "ids", "biases"]
 MAX_INT = 2**31 - 1  # stands for no bound: descriptions leave it out
@@ -47,7 +47,7 @@ class Parameter:
             case "number":
                 _check_number(name, value, low, high, self.above)
             case "boolean" if not isinstance(value, bool):
-                raise InvalidRequestError(f"{name} must be true or false, got {value!r}", name)
+                raise InvalidRequestError(f"{name} must be true or false, got {quoted(value)}", name)
             case "text" if len(value) > high:
                 raise InvalidRequestError(f"{name} takes up to {high} characters, got {len(value)}", name)
             case "texts":
@@ -76,7 +76,7 @@ class Parameter:
 
     def _check_texts(self, name: str, value: Any) -> None:
         if isinstance(value, str):
-            raise InvalidRequestError(f"{name} must be a tuple of strings, got the string {value!r}", name)
+            raise InvalidRequestError(f"{name} must be a tuple of strings, got the string {quoted(value)}", name)
         self._check_most(name, value, "strings")
         for text in value:
             if not self.low <= len(text) <= self.high:
@@ -110,11 +110,13 @@ def declared(kind: ValueKind, default: Any, note: str, example: Any, **bounds: A
 
 def _check_integer(name: str, value: Any, low: float, high: float) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise InvalidRequestError(f"{name} must be an integer from {low} to {high}, got {value!r}", name)
+        raise InvalidRequestError(f"{name} must be an integer from {low} to {high}, got {quoted(value)}", name)
 
 
 def _check_number(name: str, value: Any, low: float, high: float, above: bool = False) -> None:
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if not number or math.isnan(value) or not low <= value <= high or (above and value == low):
         beyond = f" and greater than {low:g}" if above else ""
-        raise InvalidRequestError(f"{name} must be a number from {low:g} to {high:g}{beyond}, got {value!r}", name)
+        raise InvalidRequestError(
+            f"{name} must be a number from {low:g} to {high:g}{beyond}, got {quoted(value)}", name
+        )

@@ -14,7 +14,7 @@ import torch
 from pydantic import BaseModel
 from torch import Tensor
 
-from ensemble_core.errors import ConfigError
+from ensemble_core.errors import ConfigError, quoted
 from ensemble_core.members.base import Candidates
 from ensemble_core.registry import Registry
 from ensemble_core.text.vocabulary import Vocabulary
@@ -85,7 +85,7 @@ class FusionSpace:
         """Where a member named by an option stands. Raises ConfigError."""
         if member not in self.members:
             raise ConfigError(
-                f"fusion.options.{option}: {member!r} is no member in use; allowed are {list(self.members)}"
+                f"fusion.options.{option}: {quoted(member)} is no member in use; allowed are {list(self.members)}"
             )
         return self.members.index(member)
 

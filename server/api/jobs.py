@@ -7,6 +7,7 @@ endpoint's answers.
 from __future__ import annotations
 
 import math
+import time
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
@@ -27,7 +28,10 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class Tally:
-    """Tokens so far, for each prompt and for each choice. dropped: members that some choice has lost.
+    """Tokens so far, for each prompt and for each choice.
+
+    dropped: members that some choice has lost. reasons: why each choice ended. first: when the first output came, by
+    time.perf_counter().
 
     Only the first choice of a prompt computes the prompt; the others find it cached. So a prompt's cached tokens are
     the fewest that any of its choices reports.
@@ -38,9 +42,15 @@ class Tally:
     completions: dict[int, int] = field(default_factory=dict)
     cached: dict[int, int] = field(default_factory=dict)
     dropped: dict[str, str] = field(default_factory=dict)
+    reasons: dict[int, str] = field(default_factory=dict)
+    first: float | None = None
 
     def add(self, index: int, output: Output) -> None:
         """Add the counts of one output."""
+        if self.first is None:
+            self.first = time.perf_counter()
+        if output.finish_reason is not None:
+            self.reasons[index] = output.finish_reason
         prompt = index // self.num_sampled
         self.prompts[prompt] = output.num_prompt_tokens
         self.completions[index] = output.num_completion_tokens
@@ -66,6 +76,7 @@ class Job(ABC):
 
     def __init__(self, ticket: Ticket, sends_ids: bool) -> None:
         self.ticket = ticket
+        self.tally = Tally(ticket.num_sampled)
         self._sends_ids = sends_ids
 
     @abstractmethod
@@ -85,7 +96,7 @@ class Job(ABC):
 
         Raises RequestFailedError or NotReadyError if the engine gives up on one of the choices.
         """
-        tally = Tally(self.ticket.num_sampled)
+        tally = self.tally
         begun: set[int] = set()
         async with aclosing(_checked(self.ticket, outputs)) as news:
             async for index, output in news:
@@ -99,7 +110,7 @@ class Job(ABC):
 
     async def answer(self, outputs: OutputStream) -> BaseModel:
         """The whole answer. Closes `outputs` and raises errors as `chunks` does."""
-        tally = Tally(self.ticket.num_sampled)
+        tally = self.tally
         parts: list[list[Output]] = [[] for _ in self.ticket.requests]
         async with aclosing(_checked(self.ticket, outputs)) as news:
             async for index, output in news:

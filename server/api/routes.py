@@ -6,12 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, Request, Response
 
-from ensemble_core.errors import ModelNotFoundError
+from ensemble_core.errors import ModelNotFoundError, quoted
 from server.api import chat, completions
 from server.api.jobs import Job
 from server.api.services import REFUSALS, Services, ServicesOf
 from server.api.streams import EventStream, unless_gone
 from server.edge.bodies import BodyRoute
+from server.edge.exchange import Generation, accepted
 from server.schema.chat import ChatCompletion, ChatRequest
 from server.schema.completions import CompletionRequest, TextCompletion
 from server.schema.replies import ModelCard, ModelList
@@ -58,6 +59,7 @@ async def create_chat_completion(body: ChatRequest, request: Request, services: 
 async def _run(job: Job, stream: bool, request: Request, services: Services) -> Response:
     """The whole answer, or a stream once its first chunk is there. Errors before that get real statuses."""
     outputs = await services.runtime.submit(job.ticket.requests)
+    accepted(_generation(job, stream))
     try:
         if stream:
             chunks = job.chunks(outputs)
@@ -67,6 +69,13 @@ async def _run(job: Job, stream: bool, request: Request, services: Services) -> 
     except BaseException:
         await outputs.aclose()
         raise
+
+
+def _generation(job: Job, stream: bool) -> Generation:
+    """What the access log and traces report of a job."""
+    ticket = job.ticket
+    params = ticket.requests[0].params
+    return Generation(ticket.id, ticket.model, ticket.num_choices, stream, params, job.tally)
 
 
 @router.get("/v1/models")
@@ -80,7 +89,7 @@ async def get_model(model_id: str, services: ServicesOf) -> ModelCard:
     """One model by its name."""
     models = {model.name: model for model in services.runtime.models()}
     if model_id not in models:
-        raise ModelNotFoundError(f"model {model_id!r} is unknown; known are {sorted(models)}")
+        raise ModelNotFoundError(f"model {quoted(model_id)} is unknown; known are {sorted(models)}")
     return _card(models[model_id], services)
 
 

@@ -18,6 +18,7 @@ from starlette.types import Receive, Scope, Send
 
 from ensemble_core.errors import UnisonoError
 from server.edge.errors import ClientGoneError, to_api_error
+from server.edge.exchange import failed
 
 logger = logging.getLogger(__name__)
 
@@ -79,9 +80,11 @@ async def encode(first: BaseModel, rest: AsyncGenerator[BaseModel]) -> AsyncGene
             async for item in rest:
                 yield event(item.model_dump_json(exclude_unset=True))
         except UnisonoError as error:
+            failed(error)
             logger.warning("failed after the headers were sent: %s", error)
             yield event(to_api_error(error).json())
         except Exception as error:
+            failed(error)
             logger.exception("failed after the headers were sent")
             yield event(to_api_error(error).json())
     yield DONE

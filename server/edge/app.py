@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import asynccontextmanager
 from importlib.metadata import version
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
@@ -16,23 +16,31 @@ from ensemble_core.config import ServerConfig
 from server.api import probes, routes, tokenizers
 from server.api.services import Services
 from server.edge import errors
+from server.edge.access import log_access
 from server.edge.auth import Gate, KeyRing, load_keys
 from server.edge.bodies import BodyLimit
 from server.edge.door import Door
+from server.edge.exchange import Exchange
 from server.edge.metrics import PrometheusMetrics
 from server.edge.middleware import RequestContext, RootPath
 from server.edge.openapi import require_key
+from server.edge.traces import Traces, open_traces
 
 if TYPE_CHECKING:
     from ensemble_core.runtime import Runtime
+
+# FastAPI's own spans and logs quote paths and wrong bodies; ours do not. Versions without them ignore this.
+_SIGNALS = ("tracing", "metrics", "logs", "operation_spans", "auto_configure")
+_WITHOUT_TELEMETRY: dict[str, Any] = {"telemetry": dict.fromkeys(_SIGNALS, False)}
 
 
 def create_app(runtime: Runtime, config: ServerConfig, metrics: PrometheusMetrics) -> FastAPI:
     """An app that serves `runtime`. Its lifespan starts the runtime, and drains and stops it at shutdown.
 
-    Raises ConfigError if the API keys cannot be loaded.
+    Raises ConfigError if the API keys cannot be loaded, and if traces cannot be sent.
     """
     keys = load_keys(config)
+    traces = open_traces() if config.traces else None
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncGenerator[None]:
@@ -42,6 +50,8 @@ def create_app(runtime: Runtime, config: ServerConfig, metrics: PrometheusMetric
             await runtime.drain(config.drain_seconds)
         finally:
             await asyncio.to_thread(runtime.stop)
+            if traces is not None:
+                await asyncio.to_thread(traces.close)
 
     app = FastAPI(
         title="Unisono",
@@ -50,16 +60,29 @@ def create_app(runtime: Runtime, config: ServerConfig, metrics: PrometheusMetric
         lifespan=lifespan,
         redoc_url=None,
         redirect_slashes=False,
+        **_WITHOUT_TELEMETRY,
     )
     app.state.services = Services(runtime, config, metrics, created=int(time.time()), keyed=bool(keys))
     for module in (routes, tokenizers, probes):
         app.include_router(module.router)
-    _add_middleware(app, config, keys, metrics)
+    _add_middleware(app, config, keys, metrics, _observers(config, traces))
     errors.install(app, metrics)
     return app
 
 
-def _add_middleware(app: FastAPI, config: ServerConfig, keys: KeyRing, metrics: PrometheusMetrics) -> None:
+def _observers(config: ServerConfig, traces: Traces | None) -> list[Callable[[Exchange], None]]:
+    """What learns of each exchange when it has ended."""
+    observers: list[Callable[[Exchange], None]] = [log_access] if config.access_log else []
+    return observers if traces is None else [*observers, traces.record]
+
+
+def _add_middleware(
+    app: FastAPI,
+    config: ServerConfig,
+    keys: KeyRing,
+    metrics: PrometheusMetrics,
+    observers: Sequence[Callable[[Exchange], None]],
+) -> None:
     """Add the innermost first. CORS is outside the gate: a preflight has no key, and web pages can read a 401."""
     app.add_middleware(BodyLimit, max_bytes=config.max_body_bytes, limits=config.limits)
     if keys:
@@ -74,6 +97,6 @@ def _add_middleware(app: FastAPI, config: ServerConfig, keys: KeyRing, metrics: 
             expose_headers=["X-Request-Id", "Retry-After"],
         )
     app.add_middleware(Door, config=config, keyed=bool(keys), metrics=metrics)
-    app.add_middleware(RequestContext)
+    app.add_middleware(RequestContext, observers=observers)
     if config.root_path:
         app.add_middleware(RootPath, root_path=config.root_path)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -24,8 +23,11 @@ from ensemble_core.errors import (
     QueueFullError,
     RequestTimeoutError,
     UnisonoError,
+    quoted,
+    shortened,
 )
 from server.edge.metrics import PrometheusMetrics
+from server.schema.names import declared_part
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +35,8 @@ INVALID = "invalid_request_error"
 SERVER = "server_error"
 CLIENT_CLOSED = 499  # no client reads it; it only appears in our log line
 _MAX_LINES = 5
+_MAX_MESSAGE = 2000  # characters; a message quotes some client text at most
+_MAX_PARAM = 200
 
 
 class RequestFailedError(UnisonoError):
@@ -64,13 +68,20 @@ class ApiError:
     headers: Mapping[str, str] = field(default_factory=dict)
 
     def json(self) -> str:
-        """The body. Pure ASCII, so that a message may quote text that UTF-8 cannot encode."""
-        error = {"message": self.message, "type": self.type, "param": self.param, "code": self.code}
+        """The body: bounded, and pure ASCII, so that a message may quote text that UTF-8 cannot encode."""
+        param = None if self.param is None else _cut(self.param, _MAX_PARAM)
+        error = {"message": _cut(self.message, _MAX_MESSAGE), "type": self.type, "param": param, "code": self.code}
         return json.dumps({"error": error})
 
     def response(self) -> Response:
         """The whole answer."""
         return Response(self.json(), self.status, headers=self.headers, media_type="application/json")
+
+
+def _cut(text: str, most: int) -> str:
+    """The text, or its beginning and end."""
+    half = most // 2
+    return text if len(text) <= most else f"{text[:half]} ... {text[-half:]}"
 
 
 def to_api_error(error: Exception) -> ApiError:
@@ -117,17 +128,18 @@ def _line(item: Mapping[str, Any]) -> str:
         return f"the body is not valid JSON: {item['ctx']['error']} at character {item['loc'][-1]}"
     if path is None:
         return f"the body must be a JSON object: {item['msg'].removeprefix('Value error, ')}"
+    path = shortened(path)
     if item["type"] == "missing":
         return f"{path}: is required and was not sent"
     if item["type"] == "extra_forbidden":
-        return f"{path}: unknown key (given: {reprlib.repr(item['input'])})"
-    return f"{path}: {item['msg'].removeprefix('Value error, ')} (given: {reprlib.repr(item['input'])})"
+        return f"{path}: unknown key (given: {quoted(item['input'])})"
+    return f"{path}: {item['msg'].removeprefix('Value error, ')} (given: {quoted(item['input'])})"
 
 
 def from_http(error: HTTPException, request: Request) -> ApiError:
     """The error for an exception of routing or of the body limit."""
     headers = dict(error.headers or {})
-    where = f"{request.method} {request.url.path}"
+    where = f"{shortened(request.method)} {shortened(request.url.path)}"
     match error.status_code:
         case 404:
             return ApiError(404, f"there is no route {where}; see /docs", code="not_found")
@@ -149,11 +161,14 @@ def from_http(error: HTTPException, request: Request) -> ApiError:
 
 
 def _log(refusal: ApiError, level: int) -> None:
-    """Log a refusal without its message, which may quote a prompt; log a 500 with its message."""
+    """Log a refusal without its message, which may quote a prompt, and without names that the client chose; log a
+    500 with its message.
+    """
     if refusal.status == 500:
         logger.error("failed: %s", refusal.message)
     else:
-        logger.log(level, "refused: status=%d code=%s param=%s", refusal.status, refusal.code, refusal.param)
+        param = declared_part(refusal.param)
+        logger.log(level, "refused: status=%d code=%s param=%s", refusal.status, refusal.code, param)
 
 
 def install(app: FastAPI, metrics: PrometheusMetrics) -> None:

@@ -1,4 +1,4 @@
-"""Middleware for every route: a request id, a log line, a 500 for bugs.
+"""Middleware for every route: a request id, an access line, a 500 for bugs.
 
 Pure ASGI, so that streams pass through unchanged and disconnects reach the route.
 """
@@ -7,68 +7,67 @@ from __future__ import annotations
 
 import logging
 import re
-import time
 import uuid
+from collections.abc import Callable, Sequence
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.edge.errors import to_api_error
+from server.edge.exchange import CURRENT, Exchange
 from server.edge.logs import REQUEST_ID
 
 logger = logging.getLogger(__name__)
 
 _VISIBLE = re.compile(r"[\x21-\x7e]{1,128}")
-_PROBES = frozenset({"/health", "/ready", "/metrics"})
 
 
 class RequestContext:
-    """Gives each request its id, logs one line about it, and turns bugs into a 500."""
+    """Gives each request its id, turns bugs into a 500, and reports the exchange when its answer has ended.
 
-    def __init__(self, app: ASGIApp) -> None:
+    observers: called with each exchange, in order; they must not raise.
+    """
+
+    def __init__(self, app: ASGIApp, observers: Sequence[Callable[[Exchange], None]] = ()) -> None:
         self._app = app
+        self._observers = observers
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection."""
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
         request_id = choose_request_id(Headers(scope=scope).get("x-request-id"))
-        token = REQUEST_ID.set(request_id)
+        exchange = Exchange(scope)
+        tokens = REQUEST_ID.set(request_id), CURRENT.set(exchange)
         try:
-            await _Exchange(request_id).run(self._app, scope, receive, send)
+            await self._serve(exchange, request_id, receive, send)
         finally:
-            REQUEST_ID.reset(token)
+            exchange.end()
+            for observe in self._observers:
+                observe(exchange)
+            REQUEST_ID.reset(tokens[0])
+            CURRENT.reset(tokens[1])
 
+    async def _serve(self, exchange: Exchange, request_id: str, receive: Receive, send: Send) -> None:
+        async def noted_receive() -> Message:
+            message = await receive()
+            exchange.received(message)
+            return message
 
-class _Exchange:
-    """One request and its answer."""
-
-    def __init__(self, request_id: str) -> None:
-        self._request_id = request_id
-        self._status: int | None = None  # None: no headers sent yet
-
-    async def run(self, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
-        started = time.perf_counter()
-
-        async def send_with_id(message: Message) -> None:
+        async def noted_send(message: Message) -> None:
             if message["type"] == "http.response.start":
-                self._status = message["status"]
-                MutableHeaders(scope=message)["X-Request-Id"] = self._request_id
+                MutableHeaders(scope=message)["X-Request-Id"] = request_id
+            exchange.sent(message)
             await send(message)
 
         try:
-            await app(scope, receive, send_with_id)
+            await self._app(exchange.scope, noted_receive, noted_send)
         except Exception as error:
-            logger.exception("failed: %s %s", scope["method"], scope["path"])
-            if self._status is not None:
+            exchange.error = type(error).__name__
+            logger.exception("failed: %s %s", exchange.method, exchange.route or "-")
+            if exchange.status is not None:
                 raise  # the headers are sent, so only a broken connection can report the failure
-            await to_api_error(error).response()(scope, receive, send_with_id)
-        finally:
-            self._log(scope, time.perf_counter() - started)
-
-    def _log(self, scope: Scope, seconds: float) -> None:
-        level = logging.DEBUG if scope["path"] in _PROBES else logging.INFO
-        logger.log(level, "%s %s %s %.3fs", scope["method"], scope["path"], self._status, seconds)
+            await to_api_error(error).response()(exchange.scope, noted_receive, noted_send)
 
 
 class RootPath:

@@ -13,7 +13,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
 from ensemble_core.decoding.sampling_params import PARAMETERS
-from ensemble_core.errors import InvalidRequestError
+from ensemble_core.errors import InvalidRequestError, quoted, shortened
 from server.schema.json_values import LogitBias, Stop, StopTokenIds, Strict, Text
 from server.schema.unsupported import Ignored, Refused, refuse_unsupported
 
@@ -103,9 +103,9 @@ class EnsembleOptions(Strict):
     @classmethod
     def _known_keys(cls, value: object) -> object:
         if isinstance(value, dict) and (unknown := [key for key in value if key not in cls.model_fields]):
-            path = f"ensemble.{unknown[0]}"
             known = ", ".join(sorted(cls.model_fields))
-            raise InvalidRequestError(f"{path} is unknown; ensemble takes {known}", path)
+            message = f"ensemble.{shortened(unknown[0])} is unknown; ensemble takes {known}"
+            raise InvalidRequestError(message, f"ensemble.{unknown[0]}")
         return value
 
 
@@ -163,7 +163,7 @@ class SamplingFields(Strict):
         if isinstance(body, dict):
             refuse_unsupported(body, cls.refused)
             if unknown := body.keys() - cls.model_fields.keys() - cls.refused.keys() - cls.ignored.keys():
-                logger.debug("ignored unknown fields: %s", sorted(unknown))
+                logger.debug("ignored unknown fields: %s", quoted(sorted(unknown)))
         return body
 
     @property

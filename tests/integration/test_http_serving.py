@@ -187,3 +187,43 @@ def test_a_second_signal_does_not_wait_for_the_drain(config: str, number: signal
         error = json.loads(rest[-2].removeprefix("data: "))["error"]
         assert (error["code"], rest[-1]) == ("not_ready", "data: [DONE]")
         assert process.wait(timeout=5) == 0
+
+
+def edit(config: str, **server: object) -> None:
+    """Add fields to the server's section."""
+    path = Path(config)
+    fields = "".join(f"{name}: {value}, " for name, value in server.items())
+    path.write_text(path.read_text().replace("server: {", "server: {" + fields))
+
+
+def test_as_json_every_line_is_an_object(config: str) -> None:
+    edit(config, log_format="json")
+    with serving(config) as process:
+        assert process.stderr is not None
+        lines: list[str] = []
+        for line in process.stderr:
+            lines.append(line)
+            if "curl " in line:
+                break
+        base = re.search(r"http://[^/\s]+:\d+", lines[-1])
+        assert base is not None
+        httpx.post(f"{base[0]}/v1/completions", json=BASE, headers={"X-Request-Id": "mine"})
+        process.send_signal(signal.SIGTERM)
+        lines += process.stderr
+        assert process.wait(timeout=10) == 0
+    told = [json.loads(line) for line in lines]
+    assert all({"time", "level", "logger", "request_id", "message"} <= each.keys() for each in told)
+    assert {"uvicorn.error", "server.cli", "server.edge.access"} <= {each["logger"] for each in told}
+    (access,) = [each for each in told if each["logger"] == "server.edge.access"]
+    assert (access["request_id"], access["route"], access["status"]) == ("mine", "/v1/completions", 200)
+
+
+def test_traces_without_the_extra_are_one_line_and_a_failure(config: str) -> None:
+    edit(config, traces="true")
+    hidden = "sys.modules['opentelemetry.sdk.trace'] = None"
+    with serving(config, f"**(exec({hidden!r}, globals()) or {{}})") as process:
+        _out, err = process.communicate(timeout=20)
+        assert process.returncode == 1
+        (line,) = err.splitlines()
+        assert line.startswith("unisono: server.traces: OpenTelemetry is not installed")
+        assert "pip install 'unisono[otel]'" in line

@@ -12,7 +12,15 @@ from fakes import FakeMember, fake_config, space_of
 from ensemble_core.config import Config
 from ensemble_core.decoding.recipe import ModeChoice
 from ensemble_core.decoding.requests import Overrides
-from ensemble_core.errors import ConfigError, InvalidRequestError, ModelNotFoundError, TransferMatrixError
+from ensemble_core.errors import (
+    ConfigError,
+    InvalidRequestError,
+    ModelNotFoundError,
+    TransferMatrixError,
+    UnisonoError,
+    quoted,
+    shortened,
+)
 from ensemble_core.fusion.base import FusionSpace
 from ensemble_core.recipes import _MAX_FUSIONS, RecipeBook, check_strategies, list_models
 
@@ -245,3 +253,37 @@ def test_models_are_ensembles_then_members() -> None:
     assert models[0].recipe["main"] == "alpha"
     json.dumps(models[0].recipe)
     assert models[1].recipe is None
+
+
+LONG = "x" * 60_000
+
+
+@pytest.mark.parametrize(
+    ("model", "overrides"),
+    [
+        (LONG, Overrides()),
+        ("trio", Overrides(members=(LONG,) * 64)),
+        ("trio", Overrides(members=("alpha",) * 10_000)),
+        ("trio", Overrides(weights={f"{LONG}{rank}": 1.0 for rank in range(64)})),
+        ("trio", Overrides(fusion=LONG)),
+        ("trio", Overrides(fusion="relative", fusion_options={f"{LONG}{rank}": LONG for rank in range(64)})),
+        ("trio", Overrides(fusion="relative", fusion_options={"solver": LONG})),
+        ("trio", Overrides(fusion="contrastive", fusion_options={"amateur": LONG})),
+        ("trio", Overrides(mode=LONG)),
+        ("trio", Overrides(mode="lockstep", mode_options={LONG: 1})),
+    ],
+)
+def test_no_refusal_repeats_a_long_name_whole(model: str, overrides: Overrides) -> None:
+    with pytest.raises(UnisonoError) as caught:
+        book().resolve(model, overrides)
+    assert len(str(caught.value)) < 2000
+
+
+def test_quoted_text_is_cut_in_the_middle_and_has_no_control_characters() -> None:
+    assert quoted("duet") == "'duet'"
+    assert shortened("ensemble.it's") == "ensemble.it's"
+    assert quoted(LONG) == "'" + "x" * 37 + "..." + "x" * 38 + "'"
+    assert shortened("a\n\x1bb") == "a\\n\\x1bb"
+    assert len(quoted([LONG] * 1000)) < 1000
+    assert len(quoted({LONG: {LONG: LONG}})) < 1000
+    assert len(quoted(10**4000)) < 100
