@@ -8,9 +8,8 @@ With one owner this is first come, first served. Does not know pages or members.
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import Counter, abc, deque
 from collections.abc import Iterable
-from collections.abc import Sequence as Many
 
 from ensemble_core.decoding.sequence import Sequence
 
@@ -48,7 +47,7 @@ class FairQueue:
         self._count(sequence, 1)
         self.taken.add(sequence)
 
-    def displaced(self, running: Many[Sequence], already: Many[Sequence]) -> Sequence | None:
+    def displaced(self, running: abc.Sequence[Sequence], already: abc.Sequence[Sequence]) -> Sequence | None:
         """The next running sequence to make way, not counted any more; None if no request has two or more."""
         rich = [each for each, count in self._by_owner.items() if count > 1]
         owner = max(rich, key=lambda each: (self._by_client[each[0]], self._by_owner[each]), default=None)
@@ -58,7 +57,7 @@ class FairQueue:
         self._count(victim, -1)
         return victim
 
-    def restore(self, victims: Many[Sequence]) -> list[Sequence]:
+    def restore(self, victims: abc.Sequence[Sequence]) -> list[Sequence]:
         """Count these as running again; returns none."""
         for victim in victims:
             self._count(victim, 1)

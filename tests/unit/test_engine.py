@@ -21,7 +21,7 @@ from ensemble_core.decoding.requests import Output
 from ensemble_core.decoding.sampling_params import SamplingParams
 from ensemble_core.decoding.sequence import Phase, Sequence
 from ensemble_core.engine import Engine
-from ensemble_core.errors import QueueFullError
+from ensemble_core.errors import InvalidRequestError, QueueFullError
 from ensemble_core.stats import CacheStats, QueueStats, RequestStats, StepStats, TokenStats
 
 PROMPTS = ["abc de", "a", "deed 中文 bad", "cab " * 12, "\n\nbe 😀", "x" * 90]
@@ -384,10 +384,13 @@ def test_a_full_queue_takes_all_or_none() -> None:
     engine = fake_engine([member], max_waiting=2)
     recipe: Recipe = ensemble([member])
     made = [sequence(i, "a", [member], recipe, SamplingParams(max_tokens=2)) for i in range(3)]
-    with pytest.raises(QueueFullError, match="max_waiting"):
+    with pytest.raises(InvalidRequestError, match="max_waiting"):  # it could never succeed
         engine.add(made)
     assert not engine.has_work
-    engine.add(made[:2])
+    engine.add(made[:1])
+    with pytest.raises(QueueFullError, match="max_waiting"):
+        engine.add(made[1:])
+    engine.add(made[1:2])
     assert run(engine).keys() == {0, 1}
 
 

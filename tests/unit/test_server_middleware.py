@@ -9,8 +9,10 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from ensemble_core.limits import LimitsConfig
+from server.edge.bodies import BodyLimit
 from server.edge.logs import REQUEST_ID, RequestIdFilter
-from server.edge.middleware import BodyLimit, RequestContext, choose_request_id
+from server.edge.middleware import RequestContext, choose_request_id
 
 SCOPE: dict[str, Any] = {"type": "http", "method": "POST", "path": "/x", "headers": []}
 
@@ -92,13 +94,13 @@ def test_bodies_over_the_limit_raise_where_they_are_read(
     headers: list[tuple[bytes, bytes]], bodies: list[bytes]
 ) -> None:
     with pytest.raises(Exception, match="10 bytes") as caught:
-        call(BodyLimit(echo, max_bytes=10), headers, *bodies)
+        call(BodyLimit(echo, max_bytes=10, limits=LimitsConfig()), headers, *bodies)
     assert caught.value.status_code == 413  # type: ignore[attr-defined]
 
 
 def test_a_body_at_the_limit_passes() -> None:
     for headers in ([], [(b"content-length", b"10")]):
-        _start, body = call(BodyLimit(echo, max_bytes=10), headers, b"x" * 6, b"x" * 4)
+        _start, body = call(BodyLimit(echo, max_bytes=10, limits=LimitsConfig()), headers, b"x" * 6, b"x" * 4)
         assert body["body"].startswith(b"10 ")
 
 

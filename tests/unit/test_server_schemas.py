@@ -174,10 +174,6 @@ def test_no_trace_is_the_default(value: object) -> None:
     assert not ensemble.trace
 
 
-def test_a_body_of_bytes_is_read_as_json() -> None:
-    assert CompletionRequest.model_validate(b'{"model": "duo", "prompt": "x"}') == parse()
-
-
 @pytest.mark.parametrize("kind", [CompletionRequest, ChatRequest, TokenizeRequest])
 def test_the_openapi_schema_describes_every_parameter_and_ours(kind: type[BaseModel]) -> None:
     schema = kind.model_json_schema()
