@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, Request, Response
@@ -11,6 +12,7 @@ from server.api import chat, completions
 from server.api.jobs import Job
 from server.api.services import REFUSALS, Services, ServicesOf
 from server.api.streams import EventStream, unless_gone
+from server.edge.auth import CLIENT
 from server.edge.bodies import BodyRoute
 from server.edge.exchange import Generation, accepted
 from server.schema.chat import ChatCompletion, ChatRequest
@@ -58,7 +60,9 @@ async def create_chat_completion(body: ChatRequest, request: Request, services: 
 
 async def _run(job: Job, stream: bool, request: Request, services: Services) -> Response:
     """The whole answer, or a stream once its first chunk is there. Errors before that get real statuses."""
-    outputs = await services.runtime.submit(job.ticket.requests)
+    client = str(request.scope.get(CLIENT, ""))
+    requests = [replace(each, owner=(client, job.ticket.id)) for each in job.ticket.requests]
+    outputs = await services.runtime.submit(requests)
     accepted(_generation(job, stream))
     try:
         if stream:

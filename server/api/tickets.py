@@ -58,7 +58,6 @@ def make_ticket(
             add_special_tokens,
             trace,
             group=f"{ticket_id}-{rank}",
-            owner=("", ticket_id),
         )
         for rank, prompt in enumerate(prompts)
         for index, each in enumerate(seeded)

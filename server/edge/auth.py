@@ -25,6 +25,7 @@ from server.edge.metrics import PrometheusMetrics
 logger = logging.getLogger(__name__)
 
 OPEN_PATHS = frozenset({"/health", "/ready", "/version"})
+CLIENT = "unisono.client"  # in the scope: whose key it was, so that places are shared among clients
 _METRICS = "/metrics"
 _KEY = re.compile(r"[\x21-\x7e]+")
 
@@ -106,7 +107,7 @@ class Gate:
             return
         key = _bearer(scope)
         if key is not None and self._keys.admits(key):
-            await self._app(scope, receive, send)
+            await self._app({**scope, CLIENT: _digest(key).hex()}, receive, send)
             return
         refusal = _refusal(missing=key is None)
         self._metrics.rejected("unauthorized")

@@ -190,3 +190,17 @@ def test_tls_files_that_do_not_fit_are_one_clear_line(tmp_path: Path, monkeypatc
         assert words in str(caught.value)
         assert "\n" not in str(caught.value)
         assert "donkey" not in str(caught.value)
+
+
+def test_a_request_names_the_client_whose_key_it_has() -> None:
+    """So that places are shared among clients."""
+    runtime = FakeRuntime()
+    app = create_app(runtime, ServerConfig(api_keys=KEYS), PrometheusMetrics())  # type: ignore[arg-type]
+    with TestClient(app) as client:
+        for key in ("sk-one", "sk-two", "sk-one"):
+            client.post("/v1/completions", json=BODY | {"n": 2}, headers=bearer(key)).raise_for_status()
+    owners = [request.owner for request in runtime.seen]
+    assert owners[0] == owners[1]
+    assert owners[0][0] == owners[4][0] != owners[2][0]
+    assert len(set(owners)) == 3
+    assert not any("sk-" in part for owner in owners for part in owner)

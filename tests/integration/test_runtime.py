@@ -6,13 +6,14 @@ import asyncio
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 from fakes import FakeMember, byte_vocabulary, fake_config, fake_loaded, pair_vocabulary
 
 from ensemble_core import factory
 from ensemble_core.config import Config
-from ensemble_core.decoding.requests import Conversation, GenerationRequest, Output
+from ensemble_core.decoding.requests import Conversation, GenerationRequest, Output, Overrides
 from ensemble_core.decoding.sampling_params import SamplingParams
 from ensemble_core.engine import News
 from ensemble_core.errors import (
@@ -310,3 +311,50 @@ def test_tokens_wait_for_the_vocabulary() -> None:
     with pytest.raises(NotReadyError, match="loading"):
         runtime.tokenizer_info("duo")
     runtime.stop()
+
+
+def test_an_engine_that_stands_still_is_dead_and_nobody_waits(
+    members: Members, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with started(members, monkeypatch, scheduler={"stall_seconds": 0.4}) as runtime:
+        runtime.wait_ready()
+        assert reasons(asyncio.run(read(runtime, request()))) == ["length"]
+        time.sleep(1.0)
+        assert runtime.status().state == "ready", "an idle engine does not stand still"
+        members["alpha"].gate.clear()
+        begun = time.monotonic()
+        outputs = asyncio.run(read(runtime, request(), request()))
+        assert time.monotonic() - begun < 5
+        assert reasons(outputs) == ["error"] * 2
+        assert runtime.status().state == "dead"
+        assert "no step" in runtime.status().reason
+        with pytest.raises(NotReadyError, match="no step"):
+            asyncio.run(read(runtime, request()))
+        assert not runtime.stop(0.1), "a step that hangs does not hold up the end"
+        members["alpha"].gate.set()
+        assert runtime.stop(5.0)
+
+
+def test_aborting_all_ends_every_stream(members: Members, monkeypatch: pytest.MonkeyPatch) -> None:
+    with started(members, monkeypatch) as runtime:
+        runtime.wait_ready()
+
+        async def ended() -> dict[int, list[Output]]:
+            reading = asyncio.create_task(read(runtime, request(200), request(200)))
+            await asyncio.sleep(0.05)
+            runtime.abort_all()
+            return await reading
+
+        assert set(reasons(asyncio.run(ended()))) <= {"abort", "length"}
+        assert runtime.status().state == "draining"
+        wait_empty(members)
+
+
+def test_a_request_may_not_choose_what_makes_others_wait(
+    members: Members, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with started(members, monkeypatch) as runtime:
+        runtime.wait_ready()
+        costly = replace(request(), overrides=Overrides(fusion="relative", fusion_options={"steps": 100}))
+        with pytest.raises(InvalidRequestError, match="allow_overrides"):
+            asyncio.run(read(runtime, costly))

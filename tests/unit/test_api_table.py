@@ -87,7 +87,7 @@ def effect(table: str, body: dict[str, Any]) -> object:
     """All that a body can change: what the engine is asked for, and what the answer carries."""
     job, stream = job_of(table, body)
     ticket = job.ticket
-    requests = [replace(request, request_id="", group=None, owner=("", "")) for request in ticket.requests]
+    requests = [replace(request, request_id="", group=None) for request in ticket.requests]
     told = {name: value for name, value in vars(job).items() if name != "ticket"}
     counts = (ticket.num_choices, ticket.num_sampled, ticket.final_usage, ticket.running_usage)
     return requests, told, counts, stream
