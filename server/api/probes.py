@@ -40,6 +40,7 @@ async def get_version() -> dict[str, str]:
 @router.get("/metrics", response_class=Response)
 async def get_metrics(services: ServicesOf) -> Response:
     """All metrics in Prometheus' text format."""
-    members = [model.name for model in services.runtime.models() if model.kind == "member"]
-    services.metrics.members_up(members, services.runtime.status().state in ("ready", "draining"))
+    runtime = services.runtime
+    state = runtime.status().state
+    services.metrics.state(runtime.models(), state in ("ready", "draining"), state == "ready")
     return Response(services.metrics.render(), headers={"Content-Type": CONTENT_TYPE})

@@ -7,13 +7,14 @@ do not mix. Durations are in seconds, sizes in bytes.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import assert_never
+from typing import TYPE_CHECKING, assert_never, get_args
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
+from ensemble_core.decoding.requests import FinishReason
 from ensemble_core.stats import (
     CacheStats,
     DropStats,
@@ -23,11 +24,15 @@ from ensemble_core.stats import (
     PreemptionStats,
     PrefixStats,
     QueueStats,
+    Reason,
     RequestStats,
     Stats,
     StepStats,
     TokenStats,
 )
+
+if TYPE_CHECKING:
+    from ensemble_core.runtime import ModelInfo
 
 CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
 
@@ -36,6 +41,10 @@ PART_BUCKETS = (1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 0.01, 0.025, 0.05, 0.1, 
 STEP_BUCKETS = (1e-3, 2.5e-3, 5e-3, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 REQUEST_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 50.0, 100.0, 250.0)
 BATCH_BUCKETS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0)
+REASONS = (
+    "invalid_request", "model_not_found", "unauthorized", "body_too_large", "body_too_slow", "busy", "queue_full",
+    "not_ready", "timeout", "failed",
+)  # fmt: skip
 MASS_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0)
 
 
@@ -93,10 +102,20 @@ class PrometheusMetrics:
         """Count one HTTP request that was refused."""
         self._requests.rejected.labels(reason).inc()
 
-    def members_up(self, members: Iterable[str], up: bool) -> None:
-        """Set whether members are up. A member whose last forward failed stays down."""
-        for member in members:
-            self._members.up.labels(member).set(up and member not in self._down)
+    def state(self, models: Iterable[ModelInfo], up: bool, ready: bool) -> None:
+        """Set what a scrape asks for: readiness, and whether members are up. Counters of known labels begin at 0.
+
+        A member whose last forward failed stays down.
+        """
+        self._engine.ready.set(ready)
+        for model in models:
+            self._requests.begin(model.name)
+            self._engine.preemptions.labels(model.name)
+            if model.kind == "member":
+                self._members.up.labels(model.name).set(up and model.name not in self._down)
+                self._members.prefix_hits.labels(model.name)
+            if model.recipe is not None:
+                self._ensembles.begin(model.name, set(model.recipe["members"]) - {model.recipe["main"]})
 
     def render(self) -> bytes:
         """All metrics in Prometheus' text format; its content type is `CONTENT_TYPE`."""
@@ -146,6 +165,14 @@ class _RequestMetrics(_Family):
         self.ttft = self._latency("time_to_first_token_seconds", "From arrival to the first token.")
         self.e2e = self._latency("e2e_request_latency_seconds", "From arrival to the last token.")
         self.queued = self._latency("request_queue_time_seconds", "From arrival to admission.")
+        for reason in REASONS:
+            self.rejected.labels(reason)
+
+    def begin(self, model: str) -> None:
+        for reason in get_args(FinishReason):
+            self.requests.labels(model, reason)
+        for counter in (self.prompt, self.generated):
+            counter.labels(model)
 
     def _latency(self, name: str, text: str) -> Histogram:
         return self._histogram(name, text, REQUEST_BUCKETS, "model")
@@ -172,8 +199,11 @@ class _EngineMetrics(_Family):
         self.alignment_seconds = self._histogram("alignment_seconds", "Retokenisation in one step.", PART_BUCKETS)
         self.sampling_seconds = self._histogram("sampling_seconds", "Sampling in one step.", PART_BUCKETS)
         self.batch = self._histogram("step_batch_size", "Sequences that got a token.", BATCH_BUCKETS)
+        self.ready = self._gauge("ready", "1 while requests are accepted: loaded, not draining, not dead.")
         self.preemptions = self._counter(
-            "preemptions_total", "Sequences sent back to the queue because a cache was full.", "model"
+            "preemptions_total",
+            "Sequences sent back to the queue for a full cache, or for another's first place.",
+            "model",
         )
 
     def step(self, stats: StepStats) -> None:
@@ -240,6 +270,12 @@ class _EnsembleMetrics(_Family):
         self.drops = self._counter(
             "member_dropped_requests_total", "Choices that went on without a member.", "model", "member", "reason"
         )
+
+    def begin(self, model: str, assistants: Iterable[str]) -> None:
+        self.overruled.labels(model)
+        for member in assistants:
+            for reason in get_args(Reason):
+                self.drops.labels(model, member, reason)
 
     def fused(self, stats: FusionStats) -> None:
         self.overruled.labels(stats.model).inc(stats.overruled)

@@ -140,5 +140,6 @@ def test_two_apps_share_nothing() -> None:
     first, second = (create_app(FakeRuntime(), ServerConfig(), PrometheusMetrics()) for _ in range(2))  # type: ignore[arg-type]
     with TestClient(first, base_url=HERE) as one, TestClient(second, base_url=HERE) as two:
         one.post("/v1/completions", json={})
-        assert "unisono_requests_rejected_total{" in one.get("/metrics").text
-        assert "unisono_requests_rejected_total{" not in two.get("/metrics").text
+        counted = 'unisono_requests_rejected_total{reason="invalid_request"} '
+        assert f"{counted}1.0" in one.get("/metrics").text
+        assert f"{counted}0.0" in two.get("/metrics").text

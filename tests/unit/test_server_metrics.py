@@ -4,6 +4,7 @@ import shutil
 import subprocess
 
 import pytest
+from fake_runtime import MODELS
 from prometheus_client.parser import text_string_to_metric_families
 
 from ensemble_core.stats import (
@@ -38,7 +39,7 @@ def fed() -> PrometheusMetrics:
     metrics.record(DropStats("duo", "c", "timeout"))
     metrics.record(PreemptionStats("duo"))
     metrics.rejected("queue_full")
-    metrics.members_up(["a", "b"], True)
+    metrics.state(MODELS, True, True)
     return metrics
 
 
@@ -112,7 +113,7 @@ def test_a_member_is_down_while_it_fails() -> None:
     metrics = PrometheusMetrics()
 
     def up() -> tuple[float, float]:
-        metrics.members_up(["a", "b"], True)
+        metrics.state(MODELS, True, True)
         found = samples(metrics)
         return found["unisono_member_up", "a"], found["unisono_member_up", "b"]
 
@@ -123,7 +124,7 @@ def test_a_member_is_down_while_it_fails() -> None:
     metrics.record(HealthStats("a", None))
     assert up() == (1, 1)
     assert samples(metrics)["unisono_member_failures_total", "exception", "a"] == 2
-    metrics.members_up(["a"], False)
+    metrics.state(MODELS, False, False)
     assert samples(metrics)["unisono_member_up", "a"] == 0
 
 
