@@ -103,6 +103,20 @@ bench-document: $(INSTALLED) ## put the kept results into docs/performance.md an
 studies: models ## what fusion is worth: tables, sweeps, a trained pair (long; needs ../shared/data)
 	@$(BIN)/python -m studies
 
+.PHONY: release
+release: $(INSTALLED) ## wheel, sdist and a list of all components (CycloneDX) in dist/
+	@rm -rf dist && $(BIN)/python -m build --no-isolation > /dev/null
+	@$(BIN)/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible -o dist/unisono.cdx.json $(BIN)/python
+	@ls -l dist
+
+.PHONY: audit
+audit: $(INSTALLED) ## known vulnerabilities of the locked packages (asks PyPI's advisory service)
+	@$(BIN)/pip-audit --strict --no-deps -r constraints.txt
+
+.PHONY: soak
+soak: models ## ten minutes of mixed load with errors on the demo pair; SECONDS=3600 for longer
+	@$(BIN)/python -m benchmarks.soak --seconds $(or $(SECONDS),600)
+
 .PHONY: lint
 lint: $(INSTALLED) ## ruff (rules and format) and mypy
 	@echo "lint: ruff check"

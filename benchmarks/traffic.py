@@ -83,6 +83,13 @@ def schedule(rate: float, seconds: float, seed: int) -> list[float]:
 @contextmanager
 def serving(config: Path) -> Iterator[str]:
     """The address of a server process, ready. Raises SystemExit with its log where it does not start."""
+    with serving_process(config) as (url, _process):
+        yield url
+
+
+@contextmanager
+def serving_process(config: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+    """The same, with the process."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -96,7 +103,7 @@ def serving(config: Path) -> Iterator[str]:
             if not _becomes_ready(process, url):
                 log.seek(0)
                 raise SystemExit(f"the server did not start:\n{log.read()[-3000:]}")
-            yield url
+            yield url, process
         finally:
             process.terminate()
             process.wait(60)

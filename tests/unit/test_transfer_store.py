@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import resource
 
 import pytest
 import torch
@@ -155,6 +156,21 @@ def test_a_failed_write_leaves_the_old_matrix(stored, fits, monkeypatch):
         save_matrix(path, matrix, quality, **made_from)
     assert path.read_bytes() == before
     assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+def test_a_file_that_may_not_grow_leaves_nothing_half_written(tmp_path, stored, fits):
+    """The kernel itself refuses, after the first bytes."""
+    _path, matrix, quality = stored
+    made_from = {key: value for key, value in fits.items() if key != "rebuild"}
+    path = tmp_path / "new" / "tiny.centred.safetensors"
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (300, before[1]))
+    try:
+        with pytest.raises(TransferMatrixError, match="File too large"):
+            save_matrix(path, matrix, quality, **made_from)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert list(path.parent.iterdir()) == []
 
 
 def test_refuses_a_missing_file(tmp_path, fits):
