@@ -197,7 +197,7 @@ async def watched(soak: Soak, pid: int, clients: int, seconds: float) -> list[tu
     with tqdm(total=round(seconds), desc="soak", unit="s", disable=None) as bar:
         while not work.done():
             samples.append((time.monotonic() - begun, resident(pid) / 1e9))
-            bar.n = min(round(samples[-1][0]), bar.total)
+            bar.n = min(round(samples[-1][0]), round(seconds))
             bar.refresh()
             await asyncio.wait([work], timeout=2.0)
     await work

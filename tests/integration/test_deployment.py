@@ -185,3 +185,40 @@ def test_the_dockerfiles_steps_run_in_a_clean_folder(tmp_path: Path) -> None:
     done = subprocess.run(run_long, capture_output=True, text=True, timeout=1500)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.strip().splitlines()[-1].startswith("unisono ")
+
+
+def test_messages_in_the_troubleshooting_table_exist() -> None:
+    document = (ROOT / "docs" / "operations.md").read_text()
+    rows = document.partition("## Troubleshooting")[2].splitlines()
+    quoted = [
+        words for row in rows if row.startswith("| `") for words in re.findall(r"`([^`]+)`", row.split("|")[1])
+    ]
+    source = "".join(
+        path.read_text() for name in ("server", "ensemble_core") for path in (ROOT / name).rglob("*.py")
+    )
+    source = re.sub(r'"\s*\n\s*f?"', "", source)  # a message over several lines
+    assert len(quoted) > 10
+    assert [words for words in quoted if words not in source] == []
+
+
+def test_the_metrics_table_is_whole() -> None:
+    document = (ROOT / "docs" / "operations.md").read_text()
+    table = document.partition("## Metrics")[2].partition("## Alerts")[0]
+    named = set(
+        re.findall(r"`(\w+)`", "".join(row.split("|")[1] for row in table.splitlines() if row[:3] == "| `"))
+    )
+    declared = set(
+        re.findall(
+            r'_(?:counter|gauge|histogram|latency)\(\s*"(\w+)"', (ROOT / "server/edge/metrics.py").read_text()
+        )
+    )
+    assert named == declared
+
+
+def test_nothing_is_unpickled() -> None:
+    """Weights and matrices are safetensors; `torch.load` and pickle run what a file says."""
+    for name in ("server", "ensemble_core"):
+        for path in (ROOT / name).rglob("*.py"):
+            assert not re.search(
+                r"import pickle|torch\.load\(|pickle\.|joblib|marshal\.|shelve\.", path.read_text()
+            ), path
