@@ -136,7 +136,7 @@ lock: ## remake constraints.txt from the newest versions that pyproject.toml all
 	@.venv-lock/bin/python -m pip install -qq -e '.[dev]'
 	@sed -n '/^#/p' constraints.txt > .venv-lock/constraints.txt
 	@# Not torch's build (2.13.0+cpu), so that a CPU wheel and PyPI's fit alike; not what only CUDA builds need.
-	@.venv-lock/bin/python -m pip freeze --exclude-editable \
+	@.venv-lock/bin/python -m pip freeze --all --exclude pip --exclude-editable \
 		| sed -E '/^(nvidia-|cuda-|triton==)/d; s/^(torch==[^+]+)\+.*/\1/' >> .venv-lock/constraints.txt
 	@mv .venv-lock/constraints.txt constraints.txt && rm -rf .venv-lock
 

@@ -1,11 +1,12 @@
 """Known vulnerabilities of the locked packages: pip-audit on constraints.txt, asked of PyPI's advisory service.
 
-Exit code 0: none known. 1: some, or an error. UNREACHABLE: the service does not know a package that it must know, so
-nothing was audited; one line says so. Does not know which packages are used how: every pin counts.
+Exit code 0: none known. 1: some, or an error. UNREACHABLE: the service does not know what it must know, so nothing
+was audited; one line says so. Does not know which packages are used how: every pin counts.
 """
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import urllib.request
@@ -13,15 +14,16 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 SERVICE = "https://pypi.org"
+KNOWN_BAD = "pip/20.0.2"  # has advisories since 2021
 UNREACHABLE = 75  # EX_TEMPFAIL
 
 
 def answers(service: str) -> bool:
-    """Whether the service speaks of `pip`; a mirror of the packages alone answers 404, or not at all."""
+    """Whether the service has advisories of single versions; a mirror may have the packages alone."""
     try:
-        with urllib.request.urlopen(f"{service}/pypi/pip/json", timeout=15) as reply:
-            return b'"vulnerabilities"' in reply.read()
-    except OSError:  # URLError and HTTPError, too
+        with urllib.request.urlopen(f"{service}/pypi/{KNOWN_BAD}/json", timeout=15) as reply:
+            return bool(json.load(reply).get("vulnerabilities"))
+    except (OSError, ValueError):  # URLError and HTTPError are OSErrors
         return False
 
 
