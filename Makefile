@@ -110,8 +110,8 @@ release: $(INSTALLED) ## wheel, sdist and a list of all components (CycloneDX) i
 	@ls -l dist
 
 .PHONY: audit
-audit: $(INSTALLED) ## known vulnerabilities of the locked packages (asks PyPI's advisory service)
-	@$(BIN)/pip-audit --strict --no-deps -r constraints.txt
+audit: $(INSTALLED) ## known vulnerabilities of the locked packages (fails where PyPI's advisory service cannot be reached)
+	@$(BIN)/python .ci/audit.py
 
 .PHONY: soak
 soak: models ## ten minutes of mixed load with errors on the demo pair; SECONDS=3600 for longer
