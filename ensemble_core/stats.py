@@ -54,6 +54,11 @@ class StepStats:
     members: list[MemberStats] = field(default_factory=list)
     fusions: list[FusionStats] = field(default_factory=list)
 
+    @property
+    def forwards_seconds(self) -> float:
+        """From the start of the first forward to the end of the last; less than their sum where they overlap."""
+        return max((each.forward_seconds + each.wait_seconds for each in self.members), default=0.0)
+
 
 @dataclass(frozen=True, slots=True)
 class RequestStats:
@@ -113,7 +118,7 @@ class DropStats:
 
 @dataclass(frozen=True, slots=True)
 class PreemptionStats:
-    """One sequence went back to the queue because a member's cache was full."""
+    """One sequence went back to the queue: a member's cache was full, or a request with no place got its own."""
 
     model: str
 

@@ -38,7 +38,7 @@ def latency(metric: str) -> list[tuple[str, str]]:
 
 HITS = rate("prefix_cache_hit_tokens_total", MEMBER, "member")
 STEP_SHARE = f"/ scalar({rate('step_seconds_sum', ON)})"
-PARTS = " + ".join(rate(f"{part}_seconds_sum", ON) for part in ("fusion", "alignment", "sampling"))
+PARTS = " + ".join(rate(f"{part}_seconds_sum", ON) for part in ("forwards", "fusion", "alignment", "sampling"))
 
 # Row -> (title, what it says, unit, [(expression, legend)]).
 Panel = tuple[str, str, str, list[tuple[str, str]]]
@@ -76,12 +76,12 @@ ROWS: dict[str, list[Panel]] = {
     "The step": [
         ("Step time", "One step of all running sequences.", "s", [
             (quantile(q, "step_seconds", ON, "mode"), f"p{q * 100:g} {{{{mode}}}}") for q in (0.5, 0.99)]),
-        ("Where a step's time goes", "Shares; members that share a device run one after the other.", "percentunit", [
+        ("Where a step's time goes", "Shares; over 1 in all where members overlap.", "percentunit", [
             (f"{rate('member_forward_seconds_sum', MEMBER, 'member')} {STEP_SHARE}", "{{member}}"),
             (f"{rate('fusion_seconds_sum', ON)} {STEP_SHARE}", "fusion"),
             (f"{rate('alignment_seconds_sum', ON)} {STEP_SHARE}", "alignment"),
             (f"{rate('sampling_seconds_sum', ON)} {STEP_SHARE}", "sampling"),
-            (f"1 - ({rate('member_forward_seconds_sum', ON)} + {PARTS}) {STEP_SHARE}", "rest"),
+            (f"1 - ({PARTS}) {STEP_SHARE}", "rest"),
         ]),
         ("Who the others wait for", "Wait for the step's slowest member; the straggler itself waits 0.", "s", [
             (mean("member_wait_seconds", MEMBER, "member"), "{{member}}")]),
@@ -104,6 +104,8 @@ ROWS: dict[str, list[Panel]] = {
     "Health": [
         ("Members up", "0: the member's last forward failed.", "short", [
             (f"min by (member) (unisono_member_up{{{MEMBER}}})", "{{member}}")]),
+        ("Failures of members", "Steps in which a member failed, by cause.", "short", [
+            (rate("member_failures_total", MEMBER, "member, cause"), "{{member}} {{cause}}")]),
         ("Ready", "1 while requests are accepted.", "short", [(f"unisono_ready{{{ON}}}", "{{instance}}")]),
         ("Choices that went on without a member", "Only where on_member_failure is drop.", "short", [
             (rate("member_dropped_requests_total", MODEL, "model, member"), "{{member}} in {{model}}")]),

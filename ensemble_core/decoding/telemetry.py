@@ -64,7 +64,10 @@ class Telemetry:
 
     def preemption(self, sequence: Sequence) -> None:
         """Record that a sequence went back to the queue."""
-        logger.info("request %s is preempted: a member's cache is full", sequence.request.request_id)
+        logger.info(
+            "request %s is preempted: a cache is full, or another request gets its place",
+            sequence.request.request_id,
+        )
         self._record(PreemptionStats(sequence.recipe.model))
 
     def prefix(self, member: str, num_tokens: int) -> None:

@@ -17,6 +17,7 @@ from prometheus_client.registry import Collector
 from ensemble_core.decoding.requests import FinishReason
 from ensemble_core.stats import (
     CacheStats,
+    Cause,
     DropStats,
     FusionStats,
     HealthStats,
@@ -113,7 +114,7 @@ class PrometheusMetrics:
             self._engine.preemptions.labels(model.name)
             if model.kind == "member":
                 self._members.up.labels(model.name).set(up and model.name not in self._down)
-                self._members.prefix_hits.labels(model.name)
+                self._members.begin(model.name)
             if model.recipe is not None:
                 self._ensembles.begin(model.name, set(model.recipe["members"]) - {model.recipe["main"]})
 
@@ -195,6 +196,9 @@ class _EngineMetrics(_Family):
     def __init__(self, registry: CollectorRegistry) -> None:
         super().__init__(registry)
         self.step_seconds = self._histogram("step_seconds", "One step of the engine.", STEP_BUCKETS, "mode")
+        self.forwards_seconds = self._histogram(
+            "forwards_seconds", "From the start of a step's first forward to the end of its last.", STEP_BUCKETS
+        )
         self.fusion_seconds = self._histogram("fusion_seconds", "One fused group of rows.", PART_BUCKETS, "fusion")
         self.alignment_seconds = self._histogram("alignment_seconds", "Retokenisation in one step.", PART_BUCKETS)
         self.sampling_seconds = self._histogram("sampling_seconds", "Sampling in one step.", PART_BUCKETS)
@@ -208,6 +212,7 @@ class _EngineMetrics(_Family):
 
     def step(self, stats: StepStats) -> None:
         self.step_seconds.labels(stats.mode).observe(stats.seconds)
+        self.forwards_seconds.observe(stats.forwards_seconds)
         self.alignment_seconds.observe(stats.alignment_seconds)
         self.sampling_seconds.observe(stats.sampling_seconds)
         self.batch.observe(stats.batch_size)
@@ -240,6 +245,11 @@ class _MemberMetrics(_Family):
             "member",
             "cause",
         )
+
+    def begin(self, member: str) -> None:
+        self.prefix_hits.labels(member)
+        for cause in get_args(Cause):
+            self.failures.labels(member, cause)
 
     def step(self, stats: MemberStats) -> None:
         self.forward.labels(stats.member, stats.phase).observe(stats.forward_seconds)

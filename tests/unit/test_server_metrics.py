@@ -2,11 +2,14 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+import threading
 
 import pytest
 from fake_runtime import MODELS
+from fakes import FakeMember, ensemble, fake_engine, sequence
 from prometheus_client.parser import text_string_to_metric_families
 
+from ensemble_core.decoding.sampling_params import SamplingParams
 from ensemble_core.stats import (
     CacheStats,
     DropStats,
@@ -68,6 +71,7 @@ def samples(metrics: PrometheusMetrics) -> dict[tuple[str, ...], float]:
         (("e2e_request_latency_seconds_sum", "duo"), 1.0),
         (("request_queue_time_seconds_count", "duo"), 2),
         (("step_seconds_sum", "lockstep"), 0.03),
+        (("forwards_seconds_sum",), 0.021),
         (("fusion_seconds_sum", "relative"), 0.0002),
         (("alignment_seconds_sum",), 0.0001),
         (("sampling_seconds_sum",), 0.0003),
@@ -82,6 +86,7 @@ def samples(metrics: PrometheusMetrics) -> dict[tuple[str, ...], float]:
         (("member_memory_bytes", "cpu", "a"), 1000),
         (("member_up", "b"), 1),
         (("member_failures_total", "timeout", "c"), 1),
+        (("member_failures_total", "exception", "a"), 0),
         (("member_dropped_requests_total", "c", "duo", "timeout"), 1),
         (("preemptions_total", "duo"), 1),
         (("agreement_total", "true", "b", "duo"), 2),
@@ -143,3 +148,25 @@ def test_promtool_accepts_the_output() -> None:
     done = subprocess.run(["promtool", "check", "metrics"], input=fed().render(), capture_output=True)
     assert done.returncode == 0, done.stderr.decode() + done.stdout.decode()
     assert done.stderr == b""
+
+
+def test_forwards_that_overlap_are_not_counted_twice() -> None:
+    slow, fast = MemberStats("a", "decode", 0.03, 0.0, 0, 1, 0), MemberStats("b", "decode", 0.02, 0.01, 0, 1, 0)
+    assert StepStats("lockstep", 1, 0.05, 0.0, 0.0, [slow, fast], []).forwards_seconds == 0.03
+
+
+def test_a_request_whose_first_step_hangs_counts_as_waiting() -> None:
+    """So the alert for a stalled engine looks at both gauges, and does without the counter of steps."""
+    metrics, member = PrometheusMetrics(), FakeMember("a")
+    engine = fake_engine([member], metrics.record)
+    member.gate.clear()
+    engine.add([sequence(1, "abc", [member], ensemble([member]), SamplingParams(max_tokens=1))])
+    step = threading.Thread(target=engine.step)
+    step.start()
+    try:
+        found = samples(metrics)
+        assert found["unisono_num_requests_running",] + found["unisono_num_requests_waiting",] == 1
+        assert not any(name.startswith("unisono_step_seconds") for name, *_ in found)
+    finally:
+        member.gate.set()
+        step.join()
