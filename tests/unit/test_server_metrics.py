@@ -159,9 +159,10 @@ def test_forwards_that_overlap_are_not_counted_twice() -> None:
     engine.add([sequence(1, "abc", members, ensemble(members), SamplingParams(max_tokens=4))])
     while engine.has_work:
         engine.step()
-    for step in records.of(StepStats):
+    steps = [step for step in records.of(StepStats) if len(step.members) == 2]
+    assert steps
+    for step in steps:
         both = [member.forward_seconds for member in step.members]
-        assert len(both) == 2
         assert max(both) <= step.forwards_seconds < min(sum(both), step.seconds)
 
 
