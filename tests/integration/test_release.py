@@ -21,9 +21,9 @@ from types import ModuleType
 
 import httpx
 import pytest
-from fake_runtime import free_port
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from processes import free_port
 
 from ensemble_core.config import Config
 
