@@ -88,6 +88,7 @@ def test_the_sdist_holds_what_builds_and_tests(unpacked: Path) -> None:
     assert [path for path in unpacked.rglob("*") if path.name.endswith(made)] == []
 
 
+@pytest.mark.slow
 def test_the_tests_of_the_sdist_import_nothing_from_the_checkout(unpacked: Path, installed: Path) -> None:
     """Collected by an interpreter that does not know the checkout, so a missing module is an error."""
     python = installed / "venv" / "bin" / "python"
@@ -197,6 +198,7 @@ def _required(name: str, extra: str) -> list[Requirement]:
     return [each for each in wanted if each.marker is None or each.marker.evaluate({"extra": extra})]
 
 
+@pytest.mark.slow
 def test_the_list_of_components_has_the_locked_versions(tmp_path: Path) -> None:
     """As `make release` writes it, and without a path of this machine."""
     out = tmp_path / "unisono.cdx.json"
