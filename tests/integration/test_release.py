@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import json
 import re
@@ -12,7 +11,6 @@ import sys
 import sysconfig
 import tarfile
 import threading
-import time
 import zipfile
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from importlib import metadata
@@ -23,7 +21,7 @@ import httpx
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
-from processes import free_port
+from processes import free_port, wait_until_ready
 
 from ensemble_core.config import Config
 
@@ -134,7 +132,7 @@ def test_the_wheel_serves_the_demo_pair(installed: Path, demo_config: Config) ->
     with log.open("wb") as output:
         process = subprocess.Popen(command, cwd=installed, stdout=output, stderr=output)
     try:
-        _wait_until_ready(process, port, log)
+        wait_until_ready(process, f"http://127.0.0.1:{port}", log)
         body = {"model": "duet", "prompt": "The capital of France is", "max_tokens": 8, "temperature": 0}
         reply = httpx.post(f"http://127.0.0.1:{port}/v1/completions", json=body, timeout=60)
         assert reply.status_code == 200, reply.text
@@ -144,16 +142,6 @@ def test_the_wheel_serves_the_demo_pair(installed: Path, demo_config: Config) ->
     finally:
         process.kill()
         process.wait()
-
-
-def _wait_until_ready(process: subprocess.Popen[bytes], port: int, log: Path) -> None:
-    deadline = time.monotonic() + 180
-    while time.monotonic() < deadline and process.poll() is None:
-        with contextlib.suppress(httpx.TransportError):
-            if httpx.get(f"http://127.0.0.1:{port}/ready").status_code == 200:
-                return
-        time.sleep(0.2)
-    pytest.fail(f"the server did not become ready:\n{log.read_text()}")
 
 
 def locked() -> dict[str, str]:
