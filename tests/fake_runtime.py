@@ -301,13 +301,6 @@ def _echo(request: GenerationRequest, words: list[str]) -> dict[str, Any]:
     return {"prompt_text": "".join(words), "prompt_logprobs": tuple(entries)}
 
 
-def free_port() -> int:
-    """A port of this machine that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 @contextmanager
 def live_server(runtime: FakeRuntime, config: ServerConfig | None = None) -> Iterator[str]:
     """A real server on a free loopback port, in a thread; yields its address."""

@@ -76,8 +76,7 @@ ROWS: dict[str, list[Panel]] = {
     "The step": [
         ("Step time", "One step of all running sequences.", "s", [
             (quantile(q, "step_seconds", ON, "mode"), f"p{q * 100:g} {{{{mode}}}}") for q in (0.5, 0.99)]),
-        ("Where a step's time goes", "Shares; members on different devices overlap, then the sum is over 1.",
-         "percentunit", [
+        ("Where a step's time goes", "Shares; over 1 in all where members overlap.", "percentunit", [
             (f"{rate('member_forward_seconds_sum', MEMBER, 'member')} {STEP_SHARE}", "{{member}}"),
             (f"{rate('fusion_seconds_sum', ON)} {STEP_SHARE}", "fusion"),
             (f"{rate('alignment_seconds_sum', ON)} {STEP_SHARE}", "alignment"),

@@ -4,31 +4,15 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import httpx
 import pytest
-from fake_runtime import free_port
+from processes import free_port, wait_until_ready
 
 from ensemble_core.config import Config
 
 ROOT = Path(__file__).parents[2]
-
-
-def wait_until_ready(process: subprocess.Popen[bytes], url: str, log: Path, seconds: float = 180.0) -> None:
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if process.poll() is not None:
-            pytest.fail(f"the server ended with {process.returncode}:\n{log.read_text()}")
-        try:
-            if httpx.get(f"{url}/ready").status_code == 200:
-                return
-        except httpx.TransportError:
-            pass
-        time.sleep(0.2)
-    pytest.fail(f"the server was not ready within {seconds:.0f} s:\n{log.read_text()}")
 
 
 @pytest.fixture(scope="session")

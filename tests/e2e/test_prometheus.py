@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 
 import httpx
 import pytest
-from fake_runtime import free_port
+from processes import free_port
 
 ROOT = Path(__file__).parents[2]
 DASHBOARD = json.loads((ROOT / "docker" / "grafana" / "dashboards" / "unisono.json").read_text())
@@ -35,7 +35,7 @@ scrape_configs:
 def prometheus(server_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of a Prometheus that scrapes the server."""
     program = shutil.which("prometheus")
-    if program is None and "CI" in os.environ:
+    if program is None and "UNISONO_CI" in os.environ:
         pytest.fail("prometheus is missing; .ci/run installs it")
     if program is None:
         pytest.skip("prometheus is missing")

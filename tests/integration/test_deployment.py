@@ -30,7 +30,7 @@ def tool(name: str) -> str:
     """A program of the development tools, or of the system. Without it: a failure in CI, a skip elsewhere."""
     own = Path(sys.executable).parent / name
     found = str(own) if own.exists() else shutil.which(name)
-    if found is None and "CI" in os.environ:
+    if found is None and "UNISONO_CI" in os.environ:
         pytest.fail(f"{name} is missing; .ci/run and the dev extra install it")
     if found is None:
         pytest.skip(f"{name} is missing")
