@@ -80,11 +80,11 @@ def values(prometheus: str, expression: str) -> list[float]:
 def loaded(server_url: str, prometheus: str) -> str:
     """Prometheus after some seconds of load: every model, streams, shared prefixes, a refusal, a client that goes."""
     wait_for(lambda: values(prometheus, "unisono_ready") == [1.0])
-    long = "The history of the lighthouse, told by its keeper, begins in a winter of storms. " * 8
+    long = "The history of the lighthouse, told by its keeper, begins in a winter of storms. " * 4
 
     def ask(number: int) -> None:
         model = ("duet", "duet-smollm2", "duet-search", "gemma3", "smollm2")[number % 5]
-        body = {"model": model, "prompt": long + str(number // 10), "max_tokens": 12, "stream": number % 2 == 0}
+        body = {"model": model, "prompt": long + str(number // 10), "max_tokens": 8, "stream": number % 2 == 0}
         httpx.post(f"{server_url}/v1/completions", json=body, timeout=60)
 
     def go_away() -> None:
@@ -93,7 +93,7 @@ def loaded(server_url: str, prometheus: str) -> str:
             next(answer.iter_lines())
 
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        work = [pool.submit(ask, number) for number in range(40)]
+        work = [pool.submit(ask, number) for number in range(20)]
         work.append(pool.submit(go_away))
         httpx.post(f"{server_url}/v1/completions", json={"model": "nobody", "prompt": "x"})
         for each in work:

@@ -139,7 +139,8 @@ def test_bad_input_is_refused_by_name_and_the_server_lives_on(
 
 
 def test_malformed_json_is_refused(server_url: str) -> None:
-    answer = httpx.post(f"{server_url}/v1/completions", content=b'{"model": ')
+    json_type = {"Content-Type": "application/json"}
+    answer = httpx.post(f"{server_url}/v1/completions", content=b'{"model": ', headers=json_type)
     assert answer.status_code == 400
     assert json.loads(answer.text)["error"]["type"] == "invalid_request_error"
 

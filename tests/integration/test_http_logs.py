@@ -143,10 +143,20 @@ def test_an_exception_that_quotes_a_client_begins_no_record(
 
 
 LONG = "x" * 60_000
+LONGEST = "x" * 30_000  # that server.limits.header_bytes lets in
+
+
+def test_a_path_over_the_limit_is_refused_and_not_echoed(base: str, log: io.StringIO) -> None:
+    answer = httpx.get(f"{base}/{LONG}")
+    assert answer.status_code == 431
+    assert len(answer.content) < 1000
+    wait_for(lambda: " 431 " in log.getvalue())
+    assert len(log.getvalue()) < 2000
 
 
 @pytest.mark.parametrize(
-    "path", [f"/{LONG}", f"/v1/models/{LONG}", f"/v1/completions/{LONG}", f"/tokenizer_info?model={LONG}"]
+    "path",
+    [f"/{LONGEST}", f"/v1/models/{LONGEST}", f"/v1/completions/{LONGEST}", f"/tokenizer_info?model={LONGEST}"],
 )
 def test_a_long_path_is_not_echoed_whole(base: str, log: io.StringIO, path: str) -> None:
     answer = httpx.get(base + path)
