@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 StepPhase = Literal["prefill", "decode"]
+MIXED = "mixed"  # the mode of a step whose sequences have several
 Cause = Literal["exception", "non_finite", "timeout"]  # how a member fails
 # Why a member is left out: its failure; busy: an earlier call has not returned; idle: the fusion cannot use it
 # without another member that was lost.

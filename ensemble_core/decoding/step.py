@@ -12,6 +12,7 @@ from ensemble_core.decoding.modes.base import Outcome, Turn
 from ensemble_core.decoding.scheduler import Share
 from ensemble_core.members.base import Answers, Feed
 from ensemble_core.members.parallel import Attempt
+from ensemble_core.stats import MIXED
 
 
 @dataclass(slots=True)
@@ -36,7 +37,8 @@ class Step:
         return {name: each.answers for name, each in self.attempts.items() if each.answers is not None}
 
     @property
-    def modes(self) -> str:
-        """The modes of the deciding sequences, joined by `+`; if none decides, those of all sequences in the step."""
+    def mode(self) -> str:
+        """The mode of the deciding sequences, or of all if none decides; MIXED if there are several."""
         recipes = [turn.sequence.recipe for turn in self.turns] or [share.sequence.recipe for share in self.shares]
-        return "+".join(sorted({recipe.mode.name for recipe in recipes}))
+        first, *others = {recipe.mode.name for recipe in recipes}
+        return MIXED if others else first

@@ -42,7 +42,7 @@ class Telemetry:
         last = max((attempt.ended for attempt in step.attempts.values()), default=0.0)
         self._record(
             StepStats(
-                mode=step.modes,
+                mode=step.mode,
                 batch_size=sum(bool(decision.tokens) for decision in step.outcome.decisions),
                 seconds=time.perf_counter() - step.started,
                 alignment_seconds=step.alignment_seconds,

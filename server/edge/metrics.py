@@ -16,6 +16,7 @@ from prometheus_client.registry import Collector
 
 from ensemble_core.decoding.requests import FinishReason
 from ensemble_core.stats import (
+    MIXED,
     CacheStats,
     Cause,
     DropStats,
@@ -109,6 +110,7 @@ class PrometheusMetrics:
         A member whose last forward failed stays down.
         """
         self._engine.ready.set(ready)
+        self._engine.step_seconds.labels(MIXED)
         for model in models:
             self._requests.begin(model.name)
             self._engine.preemptions.labels(model.name)
@@ -116,6 +118,7 @@ class PrometheusMetrics:
                 self._members.up.labels(model.name).set(up and model.name not in self._down)
                 self._members.begin(model.name)
             if model.recipe is not None:
+                self._engine.step_seconds.labels(model.recipe["mode"])
                 self._ensembles.begin(model.name, set(model.recipe["members"]) - {model.recipe["main"]})
 
     def render(self) -> bytes:

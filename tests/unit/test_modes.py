@@ -20,7 +20,7 @@ from ensemble_core.decoding.sequence import Choice, Phase, Sequence
 from ensemble_core.engine import Engine
 from ensemble_core.errors import ConfigError, UnknownStrategyError
 from ensemble_core.members.base import Answers
-from ensemble_core.stats import StepStats
+from ensemble_core.stats import MIXED, StepStats
 
 GREEDY = SamplingParams(max_tokens=23, temperature=0.0)
 
@@ -136,7 +136,7 @@ def test_modes_share_a_step() -> None:
         ]
     )
     together = run(engine)
-    assert "draft-two+lockstep" in {step.mode for step in records.of(StepStats)}
+    assert MIXED in {step.mode for step in records.of(StepStats)}
     for seq_id, mode in enumerate((ModeChoice(), DRAFT_TWO)):
         again = pair()
         other = fake_engine(again)
