@@ -1,14 +1,28 @@
-"""Server processes: a port for one, and the wait until it is ready."""
+"""Server processes, a port for one and the wait until it is ready; the programs that tests need."""
 
 from __future__ import annotations
 
+import os
+import shutil
 import socket
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import httpx
 import pytest
+
+
+def tool(name: str) -> str:
+    """A program of the development tools, or of the system. Without it: a failure in CI, a skip elsewhere."""
+    own = Path(sys.executable).parent / name
+    found = str(own) if own.exists() else shutil.which(name)
+    if found is None and "UNISONO_CI" in os.environ:
+        pytest.fail(f"{name} is missing; .ci/run and the dev extra install it")
+    if found is None:
+        pytest.skip(f"{name} is missing")
+    return found
 
 
 def free_port() -> int:

@@ -287,6 +287,8 @@ class _EnsembleMetrics(_Family):
     def begin(self, model: str, assistants: Iterable[str]) -> None:
         self.overruled.labels(model)
         for member in assistants:
+            for agrees in ("true", "false"):
+                self.agreement.labels(model, member, agrees)
             for reason in get_args(Reason):
                 self.drops.labels(model, member, reason)
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +12,7 @@ from typing import Any
 import pytest
 import yaml
 from fake_runtime import FakeRuntime
+from processes import tool
 
 from ensemble_core.config import ServerConfig, load_config
 from server.edge.app import create_app
@@ -24,17 +23,6 @@ DOCKER = ROOT / "docker"
 BASE = DOCKER / "kubernetes" / "base"
 UNPICKLES = r"^\s*(import|from) (pickle|marshal|shelve|joblib|dill)\b|torch\.load\(|allow_pickle"
 MANIFESTS = ["data", "prepare", "deployment", "service"]
-
-
-def tool(name: str) -> str:
-    """A program of the development tools, or of the system. Without it: a failure in CI, a skip elsewhere."""
-    own = Path(sys.executable).parent / name
-    found = str(own) if own.exists() else shutil.which(name)
-    if found is None and "UNISONO_CI" in os.environ:
-        pytest.fail(f"{name} is missing; .ci/run and the dev extra install it")
-    if found is None:
-        pytest.skip(f"{name} is missing")
-    return found
 
 
 def run(*command: str | Path) -> str:

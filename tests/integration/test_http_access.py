@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import shutil
 import ssl
 import subprocess
 from pathlib import Path
@@ -13,6 +12,7 @@ import httpx
 import openai
 import pytest
 from fake_runtime import FakeRuntime, live_server
+from processes import tool
 from pydantic import SecretStr
 from starlette.testclient import TestClient
 
@@ -142,20 +142,26 @@ def test_below_a_root_path(prefix: str) -> None:
         assert api["servers"] == [{"url": "/llm"}]
 
 
-needs_openssl = pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl is not installed")
-
-
 def certificate(folder: Path, name: str, password: str | None = None) -> dict[str, Path]:
     """A new self-signed certificate for the loopback address, and its key."""
     cert, key = folder / f"{name}.pem", folder / f"{name}.key"
-    command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-days", "2"]
+    command = [
+        tool("openssl"),
+        "req",
+        "-x509",
+        "-newkey",
+        "ec",
+        "-pkeyopt",
+        "ec_paramgen_curve:P-256",
+        "-days",
+        "2",
+    ]
     command += ["-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key)]
     command += ["-out", str(cert), *(["-nodes"] if password is None else ["-passout", f"pass:{password}"])]
     subprocess.run(command, check=True, capture_output=True)
     return {"tls_cert_file": cert, "tls_key_file": key}
 
 
-@needs_openssl
 @pytest.mark.parametrize("password", [None, "horse"])
 def test_https(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, password: str | None) -> None:
     files = certificate(tmp_path, "own", password)
@@ -169,7 +175,6 @@ def test_https(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, password: str | 
         assert httpx.get(f"{base}/v1/models", verify=trust).status_code == 200
 
 
-@needs_openssl
 def test_tls_files_that_do_not_fit_are_one_clear_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     own, other = certificate(tmp_path, "own"), certificate(tmp_path, "other")
     locked = certificate(tmp_path, "locked", "horse")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 from collections.abc import Iterator
 
 import pytest
 from fake_runtime import MODELS, RECIPE, FakeRuntime
+from processes import tool
 from starlette.testclient import TestClient
 
 from ensemble_core.config import ServerConfig
@@ -70,11 +70,10 @@ def test_members_are_up_once_the_engine_is_ready(
     assert 'member="duo"' not in text
 
 
-@pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed")
 def test_promtool_accepts_what_a_fresh_server_says(client: TestClient) -> None:
     answer = client.get("/metrics")
     assert answer.headers["content-type"].startswith("text/plain; version=0.0.4")
-    done = subprocess.run(["promtool", "check", "metrics"], input=answer.content, capture_output=True)
+    done = subprocess.run([tool("promtool"), "check", "metrics"], input=answer.content, capture_output=True)
     assert (done.returncode, done.stderr) == (0, b"")
 
 

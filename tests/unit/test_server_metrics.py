@@ -1,12 +1,12 @@
 from __future__ import annotations
 
-import shutil
 import subprocess
 import threading
 
 import pytest
 from fake_runtime import MODELS
 from fakes import FakeMember, ensemble, fake_engine, sequence
+from processes import tool
 from prometheus_client.parser import text_string_to_metric_families
 
 from ensemble_core.decoding.sampling_params import SamplingParams
@@ -143,9 +143,8 @@ def test_metrics_take_in_every_record() -> None:
     record(QueueStats(0, 0))
 
 
-@pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed")
 def test_promtool_accepts_the_output() -> None:
-    done = subprocess.run(["promtool", "check", "metrics"], input=fed().render(), capture_output=True)
+    done = subprocess.run([tool("promtool"), "check", "metrics"], input=fed().render(), capture_output=True)
     assert done.returncode == 0, done.stderr.decode() + done.stdout.decode()
     assert done.stderr == b""
 
