@@ -128,9 +128,10 @@ def test_sigterm_under_load_ends_every_stream_and_exits_with_0(server: Server) -
     async def under_load() -> list[tuple[int, float, list[str]]]:
         async with httpx.AsyncClient(timeout=120) as http:
             work = [
-                asyncio.create_task(stream(http, server.url, num_tokens=n)) for n in (10, 1500, 1500, 1500, 1500)
+                asyncio.create_task(stream(http, server.url, num_tokens=n)) for n in (10, *[1500] * (PLACES - 1))
             ]
-            await asyncio.sleep(1.0)
+            while await asyncio.to_thread(server.gauge, "num_requests_running") < PLACES:
+                await asyncio.sleep(0.01)
             server.process.send_signal(signal.SIGTERM)
             await asyncio.sleep(0.3)
             assert (await http.get(f"{server.url}/ready")).status_code == 503
@@ -139,7 +140,7 @@ def test_sigterm_under_load_ends_every_stream_and_exits_with_0(server: Server) -
             return await asyncio.gather(*work)
 
     answers = asyncio.run(under_load())
-    assert [status for status, _, _ in answers] == [200] * 5
+    assert [status for status, _, _ in answers] == [200] * PLACES
     ends = [lines[-2] for _, _, lines in answers]
     assert all(lines[-1] == "data: [DONE]" for _, _, lines in answers)
     assert '"finish_reason":"length"' in ends[0]
