@@ -170,6 +170,8 @@ class Engine:
                 continue
             with own_fault(sequence):
                 sequence.decide(decision.tokens, decision.draft)
+                for verdict in decision.verdicts:
+                    sequence.habits.learn(verdict)
                 if decision.tokens:
                     self._telemetry.tokens(sequence)
                     if not sequence.is_finished:

@@ -28,14 +28,19 @@ from ensemble_core.members.ranking import ranked
 _UNITS = 2.0**42
 
 
-def sample(fused: Fused, sequences: abc.Sequence[Sequence]) -> list[int]:
-    """One of main's token ids for each of B rows; -1 for a row with NaN or +inf, or with nothing above -inf."""
+def sample(fused: Fused, sequences: abc.Sequence[Sequence], ahead: abc.Sequence[int] | None = None) -> list[int]:
+    """One of main's token ids for each of B rows; -1 for a row with NaN or +inf, or with nothing above -inf.
+
+    ahead: for each row, how many tokens that are not final lie before its place; None: none.
+    """
     token_ids, logprobs = fused.token_ids, fused.logprobs
     tokens = greedy(token_ids, logprobs)
     rows = [i for i, sequence in enumerate(sequences) if not sequence.request.params.greedy]
     if rows:
         index = torch.tensor(rows, device=tokens.device)
-        tokens[index] = _draw(token_ids[index], logprobs[index], [sequences[i] for i in rows])
+        uniform = [[sequences[i].draw(ahead[i] if ahead is not None else 0)] for i in rows]
+        params = [sequences[i].request.params for i in rows]
+        tokens[index] = _draw(token_ids[index], logprobs[index], params, uniform)
     broken = ~logprobs.amax(dim=1).isfinite()
     return torch.where(broken, -1, tokens).tolist()
 
@@ -47,11 +52,12 @@ def greedy(token_ids: Tensor, logprobs: Tensor) -> Tensor:
     return torch.where(logprobs == best, token_ids, highest).amin(dim=1)
 
 
-def _draw(token_ids: Tensor, logprobs: Tensor, sequences: abc.Sequence[Sequence]) -> Tensor:
-    """(B,) ids drawn from (B, S) log-probabilities under each sequence's parameters."""
-    params = [sequence.request.params for sequence in sequences]
+def _draw(
+    token_ids: Tensor, logprobs: Tensor, params: abc.Sequence[SamplingParams], drawn: list[list[float]]
+) -> Tensor:
+    """(B,) ids from (B, S) log-probabilities under each row's parameters, at its uniform number in `drawn` (B, 1)."""
     device = logprobs.device
-    uniform = torch.tensor([[s.draw()] for s in sequences], dtype=torch.float64, device=device)
+    uniform = torch.tensor(drawn, dtype=torch.float64, device=device)
     order = ranked(logprobs, logprobs.shape[1], token_ids)
     logprobs = logprobs.gather(1, order).double()
     distance = logprobs - logprobs[:, :1]  # 0 for the likeliest, so no temperature can overflow

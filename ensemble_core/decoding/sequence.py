@@ -14,6 +14,7 @@ from enum import Enum, auto
 from typing import TYPE_CHECKING
 
 from ensemble_core.decoding.counts import TokenCounts, TokenValues
+from ensemble_core.decoding.habits import Habits
 from ensemble_core.decoding.logprobs import Scored, describe_token
 from ensemble_core.decoding.randomness import generator
 from ensemble_core.decoding.recipe import Recipe
@@ -35,6 +36,14 @@ class Choice:
     token_id: int
     scored: Scored | None = None
     trace: Trace | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Drafted:
+    """A token at the end of main's track that is not final. note: what its mode wants to remember of it."""
+
+    token_id: int
+    note: object = None
 
 
 @dataclass(slots=True)
@@ -63,8 +72,8 @@ class Sequence:
     prompt_text: the prompt's text, for echo and for the offsets of a scored prompt. constraint: its position in its
     grammar. scores: log-probabilities of the prompt, if they are asked for. likelihood: of the prompt in every
     member, if the weights depend on it. dropped: members that it has lost; recipe and tracks no longer hold them.
-    num_reused: prompt tokens that main had cached at the start. num_drafted: tokens at the end of main's track that
-    are not final; no client has seen them.
+    num_reused: prompt tokens that main had cached at the start. drafted: the tokens at the end of main's track that are
+    not final; no client has seen them. habits: what its mode has learnt of its drafts.
     """
 
     seq_id: int
@@ -77,7 +86,8 @@ class Sequence:
     likelihood: PromptLikelihood | None = None
     dropped: dict[str, Reason] = field(default_factory=dict)
     num_reused: int = 0
-    num_drafted: int = 0
+    drafted: tuple[Drafted, ...] = ()
+    habits: Habits = field(default_factory=Habits)
     phase: Phase = Phase.WAITING
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
@@ -94,7 +104,7 @@ class Sequence:
     spelt: Detokenizer = field(init=False)  # the text that assistants spell, without control tokens' names
     _pending: _Pending = field(default_factory=_Pending)
     _opened: bool = False  # the first output has been taken
-    _drawn: float | None = None
+    _drawn: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         params = self.request.params
@@ -118,23 +128,18 @@ class Sequence:
     @property
     def num_completion_tokens(self) -> int:
         """Main's final tokens so far, a stop token included."""
-        return len(self.main.completion_ids) - self.num_drafted
-
-    @property
-    def draft(self) -> list[int]:
-        """Main's tokens that are not final yet."""
-        return self.main.completion_ids[self.num_completion_tokens :]
+        return len(self.main.completion_ids) - len(self.drafted)
 
     @property
     def spelling(self) -> tuple[str, bool]:
         """The text for assistants in whole characters, draft included, and whether it ends within a character."""
         spell = self.main.vocabulary.text_bytes
-        return self.spelt.foresee(b"".join(spell(token_id) for token_id in self.draft))
+        return self.spelt.foresee(b"".join(spell(each.token_id) for each in self.drafted))
 
     @property
     def mid_character(self) -> bool:
         """True while the last character is incomplete."""
-        return self.spelling[1] if self.num_drafted else self.spelt.mid_character
+        return self.spelling[1] if self.drafted else self.spelt.mid_character
 
     @property
     def scoring(self) -> bool:
@@ -146,46 +151,46 @@ class Sequence:
         """True while the weights depend on the prompt's likelihood and it is not yet known."""
         return self.likelihood is not None and self.likelihood.weights is None
 
-    def draw(self) -> float:
-        """A uniform number from [0, 1) for the next token. Stays the same until that token is final."""
-        if self._drawn is None:
-            self._drawn = self.rng.random()
-        return self._drawn
+    def draw(self, ahead: int = 0) -> float:
+        """A uniform number from [0, 1) for the token after `ahead` others that are not final.
 
-    def decide(self, tokens: Iterable[Choice], draft: Iterable[int] = ()) -> None:
+        Each place of the text has its own, whatever is drafted there and taken back.
+        """
+        while len(self._drawn) <= ahead:
+            self._drawn.append(self.rng.random())
+        return self._drawn[ahead]
+
+    def decide(self, tokens: Iterable[Choice], draft: Iterable[Drafted] = ()) -> None:
         """Make main's track end with `tokens`, now final, followed by `draft`. May finish the sequence.
 
         Their common prefix with the old draft stays cached; the rest of the old draft is taken back.
         """
         tokens = tuple(tokens)
         self.phase = Phase.DECODE
-        self._redraft([*(choice.token_id for choice in tokens), *draft])
+        self._redraft([*(Drafted(choice.token_id) for choice in tokens), *draft])
         for choice in tokens:
-            self.num_drafted -= 1
+            self.drafted = self.drafted[1:]
             self._take_in(choice)
             if self.finish_reason is not None:
                 self._redraft([])
                 return
 
-    def _redraft(self, token_ids: list[int]) -> None:
+    def _redraft(self, drafted: list[Drafted]) -> None:
         """Replace the draft."""
-        draft = self.draft
-        common = next(
-            (i for i, (old, new) in enumerate(zip(draft, token_ids, strict=False)) if old != new),
-            min(len(draft), len(token_ids)),
-        )
-        for token_id in draft[common:]:
+        old, new = ([each.token_id for each in draft] for draft in (self.drafted, drafted))
+        common = next((i for i, (a, b) in enumerate(zip(old, new, strict=False)) if a != b), min(len(old), len(new)))
+        for token_id in old[common:]:
             self.counts.remove(token_id)
-        if common < len(draft):
-            self.main.take_back(len(draft) - common)
-        for token_id in token_ids[common:]:
+        if common < len(old):
+            self.main.take_back(len(old) - common)
+        for token_id in new[common:]:
             self.main.append(token_id)
             self.counts.add(token_id)
-        self.num_drafted = len(token_ids)
+        self.drafted = tuple(drafted)
 
     def _take_in(self, choice: Choice) -> None:
         """Make the first token of the draft final."""
-        self._drawn = None
+        del self._drawn[:1]
         offset = len(self.shown.text) + (len(self.prompt_text) if self.request.params.echo else 0)
         self._pending.token_ids.append(choice.token_id)
         if choice.scored is not None:
@@ -253,8 +258,12 @@ class Sequence:
         return gone
 
     def preempt(self) -> None:
-        """Go back to waiting with nothing cached. The text and the sampling state stay."""
+        """Go back to waiting with nothing cached and no draft. The text and the sampling state stay."""
         self.phase = Phase.WAITING
+        if self.drafted:
+            self._redraft([])
+            for track in list(self.tracks.values())[1:]:
+                track.respell(self.spelling[0])
         for track in self.tracks.values():
             track.cache(0)
         if self.scores is not None and self.scoring:

@@ -16,7 +16,7 @@ from ensemble_core.decoding.recipe import ModeChoice
 from ensemble_core.decoding.requests import Output
 from ensemble_core.decoding.sampler import greedy
 from ensemble_core.decoding.sampling_params import SamplingParams
-from ensemble_core.decoding.sequence import Choice, Phase, Sequence
+from ensemble_core.decoding.sequence import Choice, Drafted, Phase, Sequence
 from ensemble_core.engine import Engine
 from ensemble_core.errors import ConfigError, UnknownStrategyError
 from ensemble_core.members.base import Answers
@@ -31,20 +31,20 @@ class DraftTwo:
 
     def plan(self, sequence: Sequence) -> Mapping[str, Ask]:
         members = sequence.recipe.members
-        asked = members[:1] if sequence.num_drafted < 2 or sequence.mid_character else members
+        asked = members[:1] if len(sequence.drafted) < 2 or sequence.mid_character else members
         return {member: Ask(sequence.tracks[member].num_uncached) for member in asked}
 
     def decide(self, turns: abc.Sequence[Turn], answers: Mapping[str, Answers], num_candidates: int) -> Outcome:
         return Outcome([self._decision(turn, answers) for turn in turns])
 
     def _decision(self, turn: Turn, answers: Mapping[str, Answers]) -> Decision:
-        draft = turn.sequence.draft
+        draft = turn.sequence.drafted
         if len(draft) == 2:
-            return Decision(turn.sequence, (Choice(draft[0]),))
+            return Decision(turn.sequence, (Choice(draft[0].token_id),))
         main = turn.sequence.recipe.main
         found = answers[main].last([turn.feeds[main]])
         best = greedy(found.token_ids, found.logprobs).tolist()
-        return Decision(turn.sequence, draft=(*draft, *best))
+        return Decision(turn.sequence, draft=(*draft, *map(Drafted, best)))
 
 
 class DraftTwoOptions(BaseModel):
@@ -101,7 +101,7 @@ def test_a_mode_of_one_file_drafts_and_takes_back(prompts: list[str]) -> None:
         other.add([sequence(0, prompt, alone, ensemble(alone), GREEDY)])
         assert tokens(outputs[i]) == tokens(run(other)[0])
         assert outputs[i][-1].num_completion_tokens == len(tokens(outputs[i])) == 23
-        assert requests[i].num_drafted == 0
+        assert requests[i].drafted == ()
     assert members[0].rollbacks, "main never took a token back"
     assert members[1].rollbacks, "the assistant never read a draft that was taken back"
     assert {step.mode for step in records.of(StepStats)} == {"draft-two"}
@@ -115,7 +115,7 @@ def test_an_assistant_reads_the_draft() -> None:
     read = 0
     while engine.has_work:
         engine.step()
-        if request.phase is Phase.DECODE and request.num_drafted == 2 and not request.mid_character:
+        if request.phase is Phase.DECODE and len(request.drafted) == 2 and not request.mid_character:
             text, _ = request.spelling
             spell = request.main.vocabulary.tokens
             assert text.encode() == b"".join(spell[i] for i in request.main.completion_ids)
@@ -149,9 +149,9 @@ def test_a_sequence_that_ends_within_a_draft_tells_final_tokens_alone() -> None:
     request = sequence(
         0, "abc", members, ensemble(members), SamplingParams(max_tokens=9, temperature=0.0, stop="b" and ("b",))
     )
-    request.decide([], draft=[100, 98, 99])
-    assert (request.num_completion_tokens, request.num_drafted, request.take().token_ids) == (0, 3, ())
-    request.decide([Choice(100), Choice(98)], draft=[99])
+    request.decide([], draft=[Drafted(100), Drafted(98), Drafted(99)])
+    assert (request.num_completion_tokens, len(request.drafted), request.take().token_ids) == (0, 3, ())
+    request.decide([Choice(100), Choice(98)], draft=[Drafted(99)])
     last = request.take()
     assert (last.text, last.token_ids, last.finish_reason, last.num_completion_tokens) == (
         "d",

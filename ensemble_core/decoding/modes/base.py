@@ -17,8 +17,9 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Protocol
 
+from ensemble_core.decoding.habits import Verdict
 from ensemble_core.decoding.recipe import ModeChoice, Recipe
-from ensemble_core.decoding.sequence import Choice, Sequence
+from ensemble_core.decoding.sequence import Choice, Drafted, Sequence
 from ensemble_core.registry import Registry
 from ensemble_core.stats import FusionStats, Reason
 
@@ -76,9 +77,10 @@ class Decision:
 
     sequence: Sequence
     tokens: tuple[Choice, ...] = ()
-    draft: tuple[int, ...] = ()
+    draft: tuple[Drafted, ...] = ()
     unsound: tuple[str, ...] = ()
     error: str | None = None
+    verdicts: tuple[Verdict, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

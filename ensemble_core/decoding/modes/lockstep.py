@@ -66,10 +66,10 @@ def _decide(
     """Fuse and sample a group; returns the turns to fuse again with fewer members, and the outcome of the others."""
     started = time.perf_counter()
     candidates = _gather(group, answers, num_candidates)
-    fused = _fuse(group, candidates)
+    fused = fuse_rows(group, candidates)
     if any(unsound := _unsound(group, candidates)):
-        again, failed = _without(group, unsound)
-        return again, Outcome(failed)
+        again, lost = _without(group, unsound)
+        return again, Outcome(lost)
     fused_at = time.perf_counter()
     sequences = [turn.sequence for turn in group]
     tokens = sample(shape(fused, sequences, [turn.mask for turn in group]), sequences)
@@ -86,12 +86,12 @@ def _groups(turns: abc.Sequence[Turn], answers: Mapping[str, Answers], num_candi
         alone = turn.sequence.seq_id if recipe.apart else None
         fusion = recipe.fusion_key or id(recipe.fusion)
         blocks = tuple((member, answers[member].spans[feed].block) for member, feed in turn.feeds.items())
-        key = (recipe.model, blocks, fusion, _width(turn, num_candidates), alone)
+        key = (recipe.model, blocks, fusion, width_of(turn, num_candidates), alone)
         groups.setdefault(key, []).append(turn)
     return list(groups.values())
 
 
-def _width(turn: Turn, num_candidates: int) -> int:
+def width_of(turn: Turn, num_candidates: int) -> int:
     """Number of main's candidates in the fusion: K, plus room for biased ids and for ids that a constraint allows."""
     constrained = 0 if turn.mask is None else num_candidates // 2
     return num_candidates + len(turn.sequence.biased) + constrained
@@ -103,11 +103,11 @@ def _gather(group: abc.Sequence[Turn], answers: Mapping[str, Answers], num_candi
     device, fusion = parts[0].token_ids.device, _fusion(group)
     if fusion is None or not fusion.full_vocabulary:
         main, *others = parts
-        parts = [_narrow_main(group, main, num_candidates), *(part.best(num_candidates) for part in others)]
+        parts = [narrow_main(group, main, num_candidates), *(part.best(num_candidates) for part in others)]
     return [part.to(device) for part in parts]
 
 
-def _narrow_main(group: abc.Sequence[Turn], wide: Candidates, num_candidates: int) -> Candidates:
+def narrow_main(group: abc.Sequence[Turn], wide: Candidates, num_candidates: int) -> Candidates:
     """Main's likeliest ids, the biased ids, and the likeliest ids that a constraint allows."""
     keep = []
     for i, turn in enumerate(group):
@@ -118,10 +118,10 @@ def _narrow_main(group: abc.Sequence[Turn], wide: Candidates, num_candidates: in
             best = ranked(reachable, min(num_candidates // 2, int(allowed.sum())), wide.token_ids[i])
             kept += wide.token_ids[i, best].tolist()
         keep.append(tuple(kept))
-    return narrow(wide, _width(group[0], num_candidates), keep)
+    return narrow(wide, width_of(group[0], num_candidates), keep)
 
 
-def _fuse(group: abc.Sequence[Turn], candidates: list[Candidates]) -> Fused:
+def fuse_rows(group: abc.Sequence[Turn], candidates: list[Candidates]) -> Fused:
     fusion = _fusion(group)
     if fusion is None:
         return single(candidates[0])
@@ -143,16 +143,16 @@ def _without(
     group: abc.Sequence[Turn], unsound: abc.Sequence[tuple[str, ...]]
 ) -> tuple[list[Turn], list[Decision]]:
     """The turns to fuse again, each without its unsound members, and the decisions of those that fail."""
-    again, failed = [], []
+    again, lost = [], []
     for turn, members in zip(group, unsound, strict=True):
         if all(turn.recipe.can_lose(member) for member in members):
             again.append(turn.without(members, "non_finite") if members else turn)
         else:
-            failed.append(_failed(turn, members))
-    return again, failed
+            lost.append(failed(turn, members))
+    return again, lost
 
 
-def _failed(turn: Turn, unsound: tuple[str, ...]) -> Decision:
+def failed(turn: Turn, unsound: tuple[str, ...]) -> Decision:
     members = turn.sequence.recipe.members
     return Decision(
         turn.sequence, unsound=unsound, error=f"the fusion of {members} gave numbers that are not finite"
@@ -172,7 +172,7 @@ def _decisions(
     for i, (turn, token) in enumerate(zip(group, tokens, strict=True)):
         unsound = tuple(member for member, reason in turn.left_out.items() if reason == "non_finite")
         if token < 0:
-            decisions.append(_failed(turn, unsound))
+            decisions.append(failed(turn, unsound))
             continue
         request, scored, trace = turn.sequence.request, None, None
         if request.params.logprobs is not None:

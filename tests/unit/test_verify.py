@@ -1,0 +1,181 @@
+"""The verify mode against a slow, plain reference of its rule, and against lockstep where both must agree."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import torch
+from fakes import FakeMember, Records, byte_vocabulary, ensemble, fake_engine, pair_vocabulary, sequence, space_of
+
+from ensemble_core.decoding.modes.base import choose_mode
+from ensemble_core.decoding.randomness import generator
+from ensemble_core.decoding.recipe import Recipe
+from ensemble_core.decoding.requests import Output
+from ensemble_core.decoding.sampler import sample
+from ensemble_core.decoding.sampling_params import SamplingParams
+from ensemble_core.decoding.shaping import shape
+from ensemble_core.engine import Engine
+from ensemble_core.fusion.base import FUSIONS, Fused, build_fusion, single
+from ensemble_core.members.base import Candidates, Feed, ask
+from ensemble_core.stats import StepStats
+from ensemble_core.text.detokenizer import Detokenizer
+
+K = 64
+OPTIONS: dict[str, dict[str, object]] = {
+    "contrastive": {"expert": "beta", "base": "gamma"},
+    "core": {"base": {"name": "projection"}},
+}
+PROMPTS = ["abc", "deed 中文 bad", "cab " * 6, "Ωμέγα", "مرحبا", "a😀b"]
+
+
+def trio() -> list[FakeMember]:
+    """Three vocabularies: bytes, pairs of letters, and longer pieces."""
+    return [
+        FakeMember("alpha", byte_vocabulary(), seed=1, max_len=512),
+        FakeMember("beta", pair_vocabulary(), seed=2, max_len=512),
+        FakeMember("gamma", byte_vocabulary(["abc", "ca", "中", "de", "ed "]), seed=3, max_len=512),
+    ]
+
+
+def recipe_of(members: list[FakeMember], name: str = "relative", **mode: object) -> Recipe:
+    recipe = ensemble(members)
+    if name != "relative":
+        options = FUSIONS.parse(name, OPTIONS.get(name, {}), "fusion")
+        recipe = replace(recipe, fusion=build_fusion(name, options, space_of(members)), fusion_name=name)
+    return replace(recipe, mode=choose_mode("verify", dict(mode), "mode"))
+
+
+def run(engine: Engine) -> dict[int, list[Output]]:
+    outputs: dict[int, list[Output]] = {}
+    while engine.has_work:
+        for seq_id, output in engine.step():
+            outputs.setdefault(seq_id, []).append(output)
+        engine.scheduler.check()
+    return outputs
+
+
+def tokens(outputs: list[Output]) -> list[int]:
+    return [token for output in outputs for token in output.token_ids]
+
+
+def engine_tokens(
+    members: list[FakeMember], recipe: Recipe, prompts: list[str], params: SamplingParams
+) -> list[list[int]]:
+    engine = fake_engine(members, num_candidates=K)
+    engine.add([sequence(i, prompt, members, recipe, params) for i, prompt in enumerate(prompts)])
+    outputs = run(engine)
+    assert all(member.is_empty for member in members)
+    return [tokens(outputs[i]) for i in range(len(prompts))]
+
+
+class Reference:
+    """The rule, one place at a time, everything computed anew from the text."""
+
+    def __init__(self, members: list[FakeMember], recipe: Recipe, prompt: str, params: SamplingParams) -> None:
+        self.main, *self.others = members
+        self.recipe, self.params, self.prompt = recipe, params, prompt
+        self.ghost = sequence(0, prompt, members, recipe, params)
+        self.final: list[int] = []
+        rng = generator(params.seed)
+        self.draws = [rng.random() for _ in range(params.max_tokens + 64)]
+        self.whole = recipe.fusion is not None and recipe.fusion.full_vocabulary
+
+    def answer(self, member: FakeMember, completion: list[int]) -> Candidates:
+        """The member's candidates after its prompt and these tokens of its own."""
+        ids = member.vocabulary.encode(self.prompt) + completion
+        top_k = len(member.vocabulary) if self.whole else K
+        found = ask(member, [Feed(10**6, ids)], top_k)
+        member.release(10**6)
+        return found
+
+    def choose(self, fused: Fused, place: int) -> int:
+        self.ghost._drawn = [self.draws[place]]
+        return sample(shape(fused, [self.ghost], [None]), [self.ghost])[0]
+
+    def text(self, ids: list[int]) -> tuple[str, bool]:
+        return Detokenizer().foresee(b"".join(self.main.vocabulary.text_bytes(i) for i in ids))
+
+    def fuse(self, parts: list[Candidates]) -> Fused:
+        assert self.recipe.fusion is not None
+        return self.recipe.fusion.fuse(parts, torch.tensor([self.recipe.weights]))
+
+    def draft(self, size: int) -> list[int]:
+        draft: list[int] = []
+        due = False
+        while not due or self.text(self.final + draft)[1]:
+            place = len(self.final) + len(draft)
+            draft.append(self.choose(single(self.answer(self.main, self.final + draft)), place))
+            ends = draft[-1] in self.main.vocabulary.stop_ids or place + 1 >= self.params.max_tokens
+            due = due or ends or len(draft) >= size
+        return draft
+
+    def boundary(self, member: FakeMember, text: str, rest: int) -> int | None:
+        """How many of the member's tokens lie before the place `rest` bytes from the end; None: none ends there."""
+        ids = member.vocabulary.encode(text)
+        for number in range(len(ids), -1, -1):
+            if sum(len(member.vocabulary.text_bytes(i)) for i in ids[number:]) == rest:
+                return number
+        return None
+
+    def run(self, size: int, consensus: bool) -> list[int]:
+        while self.recipe.fusion is not None:
+            if not self.final:
+                parts = [self.answer(member, []) for member in (self.main, *self.others)]
+                self.final.append(self.choose(self.fuse(parts), 0))
+            else:
+                self.judge(self.draft(size), consensus)
+            last = self.final[-1]
+            if last in self.main.vocabulary.stop_ids or len(self.final) >= self.params.max_tokens:
+                break
+        stops = [i for i, token in enumerate(self.final) if token in self.main.vocabulary.stop_ids]
+        return self.final[: min([self.params.max_tokens, *(i + 1 for i in stops)])]
+
+    def judge(self, draft: list[int], consensus: bool) -> None:
+        text, _ = self.text(self.final + draft)
+        spell = self.main.vocabulary.text_bytes
+        for number, token in enumerate(draft):
+            rest = sum(len(spell(each)) for each in draft[number:])
+            places = [self.boundary(member, text, rest) for member in self.others]
+            chosen = token
+            if all(place is not None for place in places):
+                spelt = [member.vocabulary.encode(text) for member in self.others]
+                rows = [
+                    self.answer(member, ids[:place])
+                    for member, ids, place in zip(self.others, spelt, places, strict=True)
+                ]
+                followed = [ids[place] if place != len(ids) else None for ids, place in zip(spelt, places, strict=True)]
+                if not (consensus and self.agree(token, rows, followed)):
+                    parts = [self.answer(self.main, self.final), *rows]
+                    chosen = self.choose(self.fuse(parts), len(self.final))
+            self.final.append(chosen)
+            if chosen != token:
+                return
+
+    def agree(self, token: int, rows: list[Candidates], followed: list[int | None]) -> bool:
+        text = self.main.vocabulary.text_bytes(token)
+        if not text or not self.params.greedy:
+            return False
+        on_top, mean = True, 0.0
+        for member, row, own in zip(self.others, rows, followed, strict=True):
+            best = row.logprobs[0] == row.logprobs[0].max()
+            top = int(row.token_ids[0][best].min())
+            on_top = on_top and (top == own or member.vocabulary.text_bytes(top) == text)
+            if own is not None and (row.token_ids[0] == own).any():
+                mean += float(row.logprobs[0][row.token_ids[0] == own].max().exp()) / len(rows)
+        return on_top or mean > 0.5
+
+
+@pytest.mark.parametrize(
+    ("size", "needed", "temperature"),
+    [(1, "always", 0.0), (3, "consensus", 0.0), (8, "always", 0.0), (8, "consensus", 0.0), (3, "consensus", 1.0)],
+)
+@pytest.mark.parametrize("fusion", FUSIONS.names())
+def test_equals_the_rule(fusion: str, size: int, needed: str, temperature: float) -> None:
+    params = SamplingParams(max_tokens=20, temperature=temperature, seed=5)
+    members = trio()
+    recipe = recipe_of(members, fusion, draft=size, needed=needed)
+    found = engine_tokens(members, recipe, PROMPTS, params)
+    for prompt, own in zip(PROMPTS, found, strict=True):
+        assert own == Reference(members, recipe, prompt, params).run(size, needed == "consensus"), prompt
