@@ -84,7 +84,8 @@ class Failures:
             if share.prefill or share.counts[member] > self._max_behind:
                 self._drop(sequence, member, "busy", "an earlier call has not returned")
         counts = _kept(share.counts, busy, sequence)
-        return replace(share, counts=counts) if counts or share.scores else None
+        decodes = share.decides and not share.prefill  # main has drafted what is decided without the busy members
+        return replace(share, counts=counts) if counts or share.scores or decodes else None
 
     def _drop(self, sequence: Sequence, member: str, reason: Reason, detail: str) -> None:
         if sequence.is_finished or member not in sequence.tracks:

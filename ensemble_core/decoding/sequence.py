@@ -178,7 +178,9 @@ class Sequence:
     def _redraft(self, drafted: list[Drafted]) -> None:
         """Replace the draft."""
         old, new = ([each.token_id for each in draft] for draft in (self.drafted, drafted))
-        common = next((i for i, (a, b) in enumerate(zip(old, new, strict=False)) if a != b), min(len(old), len(new)))
+        common = next(
+            (i for i, (a, b) in enumerate(zip(old, new, strict=False)) if a != b), min(len(old), len(new))
+        )
         for token_id in old[common:]:
             self.counts.remove(token_id)
         if common < len(old):

@@ -145,7 +145,9 @@ class Reference:
                     self.answer(member, ids[:place])
                     for member, ids, place in zip(self.others, spelt, places, strict=True)
                 ]
-                followed = [ids[place] if place != len(ids) else None for ids, place in zip(spelt, places, strict=True)]
+                followed = [
+                    ids[place] if place != len(ids) else None for ids, place in zip(spelt, places, strict=True)
+                ]
                 if not (consensus and self.agree(token, rows, followed)):
                     parts = [self.answer(self.main, self.final), *rows]
                     chosen = self.choose(self.fuse(parts), len(self.final))

@@ -9,8 +9,9 @@ A drafted token is what main alone would choose at its place with the place's ow
 with the same number. So a text that is sampled is the very text of lockstep with the same rule and seed, and the more
 alike the distributions, the more often the draft stays.
 
-In each step main is fed one token, its last draft, so a draft that stays goes on at once. Texts whose shaping depends on
-the tokens before (penalties, JSON, min_tokens) step in lockstep, and so does the first token of every text.
+A step feeds a sequence to main, which drafts one more token, or to the assistants, which read the draft. Texts whose
+shaping depends on the tokens before (penalties, JSON, min_tokens) step in lockstep, and so does the first token of every
+text.
 
 Knows tracks, candidates and fusions; does not know scheduling or caches.
 """
@@ -20,7 +21,7 @@ from __future__ import annotations
 import time
 from collections import abc
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -57,15 +58,11 @@ class VerifyOptions(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class _Note:
-    """What is kept of a drafted token: what was said at its place, and whether the draft ends with it.
-
-    others: assistants' candidates, known where they have read all of the text before already.
-    """
+    """What is kept of a drafted token: main's candidates at its place, their certainty, and whether it ends a draft."""
 
     main: Candidates  # one row
     certainty: float  # main's probability of the token
     due: bool
-    others: Mapping[str, Candidates] = field(default_factory=dict)  # one row each
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,17 +102,17 @@ class Verify:
     options: VerifyOptions = field(default_factory=VerifyOptions)
 
     def plan(self, sequence: Sequence) -> Mapping[str, Ask]:
-        """Main's next token; every assistant's reading of the draft where it is due."""
+        """Main's next token, or every assistant's reading of the draft if it is due."""
         if _in_lockstep(sequence):
             return Lockstep().plan(sequence)
-        main = sequence.recipe.main
-        asks = {main: Ask(sequence.main.num_uncached)}
-        if _is_due(sequence):
-            num_bytes = sum(_lengths(sequence))
-            for member in sequence.recipe.members[1:]:
-                track = sequence.tracks[member]
-                asks[member] = Ask(track.num_uncached, min(track.num_uncached, _num_reading(track, num_bytes)))
-        return asks
+        if not _is_due(sequence):
+            return {sequence.recipe.main: Ask(sequence.main.num_uncached)}
+        num_bytes = sum(_lengths(sequence))
+        return {
+            member: Ask(track.num_uncached, min(track.num_uncached, _num_reading(track, num_bytes)))
+            for member, track in sequence.tracks.items()
+            if member != sequence.recipe.main
+        }
 
     @torch.inference_mode()
     def decide(self, turns: abc.Sequence[Turn], answers: Mapping[str, Answers], num_candidates: int) -> Outcome:
@@ -129,26 +126,30 @@ class Verify:
 
     def _decide(self, turns: abc.Sequence[Turn], answers: Mapping[str, Answers], num_candidates: int) -> Outcome:
         started = time.perf_counter()
-        turns = [_with_finite(turn, answers) for turn in turns]
-        lost = [turn for turn in turns if not _can_go_on(turn)]
-        turns = [turn for turn in turns if _can_go_on(turn)]
-        proposed = self._propose(turns, answers, num_candidates)
+        decisions = self._draft([turn for turn in turns if not _is_due(turn.sequence)], answers, num_candidates)
         sampling = time.perf_counter() - started
-        judged = self._judge([place for turn in turns for place in _places(turn, answers)], num_candidates)
-        decisions = [_decision(turn, judged, _known(turn, answers, proposed[turn.sequence.seq_id])) for turn in turns]
-        decisions += [failed(turn, tuple(turn.left_out)) for turn in lost]
+        due = [_with_finite(turn, answers) for turn in turns if _is_due(turn.sequence)]
+        decisions += [_failed(turn) for turn in due if not _can_go_on(turn)]
+        due = [turn for turn in due if _can_go_on(turn)]
+        judged = self._judge([place for turn in due for place in _places(turn, answers)], num_candidates)
+        decisions += [_decision(turn, judged) for turn in due]
         return Outcome(decisions, judged.fusions, sampling)
 
-    def _propose(
+    def _draft(
         self, turns: abc.Sequence[Turn], answers: Mapping[str, Answers], num_candidates: int
-    ) -> dict[int, Drafted]:
-        """seq_id -> what main alone puts after the draft."""
+    ) -> list[Decision]:
+        """Put what main alone would choose after each draft."""
         groups: dict[tuple[object, ...], list[Turn]] = {}
         for turn in turns:
             main = turn.recipe.main
-            key = (main, answers[main].spans[turn.feeds[main]].block, width_of(turn, num_candidates), _is_whole(turn))
+            key = (
+                main,
+                answers[main].spans[turn.feeds[main]].block,
+                width_of(turn, num_candidates),
+                _is_whole(turn),
+            )
             groups.setdefault(key, []).append(turn)
-        proposed = {}
+        decisions = []
         for (main, *_), group in groups.items():
             rows = answers[str(main)].last([turn.feeds[str(main)] for turn in group])
             if not _is_whole(group[0]):
@@ -157,22 +158,23 @@ class Verify:
             tokens = sample(shape(single(rows), sequences, [None] * len(group)), sequences, ahead)
             certainties = _probabilities(rows, torch.tensor(tokens, device=rows.token_ids.device))
             for i, (turn, token, certainty) in enumerate(zip(group, tokens, certainties, strict=True)):
-                row = Candidates(rows.token_ids[i : i + 1], rows.logprobs[i : i + 1], rows.tail[i : i + 1])
-                due = self._ends_draft(turn.sequence, token, certainty)
-                proposed[turn.sequence.seq_id] = Drafted(token, _Note(row, certainty, due))
-        return proposed
+                note = _Note(_row(rows, i), certainty, self._ends_draft(turn.sequence, token, certainty))
+                draft = (*turn.sequence.drafted, Drafted(token, note))
+                decisions.append(Decision(turn.sequence, draft=draft) if token >= 0 else _failed(turn))
+        return decisions
 
     def _ends_draft(self, sequence: Sequence, token: int, certainty: float) -> bool:
         """Whether the assistants should read the draft once `token` is its last."""
-        draft = () if _is_due(sequence) else sequence.drafted
-        params, length = sequence.request.params, len(draft) + 1
-        num_tokens = sequence.num_completion_tokens + len(sequence.drafted) + 1
-        if num_tokens >= params.max_tokens or token in sequence.main.vocabulary.stop_ids | set(params.stop_token_ids):
+        params, length = sequence.request.params, len(sequence.drafted) + 1
+        if (
+            sequence.num_completion_tokens + length >= params.max_tokens
+            or token in sequence.main.vocabulary.stop_ids | set(params.stop_token_ids)
+        ):
             return True
         if self.options.draft != "auto":
             return length >= self.options.draft
         likely = sequence.habits.survival(certainty)
-        for each in draft:
+        for each in sequence.drafted:
             likely *= sequence.habits.survival(_note(each).certainty)
         return likely < _WORTH or length >= LONGEST
 
@@ -240,7 +242,9 @@ def _ends(track: Track, num_bytes: int) -> dict[int, int]:
 def _with_finite(turn: Turn, answers: Mapping[str, Answers]) -> Turn:
     """The turn without assistants whose numbers are not finite."""
     assistants = [member for member in turn.feeds if member != turn.recipe.main]
-    broken = [m for m in assistants if not bool(answers[m].of(turn.feeds[m]).logprobs.amax(dim=1).isfinite().all())]
+    broken = [
+        m for m in assistants if not bool(answers[m].of(turn.feeds[m]).logprobs.amax(dim=1).isfinite().all())
+    ]
     return turn.without(broken, "non_finite") if broken else turn
 
 
@@ -258,38 +262,16 @@ def _places(turn: Turn, answers: Mapping[str, Answers]) -> Iterator[_Place]:
     if not assistants or not _is_due(sequence):
         return
     lengths = _lengths(sequence)
+    parts = {member: answers[member].of(turn.feeds[member]) for member in assistants}
     ends = {member: _ends(sequence.tracks[member], sum(lengths)) for member in assistants}
     for number in range(len(lengths)):
-        behind = {member: ends[member].get(sum(lengths[number:])) for member in assistants}
-        rows, following = {}, {}
-        for member, num_tokens in behind.items():
-            row = None if num_tokens is None else _said(turn, answers, member, number, num_tokens)
-            if row is not None:
-                rows[member] = row
-                following[member] = sequence.tracks[member].completion_ids[-num_tokens] if num_tokens else None
-        if len(rows) == len(assistants):
+        behind = {member: ends[member].get(sum(lengths[number:]), -1) for member in assistants}
+        if all(0 <= behind[member] < len(parts[member]) for member in assistants):
+            rows = {m: _row(parts[m], len(parts[m]) - 1 - behind[m]) for m in assistants}
+            following = {
+                m: sequence.tracks[m].completion_ids[-behind[m]] if behind[m] else None for m in assistants
+            }
             yield _Place(turn, number, rows, following)
-
-
-def _said(
-    turn: Turn, answers: Mapping[str, Answers], member: str, number: int, num_tokens: int
-) -> Candidates | None:
-    """An assistant's candidates at a place of the draft that `num_tokens` of its own follow.
-
-    Where all before the draft was cached, they were said at the end of the draft before. None: they are not known,
-    since the assistant was busy then.
-    """
-    part = answers[member].of(turn.feeds[member])
-    if num_tokens < len(part):
-        return _row(part, len(part) - 1 - num_tokens)
-    return _note(turn.sequence.drafted[0]).others.get(member) if number == 0 else None
-
-
-def _known(turn: Turn, answers: Mapping[str, Answers], proposed: Drafted) -> Drafted:
-    """What main puts after a draft, with what the assistants say after all of it."""
-    others = {member: answers[member].of(feed) for member, feed in turn.feeds.items() if member != turn.recipe.main}
-    rows = {member: _row(part, len(part) - 1) for member, part in others.items()}
-    return replace(proposed, note=replace(_note(proposed), others=rows))
 
 
 def _row(part: Candidates, row: int) -> Candidates:
@@ -355,31 +337,29 @@ def _fuse(group: abc.Sequence[_Place], num_candidates: int, judged: _Judged) -> 
     judged.fusions.append(_stats(group, parts, fused, tokens, seconds))
 
 
-def _decision(turn: Turn, judged: _Judged, proposed: Drafted) -> Decision:
-    """What becomes of a draft: judged if it is due, and gone on with if all of it stays."""
+def _failed(turn: Turn) -> Decision:
+    return failed(turn, tuple(member for member, reason in turn.left_out.items() if reason == "non_finite"))
+
+
+def _decision(turn: Turn, judged: _Judged) -> Decision:
+    """What becomes of a draft that is due: it stays, or what was chosen otherwise ends it."""
     sequence = turn.sequence
     unsound = tuple(member for member, reason in turn.left_out.items() if reason == "non_finite")
-    if proposed.token_id < 0:
-        return failed(turn, unsound)
-    if not _is_due(sequence):
-        return Decision(sequence, draft=(*sequence.drafted, proposed), unsound=unsound)
     choices: list[Choice] = []
     verdicts: list[Verdict] = []
     for number, drafted in enumerate(sequence.drafted):
         key = sequence.seq_id, number
         token = judged.tokens.get(key, drafted.token_id)
         if token < 0:
-            return failed(turn, unsound)
+            return _failed(turn)
         choices.append(_choice(turn, drafted, token, judged.reports.get(key)))
         verdicts.append(Verdict(_note(drafted).certainty, token == drafted.token_id))
         if token != drafted.token_id:
-            return Decision(sequence, tuple(choices), unsound=unsound, verdicts=tuple(verdicts))
-    return Decision(sequence, tuple(choices), (proposed,), unsound, verdicts=tuple(verdicts))
+            break
+    return Decision(sequence, tuple(choices), unsound=unsound, verdicts=tuple(verdicts))
 
 
-def _choice(
-    turn: Turn, drafted: Drafted, token: int, found: tuple[list[Candidates], Fused, int] | None
-) -> Choice:
+def _choice(turn: Turn, drafted: Drafted, token: int, found: tuple[list[Candidates], Fused, int] | None) -> Choice:
     """A final token with the reports that its request asked for; main's own numbers where nothing was fused."""
     request, main = turn.sequence.request, turn.recipe.main
     if request.params.logprobs is None and not request.trace:
