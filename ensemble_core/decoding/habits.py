@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-# Upper ends of the classes of certainty, the drafter's probability of its token, and how often such tokens stay before
-# anything is known of a text: the demo pair's, rounded down.
+# Upper ends of the classes of certainty (the drafter's probability of its token), and how often such tokens stay as
+# long as nothing is known of a text: a guess.
 _ENDS = (0.3, 0.5, 0.7, 0.9, 1.0)
 _EXPECTED = (0.5, 0.65, 0.8, 0.9, 0.98)
 _PATIENCE = 8.0  # judged tokens that weigh as much as what was expected

@@ -72,8 +72,8 @@ class Sequence:
     prompt_text: the prompt's text, for echo and for the offsets of a scored prompt. constraint: its position in its
     grammar. scores: log-probabilities of the prompt, if they are asked for. likelihood: of the prompt in every
     member, if the weights depend on it. dropped: members that it has lost; recipe and tracks no longer hold them.
-    num_reused: prompt tokens that main had cached at the start. drafted: the tokens at the end of main's track that are
-    not final; no client has seen them. habits: what its mode has learnt of its drafts.
+    num_reused: prompt tokens that main had cached at the start. drafted: the tokens at the end of main's track that
+    are not final; no client has seen them. habits: what its mode has learnt of its drafts.
     """
 
     seq_id: int
@@ -278,13 +278,14 @@ class Sequence:
         params, vocabulary = self.request.params, self.main.vocabulary
         plain = vocabulary.text_bytes(token_id)
         named = plain if params.skip_special_tokens else vocabulary.tokens[token_id]
-        if self._stops_at(token_id):
+        if self.stops_at(token_id):
             named = vocabulary.tokens[token_id] if params.include_stop_str_in_output else b""
         self._pending.text += self.shown.feed(named, armed=self.num_completion_tokens >= params.min_tokens)
         if self.spelt is not self.shown:
             self.spelt.feed(plain)
 
-    def _stops_at(self, token_id: int) -> bool:
+    def stops_at(self, token_id: int) -> bool:
+        """Whether this token of main ends the text."""
         params = self.request.params
         ends = token_id in self.main.vocabulary.stop_ids and not params.ignore_eos
         return ends or token_id in params.stop_token_ids
@@ -293,7 +294,7 @@ class Sequence:
         params = self.request.params
         if self.shown.stop is not None:
             self.finish("stop", stop=self.shown.stop)
-        elif self._stops_at(token_id):
+        elif self.stops_at(token_id):
             self.finish("stop", stop=token_id if token_id in params.stop_token_ids else None)
         elif self.num_completion_tokens >= params.max_tokens:
             self.finish("length")

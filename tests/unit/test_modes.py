@@ -163,7 +163,7 @@ def test_a_sequence_that_ends_within_a_draft_tells_final_tokens_alone() -> None:
 
 
 def test_unknown_modes_and_options_are_refused_by_name() -> None:
-    known = r"here.name: unknown mode 'warp'; known are \['draft-two', 'lockstep'\]"
+    known = r"here.name: unknown mode 'warp'; known are \['draft-two', 'lockstep', 'verify'\]"
     with pytest.raises(UnknownStrategyError, match=known):
         choose_mode("warp", {}, "here")
     for name in ("lockstep", "draft-two"):

@@ -66,7 +66,7 @@ def _decide(
     """Fuse and sample a group; returns the turns to fuse again with fewer members, and the outcome of the others."""
     started = time.perf_counter()
     candidates = _gather(group, answers, num_candidates)
-    fused = fuse_rows(group, candidates)
+    fused = _fuse(group, candidates)
     if any(unsound := _unsound(group, candidates)):
         again, lost = _without(group, unsound)
         return again, Outcome(lost)
@@ -121,7 +121,7 @@ def narrow_main(group: abc.Sequence[Turn], wide: Candidates, num_candidates: int
     return narrow(wide, width_of(group[0], num_candidates), keep)
 
 
-def fuse_rows(group: abc.Sequence[Turn], candidates: list[Candidates]) -> Fused:
+def _fuse(group: abc.Sequence[Turn], candidates: list[Candidates]) -> Fused:
     fusion = _fusion(group)
     if fusion is None:
         return single(candidates[0])
@@ -153,6 +153,7 @@ def _without(
 
 
 def failed(turn: Turn, unsound: tuple[str, ...]) -> Decision:
+    """The decision for a turn whose numbers are not finite. unsound: the members that it lost for that."""
     members = turn.sequence.recipe.members
     return Decision(
         turn.sequence, unsound=unsound, error=f"the fusion of {members} gave numbers that are not finite"

@@ -1,17 +1,17 @@
 """The verify mode: main drafts some tokens, then every assistant reads them in one forward and the ensemble decides.
 
-A drafted token is judged where the text before it ends on a token boundary of every assistant, in the spelling of the
-text with the whole draft (the place is *sound*), unless the assistants agree with it anyway (it is not *needed*). The
-first judged token that the fusion would have chosen otherwise is replaced, and what follows it is taken back. At all
-other places main's token stands. Source: SAFE (arXiv 2510.15346), docs/methods.md.
+A drafted token is judged where the text before it ends with a character and on a token boundary of every assistant,
+in the spelling of the text with the whole draft (the place is *sound*), unless the assistants agree with it anyway (it
+is not *needed*). The first judged token that the fusion would have chosen otherwise is replaced, and what follows it is
+taken back. At all other places main's token stands. Source: SAFE (arXiv 2510.15346), docs/methods.md.
 
-A drafted token is what main alone would choose at its place with the place's own random number, and the fusion chooses
-with the same number. So a text that is sampled is the very text of lockstep with the same rule and seed, and the more
-alike the distributions, the more often the draft stays.
+A drafted token is what main alone would choose at its place with the place's own random number, and the fusion
+chooses with the same number. So a sampled text is the very text that the rule gives without drafts, and the more
+alike the distributions, the more often a draft stays.
 
 A step feeds a sequence to main, which drafts one more token, or to the assistants, which read the draft. Texts whose
-shaping depends on the tokens before (penalties, JSON, min_tokens) step in lockstep, and so does the first token of every
-text.
+shaping depends on the tokens before (penalties, JSON, min_tokens) step in lockstep, and so does the first token of
+every text.
 
 Knows tracks, candidates and fusions; does not know scheduling or caches.
 """
@@ -22,7 +22,7 @@ import time
 from collections import abc
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -31,7 +31,7 @@ from torch import Tensor
 from ensemble_core.decoding import reports
 from ensemble_core.decoding.habits import Verdict
 from ensemble_core.decoding.modes.base import MODES, Ask, Decision, Outcome, Turn, joined
-from ensemble_core.decoding.modes.lockstep import Lockstep, failed, fuse_rows, narrow_main, width_of
+from ensemble_core.decoding.modes.lockstep import Lockstep, failed, narrow_main, width_of
 from ensemble_core.decoding.sampler import greedy, sample
 from ensemble_core.decoding.sequence import Choice, Drafted, Sequence
 from ensemble_core.decoding.shaping import shape
@@ -41,7 +41,7 @@ from ensemble_core.stats import FusionStats
 from ensemble_core.text.alignment import Track
 
 LONGEST = 8  # tokens that `auto` drafts at most: clients get them all at once
-_WORTH = 0.5  # `auto` drafts on while the whole draft is likelier to stay than this
+_WORTH = 0.6  # `auto` drafts on while the whole draft is likelier to stay than this
 
 
 class VerifyOptions(BaseModel):
@@ -49,7 +49,9 @@ class VerifyOptions(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    draft: Literal["auto"] | int = Field("auto", description="Tokens of a draft; auto: by main's certainty.")
+    draft: Literal["auto"] | Annotated[int, Field(ge=1, le=16)] = Field(
+        "auto", description="Tokens of a draft; auto: as many as are likely to stay, by main's certainty."
+    )
     needed: Literal["consensus", "always"] = Field(
         "consensus",
         description="consensus: a greedy token with which the assistants agree is not fused; always: it is.",
@@ -58,7 +60,7 @@ class VerifyOptions(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class _Note:
-    """What is kept of a drafted token: main's candidates at its place, their certainty, and whether it ends a draft."""
+    """What is kept of a drafted token: what main said at its place, and whether the draft ends with it."""
 
     main: Candidates  # one row
     certainty: float  # main's probability of the token
@@ -67,7 +69,7 @@ class _Note:
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """A drafted token that can be judged: its number in the draft, and assistant -> its row and its own next token."""
+    """A drafted token that can be judged. rows, following: assistant -> its candidates, its own next token."""
 
     turn: Turn
     number: int
@@ -107,7 +109,7 @@ class Verify:
             return Lockstep().plan(sequence)
         if not _is_due(sequence):
             return {sequence.recipe.main: Ask(sequence.main.num_uncached)}
-        num_bytes = sum(_lengths(sequence))
+        num_bytes = len(b"".join(_spelt(sequence)))
         return {
             member: Ask(track.num_uncached, min(track.num_uncached, _num_reading(track, num_bytes)))
             for member, track in sequence.tracks.items()
@@ -139,19 +141,15 @@ class Verify:
         self, turns: abc.Sequence[Turn], answers: Mapping[str, Answers], num_candidates: int
     ) -> list[Decision]:
         """Put what main alone would choose after each draft."""
-        groups: dict[tuple[object, ...], list[Turn]] = {}
+        groups: dict[tuple[str, int, int, bool], list[Turn]] = {}
         for turn in turns:
             main = turn.recipe.main
-            key = (
-                main,
-                answers[main].spans[turn.feeds[main]].block,
-                width_of(turn, num_candidates),
-                _is_whole(turn),
-            )
+            block = answers[main].spans[turn.feeds[main]].block
+            key = (main, block, width_of(turn, num_candidates), _is_whole(turn))
             groups.setdefault(key, []).append(turn)
         decisions = []
         for (main, *_), group in groups.items():
-            rows = answers[str(main)].last([turn.feeds[str(main)] for turn in group])
+            rows = answers[main].last([turn.feeds[main] for turn in group])
             if not _is_whole(group[0]):
                 rows = narrow_main(group, rows, num_candidates)
             sequences, ahead = [t.sequence for t in group], [len(t.sequence.drafted) for t in group]
@@ -165,11 +163,9 @@ class Verify:
 
     def _ends_draft(self, sequence: Sequence, token: int, certainty: float) -> bool:
         """Whether the assistants should read the draft once `token` is its last."""
-        params, length = sequence.request.params, len(sequence.drafted) + 1
-        if (
-            sequence.num_completion_tokens + length >= params.max_tokens
-            or token in sequence.main.vocabulary.stop_ids | set(params.stop_token_ids)
-        ):
+        length = len(sequence.drafted) + 1
+        num_left = sequence.request.params.max_tokens - sequence.num_completion_tokens
+        if length >= num_left or sequence.stops_at(token):
             return True
         if self.options.draft != "auto":
             return length >= self.options.draft
@@ -217,10 +213,15 @@ def _is_whole(turn: Turn) -> bool:
     return fusion is not None and fusion.full_vocabulary
 
 
-def _lengths(sequence: Sequence) -> list[int]:
-    """Bytes of each drafted token."""
+def _spelt(sequence: Sequence) -> list[bytes]:
+    """The text of each drafted token."""
     spell = sequence.main.vocabulary.text_bytes
-    return [len(spell(each.token_id)) for each in sequence.drafted]
+    return [spell(each.token_id) for each in sequence.drafted]
+
+
+def _is_within_character(rest: bytes) -> bool:
+    """Whether what follows a place begins within a character of UTF-8."""
+    return rest[:1] != b"" and rest[0] & 0xC0 == 0x80
 
 
 def _num_reading(track: Track, num_bytes: int) -> int:
@@ -261,12 +262,15 @@ def _places(turn: Turn, answers: Mapping[str, Answers]) -> Iterator[_Place]:
     assistants = [member for member in turn.feeds if member != main]
     if not assistants or not _is_due(sequence):
         return
-    lengths = _lengths(sequence)
+    spelt = _spelt(sequence)
     parts = {member: answers[member].of(turn.feeds[member]) for member in assistants}
-    ends = {member: _ends(sequence.tracks[member], sum(lengths)) for member in assistants}
-    for number in range(len(lengths)):
-        behind = {member: ends[member].get(sum(lengths[number:]), -1) for member in assistants}
-        if all(0 <= behind[member] < len(parts[member]) for member in assistants):
+    ends = {member: _ends(sequence.tracks[member], len(b"".join(spelt))) for member in assistants}
+    for number in range(len(spelt)):
+        rest = b"".join(spelt[number:])
+        behind = {member: ends[member].get(len(rest), -1) for member in assistants}
+        if not _is_within_character(rest) and all(
+            0 <= behind[member] < len(parts[member]) for member in assistants
+        ):
             rows = {m: _row(parts[m], len(parts[m]) - 1 - behind[m]) for m in assistants}
             following = {
                 m: sequence.tracks[m].completion_ids[-behind[m]] if behind[m] else None for m in assistants
@@ -279,7 +283,7 @@ def _row(part: Candidates, row: int) -> Candidates:
 
 
 def _is_decided(place: _Place) -> bool:
-    """Whether the assistants' agreement with main's greedy token decides: each has it on top, or their mean is over 1/2.
+    """Whether the assistants agree with main's greedy token: each has it on top, or their mean of it is over 1/2.
 
     Then no weighted sum of distributions has another token on top. Biases and reports need the fused numbers.
     """
@@ -325,7 +329,9 @@ def _fuse(group: abc.Sequence[_Place], num_candidates: int, judged: _Judged) -> 
         others = {member: part.best(num_candidates) for member, part in others.items()}
     parts = [main, *(part.to(main.token_ids.device) for part in others.values())]
     turns = [place.turn for place in group]
-    fused = fuse_rows(turns, parts)
+    fusion = turns[0].recipe.fusion
+    assert fusion is not None
+    fused = fusion.fuse(parts, torch.tensor([turn.recipe.weights for turn in turns], device=main.tail.device))
     seconds = time.perf_counter() - started
     sequences = [turn.sequence for turn in turns]
     shaped = shape(fused, sequences, [None] * len(group))
