@@ -2,8 +2,8 @@
 
 A drafted token is judged where the text before it ends with a character and on a token boundary of every assistant,
 in the spelling of the text with the whole draft (the place is *sound*), unless the assistants agree with it anyway (it
-is not *needed*). The first judged token that the fusion would have chosen otherwise is replaced, and what follows it is
-taken back. At all other places main's token stands. Source: SAFE (arXiv 2510.15346), docs/methods.md.
+is not *needed*). The first judged token that the fusion would have chosen otherwise is replaced, and what follows it
+is taken back. At all other places main's token stands. Source: SAFE (arXiv 2510.15346), docs/methods.md.
 
 A drafted token is what main alone would choose at its place with the place's own random number, and the fusion
 chooses with the same number. So a sampled text is the very text that the rule gives without drafts, and the more
