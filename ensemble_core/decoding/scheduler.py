@@ -81,6 +81,7 @@ class Scheduler:
         self._limits = limits
         self._fresh: set[Sequence] = set()  # running, but have not begun
         self._settled = False  # while no place is free: nothing has changed since the last round of admission
+        self._passed_over = False  # the last round of admission left some waiting
         self._read: dict[str | None, Sequence] = {}  # group -> a sequence that has read the prompt, or failed
         self.pace = Pace(limits.max_stretch)
         for name, capacity in capacities.items():
@@ -103,10 +104,10 @@ class Scheduler:
                 f"prompts x n must be at most {limits.max_waiting} (scheduler.max_waiting), got {len(sequences)}",
                 "n",
             )
-        room = limits.max_waiting - len(self.waiting)
+        room = self._room()
         if len(sequences) > room:
             raise QueueFullError(
-                f"the queue has room for {max(room, 0)} of {limits.max_waiting} waiting sequences, this "
+                f"the queue of {limits.max_waiting} sequences has room for {max(room, 0)}, this "
                 f"request needs {len(sequences)}; try again later, or raise scheduler.max_waiting"
             )
         queued = sum(len(s.main.prompt_ids) for s in self.waiting)
@@ -118,6 +119,15 @@ class Scheduler:
             )
         self.waiting.extend(sequences)
         self._settled = False
+
+    def _room(self) -> int:
+        """Sequences that may still come: those that free places will take do not count as waiting.
+
+        So a burst between two steps is not refused while places are free. A place is free if the last round of
+        admission left nobody waiting: otherwise pages are short.
+        """
+        places = 0 if self._passed_over else self._limits.max_running - len(self.running)
+        return self._limits.max_waiting - len(self.waiting) + places
 
     def schedule(self) -> list[Share]:
         """The shares of the next step, to be called after `admit`: all decodes, then prefill as the budget allows."""
@@ -163,6 +173,7 @@ class Scheduler:
         if self.waiting and not (self._settled and len(self.running) >= self._limits.max_running):
             preempted += self._let_in()
             self._settled = True
+        self._passed_over = bool(self.waiting)
         return preempted
 
     def _make_room(self) -> list[Sequence]:

@@ -381,17 +381,31 @@ def test_every_cut_back_token_is_told() -> None:
 
 def test_a_full_queue_takes_all_or_none() -> None:
     member = FakeMember()
-    engine = fake_engine([member], max_waiting=2)
+    engine = fake_engine([member], max_waiting=2, max_running=1)
     recipe: Recipe = ensemble([member])
-    made = [sequence(i, "a", [member], recipe, SamplingParams(max_tokens=2)) for i in range(3)]
+    made = [sequence(i, "a", [member], recipe, SamplingParams(max_tokens=2)) for i in range(4)]
     with pytest.raises(InvalidRequestError, match="max_waiting"):  # it could never succeed
-        engine.add(made)
+        engine.add(made[:3])
     assert not engine.has_work
     engine.add(made[:1])
-    with pytest.raises(QueueFullError, match="max_waiting"):
-        engine.add(made[1:])
+    engine.step()  # it runs, so nothing waits and no place is free
     engine.add(made[1:2])
-    assert run(engine).keys() == {0, 1}
+    with pytest.raises(QueueFullError, match="max_waiting"):
+        engine.add(made[2:])
+    engine.add(made[2:3])
+    assert run(engine).keys() == {0, 1, 2}
+
+
+def test_a_burst_is_not_refused_while_places_are_free() -> None:
+    member = FakeMember()
+    engine = fake_engine([member], max_waiting=2, max_running=3)
+    recipe: Recipe = ensemble([member])
+    made = [sequence(i, "a", [member], recipe, SamplingParams(max_tokens=2)) for i in range(6)]
+    for each in made[:5]:
+        engine.add([each])
+    with pytest.raises(QueueFullError, match="has room for 0"):
+        engine.add(made[5:])
+    assert run(engine).keys() == set(range(5))
 
 
 def test_sequences_wait_for_pages() -> None:

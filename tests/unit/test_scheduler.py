@@ -65,11 +65,13 @@ class Walk:
         self.made: list[Sequence] = []
         self.queued: list[int] = []  # in order of arrival
         self.admitted: list[int] = []
+        self.passed_over = False  # the last round of admission left some waiting
 
     def add(self) -> None:
         batch = [self.new() for _ in range(self.rng.randint(1, 4))]
         before = list(self.scheduler.waiting)
-        if len(before) + len(batch) > self.limits.max_waiting:
+        places = 0 if self.passed_over else self.limits.max_running - len(self.scheduler.running)
+        if len(before) + len(batch) > self.limits.max_waiting + places:
             with pytest.raises(QueueFullError, match="max_waiting"):
                 self.scheduler.add(batch)
             assert list(self.scheduler.waiting) == before
@@ -85,6 +87,7 @@ class Walk:
 
     def step(self) -> None:
         shares = planned(self.scheduler)
+        self.passed_over = bool(self.scheduler.waiting)
         self.note_admitted()
         self.check_shares(shares)
         assert all(self.scheduler.reserved(member) <= CAPACITIES[member].num_pages for member in CAPACITIES)
