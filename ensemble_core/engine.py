@@ -169,7 +169,7 @@ class Engine:
             if sequence.is_finished:
                 continue
             with own_fault(sequence):
-                sequence.decide(decision.tokens, decision.draft)
+                sequence.decide(decision.tokens, decision.draft, decision.ends)
                 for verdict in decision.verdicts:
                     sequence.habits.learn(verdict)
                 if decision.tokens:
@@ -189,13 +189,16 @@ class Engine:
 
     def _respell(self, sequence: Sequence, rollbacks: dict[str, int]) -> None:
         text, mid_character = sequence.spelling
-        if mid_character:
-            return
+        if mid_character or (sequence.ends is not None and not sequence.drafted):
+            return  # there is nothing to spell, or nothing new
         for member in sequence.recipe.members[1:]:
             track = sequence.tracks[member]
             if dropped := track.respell(text):
                 rollbacks[member] = rollbacks.get(member, 0) + dropped
             if len(track) > self.members[member].max_len:
+                if sequence.cramp():
+                    self._respell(sequence, rollbacks)
+                    return
                 sequence.finish("length")
 
     def _retire(self) -> list[News]:

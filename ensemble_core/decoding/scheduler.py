@@ -30,6 +30,7 @@ from dataclasses import dataclass, field
 from ensemble_core.decoding.fairness import FairQueue
 from ensemble_core.decoding.modes.base import Ask, mode_of
 from ensemble_core.decoding.pace import LEAST, SCORING, Pace, WorkKind
+from ensemble_core.decoding.rhythm import Rhythm
 from ensemble_core.decoding.sequence import Phase, Sequence
 from ensemble_core.errors import InvalidRequestError, QueueFullError
 
@@ -84,6 +85,7 @@ class Scheduler:
         self._passed_over = False  # the last round of admission left some waiting
         self._read: dict[str | None, Sequence] = {}  # group -> a sequence that has read the prompt, or failed
         self.pace = Pace(limits.max_stretch)
+        self.rhythm = Rhythm()
         for name, capacity in capacities.items():
             assert capacity.page_size * capacity.num_pages >= capacity.max_len, f"{name}: too few pages for one"
 
@@ -132,7 +134,7 @@ class Scheduler:
     def schedule(self) -> list[Share]:
         """The shares of the next step, to be called after `admit`: all decodes, then prefill as the budget allows."""
         left = dict.fromkeys(self._capacities, self._limits.token_budget)
-        shares = [_decode_share(s) for s in self.running if s.phase is Phase.DECODE]
+        shares = self._decode_shares([s for s in self.running if s.phase is Phase.DECODE])
         for share in shares:
             _spend(left, share.counts)
         followers = self._followers()
@@ -143,6 +145,14 @@ class Scheduler:
         most = self._limits.token_budget if granted is None else granted
         left = {member: max(min(tokens, most), 1) for member, tokens in left.items()}  # 1: prompts make progress
         return shares + _prefill_shares(prompts, left, math.inf if granted is None else granted)
+
+    def _decode_shares(self, sequences: list[Sequence]) -> list[Share]:
+        """The next steps of decoding sequences, on one beat."""
+        modes = [mode_of(s.recipe.mode) for s in sequences]
+        prospects = [mode.prospect(s) for mode, s in zip(modes, sequences, strict=True)]
+        beat = self.rhythm.beat([p for p in prospects if p is not None])
+        plans = [mode.plan(s, beat) for mode, s in zip(modes, sequences, strict=True)]
+        return [_deciding_share(s, plan, prefill=False) for s, plan in zip(sequences, plans, strict=True)]
 
     def beginners(self) -> Iterator[tuple[Sequence, Sequence | None]]:
         """Each admitted sequence once, when it begins, with a sequence of its group that has read the prompt, if any.
@@ -347,14 +357,6 @@ def _untouched(sequence: Sequence) -> bool:
     return sequence.phase is Phase.PREFILL and not any(t.num_cached for t in sequence.tracks.values())
 
 
-def _decode_share(sequence: Sequence) -> Share:
-    return _deciding_share(sequence, _plan(sequence), prefill=False)
-
-
-def _plan(sequence: Sequence) -> Mapping[str, Ask]:
-    return mode_of(sequence.recipe.mode).plan(sequence)
-
-
 def _deciding_share(sequence: Sequence, plan: Mapping[str, Ask], prefill: bool) -> Share:
     counts = {member: ask.count for member, ask in plan.items()}
     wanted = {member: ask.wanted for member, ask in plan.items()}
@@ -393,7 +395,7 @@ def _prefill_share(sequence: Sequence, left: Mapping[str, int], positions: float
     decides in a step with only its last token, since only that position needs main's whole vocabulary.
     """
     rest = {member: track.num_uncached for member, track in sequence.tracks.items()}
-    plan = _plan(sequence)
+    plan = mode_of(sequence.recipe.mode).plan(sequence)
     apart = sequence.scoring and sequence.constraint is not None
     ready = sequence.scores.num_ready if sequence.scores is not None and sequence.scoring else 0
     fits = all(count <= (left[m] if m in plan and not apart else 1) for m, count in rest.items())

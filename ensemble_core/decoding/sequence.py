@@ -40,10 +40,14 @@ class Choice:
 
 @dataclass(frozen=True, slots=True)
 class Drafted:
-    """A token at the end of main's track that is not final. note: what its mode wants to remember of it."""
+    """A token at the end of main's track that is not final.
+
+    note: what its mode wants to remember of it. held: assistants do not spell it yet, nor what follows.
+    """
 
     token_id: int
     note: object = None
+    held: bool = False
 
 
 @dataclass(slots=True)
@@ -73,7 +77,8 @@ class Sequence:
     grammar. scores: log-probabilities of the prompt, if they are asked for. likelihood: of the prompt in every
     member, if the weights depend on it. dropped: members that it has lost; recipe and tracks no longer hold them.
     num_reused: prompt tokens that main had cached at the start. drafted: the tokens at the end of main's track that
-    are not final; no client has seen them. habits: what its mode has learnt of its drafts.
+    are not final; no client has seen them. habits: what its mode has learnt of its drafts. cramped: an assistant has
+    no room for a draft of more than one token. ends: what its mode wants to remember of the end of the final text.
     """
 
     seq_id: int
@@ -88,6 +93,8 @@ class Sequence:
     num_reused: int = 0
     drafted: tuple[Drafted, ...] = ()
     habits: Habits = field(default_factory=Habits)
+    cramped: bool = False
+    ends: object = None
     phase: Phase = Phase.WAITING
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
@@ -132,9 +139,23 @@ class Sequence:
 
     @property
     def spelling(self) -> tuple[str, bool]:
-        """The text for assistants in whole characters, draft included, and whether it ends within a character."""
+        """The text for assistants in whole characters, and whether it ends within one. What is held is left out."""
+        held = next((i for i, each in enumerate(self.drafted) if each.held), len(self.drafted))
+        return self.spelling_of(held)
+
+    def spelling_of(self, num_drafted: int, more: tuple[int, ...] = ()) -> tuple[str, bool]:
+        """The same for the final text with so many drafted tokens and `more` of main's tokens behind it."""
         spell = self.main.vocabulary.text_bytes
-        return self.spelt.foresee(b"".join(spell(each.token_id) for each in self.drafted))
+        ids = (*(each.token_id for each in self.drafted[:num_drafted]), *more)
+        return self.spelt.foresee(b"".join(map(spell, ids)))
+
+    @property
+    def num_spelt(self) -> int:
+        """Drafted tokens that the assistants' tracks spell: those that are not held, up to a whole character."""
+        count = next((i for i, each in enumerate(self.drafted) if each.held), len(self.drafted))
+        while count and self.spelling_of(count)[1]:
+            count -= 1
+        return count
 
     @property
     def mid_character(self) -> bool:
@@ -160,12 +181,13 @@ class Sequence:
             self._drawn.append(self.rng.random())
         return self._drawn[ahead]
 
-    def decide(self, tokens: Iterable[Choice], draft: Iterable[Drafted] = ()) -> None:
+    def decide(self, tokens: Iterable[Choice], draft: Iterable[Drafted] = (), ends: object = None) -> None:
         """Make main's track end with `tokens`, now final, followed by `draft`. May finish the sequence.
 
         Their common prefix with the old draft stays cached; the rest of the old draft is taken back.
         """
         tokens = tuple(tokens)
+        self.ends = ends if tokens else self.ends
         self.phase = Phase.DECODE
         self._redraft([*(Drafted(choice.token_id) for choice in tokens), *draft])
         for choice in tokens:
@@ -203,6 +225,14 @@ class Sequence:
             self.constraint.accept(choice.token_id)
         self._spell(choice.token_id)
         self._maybe_finish(choice.token_id)
+
+    def cramp(self) -> bool:
+        """Draft one character at most, now and later. False if that was so already, or nothing is gained by it."""
+        shorter = not self.cramped and len(self.drafted) > 1
+        self.cramped = True
+        if shorter:
+            self._redraft(list(self.drafted[:1]))
+        return shorter
 
     def take(self) -> Output:
         """The output since the last one. The first output also carries the prompt's ids and reports."""

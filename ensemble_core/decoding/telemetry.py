@@ -111,7 +111,12 @@ class Telemetry:
             decoded = not all(prefill for prefill, _ in counts)
             parts[name, step.scoring] = Work(attempt.ended - attempt.started, num_tokens, decoded)
         num_decoding = sum(not share.prefill for share in step.shares)
-        self._scheduler.pace.record(num_decoding, time.perf_counter() - step.started, parts)
+        seconds = time.perf_counter() - step.started
+        self._scheduler.pace.record(num_decoding, seconds, parts)
+        if num_decoding == len(step.shares):
+            mains = [share.counts.get(share.sequence.recipe.main, 0) for share in step.shares]
+            read = sum(sum(share.counts.values()) for share in step.shares) - sum(mains)
+            self._scheduler.rhythm.record(sum(map(bool, mains)), read, seconds)
 
 
 def _member_stats(name: str, attempt: Attempt, step: Step, last: float) -> MemberStats:

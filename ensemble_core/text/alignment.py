@@ -38,6 +38,7 @@ class Track:
     num_cached: int = 0
     num_held: int = 0
     _text: str | None = None  # what the completion ids spell, if they were respelt
+    _foreseen: tuple[str, int, list[int]] | None = None  # a text, and what `_spell` says of it
 
     def __len__(self) -> int:
         return len(self.prompt_ids) + len(self.completion_ids)
@@ -61,7 +62,7 @@ class Track:
     def append(self, token_id: int) -> None:
         """Main's way: the sampled token is the truth."""
         self.completion_ids.append(token_id)
-        self._text = None
+        self._text = self._foreseen = None
 
     def take_back(self, count: int) -> int:
         """Main's way back: its last `count` completion tokens go; returns the cached tokens to drop.
@@ -77,14 +78,25 @@ class Track:
 
         At least one token is left to feed, so that the member has an answer for the new position.
         """
-        place, tail = _spell(self.vocabulary, self.completion_ids, self._text, text)
+        place, tail = self._spelling(text)
         kept = place + _common_prefix(self.completion_ids[place:], tail)
         return self._replace_from(place, kept, tail, text)
+
+    def foresee(self, text: str) -> int:
+        """How many of the first completion tokens would stay what they are in the spelling of `text`."""
+        place, tail = self._spelling(text)
+        self._foreseen = text, place, tail
+        return place + _common_prefix(self.completion_ids[place:], tail)
+
+    def _spelling(self, text: str) -> tuple[int, list[int]]:
+        if self._foreseen is not None and self._foreseen[0] == text:
+            return self._foreseen[1:]
+        return _spell(self.vocabulary, self.completion_ids, self._text, text)
 
     def _replace_from(self, place: int, kept: int, tail: list[int], text: str | None) -> int:
         """Put `tail` after the first `place` completion tokens; the first `kept` of all are what they were."""
         self.completion_ids[place:] = tail
-        self._text = text
+        self._text, self._foreseen = text, None
         valid = min(self.num_cached, len(self.prompt_ids) + kept, len(self) - 1)
         dropped, self.num_cached = self.num_cached - valid, valid
         return dropped

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from ensemble_core.decoding.habits import Verdict
 from ensemble_core.decoding.recipe import ModeChoice, Recipe
+from ensemble_core.decoding.rhythm import Beat, Prospect
 from ensemble_core.decoding.sequence import Choice, Drafted, Sequence
 from ensemble_core.registry import Registry
 from ensemble_core.stats import FusionStats, Reason
@@ -78,6 +79,7 @@ class Decision:
     sequence: Sequence
     tokens: tuple[Choice, ...] = ()
     draft: tuple[Drafted, ...] = ()
+    ends: object = None
     unsound: tuple[str, ...] = ()
     error: str | None = None
     verdicts: tuple[Verdict, ...] = ()
@@ -105,7 +107,10 @@ def joined(parts: Iterable[Outcome]) -> Outcome:
 class Mode(Protocol):
     """A way to take a sequence's next step. Stateless: one object serves all sequences with the same options."""
 
-    def plan(self, sequence: Sequence) -> Mapping[str, Ask]:
+    def prospect(self, sequence: Sequence) -> Prospect | None:
+        """What the draft of a decoding sequence promises; None: its steps do not depend on the beat."""
+
+    def plan(self, sequence: Sequence, beat: Beat = Beat()) -> Mapping[str, Ask]:  # noqa: B008, it is frozen
         """What the next deciding step asks of each member, main first, at least one. Members left out are not fed.
 
         Called before each prefill chunk and each decode step, so it must be cheap and must not touch tensors. During

@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict
 
 from ensemble_core.decoding import reports
 from ensemble_core.decoding.modes.base import MODES, Ask, Decision, Outcome, Turn, joined
+from ensemble_core.decoding.rhythm import Beat
 from ensemble_core.decoding.sampler import greedy, sample
 from ensemble_core.decoding.sequence import Choice, Sequence
 from ensemble_core.decoding.shaping import shape
@@ -42,7 +43,10 @@ class Lockstep:
 
     options: LockstepOptions = field(default_factory=LockstepOptions)
 
-    def plan(self, sequence: Sequence) -> dict[str, Ask]:
+    def prospect(self, sequence: Sequence) -> None:
+        """Nothing is drafted."""
+
+    def plan(self, sequence: Sequence, beat: Beat = Beat()) -> dict[str, Ask]:  # noqa: B008, it is frozen
         """Feed each member its uncached tokens; only main while the last character is incomplete."""
         members = sequence.recipe.members
         asked = members[:1] if sequence.mid_character else members

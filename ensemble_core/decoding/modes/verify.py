@@ -1,17 +1,15 @@
 """The verify mode: main drafts some tokens, then every assistant reads them in one forward and the ensemble decides.
 
-A drafted token is judged where the text before it ends with a character and on a token boundary of every assistant,
-in the spelling of the text with the whole draft (the place is *sound*), unless the assistants agree with it anyway (it
-is not *needed*). The first judged token that the fusion would have chosen otherwise is replaced, and what follows it
-is taken back. At all other places main's token stands. Source: SAFE (arXiv 2510.15346), docs/methods.md.
+A drafted token is judged where the place before it is *sound* (`places.py`), unless the assistants agree with it
+anyway (it is not *needed*). The first judged token that the fusion would have chosen otherwise is replaced, and what
+follows it is taken back. At all other places main's token stands. Source: SAFE (arXiv 2510.15346), docs/methods.md.
 
 A drafted token is what main alone would choose at its place with the place's own random number, and the fusion
-chooses with the same number. So a sampled text is the very text that the rule gives without drafts, and the more
-alike the distributions, the more often a draft stays.
+chooses with the same number. So a text is the very text that the rule gives one token at a time: it depends neither
+on how long drafts are nor on other sequences. The more alike the distributions, the more often a draft stays.
 
-A step feeds a sequence to main, which drafts one more token, or to the assistants, which read the draft. Texts whose
-shaping depends on the tokens before (penalties, JSON, min_tokens) step in lockstep, and so does the first token of
-every text.
+The beat (`decoding/rhythm.py`) says whether main drafts, the assistants read, or both. Texts whose shaping depends on
+the tokens before (penalties, JSON, min_tokens) step in lockstep, and so does the first token of every text.
 
 Knows tracks, candidates and fusions; does not know scheduling or caches.
 """
@@ -21,7 +19,7 @@ from __future__ import annotations
 import time
 from collections import abc
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal
 
 import torch
@@ -32,16 +30,24 @@ from ensemble_core.decoding import reports
 from ensemble_core.decoding.habits import Verdict
 from ensemble_core.decoding.modes.base import MODES, Ask, Decision, Outcome, Turn, joined
 from ensemble_core.decoding.modes.lockstep import Lockstep, failed, narrow_main, width_of
+from ensemble_core.decoding.modes.places import (
+    Note,
+    Spot,
+    held,
+    hold,
+    is_complete,
+    located,
+    note_of,
+    num_judged,
+    num_reading,
+)
+from ensemble_core.decoding.rhythm import LONGEST, Beat, Prospect
 from ensemble_core.decoding.sampler import greedy, sample
 from ensemble_core.decoding.sequence import Choice, Drafted, Sequence
 from ensemble_core.decoding.shaping import shape
 from ensemble_core.fusion.base import Fused, single
 from ensemble_core.members.base import Answers, Candidates, stacked
 from ensemble_core.stats import FusionStats
-from ensemble_core.text.alignment import Track
-
-LONGEST = 8  # tokens that `auto` drafts at most: clients get them all at once
-_WORTH = 0.6  # `auto` drafts on while the whole draft is likelier to stay than this
 
 
 class VerifyOptions(BaseModel):
@@ -50,7 +56,8 @@ class VerifyOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     draft: Literal["auto"] | Annotated[int, Field(ge=1, le=16)] = Field(
-        "auto", description="Tokens of a draft; auto: as many as are likely to stay, by main's certainty."
+        "auto",
+        description="Tokens of a draft; auto: as many as pay, by main's certainty, by what stayed and by cost.",
     )
     needed: Literal["consensus", "always"] = Field(
         "consensus",
@@ -59,32 +66,23 @@ class VerifyOptions(BaseModel):
 
 
 @dataclass(frozen=True, slots=True)
-class _Note:
-    """What is kept of a drafted token: what main said at its place, and whether the draft ends with it."""
-
-    main: Candidates  # one row
-    certainty: float  # main's probability of the token
-    due: bool
-
-
-@dataclass(frozen=True, slots=True)
 class _Place:
-    """A drafted token that can be judged. rows, following: assistant -> its candidates, its own next token."""
+    """A drafted token that can be judged. rows: assistant -> its candidates there."""
 
     turn: Turn
     number: int
+    drafted: Drafted
     rows: Mapping[str, Candidates]
-    following: Mapping[str, int | None]
-
-    @property
-    def note(self) -> _Note:
-        """What was kept of the token."""
-        return _note(self.turn.sequence.drafted[self.number])
 
     @property
     def token_id(self) -> int:
         """The drafted token."""
-        return self.turn.sequence.drafted[self.number].token_id
+        return self.drafted.token_id
+
+    @property
+    def note(self) -> Note:
+        """What was kept of it."""
+        return note_of(self.drafted)
 
 
 @dataclass(slots=True)
@@ -96,6 +94,9 @@ class _Judged:
     fusions: list[FusionStats] = field(default_factory=list)
 
 
+_Ends = Mapping[str, tuple[int, Candidates]]  # assistant -> tokens of its completion, what it said behind them
+
+
 @MODES.register("verify", VerifyOptions)
 @dataclass(frozen=True)
 class Verify:
@@ -103,18 +104,26 @@ class Verify:
 
     options: VerifyOptions = field(default_factory=VerifyOptions)
 
-    def plan(self, sequence: Sequence) -> Mapping[str, Ask]:
-        """Main's next token, or every assistant's reading of the draft if it is due."""
+    def prospect(self, sequence: Sequence) -> Prospect | None:
+        """See `Mode.prospect`."""
+        if _in_lockstep(sequence):
+            return None
+        length, habits, likely = len(sequence.drafted), sequence.habits, 1.0
+        for each in sequence.drafted:
+            likely *= habits.survival(note_of(each).certainty)
+        fixed = self.options.draft != "auto"
+        longest = self.options.draft if isinstance(self.options.draft, int) else LONGEST
+        complete, unread = is_complete(sequence), num_judged(sequence)
+        due = unread > 0 and (complete or sequence.cramped or length >= longest)
+        return Prospect(unread, likely, habits.average, due, fixed and length < longest, complete)
+
+    def plan(self, sequence: Sequence, beat: Beat = Beat()) -> Mapping[str, Ask]:  # noqa: B008, it is frozen
+        """Main's next token, every assistant's reading of the draft, or both."""
         if _in_lockstep(sequence):
             return Lockstep().plan(sequence)
-        if not _is_due(sequence):
-            return {sequence.recipe.main: Ask(sequence.main.num_uncached)}
-        num_bytes = len(b"".join(_spelt(sequence)))
-        return {
-            member: Ask(track.num_uncached, min(track.num_uncached, _num_reading(track, num_bytes)))
-            for member, track in sequence.tracks.items()
-            if member != sequence.recipe.main
-        }
+        main = {sequence.recipe.main: Ask(sequence.main.num_uncached)}
+        readings = _readings(sequence) if beat.read and num_judged(sequence) else {}
+        return readings if readings and (is_complete(sequence) or not beat.draft) else main | readings
 
     @torch.inference_mode()
     def decide(self, turns: abc.Sequence[Turn], answers: Mapping[str, Answers], num_candidates: int) -> Outcome:
@@ -128,51 +137,21 @@ class Verify:
 
     def _decide(self, turns: abc.Sequence[Turn], answers: Mapping[str, Answers], num_candidates: int) -> Outcome:
         started = time.perf_counter()
-        decisions = self._draft([turn for turn in turns if not _is_due(turn.sequence)], answers, num_candidates)
+        drafts = {turn.sequence.seq_id: located(turn.sequence) for turn in turns}
+        more = _more([turn for turn in turns if turn.recipe.main in turn.feeds], answers, num_candidates)
         sampling = time.perf_counter() - started
-        due = [_with_finite(turn, answers) for turn in turns if _is_due(turn.sequence)]
-        decisions += [_failed(turn) for turn in due if not _can_go_on(turn)]
-        due = [turn for turn in due if _can_go_on(turn)]
-        judged = self._judge([place for turn in due for place in _places(turn, answers)], num_candidates)
-        decisions += [_decision(turn, judged) for turn in due]
-        return Outcome(decisions, judged.fusions, sampling)
-
-    def _draft(
-        self, turns: abc.Sequence[Turn], answers: Mapping[str, Answers], num_candidates: int
-    ) -> list[Decision]:
-        """Put what main alone would choose after each draft."""
-        groups: dict[tuple[str, int, int, bool], list[Turn]] = {}
+        read = [_with_finite(turn, answers) for turn in turns if _is_read(turn)]
+        lost = [turn for turn in read if not _can_go_on(turn)]
+        read = [turn for turn in read if _can_go_on(turn)]
+        places = [place for turn in read for place in _places(turn, drafts[turn.sequence.seq_id], answers)]
+        judged = self._judge(places, num_candidates)
+        decisions = [_failed(turn) for turn in lost]
+        decisions += [_verdict(turn, drafts[turn.sequence.seq_id], more, judged, answers) for turn in read]
         for turn in turns:
-            main = turn.recipe.main
-            block = answers[main].spans[turn.feeds[main]].block
-            key = (main, block, width_of(turn, num_candidates), _is_whole(turn))
-            groups.setdefault(key, []).append(turn)
-        decisions = []
-        for (main, *_), group in groups.items():
-            rows = answers[main].last([turn.feeds[main] for turn in group])
-            if not _is_whole(group[0]):
-                rows = narrow_main(group, rows, num_candidates)
-            sequences, ahead = [t.sequence for t in group], [len(t.sequence.drafted) for t in group]
-            tokens = sample(shape(single(rows), sequences, [None] * len(group)), sequences, ahead)
-            certainties = _probabilities(rows, torch.tensor(tokens, device=rows.token_ids.device))
-            for i, (turn, token, certainty) in enumerate(zip(group, tokens, certainties, strict=True)):
-                note = _Note(_row(rows, i), certainty, self._ends_draft(turn.sequence, token, certainty))
-                draft = (*turn.sequence.drafted, Drafted(token, note))
-                decisions.append(Decision(turn.sequence, draft=draft) if token >= 0 else _failed(turn))
-        return decisions
-
-    def _ends_draft(self, sequence: Sequence, token: int, certainty: float) -> bool:
-        """Whether the assistants should read the draft once `token` is its last."""
-        length = len(sequence.drafted) + 1
-        num_left = sequence.request.params.max_tokens - sequence.num_completion_tokens
-        if length >= num_left or sequence.stops_at(token):
-            return True
-        if self.options.draft != "auto":
-            return length >= self.options.draft
-        likely = sequence.habits.survival(certainty)
-        for each in sequence.drafted:
-            likely *= sequence.habits.survival(_note(each).certainty)
-        return likely < _WORTH or length >= LONGEST
+            if not _is_read(turn):
+                draft = drafts[turn.sequence.seq_id]
+                decisions.append(_drafted(turn, draft, more.get(turn.sequence.seq_id)))
+        return Outcome(decisions, judged.fusions, sampling)
 
     def _judge(self, places: abc.Sequence[_Place], num_candidates: int) -> _Judged:
         """Fuse at all places that need it, those of a kind at once."""
@@ -198,14 +177,20 @@ def _in_lockstep(sequence: Sequence) -> bool:
     return begins or bound or params.penalises
 
 
-def _note(drafted: Drafted) -> _Note:
-    assert isinstance(drafted.note, _Note)
-    return drafted.note
+def _readings(sequence: Sequence) -> dict[str, Ask]:
+    """What assistants are asked that have yet to read any of the draft."""
+    spots = [note_of(each).spots or {} for each in located(sequence)]
+    return {
+        member: Ask(track.num_uncached, num_reading(track, [own[member] for own in spots if member in own]))
+        for member, track in list(sequence.tracks.items())[1:]
+        if track.num_uncached
+    }
 
 
-def _is_due(sequence: Sequence) -> bool:
-    """Whether the draft is complete and ends with a whole character."""
-    return bool(sequence.drafted) and any(_note(e).due for e in sequence.drafted) and not sequence.mid_character
+def _is_read(turn: Turn) -> bool:
+    """Whether assistants were to read the draft, even if all of them are busy or have read it before."""
+    main = turn.sequence.recipe.main
+    return any(member != main for member in (*turn.feeds, *turn.left_out)) or is_complete(turn.sequence)
 
 
 def _is_whole(turn: Turn) -> bool:
@@ -213,36 +198,40 @@ def _is_whole(turn: Turn) -> bool:
     return fusion is not None and fusion.full_vocabulary
 
 
-def _spelt(sequence: Sequence) -> list[bytes]:
-    """The text of each drafted token."""
-    spell = sequence.main.vocabulary.text_bytes
-    return [spell(each.token_id) for each in sequence.drafted]
+def _more(turns: abc.Sequence[Turn], answers: Mapping[str, Answers], num_candidates: int) -> dict[int, Drafted]:
+    """Sequence -> what main alone would choose behind its draft; -1: the numbers were not finite."""
+    groups: dict[tuple[str, int, int, bool], list[Turn]] = {}
+    for turn in turns:
+        main = turn.recipe.main
+        block = answers[main].spans[turn.feeds[main]].block
+        groups.setdefault((main, block, width_of(turn, num_candidates), _is_whole(turn)), []).append(turn)
+    drafted = {}
+    for (main, _, _, whole), group in groups.items():
+        rows = answers[main].last([turn.feeds[main] for turn in group])
+        rows = rows if whole else narrow_main(group, rows, num_candidates)
+        sequences, ahead = [t.sequence for t in group], [len(t.sequence.drafted) for t in group]
+        tokens = sample(shape(single(rows), sequences, [None] * len(group)), sequences, ahead)
+        certainties = _probabilities(rows, torch.tensor(tokens, device=rows.token_ids.device))
+        for i, (turn, token, certainty) in enumerate(zip(group, tokens, certainties, strict=True)):
+            drafted[turn.sequence.seq_id] = Drafted(token, Note(_row(rows, i), certainty))
+    return drafted
 
 
-def _is_within_character(rest: bytes) -> bool:
-    """Whether what follows a place begins within a character of UTF-8."""
-    return rest[:1] != b"" and rest[0] & 0xC0 == 0x80
-
-
-def _num_reading(track: Track, num_bytes: int) -> int:
-    """Answers that cover the last `num_bytes` of a track's text, the place before them included."""
-    return 1 + max(_ends(track, num_bytes).values())
-
-
-def _ends(track: Track, num_bytes: int) -> dict[int, int]:
-    """Bytes from the end of the text -> tokens from the end, of each token boundary in the last `num_bytes`."""
-    spell, found, rest = track.vocabulary.text_bytes, {0: 0}, 0
-    for number, token_id in enumerate(reversed(track.completion_ids), 1):
-        rest += len(spell(token_id))
-        if rest > num_bytes:
-            break
-        found.setdefault(rest, number)
-    return found
+def _drafted(turn: Turn, draft: tuple[Drafted, ...], more: Drafted | None) -> Decision:
+    """The decision of a turn that was not read: what main drafted follows the draft."""
+    sequence = turn.sequence
+    assert more is not None, "a turn that is not read is fed to main"
+    if more.token_id < 0:
+        return _failed(turn)
+    longer = (*draft, more)
+    return Decision(
+        sequence, draft=held(longer, sequence.num_spelt) if hold(sequence, draft, more.token_id) else longer
+    )
 
 
 def _with_finite(turn: Turn, answers: Mapping[str, Answers]) -> Turn:
     """The turn without assistants whose numbers are not finite."""
-    assistants = [member for member in turn.feeds if member != turn.recipe.main]
+    assistants = [member for member in turn.feeds if member != turn.sequence.recipe.main]
     broken = [
         m for m in assistants if not bool(answers[m].of(turn.feeds[m]).logprobs.amax(dim=1).isfinite().all())
     ]
@@ -256,26 +245,29 @@ def _can_go_on(turn: Turn) -> bool:
     )
 
 
-def _places(turn: Turn, answers: Mapping[str, Answers]) -> Iterator[_Place]:
-    """The sound places of a draft that is due."""
-    sequence, main = turn.sequence, turn.recipe.main
-    assistants = [member for member in turn.feeds if member != main]
-    if not assistants or not _is_due(sequence):
-        return
-    spelt = _spelt(sequence)
-    parts = {member: answers[member].of(turn.feeds[member]) for member in assistants}
-    ends = {member: _ends(sequence.tracks[member], len(b"".join(spelt))) for member in assistants}
-    for number in range(len(spelt)):
-        rest = b"".join(spelt[number:])
-        behind = {member: ends[member].get(len(rest), -1) for member in assistants}
-        if not _is_within_character(rest) and all(
-            0 <= behind[member] < len(parts[member]) for member in assistants
-        ):
-            rows = {m: _row(parts[m], len(parts[m]) - 1 - behind[m]) for m in assistants}
-            following = {
-                m: sequence.tracks[m].completion_ids[-behind[m]] if behind[m] else None for m in assistants
-            }
-            yield _Place(turn, number, rows, following)
+def _places(turn: Turn, draft: tuple[Drafted, ...], answers: Mapping[str, Answers]) -> Iterator[_Place]:
+    """The sound places of a draft at which all assistants have answered."""
+    assistants = turn.recipe.members[1:]
+    for number, drafted in enumerate(draft[: num_judged(turn.sequence)]):
+        spots = note_of(drafted).spots or {}
+        if not assistants or not all(member in spots for member in assistants):
+            continue
+        rows = {member: _answer(turn, member, spots[member], answers) for member in assistants}
+        found = {member: row for member, row in rows.items() if row is not None}
+        if len(found) == len(assistants):
+            yield _Place(turn, number, drafted, found)
+
+
+def _answer(turn: Turn, member: str, spot: Spot, answers: Mapping[str, Answers]) -> Candidates | None:
+    """What an assistant said at a spot, now or at the end of the last reading."""
+    if member in turn.feeds:
+        part = answers[member].of(turn.feeds[member])
+        row = len(part) - 1 - len(turn.sequence.tracks[member].completion_ids) + spot.before
+        if row >= 0:
+            return _row(part, row)
+    ends: _Ends = turn.sequence.ends or {}  # type: ignore[assignment]
+    count, said = ends.get(member, (-1, None))
+    return said if count == spot.before else None
 
 
 def _row(part: Candidates, row: int) -> Candidates:
@@ -295,9 +287,10 @@ def _is_decided(place: _Place) -> bool:
     if not text:
         return False
     on_top, total, mean = True, 0.0, 0.0
+    spots = place.note.spots or {}
     weights = dict(zip(place.turn.recipe.members, place.turn.recipe.weights, strict=True))
     for member, row in place.rows.items():
-        own = place.following[member]
+        own = spots[member].following
         top = int(greedy(row.token_ids, row.logprobs))
         on_top &= top == own or tracks[member].vocabulary.text_bytes(top) == text
         total += weights[member]
@@ -347,22 +340,45 @@ def _failed(turn: Turn) -> Decision:
     return failed(turn, tuple(member for member, reason in turn.left_out.items() if reason == "non_finite"))
 
 
-def _decision(turn: Turn, judged: _Judged) -> Decision:
-    """What becomes of a draft that is due: it stays, or what was chosen otherwise ends it."""
+def _verdict(
+    turn: Turn,
+    draft: tuple[Drafted, ...],
+    more: Mapping[int, Drafted],
+    judged: _Judged,
+    answers: Mapping[str, Answers],
+) -> Decision:
+    """What becomes of a draft that was read: it stays, or what was chosen otherwise ends it."""
     sequence = turn.sequence
     unsound = tuple(member for member, reason in turn.left_out.items() if reason == "non_finite")
     choices: list[Choice] = []
     verdicts: list[Verdict] = []
-    for number, drafted in enumerate(sequence.drafted):
+    for number, drafted in enumerate(draft[: num_judged(sequence)]):
         key = sequence.seq_id, number
         token = judged.tokens.get(key, drafted.token_id)
         if token < 0:
             return _failed(turn)
         choices.append(_choice(turn, drafted, token, judged.reports.get(key)))
-        verdicts.append(Verdict(_note(drafted).certainty, token == drafted.token_id))
+        verdicts.append(Verdict(note_of(drafted).certainty, token == drafted.token_id))
         if token != drafted.token_id:
-            break
-    return Decision(sequence, tuple(choices), unsound=unsound, verdicts=tuple(verdicts))
+            return Decision(sequence, tuple(choices), unsound=unsound, verdicts=tuple(verdicts))
+    rest = tuple(replace(each, held=False) for each in draft[num_judged(sequence) :])
+    following = more.get(sequence.seq_id)
+    if following is not None and not is_complete(sequence):
+        if following.token_id < 0:
+            return _failed(turn)
+        rest = (*rest, following)
+    return Decision(sequence, tuple(choices), rest, _ends(turn, answers), unsound, verdicts=tuple(verdicts))
+
+
+def _ends(turn: Turn, answers: Mapping[str, Answers]) -> _Ends | None:
+    """What every assistant said behind the text that it has read; None if one of them has not answered."""
+    ends = {}
+    for member, track in list(turn.sequence.tracks.items())[1:]:
+        if member not in turn.feeds:
+            return None
+        last = answers[member].last([turn.feeds[member]])
+        ends[member] = len(track.completion_ids), last
+    return ends
 
 
 def _choice(turn: Turn, drafted: Drafted, token: int, found: tuple[list[Candidates], Fused, int] | None) -> Choice:
@@ -370,7 +386,7 @@ def _choice(turn: Turn, drafted: Drafted, token: int, found: tuple[list[Candidat
     request, main = turn.sequence.request, turn.recipe.main
     if request.params.logprobs is None and not request.trace:
         return Choice(token)
-    own = _note(drafted).main
+    own = note_of(drafted).main
     parts, fused, row = found if found is not None else ([own], single(own), 0)
     scored = trace = None
     if request.params.logprobs is not None:

@@ -1,0 +1,139 @@
+"""When a batch drafts on and when its drafts are read. Pure numbers: no torch, no clock.
+
+A forward costs much for the first row and little for the next, so sequences that draft should share steps, and so
+should those that are read. Each step therefore has one *beat* for all: main drafts one more token for everybody, or
+the assistants read what everybody has drafted, or both. No sequence stands still: in a step that drafts, all draft.
+
+Drafting on gains a token with the probability that the whole draft before it stays. It pays while that gain over its
+cost is above the best rate that a whole cycle of n drafts and one reading can reach. Costs are learnt from finished
+steps, by the number of tokens.
+
+What a beat decides changes when a token is judged, never how. Does not know sequences, members or texts.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+LONGEST = 8  # tokens of a draft at most, if its request does not say more: clients get them all at once
+_MEMORY = 8  # observations kept of each cost
+
+
+@dataclass(frozen=True, slots=True)
+class Prospect:
+    """What a sequence's draft promises.
+
+    num_drafted: tokens that can be read. likely: probability that all of them stay. survival: of one more token. due:
+    it must be read now. eager: it must not be read yet, unless others are. complete: nothing can follow it.
+    """
+
+    num_drafted: int
+    likely: float = 1.0
+    survival: float = 1.0
+    due: bool = False
+    eager: bool = False
+    complete: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Beat:
+    """What a step does: main drafts, assistants read, or both."""
+
+    draft: bool = True
+    read: bool = True
+
+
+class Rhythm:
+    """See the module's docstring."""
+
+    def __init__(self) -> None:
+        self._drafting, self._reading = _Cost(), _Cost()
+
+    def beat(self, prospects: Collection[Prospect]) -> Beat:
+        """The next step of these sequences."""
+        unread = sum(p.num_drafted for p in prospects)
+        if not unread:
+            return Beat(draft=True, read=False)
+        open_ones = [p for p in prospects if not p.complete]
+        worth = bool(open_ones) and self._is_worth(prospects, open_ones, unread)
+        if any(p.due for p in prospects):
+            return Beat(draft=worth, read=True)
+        draft = worth or any(p.eager for p in prospects)
+        return Beat(draft=draft, read=not draft)
+
+    def record(self, num_drafting: int, num_read: int, seconds: float) -> None:
+        """Learn from a step in which main drafted for so many sequences and assistants read so many tokens."""
+        if not num_read:
+            self._drafting.add(num_drafting, seconds)
+        elif not num_drafting:
+            self._reading.add(num_read, seconds)
+        elif self._drafting.known:
+            self._reading.add(num_read, max(seconds - self._drafting(num_drafting), 0.0))
+
+    def _is_worth(self, prospects: Collection[Prospect], open_ones: Sequence[Prospect], unread: int) -> bool:
+        """Whether one more token for each of `open_ones` gains more than it costs."""
+        count = len(open_ones)
+        cost = self._drafting(count) + self._reading(unread + count) - self._reading(unread)
+        survival = sum(p.survival for p in prospects) / len(prospects)
+        return sum(p.likely for p in open_ones) >= cost * self._best_rate(len(prospects), survival)
+
+    def _best_rate(self, batch: int, survival: float) -> float:
+        """Tokens per second of the best cycle: n tokens are drafted for each of `batch` sequences, then read."""
+        best, gain, seconds, likely = 0.0, 0.0, 0.0, 1.0
+        for length in range(1, LONGEST + 1):
+            gain += batch * likely
+            likely *= survival
+            seconds += self._drafting(batch)
+            best = max(best, gain / (seconds + self._reading(batch * length)))
+        return best
+
+
+@dataclass(slots=True)
+class _Class:
+    """Observations with about as many tokens."""
+
+    counts: deque[int] = field(default_factory=lambda: deque(maxlen=_MEMORY))
+    seconds: deque[float] = field(default_factory=lambda: deque(maxlen=_MEMORY))
+
+    @property
+    def point(self) -> tuple[float, float]:
+        """Mean count, and the lower third of the seconds: rare events make a step slower, never faster."""
+        return sum(self.counts) / len(self.counts), sorted(self.seconds)[(len(self.seconds) - 1) // 3]
+
+
+class _Cost:
+    """Seconds by number of tokens: a line between what was observed, never falling."""
+
+    def __init__(self) -> None:
+        self._classes: dict[int, _Class] = {}
+        self._points: list[tuple[float, float]] = []
+
+    @property
+    def known(self) -> bool:
+        """Whether anything was observed."""
+        return bool(self._points)
+
+    def add(self, count: int, seconds: float) -> None:
+        """Take in an observation."""
+        one = self._classes.setdefault(count.bit_length(), _Class())
+        one.counts.append(count)
+        one.seconds.append(seconds)
+        self._points, highest = [], 0.0
+        for _, each in sorted(self._classes.items()):
+            at, cost = each.point
+            highest = max(highest, cost)
+            self._points.append((at, highest))
+
+    def __call__(self, count: float) -> float:
+        """Seconds for `count` tokens. Flat beyond what was observed, so that it is tried; 1 if nothing was."""
+        if not self._points:
+            return 1.0
+        if count <= self._points[0][0]:
+            return self._points[0][1]
+        for (left, low), (right, high) in pairwise(self._points):
+            if count <= right:
+                return low + (high - low) * (count - left) / (right - left)
+        return self._points[-1][1]
