@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 
 from ensemble_core.decoding.failures import Failures, fail, fault, last_output, own_fault
 from ensemble_core.decoding.feeding import Feeding
+from ensemble_core.decoding.habits import Habits
 from ensemble_core.decoding.modes.base import Decision, Mode, Outcome, Turn, joined, mode_of
 from ensemble_core.decoding.recipe import ModeChoice
 from ensemble_core.decoding.requests import Output
@@ -54,6 +55,7 @@ class Engine:
         self._telemetry = Telemetry(record, self.scheduler)
         self._num_candidates = num_candidates
         self._prefix_reuse = prefix_reuse
+        self._habits: dict[tuple[str, bool], Habits] = {}  # of a model's drafts, greedy and sampled
 
     @property
     def has_work(self) -> bool:
@@ -63,6 +65,10 @@ class Engine:
     def add(self, sequences: list[Sequence]) -> None:
         """Queue sequences, all or none. Raises QueueFullError."""
         self.scheduler.add(sequences)
+        for sequence in sequences:
+            greedy = sequence.request.params.greedy
+            known = self._habits.setdefault((sequence.recipe.model, greedy), Habits(greedy=greedy))
+            sequence.habits = Habits(known)
         self._telemetry.queue()
 
     def step(self) -> list[News]:

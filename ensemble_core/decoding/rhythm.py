@@ -76,7 +76,7 @@ class Rhythm:
     def _is_worth(self, prospects: Collection[Prospect], open_ones: Sequence[Prospect], unread: int) -> bool:
         """Whether one more token for each of `open_ones` gains more than it costs."""
         count = len(open_ones)
-        cost = self._drafting(count) + self._reading(unread + count) - self._reading(unread)
+        cost = self._drafting(count) + self._read(unread + count) - self._read(unread)
         survival = sum(p.survival for p in prospects) / len(prospects)
         return sum(p.likely for p in open_ones) >= cost * self._best_rate(len(prospects), survival)
 
@@ -87,8 +87,12 @@ class Rhythm:
             gain += batch * likely
             likely *= survival
             seconds += self._drafting(batch)
-            best = max(best, gain / (seconds + self._reading(batch * length)))
+            best = max(best, gain / (seconds + self._read(batch * length)))
         return best
+
+    def _read(self, count: int) -> float:
+        """Seconds to read so many tokens; before any were read, as long as it takes to draft them."""
+        return self._reading(count) if self._reading.known else self._drafting(count)
 
 
 @dataclass(slots=True)
@@ -128,12 +132,14 @@ class _Cost:
             self._points.append((at, highest))
 
     def __call__(self, count: float) -> float:
-        """Seconds for `count` tokens. Flat beyond what was observed, so that it is tried; 1 if nothing was."""
+        """Seconds for `count` tokens; 1 if nothing was observed.
+
+        Outside of what was observed half of the nearest cost counts as fixed: a guess, until it is tried.
+        """
         if not self._points:
             return 1.0
-        if count <= self._points[0][0]:
-            return self._points[0][1]
         for (left, low), (right, high) in pairwise(self._points):
-            if count <= right:
+            if left <= count <= right:
                 return low + (high - low) * (count - left) / (right - left)
-        return self._points[-1][1]
+        at, cost = self._points[0] if count < self._points[0][0] else self._points[-1]
+        return cost * (0.5 + 0.5 * count / at)

@@ -34,7 +34,7 @@ class Spot:
 class Note:
     """What is kept of a drafted token.
 
-    main: what main said at its place, one row. certainty: main's probability of the token. spots: assistant -> its
+    main: what main said at its place, one row. certainty: how sure main was of the token. spots: assistant -> its
     spot; empty: the place is not sound; None: not known before the character is complete.
     """
 

@@ -211,10 +211,21 @@ def _more(turns: abc.Sequence[Turn], answers: Mapping[str, Answers], num_candida
         rows = rows if whole else narrow_main(group, rows, num_candidates)
         sequences, ahead = [t.sequence for t in group], [len(t.sequence.drafted) for t in group]
         tokens = sample(shape(single(rows), sequences, [None] * len(group)), sequences, ahead)
-        certainties = _probabilities(rows, torch.tensor(tokens, device=rows.token_ids.device))
+        certainties = _certainties(rows, sequences, tokens)
         for i, (turn, token, certainty) in enumerate(zip(group, tokens, certainties, strict=True)):
             drafted[turn.sequence.seq_id] = Drafted(token, Note(_row(rows, i), certainty))
     return drafted
+
+
+def _certainties(rows: Candidates, sequences: abc.Sequence[Sequence], tokens: list[int]) -> list[float]:
+    """How sure main was of its tokens: of a greedy one its distance to the next likeliest, else its probability."""
+    sampled = _probabilities(rows, torch.tensor(tokens, device=rows.token_ids.device))
+    best = rows.logprobs.topk(min(2, rows.logprobs.shape[1]), dim=1).values.exp()
+    margins = (2 * best[:, 0] - best.sum(dim=1)).tolist() if best.shape[1] > 1 else sampled
+    return [
+        margin if sequence.request.params.greedy else probability
+        for sequence, margin, probability in zip(sequences, margins, sampled, strict=True)
+    ]
 
 
 def _drafted(turn: Turn, draft: tuple[Drafted, ...], more: Drafted | None) -> Decision:
