@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 
 from ensemble_core.decoding.failures import Failures, fail, fault, last_output, own_fault
 from ensemble_core.decoding.feeding import Feeding
-from ensemble_core.decoding.habits import Habits
+from ensemble_core.decoding.habits import Habits, Kind
 from ensemble_core.decoding.modes.base import Decision, Mode, Outcome, Turn, joined, mode_of
 from ensemble_core.decoding.recipe import ModeChoice
 from ensemble_core.decoding.requests import Output
@@ -55,7 +55,7 @@ class Engine:
         self._telemetry = Telemetry(record, self.scheduler)
         self._num_candidates = num_candidates
         self._prefix_reuse = prefix_reuse
-        self._habits: dict[tuple[str, bool], Habits] = {}  # of a model's drafts, greedy and sampled
+        self._habits: dict[tuple[str, Kind], Habits] = {}  # of each model's drafts
 
     @property
     def has_work(self) -> bool:
@@ -66,10 +66,14 @@ class Engine:
         """Queue sequences, all or none. Raises QueueFullError."""
         self.scheduler.add(sequences)
         for sequence in sequences:
-            greedy = sequence.request.params.greedy
-            known = self._habits.setdefault((sequence.recipe.model, greedy), Habits(greedy=greedy))
-            sequence.habits = Habits(known)
+            drafted: Kind = "greedy" if sequence.request.params.greedy else "sampled"
+            sequence.habits = self._habits_of(sequence.recipe.model, drafted)
+            sequence.guess_habits = self._habits_of(sequence.recipe.model, "guessed")
         self._telemetry.queue()
+
+    def _habits_of(self, model: str, kind: Kind) -> Habits:
+        """A sequence's habits, that begin with those of all others."""
+        return Habits(self._habits.setdefault((model, kind), Habits(kind=kind)), kind)
 
     def step(self) -> list[News]:
         """Take one step of all running sequences; returns the news of each sequence that got tokens or ended."""
@@ -177,7 +181,7 @@ class Engine:
             with own_fault(sequence):
                 sequence.decide(decision.tokens, decision.draft, decision.ends)
                 for verdict in decision.verdicts:
-                    sequence.habits.learn(verdict)
+                    (sequence.guess_habits if verdict.guess else sequence.habits).learn(verdict)
                 if decision.tokens:
                     self._telemetry.tokens(sequence)
                     if not sequence.is_finished:

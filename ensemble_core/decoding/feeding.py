@@ -77,7 +77,7 @@ class Feeding:
         wanted = share.wanted.get(member, 0)
         weighed = sequence.likelihood if sequence.weighing else None
         counted = weighed.following(track, count) if weighed is not None else ()
-        also = (*[()] * (wanted - 1), last) if last and wanted else ()
+        also = (last,) * wanted if last else ()
         return Feed(sequence.seq_id, token_ids, wanted, also, counted, top_k, track.num_cached)
 
     def _top_k(self, share: Share, member: str) -> int:

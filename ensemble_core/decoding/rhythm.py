@@ -28,6 +28,7 @@ class Prospect:
 
     num_drafted: tokens that can be read. likely: probability that all of them stay. survival: of one more token. due:
     it must be read now. eager: it must not be read yet, unless others are. complete: nothing can follow it.
+    num_guessed: guesses behind it. guess: probability that main chooses one of them, if it has chosen those before.
     """
 
     num_drafted: int
@@ -36,14 +37,28 @@ class Prospect:
     due: bool = False
     eager: bool = False
     complete: bool = False
+    num_guessed: int = 0
+    guess: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class Beat:
-    """What a step does: main drafts, assistants read, or both."""
+    """What a step does: main drafts, assistants read, or both.
+
+    price: how likely one more of main's positions must be of use to be worth its cost.
+    """
 
     draft: bool = True
     read: bool = True
+    price: float = 1.0
+
+    def guesses(self, prospect: Prospect) -> int:
+        """How many of a sequence's guesses main should be fed."""
+        likely, count = prospect.likely * prospect.guess, 0
+        while count < prospect.num_guessed and likely > self.price:
+            likely *= prospect.guess
+            count += 1
+        return count
 
 
 class Rhythm:
@@ -54,34 +69,43 @@ class Rhythm:
 
     def beat(self, prospects: Collection[Prospect]) -> Beat:
         """The next step of these sequences."""
+        if not prospects:
+            return Beat()
         unread = sum(p.num_drafted for p in prospects)
-        if not unread:
-            return Beat(draft=True, read=False)
         open_ones = [p for p in prospects if not p.complete]
+        price = self._price(prospects)
+        if not unread:
+            return Beat(draft=True, read=False, price=price)
         worth = bool(open_ones) and self._is_worth(prospects, open_ones, unread)
         if any(p.due for p in prospects):
-            return Beat(draft=worth, read=True)
+            return Beat(worth, True, price)
         draft = worth or any(p.eager for p in prospects)
-        return Beat(draft=draft, read=not draft)
+        return Beat(draft, not draft, price)
 
-    def record(self, num_drafting: int, num_read: int, seconds: float) -> None:
-        """Learn from a step in which main drafted for so many sequences and assistants read so many tokens."""
+    def record(self, num_fed: int, num_read: int, seconds: float) -> None:
+        """Learn from a step in which main was fed so many tokens and assistants read so many."""
         if not num_read:
-            self._drafting.add(num_drafting, seconds)
-        elif not num_drafting:
+            self._drafting.add(num_fed, seconds)
+        elif not num_fed:
             self._reading.add(num_read, seconds)
         elif self._drafting.known:
-            self._reading.add(num_read, max(seconds - self._drafting(num_drafting), 0.0))
+            self._reading.add(num_read, max(seconds - self._drafting(num_fed), 0.0))
 
     def _is_worth(self, prospects: Collection[Prospect], open_ones: Sequence[Prospect], unread: int) -> bool:
-        """Whether one more token for each of `open_ones` gains more than it costs."""
+        """Whether main's next step for `open_ones` gains more than it costs."""
         count = len(open_ones)
         cost = self._drafting(count) + self._read(unread + count) - self._read(unread)
-        survival = sum(p.survival for p in prospects) / len(prospects)
-        return sum(p.likely for p in open_ones) >= cost * self._best_rate(len(prospects), survival)
+        return sum(p.likely for p in open_ones) >= cost * self._best_rate(prospects)
 
-    def _best_rate(self, batch: int, survival: float) -> float:
-        """Tokens per second of the best cycle: n tokens are drafted for each of `batch` sequences, then read."""
+    def _price(self, prospects: Collection[Prospect]) -> float:
+        """What one more of main's positions costs, in tokens that the time is worth."""
+        count = len(prospects)
+        return (self._drafting(count + 1) - self._drafting(count)) * self._best_rate(prospects)
+
+    def _best_rate(self, prospects: Collection[Prospect]) -> float:
+        """Tokens per second of the best cycle: n times main drafts for each sequence, then all is read."""
+        batch = len(prospects)
+        survival = sum(p.survival for p in prospects) / batch
         best, gain, seconds, likely = 0.0, 0.0, 0.0, 1.0
         for length in range(1, LONGEST + 1):
             gain += batch * likely

@@ -22,6 +22,7 @@ from ensemble_core.decoding.requests import FinishReason, GenerationRequest, Out
 from ensemble_core.stats import Reason
 from ensemble_core.text.alignment import Track
 from ensemble_core.text.detokenizer import Detokenizer
+from ensemble_core.text.lookup import Lookup
 
 if TYPE_CHECKING:
     from ensemble_core.decoding.guidance import Constraint
@@ -42,12 +43,14 @@ class Choice:
 class Drafted:
     """A token at the end of main's track that is not final.
 
-    note: what its mode wants to remember of it. held: assistants do not spell it yet, nor what follows.
+    note: what its mode wants to remember of it. held: assistants do not spell it yet, nor what follows. guess: main
+    has not chosen it yet; it may do so when it is fed.
     """
 
     token_id: int
     note: object = None
     held: bool = False
+    guess: bool = False
 
 
 @dataclass(slots=True)
@@ -77,7 +80,8 @@ class Sequence:
     grammar. scores: log-probabilities of the prompt, if they are asked for. likelihood: of the prompt in every
     member, if the weights depend on it. dropped: members that it has lost; recipe and tracks no longer hold them.
     num_reused: prompt tokens that main had cached at the start. drafted: the tokens at the end of main's track that
-    are not final; no client has seen them. habits: what its mode has learnt of its drafts. cramped: an assistant has
+    are not final; no client has seen them. habits: what its mode has learnt of its drafts; guess_habits: of
+    guesses. lookup: of main's final tokens. cramped: an assistant has
     no room for a draft of more than one token. ends: what its mode wants to remember of the end of the final text.
     """
 
@@ -93,6 +97,8 @@ class Sequence:
     num_reused: int = 0
     drafted: tuple[Drafted, ...] = ()
     habits: Habits = field(default_factory=Habits)
+    guess_habits: Habits = field(default_factory=Habits)
+    lookup: Lookup = field(default_factory=Lookup)
     cramped: bool = False
     ends: object = None
     phase: Phase = Phase.WAITING
@@ -156,6 +162,11 @@ class Sequence:
         while count and self.spelling_of(count)[1]:
             count -= 1
         return count
+
+    @property
+    def num_guessed(self) -> int:
+        """Tokens at the end of the draft that are guesses."""
+        return sum(each.guess for each in self.drafted)
 
     @property
     def mid_character(self) -> bool:
@@ -225,6 +236,18 @@ class Sequence:
             self.constraint.accept(choice.token_id)
         self._spell(choice.token_id)
         self._maybe_finish(choice.token_id)
+
+    def guess(self, draft: Iterable[int], count: int) -> tuple[int, tuple[int, ...]]:
+        """Up to `count` tokens that may follow the final text and `draft`; before, how many tokens they rest on."""
+        final = len(self.main.completion_ids) - len(self.drafted)
+        known = len(self.lookup)
+        prompt = len(self.main.prompt_ids)
+        self.lookup.grow(
+            [*self.main.prompt_ids[known:], *self.main.completion_ids[max(known - prompt, 0) : final]]
+        )
+        end = [*self.main.completion_ids[max(final - 3, 0) : final], *draft]
+        length, ids = self.lookup.guess(end, count)
+        return length, tuple(ids)
 
     def cramp(self) -> bool:
         """Draft one character at most, now and later. False if that was so already, or nothing is gained by it."""

@@ -116,7 +116,7 @@ class Telemetry:
         if num_decoding == len(step.shares):
             mains = [share.counts.get(share.sequence.recipe.main, 0) for share in step.shares]
             read = sum(sum(share.counts.values()) for share in step.shares) - sum(mains)
-            self._scheduler.rhythm.record(sum(map(bool, mains)), read, seconds)
+            self._scheduler.rhythm.record(sum(mains), read, seconds)
 
 
 def _member_stats(name: str, attempt: Attempt, step: Step, last: float) -> MemberStats:

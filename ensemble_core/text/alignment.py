@@ -82,11 +82,13 @@ class Track:
         kept = place + _common_prefix(self.completion_ids[place:], tail)
         return self._replace_from(place, kept, tail, text)
 
-    def foresee(self, text: str) -> int:
-        """How many of the first completion tokens would stay what they are in the spelling of `text`."""
+    def spelling(self, text: str) -> tuple[int, list[int]]:
+        """What `respell(text)` would make of the completion: its ids, and how many of the first stay for certain."""
+        if text == self._text:
+            return len(self.completion_ids), self.completion_ids
         place, tail = self._spelling(text)
         self._foreseen = text, place, tail
-        return place + _common_prefix(self.completion_ids[place:], tail)
+        return place, self.completion_ids[:place] + tail
 
     def _spelling(self, text: str) -> tuple[int, list[int]]:
         if self._foreseen is not None and self._foreseen[0] == text:

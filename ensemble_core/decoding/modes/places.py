@@ -8,6 +8,8 @@ drafted or when it is judged.
 A longer draft is spelt as a whole. In rare cases that moves a boundary which an earlier place relies on; then the new
 token is *held*: assistants do not spell it until what was drafted before is judged.
 
+Behind the draft may be guesses: tokens that main has yet to choose itself. Assistants never spell them.
+
 Knows tracks; does not know candidates, fusions or modes.
 """
 
@@ -44,62 +46,26 @@ class Note:
 
 
 def note_of(drafted: Drafted) -> Note:
-    """The note of a drafted token."""
+    """The note of a drafted token that is no guess."""
     assert isinstance(drafted.note, Note)
     return drafted.note
 
 
-def located(sequence: Sequence) -> tuple[Drafted, ...]:
-    """The draft, with the spots of each place that is known now.
-
-    To be called before anything follows the last token: its spots depend on the spelling that ends with it.
-    """
-    num_spelt, ends = sequence.num_spelt, is_complete(sequence)
-    draft = []
-    for number, each in enumerate(sequence.drafted):
-        note, spots = note_of(each), None
-        if note.spots is None and number < num_spelt:
-            spots = _spots(sequence, number, num_spelt)
-        elif note.spots is None and number == num_spelt and ends and not each.held:
-            spots = _spots(sequence, number, number)
-        draft.append(each if spots is None else replace(each, note=replace(note, spots=spots)))
-    return tuple(draft)
+def draft_of(sequence: Sequence) -> tuple[Drafted, ...]:
+    """What main has drafted, without guesses."""
+    return sequence.drafted[: len(sequence.drafted) - sequence.num_guessed]
 
 
 def is_complete(sequence: Sequence) -> bool:
     """Whether nothing can be drafted before what is drafted is judged."""
-    if not sequence.drafted:
-        return False
-    length = sequence.num_completion_tokens + len(sequence.drafted)
-    last = sequence.drafted[-1]
-    return last.held or sequence.stops_at(last.token_id) or length >= sequence.request.params.max_tokens
+    draft = draft_of(sequence)
+    return bool(draft) and (draft[-1].held or _ends(sequence, draft[-1].token_id, len(draft)))
 
 
 def num_judged(sequence: Sequence) -> int:
     """How many drafted tokens a reading decides: what is spelt, and a character that will never be complete."""
-    if is_complete(sequence) and not sequence.drafted[-1].held:
-        return len(sequence.drafted)
-    return sequence.num_spelt
-
-
-def hold(sequence: Sequence, draft: tuple[Drafted, ...], token_id: int) -> bool:
-    """Whether `token_id` behind the draft must be held. draft: as `located` gave it."""
-    relied = [note_of(each).spots for each in draft]
-    if not any(relied):
-        return False
-    text, mid_character = sequence.spelling_of(len(draft), (token_id,))
-    if mid_character:
-        return False
-    return any(
-        sequence.tracks[member].foresee(text) < spot.before
-        for member in list(sequence.tracks)[1:]
-        if (spot := next((spots[member] for spots in reversed(relied) if spots and member in spots), None))
-    )
-
-
-def held(draft: tuple[Drafted, ...], num_spelt: int) -> tuple[Drafted, ...]:
-    """The draft with everything behind the first `num_spelt` tokens held."""
-    return (*draft[:num_spelt], *(replace(each, held=True) for each in draft[num_spelt:]))
+    draft = draft_of(sequence)
+    return len(draft) if is_complete(sequence) and not draft[-1].held else sequence.num_spelt
 
 
 def num_reading(track: Track, places: abc.Iterable[Spot]) -> int:
@@ -108,27 +74,98 @@ def num_reading(track: Track, places: abc.Iterable[Spot]) -> int:
     return min(1 + len(track.completion_ids) - first, track.num_uncached)
 
 
-def _spots(sequence: Sequence, number: int, num_spelt: int) -> dict[str, Spot]:
-    """The spots of the place before a drafted token; empty if it is not sound."""
-    before, within = sequence.spelling_of(number)
-    if within:
-        return {}
-    text, _ = sequence.spelling_of(num_spelt)
-    rest = len(text[len(before) :].encode())
-    spots: dict[str, Spot] = {}
-    for member, track in list(sequence.tracks.items())[1:]:
-        count = _behind(track, rest)
-        if count is None:
-            return {}
-        following = track.completion_ids[-count] if count else None
-        spots[member] = Spot(len(track.completion_ids) - count, following)
-    return spots
+def extended(sequence: Sequence, draft: abc.Sequence[Drafted], more: abc.Iterable[Drafted]) -> tuple[Drafted, ...]:
+    """`draft` with `more` of main's tokens behind it, as far as they can be drafted before it is judged.
+
+    The assistants' tracks must spell what is final and drafted up to the end of `draft`; if it is empty, up to where
+    the final text is about to end.
+    """
+    growth = _Growth(sequence, draft)
+    for each in more:
+        if not growth.add(each):
+            break
+    return (*growth.done, *growth.pending)
 
 
-def _behind(track: Track, num_bytes: int) -> int | None:
-    """How many of a track's last tokens spell exactly so many bytes; the fewest."""
-    spell, count = track.vocabulary.text_bytes, 0
-    while num_bytes > 0 and count < len(track.completion_ids):
-        count += 1
-        num_bytes -= len(spell(track.completion_ids[-count]))
-    return count if num_bytes == 0 else None
+class _Growth:
+    """A draft that grows token by token. done: tokens with known spots. pending: those of an incomplete character."""
+
+    def __init__(self, sequence: Sequence, draft: abc.Sequence[Drafted]) -> None:
+        self.done, self.pending = list(draft), list[Drafted]()
+        self._sequence, self._num_spelt, self._added = sequence, sequence.num_spelt, list[int]()
+        self._text, self._begins_within = sequence.spelling_of(self._num_spelt)
+        self._spellings = {member: _Spelling(track) for member, track in list(sequence.tracks.items())[1:]}
+        for each in draft:
+            self._rely(each)
+
+    def add(self, drafted: Drafted) -> bool:
+        """Add main's next token; returns whether another may follow."""
+        self._added.append(drafted.token_id)
+        self.pending.append(replace(drafted, held=False))
+        text, within = self._sequence.spelling_of(self._num_spelt, tuple(self._added))
+        ends = _ends(self._sequence, drafted.token_id, self._num_spelt + len(self._added))
+        if within:
+            if ends:
+                self._settle(self._text)
+            return not ends
+        if any(spelling.breaks(text) for spelling in self._spellings.values()):
+            self.pending = [replace(each, held=True) for each in self.pending]
+            return False
+        for spelling in self._spellings.values():
+            spelling.become(text)
+        self._settle(text)
+        return not ends
+
+    def _settle(self, text: str) -> None:
+        """Say where the pending tokens stand in the spelling of `text`: all but the first within a character."""
+        num_bytes = len(text[len(self._text) :].encode())
+        spots = {member: spelling.spot(num_bytes) for member, spelling in self._spellings.items()}
+        found = {member: spot for member, spot in spots.items() if spot is not None}
+        first = _placed(self.pending[0], {} if self._begins_within or len(found) < len(spots) else found)
+        self._rely(first)
+        self.done += (first, *(_placed(each, {}) for each in self.pending[1:]))
+        self.pending, self._text, self._begins_within = [], text, False
+
+    def _rely(self, drafted: Drafted) -> None:
+        for member, spot in (note_of(drafted).spots or {}).items():
+            if member in self._spellings:
+                self._spellings[member].relied = spot.before
+
+
+class _Spelling:
+    """How an assistant spells the text while a draft grows. relied: tokens that must stay what they are."""
+
+    def __init__(self, track: Track) -> None:
+        self.relied = 0
+        self._track = track
+        self._ids, self._same = track.completion_ids, len(track.completion_ids)  # same: those that the track has
+
+    def breaks(self, text: str) -> bool:
+        """Whether the spelling of `text` has other tokens before a place that was relied on."""
+        same, ids = self._track.spelling(text)
+        start = min(same, self._same, self.relied)
+        return ids[start : self.relied] != self._ids[start : self.relied]
+
+    def become(self, text: str) -> None:
+        """Spell `text` from now on."""
+        self._same, self._ids = self._track.spelling(text)
+
+    def spot(self, num_bytes: int) -> Spot | None:
+        """The place so many bytes before the end; None if no token ends there."""
+        spell, count, ids = self._track.vocabulary.text_bytes, 0, self._ids
+        while num_bytes > 0 and count < len(ids):
+            count += 1
+            num_bytes -= len(spell(ids[-count]))
+        return Spot(len(ids) - count, ids[-count] if count else None) if num_bytes == 0 else None
+
+
+def _placed(drafted: Drafted, spots: Mapping[str, Spot]) -> Drafted:
+    return replace(drafted, note=replace(note_of(drafted), spots=spots))
+
+
+def _ends(sequence: Sequence, token_id: int, length: int) -> bool:
+    """Whether the text ends with this token, the last of so many that are not final."""
+    return (
+        sequence.stops_at(token_id)
+        or sequence.num_completion_tokens + length >= sequence.request.params.max_tokens
+    )

@@ -19,7 +19,7 @@ from __future__ import annotations
 import time
 from collections import abc
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 import torch
@@ -33,10 +33,9 @@ from ensemble_core.decoding.modes.lockstep import Lockstep, failed, narrow_main,
 from ensemble_core.decoding.modes.places import (
     Note,
     Spot,
-    held,
-    hold,
+    draft_of,
+    extended,
     is_complete,
-    located,
     note_of,
     num_judged,
     num_reading,
@@ -58,6 +57,9 @@ class VerifyOptions(BaseModel):
     draft: Literal["auto"] | Annotated[int, Field(ge=1, le=16)] = Field(
         "auto",
         description="Tokens of a draft; auto: as many as pay, by main's certainty, by what stayed and by cost.",
+    )
+    lookup: bool = Field(
+        True, description="Main is fed guesses of its next tokens, taken from where the last ones occurred before."
     )
     needed: Literal["consensus", "always"] = Field(
         "consensus",
@@ -94,6 +96,8 @@ class _Judged:
     fusions: list[FusionStats] = field(default_factory=list)
 
 
+_GUESSES = 7  # at most
+
 _Ends = Mapping[str, tuple[int, Candidates]]  # assistant -> tokens of its completion, what it said behind them
 
 
@@ -108,22 +112,37 @@ class Verify:
         """See `Mode.prospect`."""
         if _in_lockstep(sequence):
             return None
-        length, habits, likely = len(sequence.drafted), sequence.habits, 1.0
-        for each in sequence.drafted:
-            likely *= habits.survival(note_of(each).certainty)
+        draft, habits, likely = draft_of(sequence), sequence.habits, 1.0
+        for each in draft:
+            sure = note_of(each).spots == {}  # nobody judges it
+            likely *= 1.0 if sure else habits.survival(note_of(each).certainty)
         fixed = self.options.draft != "auto"
         longest = self.options.draft if isinstance(self.options.draft, int) else LONGEST
         complete, unread = is_complete(sequence), num_judged(sequence)
-        due = unread > 0 and (complete or sequence.cramped or length >= longest)
-        return Prospect(unread, likely, habits.average, due, fixed and length < longest, complete)
+        due = unread > 0 and (complete or sequence.cramped or len(draft) >= longest)
+        guesses = sequence.drafted[len(draft) :]
+        return Prospect(
+            num_drafted=unread,
+            likely=likely,
+            survival=habits.average,
+            due=due,
+            eager=fixed and len(draft) < longest,
+            complete=complete,
+            num_guessed=len(guesses),
+            guess=sequence.guess_habits.survival(_strength(guesses[0])) if guesses else 0.0,
+        )
 
     def plan(self, sequence: Sequence, beat: Beat = Beat()) -> Mapping[str, Ask]:  # noqa: B008, it is frozen
-        """Main's next token, every assistant's reading of the draft, or both."""
-        if _in_lockstep(sequence):
+        """Main's next tokens, every assistant's reading of the draft, or both."""
+        prospect = self.prospect(sequence)
+        if prospect is None:
             return Lockstep().plan(sequence)
-        main = {sequence.recipe.main: Ask(sequence.main.num_uncached)}
-        readings = _readings(sequence) if beat.read and num_judged(sequence) else {}
-        return readings if readings and (is_complete(sequence) or not beat.draft) else main | readings
+        readings = _readings(sequence) if beat.read and prospect.num_drafted else {}
+        if readings and (prospect.complete or not beat.draft):
+            return readings
+        num_guesses = beat.guesses(prospect)
+        count = sequence.main.num_uncached - sequence.num_guessed + num_guesses
+        return {sequence.recipe.main: Ask(count, 1 + num_guesses), **readings}
 
     @torch.inference_mode()
     def decide(self, turns: abc.Sequence[Turn], answers: Mapping[str, Answers], num_candidates: int) -> Outcome:
@@ -137,21 +156,54 @@ class Verify:
 
     def _decide(self, turns: abc.Sequence[Turn], answers: Mapping[str, Answers], num_candidates: int) -> Outcome:
         started = time.perf_counter()
-        drafts = {turn.sequence.seq_id: located(turn.sequence) for turn in turns}
-        more = _more([turn for turn in turns if turn.recipe.main in turn.feeds], answers, num_candidates)
+        chosen = _chosen([turn for turn in turns if turn.recipe.main in turn.feeds], answers, num_candidates)
         sampling = time.perf_counter() - started
         read = [_with_finite(turn, answers) for turn in turns if _is_read(turn)]
-        lost = [turn for turn in read if not _can_go_on(turn)]
-        read = [turn for turn in read if _can_go_on(turn)]
-        places = [place for turn in read for place in _places(turn, drafts[turn.sequence.seq_id], answers)]
-        judged = self._judge(places, num_candidates)
-        decisions = [_failed(turn) for turn in lost]
-        decisions += [_verdict(turn, drafts[turn.sequence.seq_id], more, judged, answers) for turn in read]
-        for turn in turns:
-            if not _is_read(turn):
-                draft = drafts[turn.sequence.seq_id]
-                decisions.append(_drafted(turn, draft, more.get(turn.sequence.seq_id)))
+        judged = self._judge(
+            [place for turn in read if _can_go_on(turn) for place in _places(turn, answers)], num_candidates
+        )
+        decisions = [
+            self._decision(turn, chosen.get(turn.sequence.seq_id, []), judged, answers)
+            for turn in (*read, *(turn for turn in turns if not _is_read(turn)))
+        ]
         return Outcome(decisions, judged.fusions, sampling)
+
+    def _decision(
+        self, turn: Turn, chosen: list[Drafted], judged: _Judged, answers: Mapping[str, Answers]
+    ) -> Decision:
+        """What becomes of a turn's draft. chosen: what main alone would choose at the positions that it was fed."""
+        sequence, draft = turn.sequence, draft_of(turn.sequence)
+        if not _can_go_on(turn) or any(each.token_id < 0 for each in chosen):
+            return _failed(turn)
+        new, verdicts = _confirmed(sequence, chosen)
+        if not _is_read(turn):
+            num_spelt = sequence.num_spelt
+            longer = extended(sequence, draft[:num_spelt], (*draft[num_spelt:], *new))
+            return Decision(sequence, draft=self._with_guesses(sequence, 0, longer), verdicts=verdicts)
+        choices, judgements = _verdict(turn, judged)
+        verdicts += judgements
+        unsound = tuple(member for member, reason in turn.left_out.items() if reason == "non_finite")
+        if choices is None:
+            return _failed(turn)
+        if not judgements or not judgements[-1].kept:
+            return Decision(sequence, choices, unsound=unsound, verdicts=verdicts)
+        rest = draft[len(choices) :]
+        ends = _ends(turn, answers)
+        longer = extended(sequence, (), (*rest, *(() if is_complete(sequence) else new)))
+        return Decision(
+            sequence, choices, self._with_guesses(sequence, len(choices), longer), ends, unsound, verdicts=verdicts
+        )
+
+    def _with_guesses(self, sequence: Sequence, num_final: int, draft: tuple[Drafted, ...]) -> tuple[Drafted, ...]:
+        """The draft and guesses behind it. num_final: tokens of the present draft that become final before it."""
+        params = sequence.request.params
+        left = params.max_tokens - sequence.num_completion_tokens - num_final - len(draft) - 1
+        ends = bool(draft) and (draft[-1].held or sequence.stops_at(draft[-1].token_id))
+        if not self.options.lookup or sequence.cramped or ends or left <= 0:
+            return draft
+        ids = [each.token_id for each in (*sequence.drafted[:num_final], *draft)]
+        length, guesses = sequence.guess(ids, min(_GUESSES, left))
+        return (*draft, *(Drafted(token_id, length / 10, held=True, guess=True) for token_id in guesses))
 
     def _judge(self, places: abc.Sequence[_Place], num_candidates: int) -> _Judged:
         """Fuse at all places that need it, those of a kind at once."""
@@ -177,9 +229,15 @@ def _in_lockstep(sequence: Sequence) -> bool:
     return begins or bound or params.penalises
 
 
+def _strength(guess: Drafted) -> float:
+    """What a guess rests on, as a certainty."""
+    assert isinstance(guess.note, float)
+    return guess.note
+
+
 def _readings(sequence: Sequence) -> dict[str, Ask]:
     """What assistants are asked that have yet to read any of the draft."""
-    spots = [note_of(each).spots or {} for each in located(sequence)]
+    spots = [note_of(each).spots or {} for each in draft_of(sequence)]
     return {
         member: Ask(track.num_uncached, num_reading(track, [own[member] for own in spots if member in own]))
         for member, track in list(sequence.tracks.items())[1:]
@@ -198,23 +256,40 @@ def _is_whole(turn: Turn) -> bool:
     return fusion is not None and fusion.full_vocabulary
 
 
-def _more(turns: abc.Sequence[Turn], answers: Mapping[str, Answers], num_candidates: int) -> dict[int, Drafted]:
-    """Sequence -> what main alone would choose behind its draft; -1: the numbers were not finite."""
-    groups: dict[tuple[str, int, int, bool], list[Turn]] = {}
+def _chosen(
+    turns: abc.Sequence[Turn], answers: Mapping[str, Answers], num_candidates: int
+) -> dict[int, list[Drafted]]:
+    """Sequence -> what main alone would choose behind its draft, and behind each guess; -1: not finite numbers."""
+    groups: dict[tuple[str, int, int, bool], list[tuple[Turn, int, int]]] = {}  # turn, row of the block, ahead
     for turn in turns:
-        main = turn.recipe.main
-        block = answers[main].spans[turn.feeds[main]].block
-        groups.setdefault((main, block, width_of(turn, num_candidates), _is_whole(turn)), []).append(turn)
-    drafted = {}
-    for (main, _, _, whole), group in groups.items():
-        rows = answers[main].last([turn.feeds[main] for turn in group])
-        rows = rows if whole else narrow_main(group, rows, num_candidates)
-        sequences, ahead = [t.sequence for t in group], [len(t.sequence.drafted) for t in group]
-        tokens = sample(shape(single(rows), sequences, [None] * len(group)), sequences, ahead)
-        certainties = _certainties(rows, sequences, tokens)
-        for i, (turn, token, certainty) in enumerate(zip(group, tokens, certainties, strict=True)):
-            drafted[turn.sequence.seq_id] = Drafted(token, Note(_row(rows, i), certainty))
-    return drafted
+        main, ahead = turn.recipe.main, len(draft_of(turn.sequence))
+        span = answers[main].spans[turn.feeds[main]]
+        group = groups.setdefault((main, span.block, width_of(turn, num_candidates), _is_whole(turn)), [])
+        group += ((turn, row, ahead + row - span.start) for row in range(span.start, span.stop))
+    chosen: dict[int, list[Drafted]] = {}
+    for (main, block, _, whole), group in groups.items():
+        of_rows = [turn for turn, _, _ in group]
+        rows = answers[main].blocks[block].rows([row for _, row, _ in group])
+        rows = rows if whole else narrow_main(of_rows, rows, num_candidates)
+        sequences = [turn.sequence for turn in of_rows]
+        tokens = sample(
+            shape(single(rows), sequences, [None] * len(group)), sequences, [ahead for _, _, ahead in group]
+        )
+        for i, (token, certainty) in enumerate(zip(tokens, _certainties(rows, sequences, tokens), strict=True)):
+            chosen.setdefault(sequences[i].seq_id, []).append(Drafted(token, Note(_row(rows, i), certainty)))
+    return chosen
+
+
+def _confirmed(sequence: Sequence, chosen: list[Drafted]) -> tuple[list[Drafted], tuple[Verdict, ...]]:
+    """What main has chosen as long as the guesses were right, and how they fared."""
+    guesses = sequence.drafted[len(draft_of(sequence)) :]
+    verdicts: list[Verdict] = []
+    for guess, own in zip(guesses, chosen[:-1], strict=False):
+        verdicts.append(Verdict(_strength(guess), guess.token_id == own.token_id, guess=True))
+        if not verdicts[-1].kept:
+            break
+    right = sum(verdict.kept for verdict in verdicts)
+    return chosen[: right + 1], tuple(verdicts)
 
 
 def _certainties(rows: Candidates, sequences: abc.Sequence[Sequence], tokens: list[int]) -> list[float]:
@@ -226,18 +301,6 @@ def _certainties(rows: Candidates, sequences: abc.Sequence[Sequence], tokens: li
         margin if sequence.request.params.greedy else probability
         for sequence, margin, probability in zip(sequences, margins, sampled, strict=True)
     ]
-
-
-def _drafted(turn: Turn, draft: tuple[Drafted, ...], more: Drafted | None) -> Decision:
-    """The decision of a turn that was not read: what main drafted follows the draft."""
-    sequence = turn.sequence
-    assert more is not None, "a turn that is not read is fed to main"
-    if more.token_id < 0:
-        return _failed(turn)
-    longer = (*draft, more)
-    return Decision(
-        sequence, draft=held(longer, sequence.num_spelt) if hold(sequence, draft, more.token_id) else longer
-    )
 
 
 def _with_finite(turn: Turn, answers: Mapping[str, Answers]) -> Turn:
@@ -256,10 +319,10 @@ def _can_go_on(turn: Turn) -> bool:
     )
 
 
-def _places(turn: Turn, draft: tuple[Drafted, ...], answers: Mapping[str, Answers]) -> Iterator[_Place]:
+def _places(turn: Turn, answers: Mapping[str, Answers]) -> Iterator[_Place]:
     """The sound places of a draft at which all assistants have answered."""
     assistants = turn.recipe.members[1:]
-    for number, drafted in enumerate(draft[: num_judged(turn.sequence)]):
+    for number, drafted in enumerate(draft_of(turn.sequence)[: num_judged(turn.sequence)]):
         spots = note_of(drafted).spots or {}
         if not assistants or not all(member in spots for member in assistants):
             continue
@@ -351,34 +414,21 @@ def _failed(turn: Turn) -> Decision:
     return failed(turn, tuple(member for member, reason in turn.left_out.items() if reason == "non_finite"))
 
 
-def _verdict(
-    turn: Turn,
-    draft: tuple[Drafted, ...],
-    more: Mapping[int, Drafted],
-    judged: _Judged,
-    answers: Mapping[str, Answers],
-) -> Decision:
-    """What becomes of a draft that was read: it stays, or what was chosen otherwise ends it."""
+def _verdict(turn: Turn, judged: _Judged) -> tuple[tuple[Choice, ...] | None, tuple[Verdict, ...]]:
+    """The tokens of a draft that was read, up to the first that was chosen otherwise; None: not finite numbers."""
     sequence = turn.sequence
-    unsound = tuple(member for member, reason in turn.left_out.items() if reason == "non_finite")
     choices: list[Choice] = []
     verdicts: list[Verdict] = []
-    for number, drafted in enumerate(draft[: num_judged(sequence)]):
+    for number, drafted in enumerate(draft_of(sequence)[: num_judged(sequence)]):
         key = sequence.seq_id, number
         token = judged.tokens.get(key, drafted.token_id)
         if token < 0:
-            return _failed(turn)
+            return None, tuple(verdicts)
         choices.append(_choice(turn, drafted, token, judged.reports.get(key)))
         verdicts.append(Verdict(note_of(drafted).certainty, token == drafted.token_id))
         if token != drafted.token_id:
-            return Decision(sequence, tuple(choices), unsound=unsound, verdicts=tuple(verdicts))
-    rest = tuple(replace(each, held=False) for each in draft[num_judged(sequence) :])
-    following = more.get(sequence.seq_id)
-    if following is not None and not is_complete(sequence):
-        if following.token_id < 0:
-            return _failed(turn)
-        rest = (*rest, following)
-    return Decision(sequence, tuple(choices), rest, _ends(turn, answers), unsound, verdicts=tuple(verdicts))
+            break
+    return tuple(choices), tuple(verdicts)
 
 
 def _ends(turn: Turn, answers: Mapping[str, Answers]) -> _Ends | None:
