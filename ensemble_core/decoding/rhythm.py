@@ -5,8 +5,8 @@ should those that are read. Each step therefore has one *beat* for all: main dra
 the assistants read what everybody has drafted, or both. No sequence stands still: in a step that drafts, all draft.
 
 Drafting on gains a token with the probability that the whole draft before it stays. It pays while that gain over its
-cost is above the best rate that a whole cycle of n drafts and one reading can reach. Costs are learnt from finished
-steps, by the number of tokens.
+cost is above the rate at which tokens have become final so far (Dinkelbach's method for the best ratio of gain and
+cost). Costs and rates are learnt from finished steps.
 
 What a beat decides changes when a token is judged, never how. Does not know sequences, members or texts.
 """
@@ -15,11 +15,12 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 LONGEST = 8  # tokens of a draft at most, if its request does not say more: clients get them all at once
 _MEMORY = 8  # observations kept of each cost
+_TRIAL, _FADING = 24, 0.98  # steps before a rate is believed; what a step weighs once another has followed
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +53,10 @@ class Beat:
     read: bool = True
     price: float = 1.0
 
+    def drafts(self, prospect: Prospect) -> bool:
+        """Whether main should be fed a sequence's next token."""
+        return self.draft and not prospect.complete and prospect.likely >= self.price
+
     def guesses(self, prospect: Prospect) -> int:
         """How many of a sequence's guesses main should be fed."""
         likely, count = prospect.likely * prospect.guess, 0
@@ -66,24 +71,29 @@ class Rhythm:
 
     def __init__(self) -> None:
         self._drafting, self._reading = _Cost(), _Cost()
+        self._rates: dict[int, _Rate] = {}
 
     def beat(self, prospects: Collection[Prospect]) -> Beat:
         """The next step of these sequences."""
         if not prospects:
             return Beat()
-        unread = sum(p.num_drafted for p in prospects)
-        open_ones = [p for p in prospects if not p.complete]
-        price = self._price(prospects)
+        rate, unread = self._rate(prospects), sum(p.num_drafted for p in prospects)
+        price = rate * self._drafting.slope(len(prospects))
         if not unread:
             return Beat(draft=True, read=False, price=price)
-        worth = bool(open_ones) and self._is_worth(prospects, open_ones, unread)
+        on = Beat(draft=True, read=False, price=price + rate * self._reading.slope(unread))
+        worth = self._is_worth([p for p in prospects if on.drafts(p)], unread, rate)
         if any(p.due for p in prospects):
-            return Beat(worth, True, price)
+            return replace(on, draft=worth, read=True)
         draft = worth or any(p.eager for p in prospects)
-        return Beat(draft, not draft, price)
+        return replace(on, draft=draft, read=not draft)
 
-    def record(self, num_fed: int, num_read: int, seconds: float) -> None:
-        """Learn from a step in which main was fed so many tokens and assistants read so many."""
+    def record(self, num_fed: int, num_read: int, seconds: float, num_sequences: int, num_final: int) -> None:
+        """Learn from a step of some sequences: main was fed and assistants have read so many tokens.
+
+        num_final: tokens that became final.
+        """
+        self._rates.setdefault(num_sequences.bit_length(), _Rate()).add(num_final, seconds)
         if not num_read:
             self._drafting.add(num_fed, seconds)
         elif not num_fed:
@@ -91,16 +101,16 @@ class Rhythm:
         elif self._drafting.known:
             self._reading.add(num_read, max(seconds - self._drafting(num_fed), 0.0))
 
-    def _is_worth(self, prospects: Collection[Prospect], open_ones: Sequence[Prospect], unread: int) -> bool:
-        """Whether main's next step for `open_ones` gains more than it costs."""
-        count = len(open_ones)
-        cost = self._drafting(count) + self._read(unread + count) - self._read(unread)
-        return sum(p.likely for p in open_ones) >= cost * self._best_rate(prospects)
-
-    def _price(self, prospects: Collection[Prospect]) -> float:
-        """What one more of main's positions costs, in tokens that the time is worth."""
+    def _is_worth(self, prospects: Sequence[Prospect], unread: int, rate: float) -> bool:
+        """Whether main's next step for these sequences gains more than it costs."""
         count = len(prospects)
-        return (self._drafting(count + 1) - self._drafting(count)) * self._best_rate(prospects)
+        cost = self._drafting(count) + self._read(unread + count) - self._read(unread)
+        return bool(prospects) and sum(p.likely for p in prospects) >= cost * rate
+
+    def _rate(self, prospects: Collection[Prospect]) -> float:
+        """Tokens per second that these sequences reach, or may reach where nothing is known."""
+        known = self._rates.get(len(prospects).bit_length())
+        return known.value if known is not None and known.is_settled else self._best_rate(prospects)
 
     def _best_rate(self, prospects: Collection[Prospect]) -> float:
         """Tokens per second of the best cycle: n times main drafts for each sequence, then all is read."""
@@ -132,6 +142,29 @@ class _Class:
         return sum(self.counts) / len(self.counts), sorted(self.seconds)[(len(self.seconds) - 1) // 3]
 
 
+class _Rate:
+    """Tokens per second, the last steps weighing most."""
+
+    def __init__(self) -> None:
+        self._tokens = self._seconds = self._steps = 0.0
+
+    @property
+    def value(self) -> float:
+        """Tokens per second."""
+        return self._tokens / self._seconds
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether enough steps were seen."""
+        return self._steps > _TRIAL
+
+    def add(self, tokens: int, seconds: float) -> None:
+        """Take in a step."""
+        self._tokens = _FADING * self._tokens + tokens
+        self._seconds = _FADING * self._seconds + seconds
+        self._steps += 1
+
+
 class _Cost:
     """Seconds by number of tokens: a line between what was observed, never falling."""
 
@@ -146,7 +179,8 @@ class _Cost:
 
     def add(self, count: int, seconds: float) -> None:
         """Take in an observation."""
-        one = self._classes.setdefault(count.bit_length(), _Class())
+        octave = max(count.bit_length() - 3, 0)
+        one = self._classes.setdefault(count >> octave << octave, _Class())
         one.counts.append(count)
         one.seconds.append(seconds)
         self._points, highest = [], 0.0
@@ -154,6 +188,10 @@ class _Cost:
             at, cost = each.point
             highest = max(highest, cost)
             self._points.append((at, highest))
+
+    def slope(self, count: int) -> float:
+        """Seconds for one more token, from `count` to twice as many."""
+        return (self(2 * count) - self(count)) / count
 
     def __call__(self, count: float) -> float:
         """Seconds for `count` tokens; 1 if nothing was observed.

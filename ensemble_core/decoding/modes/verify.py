@@ -138,7 +138,7 @@ class Verify:
         if prospect is None:
             return Lockstep().plan(sequence)
         readings = _readings(sequence) if beat.read and prospect.num_drafted else {}
-        if readings and (prospect.complete or not beat.draft):
+        if readings and not beat.drafts(prospect):
             return readings
         num_guesses = beat.guesses(prospect)
         count = sequence.main.num_uncached - sequence.num_guessed + num_guesses
