@@ -27,12 +27,12 @@ _TRIAL, _FADING = 24, 0.98  # steps before a rate is believed; what a step weigh
 class Prospect:
     """What a sequence's draft promises.
 
-    num_drafted: tokens that can be read. likely: probability that all of them stay. survival: of one more token. due:
-    it must be read now. eager: it must not be read yet, unless others are. complete: nothing can follow it.
+    num_unread: tokens that assistants have not read. likely: probability that the draft stays. survival: of one more
+    token. due: it must be read now. eager: it must not be read yet, unless others are. complete: nothing can follow.
     num_guessed: guesses behind it. guess: probability that main chooses one of them, if it has chosen those before.
     """
 
-    num_drafted: int
+    num_unread: int
     likely: float = 1.0
     survival: float = 1.0
     due: bool = False
@@ -77,7 +77,7 @@ class Rhythm:
         """The next step of these sequences."""
         if not prospects:
             return Beat()
-        rate, unread = self._rate(prospects), sum(p.num_drafted for p in prospects)
+        rate, unread = self._rate(prospects), sum(p.num_unread for p in prospects)
         price = rate * self._drafting.slope(len(prospects))
         if not unread:
             return Beat(draft=True, read=False, price=price)

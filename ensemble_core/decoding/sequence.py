@@ -198,7 +198,8 @@ class Sequence:
         Their common prefix with the old draft stays cached; the rest of the old draft is taken back.
         """
         tokens = tuple(tokens)
-        self.ends = ends if tokens else self.ends
+        if tokens or ends is not None:
+            self.ends = ends
         self.phase = Phase.DECODE
         self._redraft([*(Drafted(choice.token_id) for choice in tokens), *draft])
         for choice in tokens:
@@ -216,8 +217,8 @@ class Sequence:
         )
         for token_id in old[common:]:
             self.counts.remove(token_id)
-        if common < len(old):
-            self.main.take_back(len(old) - common)
+        if common < len(old) or common == len(new):
+            self.main.take_back(len(old) - common)  # 0 where a fed guess became final: main answers there again
         for token_id in new[common:]:
             self.main.append(token_id)
             self.counts.add(token_id)

@@ -24,11 +24,11 @@ from typing import Annotated, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
-from torch import Tensor
 
 from ensemble_core.decoding import reports
 from ensemble_core.decoding.habits import Verdict
 from ensemble_core.decoding.modes.base import MODES, Ask, Decision, Outcome, Turn, joined
+from ensemble_core.decoding.modes.judging import Judged, Place, Report, is_whole, judge, probabilities, row_of
 from ensemble_core.decoding.modes.lockstep import Lockstep, failed, narrow_main, width_of
 from ensemble_core.decoding.modes.places import (
     Note,
@@ -41,12 +41,11 @@ from ensemble_core.decoding.modes.places import (
     num_reading,
 )
 from ensemble_core.decoding.rhythm import LONGEST, Beat, Prospect
-from ensemble_core.decoding.sampler import greedy, sample
+from ensemble_core.decoding.sampler import sample
 from ensemble_core.decoding.sequence import Choice, Drafted, Sequence
 from ensemble_core.decoding.shaping import shape
-from ensemble_core.fusion.base import Fused, single
-from ensemble_core.members.base import Answers, Candidates, stacked
-from ensemble_core.stats import FusionStats
+from ensemble_core.fusion.base import single
+from ensemble_core.members.base import Answers, Candidates
 
 
 class VerifyOptions(BaseModel):
@@ -67,38 +66,9 @@ class VerifyOptions(BaseModel):
     )
 
 
-@dataclass(frozen=True, slots=True)
-class _Place:
-    """A drafted token that can be judged. rows: assistant -> its candidates there."""
-
-    turn: Turn
-    number: int
-    drafted: Drafted
-    rows: Mapping[str, Candidates]
-
-    @property
-    def token_id(self) -> int:
-        """The drafted token."""
-        return self.drafted.token_id
-
-    @property
-    def note(self) -> Note:
-        """What was kept of it."""
-        return note_of(self.drafted)
-
-
-@dataclass(slots=True)
-class _Judged:
-    """What the ensemble chose at judged places: (turn, number) -> token; -1: the numbers were not finite."""
-
-    tokens: dict[tuple[int, int], int] = field(default_factory=dict)
-    reports: dict[tuple[int, int], tuple[list[Candidates], Fused, int]] = field(default_factory=dict)
-    fusions: list[FusionStats] = field(default_factory=list)
-
-
 _GUESSES = 7  # at most
 
-_Ends = Mapping[str, tuple[int, Candidates]]  # assistant -> tokens of its completion, what it said behind them
+Ends = Mapping[str, tuple[int, Candidates]]  # assistant -> tokens of its completion, what it said behind them
 
 
 @MODES.register("verify", VerifyOptions)
@@ -118,14 +88,13 @@ class Verify:
             likely *= 1.0 if sure else habits.survival(note_of(each).certainty)
         fixed = self.options.draft != "auto"
         longest = self.options.draft if isinstance(self.options.draft, int) else LONGEST
-        complete, unread = is_complete(sequence), num_judged(sequence)
-        due = unread > 0 and (complete or sequence.cramped or len(draft) >= longest)
+        complete = is_complete(sequence)
         guesses = sequence.drafted[len(draft) :]
         return Prospect(
-            num_drafted=unread,
+            num_unread=sum(track.num_uncached for track in list(sequence.tracks.values())[1:]),
             likely=likely,
             survival=habits.average,
-            due=due,
+            due=complete or (num_judged(sequence) > 0 and (sequence.cramped or len(draft) >= longest)),
             eager=fixed and len(draft) < longest,
             complete=complete,
             num_guessed=len(guesses),
@@ -137,7 +106,7 @@ class Verify:
         prospect = self.prospect(sequence)
         if prospect is None:
             return Lockstep().plan(sequence)
-        readings = _readings(sequence) if beat.read and prospect.num_drafted else {}
+        readings = _readings(sequence) if beat.read else {}
         if readings and not beat.drafts(prospect):
             return readings
         num_guesses = beat.guesses(prospect)
@@ -158,65 +127,109 @@ class Verify:
         started = time.perf_counter()
         chosen = _chosen([turn for turn in turns if turn.recipe.main in turn.feeds], answers, num_candidates)
         sampling = time.perf_counter() - started
-        read = [_with_finite(turn, answers) for turn in turns if _is_read(turn)]
-        judged = self._judge(
-            [place for turn in read if _can_go_on(turn) for place in _places(turn, answers)], num_candidates
+        consensus = self.options.needed == "consensus"
+        cases = [_Case(_with_finite(turn, answers), chosen.get(turn.sequence.seq_id, [])) for turn in turns]
+        whole = [case for case in cases if case.goes_on]
+        drafts = judge(
+            [place for case in whole for place in _places(case.turn, answers)], num_candidates, consensus
         )
-        decisions = [
-            self._decision(turn, chosen.get(turn.sequence.seq_id, []), judged, answers)
-            for turn in (*read, *(turn for turn in turns if not _is_read(turn)))
-        ]
-        return Outcome(decisions, judged.fusions, sampling)
+        for case in whole:
+            case.read(drafts, answers)
+        ends = judge([place for case in whole for place in case.front()], num_candidates, consensus)
+        decisions = [self._decision(case, ends) for case in cases]
+        return Outcome(decisions, drafts.fusions + ends.fusions, sampling)
 
-    def _decision(
-        self, turn: Turn, chosen: list[Drafted], judged: _Judged, answers: Mapping[str, Answers]
-    ) -> Decision:
-        """What becomes of a turn's draft. chosen: what main alone would choose at the positions that it was fed."""
-        sequence, draft = turn.sequence, draft_of(turn.sequence)
-        if not _can_go_on(turn) or any(each.token_id < 0 for each in chosen):
-            return _failed(turn)
-        new, verdicts = _confirmed(sequence, chosen)
-        if not _is_read(turn):
-            num_spelt = sequence.num_spelt
-            longer = extended(sequence, draft[:num_spelt], (*draft[num_spelt:], *new))
-            return Decision(sequence, draft=self._with_guesses(sequence, 0, longer), verdicts=verdicts)
-        choices, judgements = _verdict(turn, judged)
-        verdicts += judgements
-        unsound = tuple(member for member, reason in turn.left_out.items() if reason == "non_finite")
-        if choices is None:
-            return _failed(turn)
-        if not judgements or not judgements[-1].kept:
-            return Decision(sequence, choices, unsound=unsound, verdicts=verdicts)
-        rest = draft[len(choices) :]
-        ends = _ends(turn, answers)
-        longer = extended(sequence, (), (*rest, *(() if is_complete(sequence) else new)))
+    def _decision(self, case: _Case, ends: Judged) -> Decision:
+        """What becomes of a turn's draft, once the places at the text's end are judged as well."""
+        case.close(ends)
+        if not case.goes_on:
+            return _failed(case.turn)
+        draft = self._with_guesses(case) if case.kept else ()
+        unsound = tuple(member for member, reason in case.turn.left_out.items() if reason == "non_finite")
         return Decision(
-            sequence, choices, self._with_guesses(sequence, len(choices), longer), ends, unsound, verdicts=verdicts
+            case.turn.sequence, tuple(case.choices), draft, case.ends, unsound, verdicts=tuple(case.verdicts)
         )
 
-    def _with_guesses(self, sequence: Sequence, num_final: int, draft: tuple[Drafted, ...]) -> tuple[Drafted, ...]:
-        """The draft and guesses behind it. num_final: tokens of the present draft that become final before it."""
-        params = sequence.request.params
-        left = params.max_tokens - sequence.num_completion_tokens - num_final - len(draft) - 1
-        ends = bool(draft) and (draft[-1].held or sequence.stops_at(draft[-1].token_id))
+    def _with_guesses(self, case: _Case) -> tuple[Drafted, ...]:
+        """The draft, and guesses behind it."""
+        sequence, draft = case.turn.sequence, case.draft
+        ids = [choice.token_id for choice in case.choices] + [each.token_id for each in draft]
+        left = sequence.request.params.max_tokens - sequence.num_completion_tokens - len(ids) - 1
+        ends = bool(ids) and ((bool(draft) and draft[-1].held) or sequence.stops_at(ids[-1]))
         if not self.options.lookup or sequence.cramped or ends or left <= 0:
             return draft
-        ids = [each.token_id for each in (*sequence.drafted[:num_final], *draft)]
         length, guesses = sequence.guess(ids, min(_GUESSES, left))
         return (*draft, *(Drafted(token_id, length / 10, held=True, guess=True) for token_id in guesses))
 
-    def _judge(self, places: abc.Sequence[_Place], num_candidates: int) -> _Judged:
-        """Fuse at all places that need it, those of a kind at once."""
-        judged = _Judged()
-        groups: dict[tuple[object, ...], list[_Place]] = {}
-        for place in places:
-            if self.options.needed == "consensus" and _is_decided(place):
-                judged.tokens[place.turn.sequence.seq_id, place.number] = place.token_id
-                continue
-            groups.setdefault(_kind(place), []).append(place)
-        for group in groups.values():
-            _fuse(group, num_candidates, judged)
-        return judged
+
+class _Case:
+    """What becomes of one turn, step by step.
+
+    choices: tokens that become final. draft: what stays behind them. ends: what assistants said at the end of what
+    they have read, if all of that stays. kept: all tokens of the draft that were judged stay. goes_on: no failure.
+    """
+
+    def __init__(self, turn: Turn, chosen: list[Drafted]) -> None:
+        """chosen: what main alone would choose at the positions that it was fed."""
+        self.turn = turn
+        self.goes_on = _can_go_on(turn) and all(each.token_id >= 0 for each in chosen)
+        self.new, verdicts = _confirmed(turn.sequence, chosen)
+        self.verdicts = list(verdicts)
+        self.choices: list[Choice] = []
+        self.draft: tuple[Drafted, ...] = ()
+        self.ends: Ends | None = None
+        self.kept = True
+
+    def read(self, judged: Judged, answers: Mapping[str, Answers]) -> None:
+        """Take the verdicts on what was read, if anything was, and let main's new tokens follow what stays."""
+        sequence, draft = self.turn.sequence, draft_of(self.turn.sequence)
+        spelt, rest = draft[: sequence.num_spelt], draft[sequence.num_spelt :]
+        if _is_read(self.turn):
+            spelt, rest = (), draft[num_judged(sequence) :]
+            for number, drafted in enumerate(draft[: num_judged(sequence)]):
+                self._take(number, drafted, judged)
+                if not self.kept:
+                    return
+            self.ends = _ends(self.turn, answers)
+        if self.goes_on:
+            new = () if is_complete(sequence) else self.new
+            self.draft = extended(sequence, spelt, (*rest, *new))
+
+    def front(self) -> list[Place]:
+        """The place at the end of the final text, if the assistants have answered there before it is drafted."""
+        number, ends = len(self.choices), self.ends if self.choices or self.ends else self.turn.sequence.ends
+        if not (self.goes_on and self.kept and self.draft and ends):
+            return []
+        assert isinstance(ends, dict)
+        spots = note_of(self.draft[0]).spots or {}
+        rows = {
+            member: ends[member][1]
+            for member in self.turn.recipe.members[1:]
+            if member in spots and member in ends and ends[member][0] == spots[member].before
+        }
+        whole = len(rows) == len(self.turn.recipe.members) - 1
+        return [Place(self.turn, number, self.draft[0], rows)] if whole and rows else []
+
+    def close(self, judged: Judged) -> None:
+        """Make final what is decided at the front of the draft: what was judged, and what nobody can judge."""
+        number = len(self.choices)
+        while self.goes_on and self.kept and self.draft and not self.draft[0].held:
+            first = self.draft[0]
+            if (self.turn.sequence.seq_id, number) not in judged.tokens and note_of(first).spots != {}:
+                break
+            self._take(number, first, judged)
+            self.draft, self.ends, number = self.draft[1:], None, number + 1
+
+    def _take(self, number: int, drafted: Drafted, judged: Judged) -> None:
+        """Make the token at a place final, or the one that was chosen in its stead."""
+        key = self.turn.sequence.seq_id, number
+        token = judged.tokens.get(key, drafted.token_id)
+        if token < 0:
+            self.goes_on = False
+            return
+        self.choices.append(_choice(self.turn, drafted, token, judged.reports.get(key)))
+        self.kept = token == drafted.token_id
+        self.verdicts.append(Verdict(note_of(drafted).certainty, self.kept))
 
 
 def _in_lockstep(sequence: Sequence) -> bool:
@@ -251,11 +264,6 @@ def _is_read(turn: Turn) -> bool:
     return any(member != main for member in (*turn.feeds, *turn.left_out)) or is_complete(turn.sequence)
 
 
-def _is_whole(turn: Turn) -> bool:
-    fusion = turn.sequence.recipe.fusion
-    return fusion is not None and fusion.full_vocabulary
-
-
 def _chosen(
     turns: abc.Sequence[Turn], answers: Mapping[str, Answers], num_candidates: int
 ) -> dict[int, list[Drafted]]:
@@ -264,7 +272,7 @@ def _chosen(
     for turn in turns:
         main, ahead = turn.recipe.main, len(draft_of(turn.sequence))
         span = answers[main].spans[turn.feeds[main]]
-        group = groups.setdefault((main, span.block, width_of(turn, num_candidates), _is_whole(turn)), [])
+        group = groups.setdefault((main, span.block, width_of(turn, num_candidates), is_whole(turn)), [])
         group += ((turn, row, ahead + row - span.start) for row in range(span.start, span.stop))
     chosen: dict[int, list[Drafted]] = {}
     for (main, block, _, whole), group in groups.items():
@@ -276,7 +284,7 @@ def _chosen(
             shape(single(rows), sequences, [None] * len(group)), sequences, [ahead for _, _, ahead in group]
         )
         for i, (token, certainty) in enumerate(zip(tokens, _certainties(rows, sequences, tokens), strict=True)):
-            chosen.setdefault(sequences[i].seq_id, []).append(Drafted(token, Note(_row(rows, i), certainty)))
+            chosen.setdefault(sequences[i].seq_id, []).append(Drafted(token, Note(row_of(rows, i), certainty)))
     return chosen
 
 
@@ -294,7 +302,7 @@ def _confirmed(sequence: Sequence, chosen: list[Drafted]) -> tuple[list[Drafted]
 
 def _certainties(rows: Candidates, sequences: abc.Sequence[Sequence], tokens: list[int]) -> list[float]:
     """How sure main was of its tokens: of a greedy one its distance to the next likeliest, else its probability."""
-    sampled = _probabilities(rows, torch.tensor(tokens, device=rows.token_ids.device))
+    sampled = probabilities(rows, torch.tensor(tokens, device=rows.token_ids.device))
     best = rows.logprobs.topk(min(2, rows.logprobs.shape[1]), dim=1).values.exp()
     margins = (2 * best[:, 0] - best.sum(dim=1)).tolist() if best.shape[1] > 1 else sampled
     return [
@@ -319,7 +327,7 @@ def _can_go_on(turn: Turn) -> bool:
     )
 
 
-def _places(turn: Turn, answers: Mapping[str, Answers]) -> Iterator[_Place]:
+def _places(turn: Turn, answers: Mapping[str, Answers]) -> Iterator[Place]:
     """The sound places of a draft at which all assistants have answered."""
     assistants = turn.recipe.members[1:]
     for number, drafted in enumerate(draft_of(turn.sequence)[: num_judged(turn.sequence)]):
@@ -329,7 +337,7 @@ def _places(turn: Turn, answers: Mapping[str, Answers]) -> Iterator[_Place]:
         rows = {member: _answer(turn, member, spots[member], answers) for member in assistants}
         found = {member: row for member, row in rows.items() if row is not None}
         if len(found) == len(assistants):
-            yield _Place(turn, number, drafted, found)
+            yield Place(turn, number, drafted, found)
 
 
 def _answer(turn: Turn, member: str, spot: Spot, answers: Mapping[str, Answers]) -> Candidates | None:
@@ -338,100 +346,17 @@ def _answer(turn: Turn, member: str, spot: Spot, answers: Mapping[str, Answers])
         part = answers[member].of(turn.feeds[member])
         row = len(part) - 1 - len(turn.sequence.tracks[member].completion_ids) + spot.before
         if row >= 0:
-            return _row(part, row)
-    ends: _Ends = turn.sequence.ends or {}  # type: ignore[assignment]
-    count, said = ends.get(member, (-1, None))
+            return row_of(part, row)
+    known = turn.sequence.ends
+    count, said = known.get(member, (-1, None)) if isinstance(known, dict) else (-1, None)
     return said if count == spot.before else None
-
-
-def _row(part: Candidates, row: int) -> Candidates:
-    return Candidates(part.token_ids[row : row + 1], part.logprobs[row : row + 1], part.tail[row : row + 1])
-
-
-def _is_decided(place: _Place) -> bool:
-    """Whether the assistants agree with main's greedy token: each has it on top, or their mean of it is over 1/2.
-
-    Then no weighted sum of distributions has another token on top. Biases and reports need the fused numbers.
-    """
-    params = place.turn.sequence.request.params
-    if not params.greedy or params.logprobs is not None or params.logit_bias or place.turn.recipe.apart:
-        return False
-    tracks, main = place.turn.sequence.tracks, place.turn.sequence.main.vocabulary
-    text = main.text_bytes(place.token_id)
-    if not text:
-        return False
-    on_top, total, mean = True, 0.0, 0.0
-    spots = place.note.spots or {}
-    weights = dict(zip(place.turn.recipe.members, place.turn.recipe.weights, strict=True))
-    for member, row in place.rows.items():
-        own = spots[member].following
-        top = int(greedy(row.token_ids, row.logprobs))
-        on_top &= top == own or tracks[member].vocabulary.text_bytes(top) == text
-        total += weights[member]
-        mean += weights[member] * (_probabilities(row, torch.tensor([own]))[0] if own is not None else 0.0)
-    return on_top or (total > 0 and mean / total > 0.5)
-
-
-def _probabilities(rows: Candidates, tokens: Tensor) -> list[float]:
-    """Each row's probability of one id, 0 where it is not among the candidates."""
-    found = rows.logprobs.masked_fill(rows.token_ids != tokens.unsqueeze(1), -torch.inf)
-    return found.amax(dim=1).exp().tolist()
-
-
-def _kind(place: _Place) -> tuple[object, ...]:
-    """Places of one kind are fused in one batch."""
-    recipe = place.turn.recipe
-    alone = (place.turn.sequence.seq_id, place.number) if recipe.apart else None
-    fusion = recipe.fusion_key or id(recipe.fusion)
-    widths = tuple((member, row.token_ids.shape[1]) for member, row in place.rows.items())
-    return (recipe.model, recipe.members, fusion, widths, place.note.main.token_ids.shape[1], alone)
-
-
-def _fuse(group: abc.Sequence[_Place], num_candidates: int, judged: _Judged) -> None:
-    """Fuse and sample at places of one kind."""
-    started = time.perf_counter()
-    main = stacked([place.note.main for place in group])
-    others = {member: stacked([place.rows[member] for place in group]) for member in group[0].rows}
-    if not _is_whole(group[0].turn):
-        others = {member: part.best(num_candidates) for member, part in others.items()}
-    parts = [main, *(part.to(main.token_ids.device) for part in others.values())]
-    turns = [place.turn for place in group]
-    fusion = turns[0].recipe.fusion
-    assert fusion is not None
-    fused = fusion.fuse(parts, torch.tensor([turn.recipe.weights for turn in turns], device=main.tail.device))
-    seconds = time.perf_counter() - started
-    sequences = [turn.sequence for turn in turns]
-    shaped = shape(fused, sequences, [None] * len(group))
-    tokens = sample(shaped, sequences, [place.number for place in group])
-    for i, (place, token) in enumerate(zip(group, tokens, strict=True)):
-        key = place.turn.sequence.seq_id, place.number
-        judged.tokens[key] = token
-        judged.reports[key] = (parts, fused, i)
-    judged.fusions.append(_stats(group, parts, fused, tokens, seconds))
 
 
 def _failed(turn: Turn) -> Decision:
     return failed(turn, tuple(member for member, reason in turn.left_out.items() if reason == "non_finite"))
 
 
-def _verdict(turn: Turn, judged: _Judged) -> tuple[tuple[Choice, ...] | None, tuple[Verdict, ...]]:
-    """The tokens of a draft that was read, up to the first that was chosen otherwise; None: not finite numbers."""
-    sequence = turn.sequence
-    choices: list[Choice] = []
-    verdicts: list[Verdict] = []
-    for number, drafted in enumerate(draft_of(sequence)[: num_judged(sequence)]):
-        key = sequence.seq_id, number
-        token = judged.tokens.get(key, drafted.token_id)
-        if token < 0:
-            return None, tuple(verdicts)
-        choices.append(_choice(turn, drafted, token, judged.reports.get(key)))
-        verdicts.append(Verdict(note_of(drafted).certainty, token == drafted.token_id))
-        if token != drafted.token_id:
-            break
-    return tuple(choices), tuple(verdicts)
-
-
-def _ends(turn: Turn, answers: Mapping[str, Answers]) -> _Ends | None:
+def _ends(turn: Turn, answers: Mapping[str, Answers]) -> Ends | None:
     """What every assistant said behind the text that it has read; None if one of them has not answered."""
     ends = {}
     for member, track in list(turn.sequence.tracks.items())[1:]:
@@ -442,7 +367,7 @@ def _ends(turn: Turn, answers: Mapping[str, Answers]) -> _Ends | None:
     return ends
 
 
-def _choice(turn: Turn, drafted: Drafted, token: int, found: tuple[list[Candidates], Fused, int] | None) -> Choice:
+def _choice(turn: Turn, drafted: Drafted, token: int, found: Report | None) -> Choice:
     """A final token with the reports that its request asked for; main's own numbers where nothing was fused."""
     request, main = turn.sequence.request, turn.recipe.main
     if request.params.logprobs is None and not request.trace:
@@ -458,22 +383,3 @@ def _choice(turn: Turn, drafted: Drafted, token: int, found: tuple[list[Candidat
         left_out = {**turn.sequence.dropped, **turn.left_out}
         trace = reports.trace(turn.sequence.recipe, turn.sequence.tracks, said, fused, row, token, left_out)
     return Choice(token, scored, trace)
-
-
-def _stats(
-    group: abc.Sequence[_Place], parts: list[Candidates], fused: Fused, tokens: list[int], seconds: float
-) -> FusionStats:
-    """The metrics of a group. Places without a token are not counted."""
-    recipe, tracks = group[0].turn.recipe, group[0].turn.sequence.tracks
-    members = [recipe.main, *group[0].rows]
-    sound = [i for i, token in enumerate(tokens) if token >= 0]
-    chosen = {i: tracks[recipe.main].vocabulary.text_bytes(tokens[i]) for i in sound}
-    agreed = {}
-    for member, part in zip(members[1:], parts[1:], strict=True):
-        spell, top = tracks[member].vocabulary.text_bytes, greedy(part.token_ids, part.logprobs).tolist()
-        hits = sum(spell(top[i]) == chosen[i] for i in sound)
-        agreed[member] = (hits, len(sound) - hits)
-    top = greedy(parts[0].token_ids, parts[0].logprobs).tolist()
-    unmapped = dict(zip(members, fused.unmapped[sound].t().tolist(), strict=True))
-    overruled = sum(top[i] != tokens[i] for i in sound)
-    return FusionStats(recipe.model, recipe.fusion_name, seconds, unmapped, agreed, overruled)

@@ -1,0 +1,166 @@
+"""What the ensemble chooses at places of drafts, those of a kind at once.
+
+A place where assistants agree with main's greedy token is decided without a fusion. Knows candidates and fusions;
+does not know how drafts come about, or what becomes of them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import abc
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ensemble_core.decoding.modes.base import Turn
+from ensemble_core.decoding.modes.places import Note, note_of
+from ensemble_core.decoding.sampler import greedy, sample
+from ensemble_core.decoding.sequence import Drafted
+from ensemble_core.decoding.shaping import shape
+from ensemble_core.fusion.base import Fused
+from ensemble_core.members.base import Candidates, stacked
+from ensemble_core.stats import FusionStats
+
+Key = tuple[int, int]
+Report = tuple[list[Candidates], Fused, int]  # what members said, the fusion, the row in both
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A drafted token that can be judged. rows: assistant -> its candidates there."""
+
+    turn: Turn
+    number: int
+    drafted: Drafted
+    rows: Mapping[str, Candidates]
+
+    @property
+    def key(self) -> Key:
+        """The sequence, and how many tokens that are not final lie before the place."""
+        return self.turn.sequence.seq_id, self.number
+
+    @property
+    def token_id(self) -> int:
+        """The drafted token."""
+        return self.drafted.token_id
+
+    @property
+    def note(self) -> Note:
+        """What was kept of it."""
+        return note_of(self.drafted)
+
+
+@dataclass(slots=True)
+class Judged:
+    """What the ensemble chose at judged places; -1: the numbers were not finite."""
+
+    tokens: dict[Key, int] = field(default_factory=dict)
+    reports: dict[Key, Report] = field(default_factory=dict)
+    fusions: list[FusionStats] = field(default_factory=list)
+
+
+def judge(places: abc.Sequence[Place], num_candidates: int, consensus: bool) -> Judged:
+    """Decide all places. consensus: those with which the assistants agree anyway are not fused."""
+    judged = Judged()
+    groups: dict[tuple[object, ...], list[Place]] = {}
+    for place in places:
+        if consensus and _is_decided(place):
+            judged.tokens[place.key] = place.token_id
+        else:
+            groups.setdefault(_kind(place), []).append(place)
+    for group in groups.values():
+        _fuse(group, num_candidates, judged)
+    return judged
+
+
+def is_whole(turn: Turn) -> bool:
+    """Whether the fusion needs whole vocabularies."""
+    fusion = turn.sequence.recipe.fusion
+    return fusion is not None and fusion.full_vocabulary
+
+
+def row_of(part: Candidates, row: int) -> Candidates:
+    """One row of some candidates."""
+    return Candidates(part.token_ids[row : row + 1], part.logprobs[row : row + 1], part.tail[row : row + 1])
+
+
+def _is_decided(place: Place) -> bool:
+    """Whether the assistants agree with main's greedy token: each has it on top, or their mean of it is over 1/2.
+
+    Then no weighted sum of distributions has another token on top. Biases and reports need the fused numbers.
+    """
+    params = place.turn.sequence.request.params
+    if not params.greedy or params.logprobs is not None or params.logit_bias or place.turn.recipe.apart:
+        return False
+    tracks, main = place.turn.sequence.tracks, place.turn.sequence.main.vocabulary
+    text = main.text_bytes(place.token_id)
+    if not text:
+        return False
+    on_top, total, mean = True, 0.0, 0.0
+    spots = place.note.spots or {}
+    weights = dict(zip(place.turn.recipe.members, place.turn.recipe.weights, strict=True))
+    for member, row in place.rows.items():
+        own = spots[member].following
+        top = int(greedy(row.token_ids, row.logprobs))
+        on_top &= top == own or tracks[member].vocabulary.text_bytes(top) == text
+        total += weights[member]
+        mean += weights[member] * (probabilities(row, torch.tensor([own]))[0] if own is not None else 0.0)
+    return on_top or (total > 0 and mean / total > 0.5)
+
+
+def probabilities(rows: Candidates, tokens: Tensor) -> list[float]:
+    """Each row's probability of one id, 0 where it is not among the candidates."""
+    found = rows.logprobs.masked_fill(rows.token_ids != tokens.unsqueeze(1), -torch.inf)
+    return found.amax(dim=1).exp().tolist()
+
+
+def _kind(place: Place) -> tuple[object, ...]:
+    """Places of one kind are fused in one batch."""
+    recipe = place.turn.recipe
+    alone = (place.turn.sequence.seq_id, place.number) if recipe.apart else None
+    fusion = recipe.fusion_key or id(recipe.fusion)
+    widths = tuple((member, row.token_ids.shape[1]) for member, row in place.rows.items())
+    return (recipe.model, recipe.members, fusion, widths, place.note.main.token_ids.shape[1], alone)
+
+
+def _fuse(group: abc.Sequence[Place], num_candidates: int, judged: Judged) -> None:
+    """Fuse and sample at places of one kind."""
+    started = time.perf_counter()
+    main = stacked([place.note.main for place in group])
+    others = {member: stacked([place.rows[member] for place in group]) for member in group[0].rows}
+    if not is_whole(group[0].turn):
+        others = {member: part.best(num_candidates) for member, part in others.items()}
+    parts = [main, *(part.to(main.token_ids.device) for part in others.values())]
+    turns = [place.turn for place in group]
+    fusion = turns[0].recipe.fusion
+    assert fusion is not None
+    fused = fusion.fuse(parts, torch.tensor([turn.recipe.weights for turn in turns], device=main.tail.device))
+    seconds = time.perf_counter() - started
+    sequences = [turn.sequence for turn in turns]
+    shaped = shape(fused, sequences, [None] * len(group))
+    tokens = sample(shaped, sequences, [place.number for place in group])
+    for i, (place, token) in enumerate(zip(group, tokens, strict=True)):
+        judged.tokens[place.key] = token
+        judged.reports[place.key] = (parts, fused, i)
+    judged.fusions.append(_stats(group, parts, fused, tokens, seconds))
+
+
+def _stats(
+    group: abc.Sequence[Place], parts: list[Candidates], fused: Fused, tokens: list[int], seconds: float
+) -> FusionStats:
+    """The metrics of a group. Places without a token are not counted."""
+    recipe, tracks = group[0].turn.recipe, group[0].turn.sequence.tracks
+    members = [recipe.main, *group[0].rows]
+    sound = [i for i, token in enumerate(tokens) if token >= 0]
+    chosen = {i: tracks[recipe.main].vocabulary.text_bytes(tokens[i]) for i in sound}
+    agreed = {}
+    for member, part in zip(members[1:], parts[1:], strict=True):
+        spell, top = tracks[member].vocabulary.text_bytes, greedy(part.token_ids, part.logprobs).tolist()
+        hits = sum(spell(top[i]) == chosen[i] for i in sound)
+        agreed[member] = (hits, len(sound) - hits)
+    top = greedy(parts[0].token_ids, parts[0].logprobs).tolist()
+    unmapped = dict(zip(members, fused.unmapped[sound].t().tolist(), strict=True))
+    overruled = sum(top[i] != tokens[i] for i in sound)
+    return FusionStats(recipe.model, recipe.fusion_name, seconds, unmapped, agreed, overruled)
