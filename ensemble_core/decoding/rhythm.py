@@ -65,6 +65,10 @@ class Beat:
             count += 1
         return count
 
+    def gain(self, prospect: Prospect) -> float:
+        """Tokens that main's next step is expected to add to what becomes final, those of right guesses included."""
+        return prospect.likely * sum(prospect.guess**k for k in range(1 + self.guesses(prospect)))
+
 
 class Rhythm:
     """See the module's docstring."""
@@ -82,7 +86,7 @@ class Rhythm:
         if not unread:
             return Beat(draft=True, read=False, price=price)
         on = Beat(draft=True, read=False, price=price + rate * self._reading.slope(unread))
-        worth = self._is_worth([p for p in prospects if on.drafts(p)], unread, rate)
+        worth = self._is_worth(on, [p for p in prospects if on.drafts(p)], unread, rate)
         if any(p.due for p in prospects):
             return replace(on, draft=worth, read=True)
         draft = worth or any(p.eager for p in prospects)
@@ -101,11 +105,11 @@ class Rhythm:
         elif self._drafting.known:
             self._reading.add(num_read, max(seconds - self._drafting(num_fed), 0.0))
 
-    def _is_worth(self, prospects: Sequence[Prospect], unread: int, rate: float) -> bool:
+    def _is_worth(self, on: Beat, prospects: Sequence[Prospect], unread: int, rate: float) -> bool:
         """Whether main's next step for these sequences gains more than it costs."""
-        count = len(prospects)
+        count = sum(1 + on.guesses(p) for p in prospects)
         cost = self._drafting(count) + self._read(unread + count) - self._read(unread)
-        return bool(prospects) and sum(p.likely for p in prospects) >= cost * rate
+        return bool(prospects) and sum(map(on.gain, prospects)) >= cost * rate
 
     def _rate(self, prospects: Collection[Prospect]) -> float:
         """Tokens per second that these sequences reach, or may reach where nothing is known."""
