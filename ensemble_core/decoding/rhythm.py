@@ -8,6 +8,9 @@ Drafting on gains a token with the probability that the whole draft before it st
 cost is above the rate at which tokens have become final so far (Dinkelbach's method for the best ratio of gain and
 cost). Costs and rates are learnt from finished steps.
 
+Where wrong drafts cost more than forwards that are saved, as in large batches, all members step together, as in
+lockstep: each of main's tokens is judged at once. Both ways are tried and the faster one is kept.
+
 What a beat decides changes when a token is judged, never how. Does not know sequences, members or texts.
 """
 
@@ -20,7 +23,13 @@ from itertools import pairwise
 
 LONGEST = 8  # tokens of a draft at most, if its request does not say more: clients get them all at once
 _MEMORY = 8  # observations kept of each cost
-_TRIAL, _FADING = 24, 0.98  # steps before a rate is believed; what a step weighs once another has followed
+_FADING = 0.98  # what a step weighs in a rate once another has followed
+_TRIAL, _TERM, _TERMS = (
+    24,
+    32,
+    16,
+)  # steps before a rate is believed; until the next choice; choices until a new trial
+_CLOSE = 0.75  # a way that promises less than this share of the other one is not tried
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +38,7 @@ class Prospect:
 
     num_unread: tokens that assistants have not read. likely: probability that the draft stays. survival: of one more
     token. due: it must be read now. eager: it must not be read yet, unless others are. complete: nothing can follow.
+    free: the length of its draft is not given.
     num_guessed: guesses behind it. guess: probability that main chooses one of them, if it has chosen those before.
     """
 
@@ -38,6 +48,7 @@ class Prospect:
     due: bool = False
     eager: bool = False
     complete: bool = False
+    free: bool = True
     num_guessed: int = 0
     guess: float = 0.0
 
@@ -75,13 +86,18 @@ class Rhythm:
 
     def __init__(self) -> None:
         self._drafting, self._reading = _Cost(), _Cost()
-        self._rates: dict[int, _Rate] = {}
+        self._ways: dict[int, _Ways] = {}
 
     def beat(self, prospects: Collection[Prospect]) -> Beat:
         """The next step of these sequences."""
         if not prospects:
             return Beat()
-        rate, unread = self._rate(prospects), sum(p.num_unread for p in prospects)
+        ways = self._ways_of(len(prospects))
+        drafting, together = self._best_rate(prospects), self._rate_together(prospects)
+        ways.choose(drafting, together if all(p.free for p in prospects) else 0.0)
+        if ways.together:
+            return Beat()
+        rate, unread = ways.rate(drafting), sum(p.num_unread for p in prospects)
         price = rate * self._drafting.slope(len(prospects))
         if not unread:
             return Beat(draft=True, read=False, price=price)
@@ -97,7 +113,7 @@ class Rhythm:
 
         num_final: tokens that became final.
         """
-        self._rates.setdefault(num_sequences.bit_length(), _Rate()).add(num_final, seconds)
+        self._ways_of(num_sequences).add(num_final, seconds)
         if not num_read:
             self._drafting.add(num_fed, seconds)
         elif not num_fed:
@@ -111,10 +127,13 @@ class Rhythm:
         cost = self._drafting(count) + self._read(unread + count) - self._read(unread)
         return bool(prospects) and sum(map(on.gain, prospects)) >= cost * rate
 
-    def _rate(self, prospects: Collection[Prospect]) -> float:
-        """Tokens per second that these sequences reach, or may reach where nothing is known."""
-        known = self._rates.get(len(prospects).bit_length())
-        return known.value if known is not None and known.is_settled else self._best_rate(prospects)
+    def _ways_of(self, num_sequences: int) -> _Ways:
+        return self._ways.setdefault(num_sequences.bit_length(), _Ways())
+
+    def _rate_together(self, prospects: Collection[Prospect]) -> float:
+        """Tokens per second if all members step together."""
+        batch = len(prospects)
+        return batch / (self._drafting(batch) + self._read(batch))
 
     def _best_rate(self, prospects: Collection[Prospect]) -> float:
         """Tokens per second of the best cycle: n times main drafts for each sequence, then all is read."""
@@ -146,6 +165,37 @@ class _Class:
         return sum(self.counts) / len(self.counts), sorted(self.seconds)[(len(self.seconds) - 1) // 3]
 
 
+class _Ways:
+    """The rates of two ways to step a batch, and which of them is taken."""
+
+    def __init__(self) -> None:
+        self.together = False
+        self._rates: dict[bool, _Rate] = {False: _Rate(), True: _Rate()}
+        self._left = self._terms = 0
+
+    def rate(self, guess: float) -> float:
+        """Tokens per second of the present way, or the guess where it is not known."""
+        rate = self._rates[self.together]
+        return rate.value if rate.is_settled else guess
+
+    def choose(self, drafting: float, together: float) -> None:
+        """Choose the way of the next step, seldom another than before. Given are guesses at both rates; 0: never."""
+        self._left -= 1
+        if self._left > 0 and together:
+            return
+        rates = {False: drafting, True: together}
+        rates |= {way: rate.value for way, rate in self._rates.items() if rate.is_settled and rates[way]}
+        better = max(rates, key=lambda way: rates[way])
+        self._terms += 1
+        rested = not self._rates[not better].is_settled or self._terms % _TERMS == 0
+        trial = rested and self._rates[better].is_settled and rates[not better] > _CLOSE * rates[better]
+        self.together, self._left = (not better, _TRIAL) if trial else (better, _TERM)
+
+    def add(self, tokens: int, seconds: float) -> None:
+        """Take in a step."""
+        self._rates[self.together].add(tokens, seconds)
+
+
 class _Rate:
     """Tokens per second, the last steps weighing most."""
 
@@ -160,7 +210,7 @@ class _Rate:
     @property
     def is_settled(self) -> bool:
         """Whether enough steps were seen."""
-        return self._steps > _TRIAL
+        return self._steps >= _TRIAL and self._tokens > 0
 
     def add(self, tokens: int, seconds: float) -> None:
         """Take in a step."""

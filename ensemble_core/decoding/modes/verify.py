@@ -97,6 +97,7 @@ class Verify:
             due=complete or (num_judged(sequence) > 0 and (sequence.cramped or len(draft) >= longest)),
             eager=fixed and len(draft) < longest,
             complete=complete,
+            free=not fixed,
             num_guessed=len(guesses),
             guess=sequence.guess_habits.survival(_strength(guesses[0])) if guesses else 0.0,
         )
