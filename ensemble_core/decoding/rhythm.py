@@ -9,7 +9,7 @@ cost is above the rate at which tokens have become final so far (Dinkelbach's me
 cost). Costs and rates are learnt from finished steps.
 
 Where wrong drafts cost more than forwards that are saved, as in large batches, all members step together, as in
-lockstep: each of main's tokens is judged at once. Both ways are tried and the faster one is kept.
+lockstep: each of main's tokens is judged at once. The way that is faster is kept.
 
 What a beat decides changes when a token is judged, never how. Does not know sequences, members or texts.
 """
@@ -24,12 +24,10 @@ from itertools import pairwise
 LONGEST = 8  # tokens of a draft at most, if its request does not say more: clients get them all at once
 _MEMORY = 8  # observations kept of each cost
 _FADING = 0.98  # what a step weighs in a rate once another has followed
-_TRIAL, _TERM, _TERMS = (
-    24,
-    32,
-    16,
-)  # steps before a rate is believed; until the next choice; choices until a new trial
-_CLOSE = 0.75  # a way that promises less than this share of the other one is not tried
+_TRIAL, _TERM = 24, 32  # steps before a rate is believed; steps until the next choice
+_REST, _LONG_REST = 2, 32  # choices until the slower way is tried again, more and more of them
+_CLOSE = 0.75  # a way that reached less than this share of the other one is not tried again
+_MARGIN = 1.05  # how much more a way must promise that has not been tried
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,7 +169,7 @@ class _Ways:
     def __init__(self) -> None:
         self.together = False
         self._rates: dict[bool, _Rate] = {False: _Rate(), True: _Rate()}
-        self._left = self._terms = 0
+        self._left, self._rest, self._patience = 0, _REST, _REST
 
     def rate(self, guess: float) -> float:
         """Tokens per second of the present way, or the guess where it is not known."""
@@ -179,17 +177,26 @@ class _Ways:
         return rate.value if rate.is_settled else guess
 
     def choose(self, drafting: float, together: float) -> None:
-        """Choose the way of the next step, seldom another than before. Given are guesses at both rates; 0: never."""
+        """Choose the way of the next step, seldom another than before. Given are guesses at both rates; 0: never.
+
+        The guess at stepping together is a good one, since only costs enter it: it is tried where it promises more.
+        From there drafting is tried again after longer and longer rests.
+        """
         self._left -= 1
-        if self._left > 0 and together:
-            return
-        rates = {False: drafting, True: together}
-        rates |= {way: rate.value for way, rate in self._rates.items() if rate.is_settled and rates[way]}
-        better = max(rates, key=lambda way: rates[way])
-        self._terms += 1
-        rested = not self._rates[not better].is_settled or self._terms % _TERMS == 0
-        trial = rested and self._rates[better].is_settled and rates[not better] > _CLOSE * rates[better]
-        self.together, self._left = (not better, _TRIAL) if trial else (better, _TERM)
+        if not together or self._left <= 0:
+            self._left = _TERM
+            tried = {way for way, rate in self._rates.items() if rate.is_settled}
+            drafted = self._rates[False].value if False in tried else drafting
+            if not self.together:
+                promised = self._rates[True].value if True in tried else together / _MARGIN
+                self.together = together > 0 and False in tried and promised > drafted
+            else:
+                self._rest -= 1
+                stepped = self._rates[True].value if True in tried else together
+                again = self._rest <= 0 and drafted > _CLOSE * stepped
+                if again:
+                    self._rest = self._patience = min(2 * self._patience, _LONG_REST)
+                self.together = together > 0 and not again and stepped >= drafted
 
     def add(self, tokens: int, seconds: float) -> None:
         """Take in a step."""

@@ -99,6 +99,7 @@ class Sequence:
     habits: Habits = field(default_factory=Habits)
     guess_habits: Habits = field(default_factory=Habits)
     lookup: Lookup = field(default_factory=Lookup)
+    num_guessed: int = 0  # tokens at the end of the draft that are guesses
     cramped: bool = False
     ends: object = None
     phase: Phase = Phase.WAITING
@@ -164,11 +165,6 @@ class Sequence:
         return count
 
     @property
-    def num_guessed(self) -> int:
-        """Tokens at the end of the draft that are guesses."""
-        return sum(each.guess for each in self.drafted)
-
-    @property
     def mid_character(self) -> bool:
         """True while the last character is incomplete."""
         return self.spelling[1] if self.drafted else self.spelt.mid_character
@@ -223,6 +219,7 @@ class Sequence:
             self.main.append(token_id)
             self.counts.add(token_id)
         self.drafted = tuple(drafted)
+        self.num_guessed = sum(each.guess for each in drafted)
 
     def _take_in(self, choice: Choice) -> None:
         """Make the first token of the draft final."""

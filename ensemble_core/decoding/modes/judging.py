@@ -51,6 +51,21 @@ class Place:
         """What was kept of it."""
         return note_of(self.drafted)
 
+    @property
+    def text(self) -> bytes:
+        """What the drafted token spells."""
+        return self.turn.sequence.main.vocabulary.text_bytes(self.token_id)
+
+    def following(self, member: str) -> int:
+        """An assistant's own token behind the place; -1: none."""
+        spot = (self.note.spots or {})[member]
+        return -1 if spot.following is None else spot.following
+
+    def weight(self, member: str) -> float:
+        """An assistant's weight in the fusion."""
+        recipe = self.turn.recipe
+        return recipe.weights[recipe.members.index(member)]
+
 
 @dataclass(slots=True)
 class Judged:
@@ -65,8 +80,9 @@ def judge(places: abc.Sequence[Place], num_candidates: int, consensus: bool) -> 
     """Decide all places. consensus: those with which the assistants agree anyway are not fused."""
     judged = Judged()
     groups: dict[tuple[object, ...], list[Place]] = {}
+    agreed = _agreed([place for place in places if consensus and _may_agree(place)])
     for place in places:
-        if consensus and _is_decided(place):
+        if place.key in agreed:
             judged.tokens[place.key] = place.token_id
         else:
             groups.setdefault(_kind(place), []).append(place)
@@ -86,28 +102,39 @@ def row_of(part: Candidates, row: int) -> Candidates:
     return Candidates(part.token_ids[row : row + 1], part.logprobs[row : row + 1], part.tail[row : row + 1])
 
 
-def _is_decided(place: Place) -> bool:
-    """Whether the assistants agree with main's greedy token: each has it on top, or their mean of it is over 1/2.
+def _may_agree(place: Place) -> bool:
+    """Whether the consent of all assistants would decide a place. Biases and reports need the fused numbers."""
+    params, recipe = place.turn.sequence.request.params, place.turn.recipe
+    asks = params.logprobs is not None or params.logit_bias or recipe.apart
+    return params.greedy and not asks and bool(place.text)
 
-    Then no weighted sum of distributions has another token on top. Biases and reports need the fused numbers.
+
+def _agreed(places: abc.Sequence[Place]) -> set[Key]:
+    """Places where each assistant has main's greedy token on top, or their mean probability of it is over 1/2.
+
+    Then no weighted sum of distributions has another token on top.
     """
-    params = place.turn.sequence.request.params
-    if not params.greedy or params.logprobs is not None or params.logit_bias or place.turn.recipe.apart:
-        return False
-    tracks, main = place.turn.sequence.tracks, place.turn.sequence.main.vocabulary
-    text = main.text_bytes(place.token_id)
-    if not text:
-        return False
-    on_top, total, mean = True, 0.0, 0.0
-    spots = place.note.spots or {}
-    weights = dict(zip(place.turn.recipe.members, place.turn.recipe.weights, strict=True))
-    for member, row in place.rows.items():
-        own = spots[member].following
-        top = int(greedy(row.token_ids, row.logprobs))
-        on_top &= top == own or tracks[member].vocabulary.text_bytes(top) == text
-        total += weights[member]
-        mean += weights[member] * (probabilities(row, torch.tensor([own]))[0] if own is not None else 0.0)
-    return on_top or (total > 0 and mean / total > 0.5)
+    parts: dict[tuple[str, int], list[Place]] = {}
+    for place in places:
+        for member, row in place.rows.items():
+            parts.setdefault((member, row.token_ids.shape[1]), []).append(place)
+    views: dict[Key, list[tuple[float, bool, float]]] = {}  # weight, whether it is on top, probability
+    for (member, _), group in parts.items():
+        rows = stacked([place.rows[member] for place in group])
+        own = [place.following(member) for place in group]
+        tops = greedy(rows.token_ids, rows.logprobs).tolist()
+        chances = probabilities(rows, torch.tensor(own, device=rows.token_ids.device))
+        for place, top, token_id, chance in zip(group, tops, own, chances, strict=True):
+            spell = place.turn.sequence.tracks[member].vocabulary.text_bytes
+            view = place.weight(member), top == token_id or spell(top) == place.text, chance
+            views.setdefault(place.key, []).append(view)
+    return {key for key, said in views.items() if all(top for _, top, _ in said) or _mean(said) > 0.5}
+
+
+def _mean(said: list[tuple[float, bool, float]]) -> float:
+    """The assistants' mean probability of the token."""
+    total = sum(weight for weight, _, _ in said)
+    return sum(weight * chance for weight, _, chance in said) / total if total > 0 else 0.0
 
 
 def probabilities(rows: Candidates, tokens: Tensor) -> list[float]:

@@ -58,14 +58,17 @@ def draft_of(sequence: Sequence) -> tuple[Drafted, ...]:
 
 def is_complete(sequence: Sequence) -> bool:
     """Whether nothing can be drafted before what is drafted is judged."""
-    draft = draft_of(sequence)
-    return bool(draft) and (draft[-1].held or _ends(sequence, draft[-1].token_id, len(draft)))
+    count = len(sequence.drafted) - sequence.num_guessed
+    last = sequence.drafted[count - 1] if count else None
+    return last is not None and (last.held or _ends(sequence, last.token_id, count))
 
 
 def num_judged(sequence: Sequence) -> int:
     """How many drafted tokens a reading decides: what is spelt, and a character that will never be complete."""
-    draft = draft_of(sequence)
-    return len(draft) if is_complete(sequence) and not draft[-1].held else sequence.num_spelt
+    count = len(sequence.drafted) - sequence.num_guessed
+    if count and not sequence.drafted[count - 1].held and is_complete(sequence):
+        return count
+    return sequence.num_spelt if count else 0
 
 
 def num_reading(track: Track, places: abc.Iterable[Spot]) -> int:

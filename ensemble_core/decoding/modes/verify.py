@@ -129,7 +129,7 @@ class Verify:
         chosen = _chosen([turn for turn in turns if turn.recipe.main in turn.feeds], answers, num_candidates)
         sampling = time.perf_counter() - started
         consensus = self.options.needed == "consensus"
-        cases = [_Case(_with_finite(turn, answers), chosen.get(turn.sequence.seq_id, [])) for turn in turns]
+        cases = [_Case(t, chosen.get(t.sequence.seq_id, [])) for t in _with_finite(turns, answers)]
         whole = [case for case in cases if case.goes_on]
         drafts = judge(
             [place for case in whole for place in _places(case.turn, answers)], num_candidates, consensus
@@ -312,13 +312,18 @@ def _certainties(rows: Candidates, sequences: abc.Sequence[Sequence], tokens: li
     ]
 
 
-def _with_finite(turn: Turn, answers: Mapping[str, Answers]) -> Turn:
-    """The turn without assistants whose numbers are not finite."""
-    assistants = [member for member in turn.feeds if member != turn.sequence.recipe.main]
-    broken = [
-        m for m in assistants if not bool(answers[m].of(turn.feeds[m]).logprobs.amax(dim=1).isfinite().all())
-    ]
-    return turn.without(broken, "non_finite") if broken else turn
+def _with_finite(turns: abc.Sequence[Turn], answers: Mapping[str, Answers]) -> list[Turn]:
+    """The turns without assistants whose numbers are not finite."""
+    finite = {
+        member: [block.logprobs.amax(dim=1).isfinite().tolist() for block in said.blocks]
+        for member, said in answers.items()
+    }
+    found = []
+    for turn in turns:
+        spans = {m: answers[m].spans[feed] for m, feed in turn.feeds.items() if m != turn.sequence.recipe.main}
+        broken = [m for m, span in spans.items() if not all(finite[m][span.block][span.start : span.stop])]
+        found.append(turn.without(broken, "non_finite") if broken else turn)
+    return found
 
 
 def _can_go_on(turn: Turn) -> bool:
@@ -363,8 +368,8 @@ def _ends(turn: Turn, answers: Mapping[str, Answers]) -> Ends | None:
     for member, track in list(turn.sequence.tracks.items())[1:]:
         if member not in turn.feeds:
             return None
-        last = answers[member].last([turn.feeds[member]])
-        ends[member] = len(track.completion_ids), last
+        part = answers[member].of(turn.feeds[member])
+        ends[member] = len(track.completion_ids), row_of(part, len(part) - 1)
     return ends
 
 
