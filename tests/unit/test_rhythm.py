@@ -1,0 +1,102 @@
+"""When a batch drafts and when it is read."""
+
+from __future__ import annotations
+
+import pytest
+
+from ensemble_core.decoding.rhythm import LONGEST, Beat, Prospect, Rhythm
+
+def taught(main: tuple[float, float], assistant: tuple[float, float], batch: int, num_steps: int = 40) -> Rhythm:
+    """A rhythm that has seen steps of these costs: (fixed, per token), in seconds."""
+    rhythm = Rhythm()
+    for _ in range(num_steps):
+        for count in (batch, 2 * batch, 4 * batch):
+            rhythm.record(count, 0, main[0] + main[1] * count, batch, 0)
+            rhythm.record(0, count, assistant[0] + assistant[1] * count, batch, count // 2)
+    return rhythm
+
+
+def drafted(rhythm: Rhythm, batch: int, survival: float) -> int:
+    """How many tokens are drafted before they are read."""
+    likely = 1.0
+    for length in range(LONGEST):
+        prospect = Prospect(batch * length // batch, likely=likely, survival=survival, due=False)
+        if rhythm.beat([prospect] * batch).read:
+            return length
+        likely *= survival
+    return LONGEST
+
+
+def test_nothing_to_read_is_never_read() -> None:
+    beat = Rhythm().beat([Prospect(0), Prospect(0)])
+    assert beat.draft
+    assert not beat.read
+
+
+def test_what_is_due_is_read_at_once() -> None:
+    rhythm = taught((1.0, 0.01), (1.0, 0.01), 4)
+    assert rhythm.beat([Prospect(2, due=True), Prospect(2), Prospect(2), Prospect(2)]).read
+
+
+def test_a_complete_draft_is_not_followed() -> None:
+    beat = taught((1.0, 0.01), (1.0, 0.01), 1).beat([Prospect(3, due=True, complete=True)])
+    assert beat.read
+    assert not beat.drafts(Prospect(3, due=True, complete=True))
+
+
+def test_a_given_length_is_kept_whatever_it_costs() -> None:
+    rhythm = taught((100.0, 1.0), (0.01, 0.0), 1)
+    beat = rhythm.beat([Prospect(3, likely=0.01, survival=0.1, eager=True, free=False)])
+    assert beat.draft
+    assert not beat.read
+
+
+def test_certain_drafts_are_longer() -> None:
+    lengths = [drafted(taught((1.0, 0.01), (1.0, 0.01), 1), 1, survival) for survival in (0.3, 0.7, 0.98)]
+    assert lengths == sorted(lengths)
+    assert lengths[0] < lengths[-1]
+
+
+def test_dear_readings_are_rarer() -> None:
+    cheap = drafted(taught((1.0, 0.01), (0.1, 0.01), 1), 1, 0.8)
+    dear = drafted(taught((1.0, 0.01), (5.0, 0.01), 1), 1, 0.8)
+    assert cheap < dear
+
+
+def test_guesses_are_fed_as_long_as_they_pay() -> None:
+    prospect = Prospect(0, num_guessed=7, guess=0.5)
+    assert Beat(price=0.2).guesses(prospect) == 2
+    assert Beat(price=0.6).guesses(prospect) == 0
+    assert Beat(price=0.0).guesses(prospect) == 7
+    assert Beat(price=0.2).gain(prospect) == pytest.approx(1 + 0.5 + 0.25)
+
+
+def steps_together(fixed: float, per_token: float, survival: float) -> bool:
+    """Whether 32 sequences end up stepping together, where a forward costs `fixed` and so much a token."""
+    rhythm, length = Rhythm(), 0
+    for _ in range(400):
+        prospects = [Prospect(length, likely=survival ** max(length - 1, 0), survival=survival)] * 32
+        beat = rhythm.beat(prospects)
+        if beat == Beat():
+            return True
+        fed, read = 32 * beat.draft, 32 * length * beat.read
+        final = int(32 * sum(survival**k for k in range(length))) if read else 0
+        cost = (fixed + per_token * fed) * (fed > 0) + (fixed + per_token * read) * (read > 0)
+        rhythm.record(fed, read, cost, 32, final)
+        length = int(beat.draft) if beat.read else length + 1
+    return False
+
+
+def test_all_step_together_where_rows_are_all_that_costs() -> None:
+    """Then a wrong draft costs as much as a right one saves."""
+    assert steps_together(0.0, 0.001, 0.3)
+    assert not steps_together(0.1, 0.0001, 0.9)
+
+
+def test_a_batch_with_a_given_length_never_steps_together() -> None:
+    rhythm = Rhythm()
+    prospects = [Prospect(2, likely=0.3, survival=0.3, free=False)] * 32
+    for _ in range(200):
+        beat = rhythm.beat(prospects)
+        assert beat != Beat()
+        rhythm.record(32 * beat.draft, 64 * beat.read, 0.1, 32, 20 * beat.read)
