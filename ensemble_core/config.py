@@ -189,7 +189,7 @@ class SchedulerConfig(Section):
     """Limits of the engine's loop."""
 
     max_running: int = Field(32, ge=1, description="Sequences that decode at the same time.")
-    max_waiting: int = Field(256, ge=1, description="Sequences that may wait; one more gets a 429.")
+    max_waiting: int = Field(256, ge=1, description="Sequences that may wait for a place; one more gets a 429.")
     max_queued_tokens: int = Field(
         1_000_000,
         ge=1,

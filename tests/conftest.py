@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Generator
 from pathlib import Path
 
 # Tests never touch the network; models that are not made here or fetched before are an error.
@@ -35,3 +36,11 @@ def demo_config() -> Config:
     except UnisonoError as error:
         pytest.fail(f"the demo models are missing, run `make models`: {error}")
     return config
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Reports go between processes as UTF-8; what hostile tests log has lone surrogates."""
+    report = yield
+    report.sections = [(name, text.encode(errors="backslashreplace").decode()) for name, text in report.sections]
+    return report

@@ -109,8 +109,8 @@ class Scheduler:
         room = self._room()
         if len(sequences) > room:
             raise QueueFullError(
-                f"the queue of {limits.max_waiting} sequences has room for {max(room, 0)}, this "
-                f"request needs {len(sequences)}; try again later, or raise scheduler.max_waiting"
+                f"the queue has room for {max(room, 0)} sequences, this request needs {len(sequences)}; try again "
+                f"later, or raise scheduler.max_waiting ({limits.max_waiting})"
             )
         queued = sum(len(s.main.prompt_ids) for s in self.waiting)
         new = sum(len(s.main.prompt_ids) for s in sequences)
