@@ -14,6 +14,7 @@ from ensemble_core.decoding.modes.base import MODES, Ask, Decision, Outcome, Tur
 from ensemble_core.decoding.modes.lockstep import Lockstep
 from ensemble_core.decoding.recipe import ModeChoice
 from ensemble_core.decoding.requests import Output
+from ensemble_core.decoding.rhythm import Beat
 from ensemble_core.decoding.sampler import greedy
 from ensemble_core.decoding.sampling_params import SamplingParams
 from ensemble_core.decoding.sequence import Choice, Drafted, Phase, Sequence
@@ -29,7 +30,10 @@ GREEDY = SamplingParams(max_tokens=23, temperature=0.0)
 class DraftTwo:
     """Main drafts two tokens, then every member reads both; the first is kept, the second taken back."""
 
-    def plan(self, sequence: Sequence) -> Mapping[str, Ask]:
+    def prospect(self, sequence: Sequence) -> None:
+        """Its steps do not depend on the beat."""
+
+    def plan(self, sequence: Sequence, beat: Beat | None = None) -> Mapping[str, Ask]:
         members = sequence.recipe.members
         asked = members[:1] if len(sequence.drafted) < 2 or sequence.mid_character else members
         return {member: Ask(sequence.tracks[member].num_uncached) for member in asked}

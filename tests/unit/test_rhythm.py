@@ -6,6 +6,7 @@ import pytest
 
 from ensemble_core.decoding.rhythm import LONGEST, Beat, Prospect, Rhythm
 
+
 def taught(main: tuple[float, float], assistant: tuple[float, float], batch: int, num_steps: int = 40) -> Rhythm:
     """A rhythm that has seen steps of these costs: (fixed, per token), in seconds."""
     rhythm = Rhythm()

@@ -97,7 +97,7 @@ class _Growth:
         self.done, self.pending = list(draft), list[Drafted]()
         self._sequence, self._num_spelt, self._added = sequence, sequence.num_spelt, list[int]()
         self._text, self._begins_within = sequence.spelling_of(self._num_spelt)
-        self._spellings = {member: _Spelling(track) for member, track in list(sequence.tracks.items())[1:]}
+        self._wordings = {member: _Wording(track) for member, track in list(sequence.tracks.items())[1:]}
         for each in draft:
             self._rely(each)
 
@@ -111,18 +111,18 @@ class _Growth:
             if ends:
                 self._settle(self._text)
             return not ends
-        if any(spelling.breaks(text) for spelling in self._spellings.values()):
+        if any(wording.breaks(text) for wording in self._wordings.values()):
             self.pending = [replace(each, held=True) for each in self.pending]
             return False
-        for spelling in self._spellings.values():
-            spelling.become(text)
+        for wording in self._wordings.values():
+            wording.become(text)
         self._settle(text)
         return not ends
 
     def _settle(self, text: str) -> None:
         """Say where the pending tokens stand in the spelling of `text`: all but the first within a character."""
         num_bytes = len(text[len(self._text) :].encode())
-        spots = {member: spelling.spot(num_bytes) for member, spelling in self._spellings.items()}
+        spots = {member: wording.spot(num_bytes) for member, wording in self._wordings.items()}
         found = {member: spot for member, spot in spots.items() if spot is not None}
         first = _placed(self.pending[0], {} if self._begins_within or len(found) < len(spots) else found)
         self._rely(first)
@@ -131,11 +131,11 @@ class _Growth:
 
     def _rely(self, drafted: Drafted) -> None:
         for member, spot in (note_of(drafted).spots or {}).items():
-            if member in self._spellings:
-                self._spellings[member].relied = spot.before
+            if member in self._wordings:
+                self._wordings[member].relied = spot.before
 
 
-class _Spelling:
+class _Wording:
     """How an assistant spells the text while a draft grows. relied: tokens that must stay what they are."""
 
     def __init__(self, track: Track) -> None:
