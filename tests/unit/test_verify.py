@@ -298,3 +298,69 @@ def test_texts_that_are_shaped_by_what_came_before_step_in_lockstep(fields: dict
     recipe = recipe_of(members)
     lockstep = replace(recipe, mode=choose_mode("lockstep", {}, "mode"))
     assert engine_tokens(members, recipe, PROMPTS, params) == engine_tokens(members, lockstep, PROMPTS, params)
+
+
+REQUESTS: dict[str, dict[str, Any]] = {
+    "one token": {"max_tokens": 1},
+    "two tokens": {"max_tokens": 2},
+    "sampled": {"temperature": 1.0},
+    "hot": {"temperature": 2.0, "top_p": 0.95},
+    "nearly greedy": {"temperature": 1e-4},
+    "top-k": {"temperature": 1.0, "top_k": 3},
+    "min-p": {"temperature": 1.0, "min_p": 0.1},
+    "a negative seed": {"temperature": 1.0, "seed": -(2**63)},
+    "stop strings": {"stop": ("a", "ab", "中", "ca\n")},
+    "stop strings that stay": {"stop": ("a",), "include_stop_str_in_output": True},
+    "stop ids": {"stop_token_ids": tuple(range(97, 101))},
+    "past the end": {"ignore_eos": True, "max_tokens": 60},
+    "special tokens": {"skip_special_tokens": False},
+    "min_tokens": {"min_tokens": 15, "stop": ("a",)},
+    "logprobs": {"logprobs": 5},
+    "no alternatives": {"logprobs": 0, "temperature": 0.8},
+    "a ban": {"logit_bias": ((97, -100.0), (98, -100.0))},
+    "a favourite": {"logit_bias": ((97, 100.0),)},
+    "many biases": {"logit_bias": tuple((i, 1.5) for i in range(257)), "temperature": 0.9},
+    "repetition": {"repetition_penalty": 1.4},
+    "presence": {"presence_penalty": 1.5, "temperature": 0.7},
+    "frequency": {"frequency_penalty": -1.0},
+}
+
+
+@pytest.mark.parametrize("draft", ["auto", 4])
+@pytest.mark.parametrize("fields", REQUESTS.values(), ids=REQUESTS)
+def test_each_request_gets_what_lockstep_gives_it(fields: dict[str, Any], draft: str | int) -> None:
+    """Text, ids, ends and reports, of members with one tokenizer, beside requests of other kinds."""
+    params = SamplingParams(**({"max_tokens": 30, "temperature": 0.0, "seed": 11} | fields))
+    members, others = twins(), SamplingParams(max_tokens=25, temperature=0.9, seed=2)
+    verify = recipe_of(members, "projection", draft=draft)
+    told = []
+    for recipe in (verify, replace(verify, mode=choose_mode("lockstep", {}, "mode"))):
+        engine = fake_engine(members, num_candidates=len(members[0].vocabulary))
+        engine.add([sequence(i, prompt, members, recipe, params) for i, prompt in enumerate(PROMPTS)])
+        engine.add([sequence(100 + i, prompt, members, verify, others) for i, prompt in enumerate(PROMPTS)])
+        outputs = run(engine)
+        told.append([whole(outputs[i]) for i in range(len(PROMPTS))])
+        assert all(member.is_empty for member in members)
+    assert told[0] == told[1]
+
+
+def whole(outputs: list[Output]) -> tuple[object, ...]:
+    """What a client sees of a request, put together; log-probabilities as far as float32 has them."""
+    last = outputs[-1]
+    reports = [
+        (each.token_id, round(each.logprob, 4), [(top.token_id, round(top.logprob, 4)) for top in each.top])
+        for output in outputs
+        for each in output.logprobs
+    ]
+    text = "".join(output.text for output in outputs)
+    return text, tokens(outputs), reports, last.finish_reason, last.stop_reason, last.num_completion_tokens
+
+
+def test_a_guess_that_the_ensemble_chooses_against_main_is_no_loss() -> None:
+    """Main is fed a guess and chooses another token, but the fusion chooses the guess: it is cached already."""
+    members = trio()
+    recipe = recipe_of(members, "projection", draft=2, needed="always")
+    params = SamplingParams(max_tokens=200, temperature=1.0, seed=1, logit_bias=((97, 5.0), (98, 5.0), (99, 4.5)))
+    prompts = [("abc" * n) + "ab" for n in range(3, 11)]
+    plain = recipe_of(members, "projection", draft=2, needed="always", lookup=False)
+    assert engine_tokens(members, recipe, prompts, params) == engine_tokens(members, plain, prompts, params)
