@@ -199,10 +199,11 @@ class Engine:
 
     def _respell(self, sequence: Sequence, rollbacks: dict[str, int]) -> None:
         text, mid_character = sequence.spelling
-        if mid_character or (sequence.ends is not None and not sequence.drafted):
-            return  # there is nothing to spell, or nothing new
+        awaited = mid_character or (sequence.ends is not None and not sequence.drafted)
         for member in sequence.recipe.members[1:]:
             track = sequence.tracks[member]
+            if awaited and track.spells(text):
+                continue  # nobody needs another answer there
             if dropped := track.respell(text):
                 rollbacks[member] = rollbacks.get(member, 0) + dropped
             if len(track) > self.members[member].max_len:

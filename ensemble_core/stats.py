@@ -44,6 +44,19 @@ class FusionStats:
 
 
 @dataclass(frozen=True, slots=True)
+class DraftStats:
+    """How the drafts of a model's sequences fared in one step, and how their final tokens were decided."""
+
+    model: str
+    drafted: int  # tokens that were decided after main had drafted them
+    accepted: int  # of these, those that stayed
+    guessed: int  # guesses that main was fed, up to the first wrong one
+    confirmed: int  # of these, those that main chose itself
+    consulted: int  # final tokens that a fusion decided
+    alone: int  # final tokens that stand without a fusion
+
+
+@dataclass(frozen=True, slots=True)
 class StepStats:
     """One step of the engine."""
 
@@ -141,6 +154,7 @@ Stats = (
     | HealthStats
     | DropStats
     | PreemptionStats
+    | DraftStats
     | QueueStats
 )
 # Receives one record. Called from the engine's thread; must be quick and must not raise.

@@ -9,6 +9,7 @@ import logging
 import time
 from collections.abc import Mapping
 
+from ensemble_core.decoding.modes.base import Decision
 from ensemble_core.decoding.pace import SCORING, Work, WorkKind
 from ensemble_core.decoding.scheduler import Scheduler
 from ensemble_core.decoding.sequence import Sequence
@@ -17,6 +18,7 @@ from ensemble_core.members.base import Member
 from ensemble_core.members.parallel import Attempt
 from ensemble_core.stats import (
     CacheStats,
+    DraftStats,
     MemberStats,
     PreemptionStats,
     PrefixStats,
@@ -51,6 +53,8 @@ class Telemetry:
                 fusions=step.outcome.fusions,
             )
         )
+        for model, decisions in _by_model(step).items():
+            self._record(_draft_stats(model, decisions))
         self.queue()
 
     def tokens(self, sequence: Sequence) -> None:
@@ -140,3 +144,20 @@ def _num_fed(name: str, step: Step) -> tuple[int, int]:
         for prefill in (True, False)
     }
     return counts[True], counts[False]
+
+
+def _by_model(step: Step) -> dict[str, list[Decision]]:
+    """The decisions of a step, by the model that was asked."""
+    found: dict[str, list[Decision]] = {}
+    for decision in step.outcome.decisions:
+        found.setdefault(decision.sequence.recipe.model, []).append(decision)
+    return found
+
+
+def _draft_stats(model: str, decisions: list[Decision]) -> DraftStats:
+    verdicts = [verdict for decision in decisions for verdict in decision.verdicts]
+    drafts = [verdict.kept for verdict in verdicts if not verdict.guess]
+    guesses = [verdict.kept for verdict in verdicts if verdict.guess]
+    consulted = sum(decision.consulted for decision in decisions)
+    alone = sum(len(decision.tokens) for decision in decisions) - consulted
+    return DraftStats(model, len(drafts), sum(drafts), len(guesses), sum(guesses), consulted, alone)

@@ -59,6 +59,10 @@ class Track:
         """The member has this many tokens cached now, and no others."""
         self.num_cached = self.num_held = num_cached
 
+    def spells(self, text: str) -> bool:
+        """Whether the completion is known to spell this text."""
+        return text == self._text or (not text and not self.completion_ids)
+
     def append(self, token_id: int) -> None:
         """Main's way: the sampled token is the truth."""
         self.completion_ids.append(token_id)
@@ -84,7 +88,7 @@ class Track:
 
     def spelling(self, text: str) -> tuple[int, list[int]]:
         """What `respell(text)` would make of the completion: its ids, and how many of the first stay for certain."""
-        if text == self._text:
+        if self.spells(text):
             return len(self.completion_ids), self.completion_ids
         place, tail = self._spelling(text)
         self._foreseen = text, place, tail

@@ -19,6 +19,7 @@ from ensemble_core.stats import (
     MIXED,
     CacheStats,
     Cause,
+    DraftStats,
     DropStats,
     FusionStats,
     HealthStats,
@@ -82,6 +83,8 @@ class PrometheusMetrics:
                 self._ensembles.drops.labels(stats.model, stats.member, stats.reason).inc()
             case PreemptionStats():
                 self._engine.preemptions.labels(stats.model).inc()
+            case DraftStats():
+                self._ensembles.draft(stats)
             case _:
                 assert_never(stats)
 
@@ -280,17 +283,37 @@ class _EnsembleMetrics(_Family):
         self.unmapped = self._histogram(
             "unmapped_mass", "Mass that maps to no token of main's vocabulary.", MASS_BUCKETS, "model", "member"
         )
+        self.drafted = self._counter(
+            "draft_tokens_total", "Tokens that were decided after main drafted them.", "model"
+        )
+        self.accepted = self._counter("draft_accepted_total", "Drafted tokens that stayed.", "model")
+        self.guessed = self._counter("guess_tokens_total", "Guesses that main was fed behind its draft.", "model")
+        self.confirmed = self._counter("guess_confirmed_total", "Guesses that main chose itself.", "model")
+        self.consulted = self._counter(
+            "consulted_steps_total", "Final tokens by whether a fusion decided them.", "model", "consulted"
+        )
         self.drops = self._counter(
             "member_dropped_requests_total", "Choices that went on without a member.", "model", "member", "reason"
         )
 
     def begin(self, model: str, assistants: Iterable[str]) -> None:
-        self.overruled.labels(model)
+        for counter in (self.overruled, self.drafted, self.accepted, self.guessed, self.confirmed):
+            counter.labels(model)
+        for consulted in ("true", "false"):
+            self.consulted.labels(model, consulted)
         for member in assistants:
             for agrees in ("true", "false"):
                 self.agreement.labels(model, member, agrees)
             for reason in get_args(Reason):
                 self.drops.labels(model, member, reason)
+
+    def draft(self, stats: DraftStats) -> None:
+        self.drafted.labels(stats.model).inc(stats.drafted)
+        self.accepted.labels(stats.model).inc(stats.accepted)
+        self.guessed.labels(stats.model).inc(stats.guessed)
+        self.confirmed.labels(stats.model).inc(stats.confirmed)
+        self.consulted.labels(stats.model, "true").inc(stats.consulted)
+        self.consulted.labels(stats.model, "false").inc(stats.alone)
 
     def fused(self, stats: FusionStats) -> None:
         self.overruled.labels(stats.model).inc(stats.overruled)

@@ -12,6 +12,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from ensemble_core.decoding.sampling_params import SamplingParams
 from ensemble_core.stats import (
     CacheStats,
+    DraftStats,
     DropStats,
     FusionStats,
     HealthStats,
@@ -41,6 +42,7 @@ def fed() -> PrometheusMetrics:
     metrics.record(HealthStats("c", "timeout"))
     metrics.record(DropStats("duo", "c", "timeout"))
     metrics.record(PreemptionStats("duo"))
+    metrics.record(DraftStats("duo", drafted=7, accepted=5, guessed=4, confirmed=3, consulted=6, alone=2))
     metrics.rejected("queue_full")
     metrics.state(MODELS, True, True)
     return metrics
@@ -92,6 +94,12 @@ def samples(metrics: PrometheusMetrics) -> dict[tuple[str, ...], float]:
         (("agreement_total", "true", "b", "duo"), 2),
         (("agreement_total", "false", "a", "duo"), 1),
         (("main_overruled_total", "duo"), 1),
+        (("draft_tokens_total", "duo"), 7),
+        (("draft_accepted_total", "duo"), 5),
+        (("guess_tokens_total", "duo"), 4),
+        (("guess_confirmed_total", "duo"), 3),
+        (("consulted_steps_total", "true", "duo"), 6),
+        (("consulted_steps_total", "false", "duo"), 2),
         (("unmapped_mass_count", "b", "duo"), 2),
         (("unmapped_mass_sum", "b", "duo"), 0.4),
     ],

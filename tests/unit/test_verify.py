@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+from collections.abc import Collection
 from dataclasses import replace
 from typing import Any
 
@@ -13,13 +15,14 @@ from ensemble_core.decoding.modes.base import choose_mode
 from ensemble_core.decoding.randomness import generator
 from ensemble_core.decoding.recipe import Recipe
 from ensemble_core.decoding.requests import Output
+from ensemble_core.decoding.rhythm import Beat, Prospect, Rhythm
 from ensemble_core.decoding.sampler import sample
 from ensemble_core.decoding.sampling_params import SamplingParams
 from ensemble_core.decoding.shaping import shape
 from ensemble_core.engine import Engine
 from ensemble_core.fusion.base import FUSIONS, Fused, build_fusion, single
 from ensemble_core.members.base import Candidates, Feed, ask
-from ensemble_core.stats import PreemptionStats
+from ensemble_core.stats import DraftStats, PreemptionStats, StepStats
 from ensemble_core.text.detokenizer import Detokenizer
 
 K = 64
@@ -101,13 +104,16 @@ class Reference:
         assert self.recipe.fusion is not None
         return self.recipe.fusion.fuse(parts, torch.tensor([self.recipe.weights]))
 
+    def stops(self, token: int) -> bool:
+        return token in self.main.vocabulary.stop_ids and not self.params.ignore_eos
+
     def draft(self) -> list[int]:
         """The next token that main alone would choose, and those that complete its last character."""
         draft: list[int] = []
         while not draft or self.text(self.final + draft)[1]:
             place = len(self.final) + len(draft)
             draft.append(self.choose(single(self.answer(self.main, self.final + draft)), place))
-            if draft[-1] in self.main.vocabulary.stop_ids or place + 1 >= self.params.max_tokens:
+            if self.stops(draft[-1]) or place + 1 >= self.params.max_tokens:
                 break
         return draft
 
@@ -128,9 +134,9 @@ class Reference:
             else:
                 self.judge(self.draft(), consensus)
             last = self.final[-1]
-            if last in self.main.vocabulary.stop_ids or len(self.final) >= self.params.max_tokens:
+            if self.stops(last) or len(self.final) >= self.params.max_tokens:
                 break
-        stops = [i for i, token in enumerate(self.final) if token in self.main.vocabulary.stop_ids]
+        stops = [i for i, token in enumerate(self.final) if self.stops(token)]
         return self.final[: min([self.params.max_tokens, *(i + 1 for i in stops)])]
 
     def judge(self, draft: list[int], consensus: bool) -> None:
@@ -180,6 +186,36 @@ def test_equals_the_rule(fusion: str, size: int, needed: str, temperature: float
     found = engine_tokens(members, recipe, PROMPTS, params)
     for prompt, own in zip(PROMPTS, found, strict=True):
         assert own == Reference(members, recipe, prompt, params).run(needed == "consensus"), prompt
+
+
+class AnyBeat(Rhythm):
+    """Drafts, reads and guesses at random."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self.rng = random.Random(seed)
+
+    def beat(self, prospects: Collection[Prospect]) -> Beat:
+        draft, read = self.rng.choice([(True, False), (False, True), (True, True)])
+        return Beat(draft, read or any(p.due for p in prospects), self.rng.choice([0.0, 0.3, 1.0]))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("seed", range(8))
+def test_no_beat_changes_a_text(seed: int, temperature: float) -> None:
+    """Whatever is drafted, guessed and read when, beside sequences that end and begin."""
+    params = SamplingParams(max_tokens=22 + seed, temperature=temperature, seed=seed, ignore_eos=True)
+    members = trio()[: 2 + seed % 2]
+    recipe = recipe_of(members, "projection")
+    prompts = [*PROMPTS, "abcab" * 3, "é中é中é"]
+    engine = fake_engine(members, num_candidates=K, max_running=5)
+    engine.scheduler.rhythm = AnyBeat(seed)
+    engine.add([sequence(i, prompt, members, recipe, params) for i, prompt in enumerate(prompts)])
+    outputs = run(engine)
+    assert all(member.is_empty for member in members)
+    for i, prompt in enumerate(prompts):
+        assert outputs[i][-1].error is None
+        assert tokens(outputs[i]) == Reference(members, recipe, prompt, params).run(consensus=True), prompt
 
 
 def twins() -> list[FakeMember]:
@@ -364,3 +400,23 @@ def test_a_guess_that_the_ensemble_chooses_against_main_is_no_loss() -> None:
     prompts = [("abc" * n) + "ab" for n in range(3, 11)]
     plain = recipe_of(members, "projection", draft=2, needed="always", lookup=False)
     assert engine_tokens(members, recipe, prompts, params) == engine_tokens(members, plain, prompts, params)
+
+
+@pytest.mark.parametrize("mode", ["verify", "lockstep"])
+def test_drafts_and_consultations_are_counted(mode: str) -> None:
+    members = trio()
+    recipe = replace(recipe_of(members, "projection"), mode=choose_mode(mode, {}, "mode"))
+    records = Records()
+    engine = fake_engine(members, records.append, num_candidates=K)
+    params = SamplingParams(max_tokens=60, temperature=0.0, ignore_eos=True)
+    engine.add([sequence(i, prompt, members, recipe, params) for i, prompt in enumerate(PROMPTS)])
+    run(engine)
+    told = records.of(DraftStats)
+    assert sum(each.consulted + each.alone for each in told) == 60 * len(PROMPTS)
+    assert all(each.accepted <= each.drafted and each.confirmed <= each.guessed for each in told)
+    assert sum(each.consulted for each in told) > 0
+    drafted = sum(each.drafted for each in told)
+    assert drafted == (60 - 1) * len(PROMPTS) if mode == "verify" else drafted == 0
+    overruled = sum(fusion.overruled for step in records.of(StepStats) for fusion in step.fusions)
+    if mode == "verify":
+        assert drafted - sum(each.accepted for each in told) <= overruled

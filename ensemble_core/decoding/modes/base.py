@@ -83,6 +83,7 @@ class Decision:
     unsound: tuple[str, ...] = ()
     error: str | None = None
     verdicts: tuple[Verdict, ...] = ()
+    consulted: int = 0
 
 
 @dataclass(frozen=True, slots=True)

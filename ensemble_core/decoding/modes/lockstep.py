@@ -187,7 +187,10 @@ def _decisions(
             said = dict(zip(turn.feeds, candidates, strict=True))
             recipe, tracks = turn.sequence.recipe, turn.sequence.tracks
             trace = reports.trace(recipe, tracks, said, fused, i, token, left_out)
-        decisions.append(Decision(turn.sequence, (Choice(token, scored, trace),), unsound=unsound))
+        consulted = int(len(turn.feeds) > 1)
+        decisions.append(
+            Decision(turn.sequence, (Choice(token, scored, trace),), unsound=unsound, consulted=consulted)
+        )
     return decisions
 
 

@@ -148,7 +148,13 @@ class Verify:
         draft = self._with_guesses(case) if case.kept else ()
         unsound = tuple(member for member, reason in case.turn.left_out.items() if reason == "non_finite")
         return Decision(
-            case.turn.sequence, tuple(case.choices), draft, case.ends, unsound, verdicts=tuple(case.verdicts)
+            case.turn.sequence,
+            tuple(case.choices),
+            draft,
+            case.ends,
+            unsound,
+            verdicts=tuple(case.verdicts),
+            consulted=case.consulted,
         )
 
     def _with_guesses(self, case: _Case) -> tuple[Drafted, ...]:
@@ -166,8 +172,9 @@ class Verify:
 class _Case:
     """What becomes of one turn, step by step.
 
-    choices: tokens that become final. draft: what stays behind them. ends: what assistants said at the end of what
-    they have read, if all of that stays. kept: all tokens of the draft that were judged stay. goes_on: no failure.
+    choices: tokens that become final. consulted: how many of them were fused. draft: what stays behind them. ends:
+    what assistants said at the end of what they have read, if all of that stays. kept: all that was judged stays.
+    goes_on: no failure.
     """
 
     def __init__(self, turn: Turn, chosen: list[Drafted]) -> None:
@@ -180,6 +187,7 @@ class _Case:
         self.draft: tuple[Drafted, ...] = ()
         self.ends: Ends | None = None
         self.kept = True
+        self.consulted = 0
 
     def read(self, judged: Judged, answers: Mapping[str, Answers]) -> None:
         """Take the verdicts on what was read, if anything was, and let main's new tokens follow what stays."""
@@ -229,6 +237,7 @@ class _Case:
             self.goes_on = False
             return
         self.choices.append(_choice(self.turn, drafted, token, judged.reports.get(key)))
+        self.consulted += key in judged.reports
         self.kept = token == drafted.token_id
         self.verdicts.append(Verdict(note_of(drafted).certainty, self.kept))
 
