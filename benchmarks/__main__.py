@@ -11,6 +11,7 @@ SPEED = Suite(
         "fusion_time",
         "costs",
         "serving",
+        "verify",
         "prefix_reuse",
         "growth",
         "against_vllm",
