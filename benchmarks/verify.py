@@ -13,7 +13,6 @@ themselves, so lookup finds more in them than it would elsewhere. A plot of it i
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -47,7 +46,7 @@ class Plan:
     temperatures: Sequence[float] = (0.0, 0.7)
     num_tokens: int = 128
     rounds: int = 2
-    lengths: Sequence[int] = (1, 2, 4, 8, 16)
+    lengths: Sequence[int] = (1, 2, 4, 8)
 
     def prompts(self, places: int) -> list[str]:
         """Prompts of all kinds; those of a kind differ by spaces at the end."""
@@ -187,9 +186,11 @@ def draw(rows: Sequence[TableRow], quick: bool) -> None:
 
 def main() -> None:
     """Measure, tell."""
-    parser: argparse.ArgumentParser = arguments(__doc__)
+    parser = arguments(__doc__)
+    parser.add_argument("--rounds", type=int, default=Plan.rounds, help="how often both modes run in turn")
     args = parser.parse_args()
-    measure(load_config(args.config), QUICK if args.quick else Plan(), args.quick).print()
+    plan = QUICK if args.quick else Plan(rounds=args.rounds)
+    measure(load_config(args.config), plan, args.quick).print()
 
 
 if __name__ == "__main__":
