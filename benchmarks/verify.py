@@ -187,7 +187,7 @@ def draw(rows: Sequence[TableRow], quick: bool) -> None:
 def main() -> None:
     """Measure, tell."""
     parser = arguments(__doc__)
-    parser.add_argument("--rounds", type=int, default=Plan.rounds, help="how often both modes run in turn")
+    parser.add_argument("--rounds", type=int, default=2, help="how often both modes run in turn")
     args = parser.parse_args()
     plan = QUICK if args.quick else Plan(rounds=args.rounds)
     measure(load_config(args.config), plan, args.quick).print()
