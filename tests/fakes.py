@@ -88,6 +88,21 @@ class Records(list[Stats]):
         return [each for each in self if isinstance(each, kind)]
 
 
+def run(engine: Engine) -> dict[int, list[Output]]:
+    """Step until all sequences have ended, the scheduler's books checked; the outputs of each."""
+    outputs: dict[int, list[Output]] = {}
+    while engine.has_work:
+        for seq_id, output in engine.step():
+            outputs.setdefault(seq_id, []).append(output)
+        engine.scheduler.check()
+    return outputs
+
+
+def tokens(outputs: abc.Sequence[Output]) -> list[int]:
+    """Main's final tokens in some outputs."""
+    return [token for output in outputs for token in output.token_ids]
+
+
 class Bench:
     """An engine over fake members, and all outputs of its sequences."""
 

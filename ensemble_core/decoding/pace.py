@@ -71,7 +71,7 @@ class Pace:
             return 0
         costs = [self._costs.get(kind) for kind in kinds]
         crowd = min(max(num_prompts / num_decoding, 1.0), _CROWD)
-        room = (crowd * self._max_stretch - 1.0) * _typical(plain.steps)
+        room = (crowd * self._max_stretch - 1.0) * typical(plain.steps)
         token = sum(_dear(cost) if cost else math.inf for cost in costs)
         tokens = min(int(room / token), 2 * self._latest)  # at most double, so that each increase is measured
         return max(LEAST, tokens // _GRAIN * _GRAIN)
@@ -98,7 +98,7 @@ class Pace:
         member, _ = kind
         plain = self._plain.get(bucket)
         alone = plain.parts.get((member, False)) if plain is not None and work.decoded else None
-        spent = work.seconds - _typical(alone) if alone else work.seconds
+        spent = work.seconds - typical(alone) if alone else work.seconds
         return max(spent, 0.05 * work.seconds, 1e-9) / work.num_tokens
 
 
@@ -107,6 +107,6 @@ def _dear(costs: Sequence[float]) -> float:
     return max(median(costs), median(list(costs)[-3:]))
 
 
-def _typical(seconds: Collection[float]) -> float:
+def typical(seconds: Collection[float]) -> float:
     """The lower third, since rare events make a step slower, never faster."""
     return sorted(seconds)[(len(seconds) - 1) // 3]

@@ -21,6 +21,8 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
+from ensemble_core.decoding.pace import typical
+
 LONGEST = 8  # tokens of a draft at most, if its request does not say more: clients get them all at once
 _MEMORY = 8  # observations kept of each cost
 _FADING = 0.98  # what a step weighs in a rate once another has followed
@@ -159,8 +161,8 @@ class _Class:
 
     @property
     def point(self) -> tuple[float, float]:
-        """Mean count, and the lower third of the seconds: rare events make a step slower, never faster."""
-        return sum(self.counts) / len(self.counts), sorted(self.seconds)[(len(self.seconds) - 1) // 3]
+        """Mean count, and what such a step typically takes."""
+        return sum(self.counts) / len(self.counts), typical(self.seconds)
 
 
 class _Ways:

@@ -7,18 +7,26 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import pytest
-from fakes import FakeMember, Records, byte_vocabulary, ensemble, fake_engine, pair_vocabulary, sequence
+from fakes import (
+    FakeMember,
+    Records,
+    byte_vocabulary,
+    ensemble,
+    fake_engine,
+    pair_vocabulary,
+    run,
+    sequence,
+    tokens,
+)
 from pydantic import BaseModel, ConfigDict
 
 from ensemble_core.decoding.modes.base import MODES, Ask, Decision, Outcome, Turn, choose_mode, mode_of
 from ensemble_core.decoding.modes.lockstep import Lockstep
 from ensemble_core.decoding.recipe import ModeChoice
-from ensemble_core.decoding.requests import Output
 from ensemble_core.decoding.rhythm import Beat
 from ensemble_core.decoding.sampler import greedy
 from ensemble_core.decoding.sampling_params import SamplingParams
 from ensemble_core.decoding.sequence import Choice, Drafted, Phase, Sequence
-from ensemble_core.engine import Engine
 from ensemble_core.errors import ConfigError, UnknownStrategyError
 from ensemble_core.members.base import Answers
 from ensemble_core.stats import MIXED, StepStats
@@ -74,19 +82,6 @@ def pair() -> list[FakeMember]:
         FakeMember("alpha", byte_vocabulary(), seed=1),
         FakeMember("beta", pair_vocabulary(), seed=2),
     ]
-
-
-def run(engine: Engine) -> dict[int, list[Output]]:
-    outputs: dict[int, list[Output]] = {}
-    while engine.has_work:
-        for seq_id, output in engine.step():
-            outputs.setdefault(seq_id, []).append(output)
-        engine.scheduler.check()
-    return outputs
-
-
-def tokens(outputs: abc.Sequence[Output]) -> list[int]:
-    return [token for output in outputs for token in output.token_ids]
 
 
 @pytest.mark.parametrize("prompts", [["abc"], ["abc", "deed 中文 bad", "cab " * 12, "a"]])

@@ -9,7 +9,18 @@ from typing import Any
 
 import pytest
 import torch
-from fakes import FakeMember, Records, byte_vocabulary, ensemble, fake_engine, pair_vocabulary, sequence, space_of
+from fakes import (
+    FakeMember,
+    Records,
+    byte_vocabulary,
+    ensemble,
+    fake_engine,
+    pair_vocabulary,
+    run,
+    sequence,
+    space_of,
+    tokens,
+)
 
 from ensemble_core.decoding.modes.base import choose_mode
 from ensemble_core.decoding.randomness import generator
@@ -19,7 +30,6 @@ from ensemble_core.decoding.rhythm import Beat, Prospect, Rhythm
 from ensemble_core.decoding.sampler import sample
 from ensemble_core.decoding.sampling_params import SamplingParams
 from ensemble_core.decoding.shaping import shape
-from ensemble_core.engine import Engine
 from ensemble_core.fusion.base import FUSIONS, Fused, build_fusion, single
 from ensemble_core.members.base import Candidates, Feed, ask
 from ensemble_core.stats import DraftStats, PreemptionStats, StepStats
@@ -48,19 +58,6 @@ def recipe_of(members: list[FakeMember], name: str = "relative", **mode: object)
         options = FUSIONS.parse(name, OPTIONS.get(name, {}), "fusion")
         recipe = replace(recipe, fusion=build_fusion(name, options, space_of(members)), fusion_name=name)
     return replace(recipe, mode=choose_mode("verify", dict(mode), "mode"))
-
-
-def run(engine: Engine) -> dict[int, list[Output]]:
-    outputs: dict[int, list[Output]] = {}
-    while engine.has_work:
-        for seq_id, output in engine.step():
-            outputs.setdefault(seq_id, []).append(output)
-        engine.scheduler.check()
-    return outputs
-
-
-def tokens(outputs: list[Output]) -> list[int]:
-    return [token for output in outputs for token in output.token_ids]
 
 
 def engine_tokens(

@@ -73,7 +73,9 @@ class Decision:
 
     tokens: become final, in order; none, one or several. draft: the tokens after them, still to be decided. What
     `tokens` and `draft` together have in common with the old draft, from its start, stays cached; the rest of the old
-    draft is taken back. unsound: members whose numbers were not finite. error: ends the sequence with this message.
+    draft is taken back. ends: what the mode wants to remember of the end of `tokens`; None: assistants are to answer
+    there again. unsound: members whose numbers were not finite. error: ends the sequence with this message. verdicts:
+    how drafted tokens and guesses fared. consulted: how many of `tokens` a fusion decided.
     """
 
     sequence: Sequence
@@ -113,6 +115,8 @@ class Mode(Protocol):
 
     def plan(self, sequence: Sequence, beat: Beat = Beat()) -> Mapping[str, Ask]:  # noqa: B008, it is frozen
         """What the next deciding step asks of each member, main first, at least one. Members left out are not fed.
+
+        beat: what the step does for all sequences that have prospects.
 
         Called before each prefill chunk and each decode step, so it must be cheap and must not touch tensors. During
         prefill the members that it leaves out are fed all of the prompt but the last token.

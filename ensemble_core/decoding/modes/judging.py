@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ensemble_core.decoding.modes.base import Turn
+from ensemble_core.decoding.modes.lockstep import fusion_stats
 from ensemble_core.decoding.modes.places import Note, note_of
 from ensemble_core.decoding.sampler import greedy, sample
 from ensemble_core.decoding.sequence import Drafted
@@ -171,23 +172,5 @@ def _fuse(group: abc.Sequence[Place], num_candidates: int, judged: Judged) -> No
     for i, (place, token) in enumerate(zip(group, tokens, strict=True)):
         judged.tokens[place.key] = token
         judged.reports[place.key] = (parts, fused, i)
-    judged.fusions.append(_stats(group, parts, fused, tokens, seconds))
-
-
-def _stats(
-    group: abc.Sequence[Place], parts: list[Candidates], fused: Fused, tokens: list[int], seconds: float
-) -> FusionStats:
-    """The metrics of a group. Places without a token are not counted."""
-    recipe, tracks = group[0].turn.recipe, group[0].turn.sequence.tracks
-    members = [recipe.main, *group[0].rows]
-    sound = [i for i, token in enumerate(tokens) if token >= 0]
-    chosen = {i: tracks[recipe.main].vocabulary.text_bytes(tokens[i]) for i in sound}
-    agreed = {}
-    for member, part in zip(members[1:], parts[1:], strict=True):
-        spell, top = tracks[member].vocabulary.text_bytes, greedy(part.token_ids, part.logprobs).tolist()
-        hits = sum(spell(top[i]) == chosen[i] for i in sound)
-        agreed[member] = (hits, len(sound) - hits)
-    top = greedy(parts[0].token_ids, parts[0].logprobs).tolist()
-    unmapped = dict(zip(members, fused.unmapped[sound].t().tolist(), strict=True))
-    overruled = sum(top[i] != tokens[i] for i in sound)
-    return FusionStats(recipe.model, recipe.fusion_name, seconds, unmapped, agreed, overruled)
+    members = [turns[0].recipe.main, *others]
+    judged.fusions.append(fusion_stats(turns[0], members, parts, fused, tokens, seconds))

@@ -79,7 +79,8 @@ def _decide(
     tokens = sample(shape(fused, sequences, [turn.mask for turn in group]), sequences)
     decisions = _decisions(group, candidates, fused, tokens)
     sampling = time.perf_counter() - fused_at
-    return [], Outcome(decisions, [_stats(group, candidates, fused, tokens, fused_at - started)], sampling)
+    stats = fusion_stats(group[0], list(group[0].feeds), candidates, fused, tokens, fused_at - started)
+    return [], Outcome(decisions, [stats], sampling)
 
 
 def _groups(turns: abc.Sequence[Turn], answers: Mapping[str, Answers], num_candidates: int) -> list[list[Turn]]:
@@ -194,12 +195,16 @@ def _decisions(
     return decisions
 
 
-def _stats(
-    group: abc.Sequence[Turn], candidates: list[Candidates], fused: Fused, tokens: list[int], seconds: float
+def fusion_stats(
+    turn: Turn,
+    members: abc.Sequence[str],
+    candidates: abc.Sequence[Candidates],
+    fused: Fused,
+    tokens: abc.Sequence[int],
+    seconds: float,
 ) -> FusionStats:
-    """The metrics of a group. Turns without a token are not counted."""
-    recipe, tracks = group[0].recipe, group[0].sequence.tracks
-    members = list(group[0].feeds)
+    """The metrics of rows that were fused together, `turn` one of them. Rows without a token are not counted."""
+    recipe, tracks = turn.recipe, turn.sequence.tracks
     sound = [i for i, token in enumerate(tokens) if token >= 0]
     chosen = {i: tracks[recipe.main].vocabulary.text_bytes(tokens[i]) for i in sound}
     agreed = {}
