@@ -170,6 +170,13 @@ class Sequence:
         return self.spelling[1] if self.drafted else self.spelt.mid_character
 
     @property
+    def is_bound(self) -> bool:
+        """Whether what may come next depends on every token before, so that nothing can be drafted ahead."""
+        params = self.request.params
+        early = self.num_completion_tokens < params.min_tokens
+        return early or params.penalises or self.constraint is not None
+
+    @property
     def scoring(self) -> bool:
         """True while log-probabilities of the prompt are asked for and not yet known."""
         return self.scores is not None and not self.scores.described

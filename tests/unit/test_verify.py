@@ -29,6 +29,7 @@ from ensemble_core.decoding.requests import Output
 from ensemble_core.decoding.rhythm import Beat, Prospect, Rhythm
 from ensemble_core.decoding.sampler import sample
 from ensemble_core.decoding.sampling_params import SamplingParams
+from ensemble_core.decoding.sequence import Choice
 from ensemble_core.decoding.shaping import shape
 from ensemble_core.fusion.base import FUSIONS, Fused, build_fusion, single
 from ensemble_core.members.base import Candidates, Feed, ask
@@ -58,6 +59,10 @@ def recipe_of(members: list[FakeMember], name: str = "relative", **mode: object)
         options = FUSIONS.parse(name, OPTIONS.get(name, {}), "fusion")
         recipe = replace(recipe, fusion=build_fusion(name, options, space_of(members)), fusion_name=name)
     return replace(recipe, mode=choose_mode("verify", dict(mode), "mode"))
+
+
+def in_lockstep(recipe: Recipe, positions: str = "all") -> Recipe:
+    return replace(recipe, mode=choose_mode("lockstep", {"positions": positions}, "mode"))
 
 
 def engine_tokens(
@@ -91,6 +96,8 @@ class Reference:
         return found
 
     def choose(self, fused: Fused, place: int) -> int:
+        """The ghost has the final tokens, which penalties and min_tokens depend on."""
+        self.ghost.decide([Choice(token) for token in self.final[self.ghost.num_completion_tokens :]])
         self.ghost._drawn = [self.draws[place]]
         return sample(shape(fused, [self.ghost], [None]), [self.ghost])[0]
 
@@ -110,9 +117,14 @@ class Reference:
         while not draft or self.text(self.final + draft)[1]:
             place = len(self.final) + len(draft)
             draft.append(self.choose(single(self.answer(self.main, self.final + draft)), place))
-            if self.stops(draft[-1]) or place + 1 >= self.params.max_tokens:
+            if self.stops(draft[-1]) or place + 1 >= self.params.max_tokens or self.bound:
                 break
         return draft
+
+    @property
+    def bound(self) -> bool:
+        """Whether shaping depends on the tokens before, so that a place must be judged at once or not at all."""
+        return self.params.penalises or len(self.final) < self.params.min_tokens
 
     def boundary(self, member: FakeMember, text: str, before: str) -> int | None:
         """How many of the member's tokens lie before the place behind `before`; None: none ends there."""
@@ -143,6 +155,9 @@ class Reference:
         text = before if within else text
         token = chosen = draft[0]
         places = [self.boundary(member, text, before) for member in self.others]
+        if self.bound:
+            read = [len(member.vocabulary.encode(before)) for member in self.others]
+            places = [place if place == count else None for place, count in zip(places, read, strict=True)]
         if not begins_within and all(place is not None for place in places):
             spelt = [member.vocabulary.encode(text) for member in self.others]
             rows = [
@@ -159,7 +174,7 @@ class Reference:
 
     def agree(self, token: int, rows: list[Candidates], followed: list[int | None]) -> bool:
         text = self.main.vocabulary.text_bytes(token)
-        if not text or not self.params.greedy:
+        if not text or not self.params.greedy or self.bound:
             return False
         on_top, mean = True, 0.0
         for member, row, own in zip(self.others, rows, followed, strict=True):
@@ -233,7 +248,7 @@ def test_members_with_one_tokenizer_give_the_text_of_lockstep(
     members = twins()
     recipe = recipe_of(members, fusion, draft=draft)
     prompts = [*PROMPTS, *(chr(97 + i) * 3 for i in range(20))]
-    lockstep = replace(recipe, mode=choose_mode("lockstep", {}, "mode"))
+    lockstep = in_lockstep(recipe)
     assert engine_tokens(members, recipe, prompts, params) == engine_tokens(members, lockstep, prompts, params)
 
 
@@ -321,16 +336,50 @@ def test_reports_come_for_each_token_once() -> None:
     assert {trace.consulted for trace in traces} == {True, False}
 
 
-@pytest.mark.parametrize(
-    "fields",
-    [{"presence_penalty": 1.0}, {"repetition_penalty": 1.3}, {"min_tokens": 20}, {"frequency_penalty": 0.5}],
-)
-def test_texts_that_are_shaped_by_what_came_before_step_in_lockstep(fields: dict[str, Any]) -> None:
-    params = replace(SamplingParams(max_tokens=20, temperature=0.0), **fields)
+SHAPED: list[dict[str, Any]] = [
+    {"presence_penalty": 1.0},
+    {"repetition_penalty": 1.3, "temperature": 1.0},
+    {"min_tokens": 12},
+    {"frequency_penalty": 0.5},
+    {"min_tokens": 9, "temperature": 1.0, "logit_bias": ((10, 5.0),)},
+]
+
+
+@pytest.mark.parametrize("fields", SHAPED)
+@pytest.mark.parametrize("mode", ["verify", "lockstep"])
+def test_texts_that_are_shaped_by_what_came_before_follow_the_rule(mode: str, fields: dict[str, Any]) -> None:
+    params = replace(SamplingParams(max_tokens=20, temperature=0.0, seed=2), **fields)
     members = trio()
-    recipe = recipe_of(members)
-    lockstep = replace(recipe, mode=choose_mode("lockstep", {}, "mode"))
-    assert engine_tokens(members, recipe, PROMPTS, params) == engine_tokens(members, lockstep, PROMPTS, params)
+    recipe = recipe_of(members, needed="always")
+    found = engine_tokens(
+        members, in_lockstep(recipe, "shared") if mode == "lockstep" else recipe, PROMPTS, params
+    )
+    for prompt, own in zip(PROMPTS, found, strict=True):
+        assert own == Reference(members, recipe, prompt, params).run(consensus=False), prompt
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("fusion", ["relative", "union", "core"])
+def test_lockstep_at_shared_places_follows_the_rule(fusion: str, temperature: float) -> None:
+    params = SamplingParams(max_tokens=30, temperature=temperature, seed=6)
+    members = trio()
+    recipe = recipe_of(members, fusion)
+    found = engine_tokens(members, in_lockstep(recipe, "shared"), PROMPTS, params)
+    for prompt, own in zip(PROMPTS, found, strict=True):
+        assert own == Reference(members, recipe, prompt, params).run(consensus=False), prompt
+
+
+def test_lockstep_at_shared_places_feeds_everybody_once_a_token() -> None:
+    """It drafts nothing ahead: a second step for a token only where its place shows with the next one."""
+    members = trio()
+    params = SamplingParams(max_tokens=30, temperature=0.0, ignore_eos=True)
+    recipe = in_lockstep(recipe_of(members, "projection"), "shared")
+    records = Records()
+    engine = fake_engine(members, records.append, num_candidates=K)
+    engine.add([sequence(i, "abc", members, recipe, params) for i in range(4)])
+    run(engine)
+    assert {step.mode for step in records.of(StepStats)} == {"lockstep"}
+    assert len(records.of(StepStats)) <= 45
 
 
 REQUESTS: dict[str, dict[str, Any]] = {

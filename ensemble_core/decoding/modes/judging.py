@@ -104,10 +104,11 @@ def row_of(part: Candidates, row: int) -> Candidates:
 
 
 def _may_agree(place: Place) -> bool:
-    """Whether the consent of all assistants would decide a place. Biases and reports need the fused numbers."""
-    params, recipe = place.turn.sequence.request.params, place.turn.recipe
-    asks = params.logprobs is not None or params.logit_bias or recipe.apart
-    return params.greedy and not asks and bool(place.text)
+    """Whether the consent of all assistants would decide a place. Shaping and reports need the fused numbers."""
+    sequence, recipe = place.turn.sequence, place.turn.recipe
+    params = sequence.request.params
+    shaped = params.shapes_logits or sequence.is_bound
+    return params.greedy and params.logprobs is None and not shaped and not recipe.apart and bool(place.text)
 
 
 def _agreed(places: abc.Sequence[Place]) -> set[Key]:
@@ -167,7 +168,7 @@ def _fuse(group: abc.Sequence[Place], num_candidates: int, judged: Judged) -> No
     fused = fusion.fuse(parts, torch.tensor([turn.recipe.weights for turn in turns], device=main.tail.device))
     seconds = time.perf_counter() - started
     sequences = [turn.sequence for turn in turns]
-    shaped = shape(fused, sequences, [None] * len(group))
+    shaped = shape(fused, sequences, [place.turn.mask for place in group])
     tokens = sample(shaped, sequences, [place.number for place in group])
     for i, (place, token) in enumerate(zip(group, tokens, strict=True)):
         judged.tokens[place.key] = token

@@ -12,13 +12,12 @@ from __future__ import annotations
 import time
 from collections import abc
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
-from pydantic import BaseModel, ConfigDict
 
 from ensemble_core.decoding import reports
-from ensemble_core.decoding.modes.base import MODES, Ask, Decision, Outcome, Turn, joined
+from ensemble_core.decoding.modes.base import Ask, Decision, Outcome, Turn, joined
 from ensemble_core.decoding.rhythm import Beat
 from ensemble_core.decoding.sampler import greedy, sample
 from ensemble_core.decoding.sequence import Choice, Sequence
@@ -30,18 +29,9 @@ from ensemble_core.members.ranking import ranked
 from ensemble_core.stats import FusionStats
 
 
-class LockstepOptions(BaseModel):
-    """The lockstep mode has no options."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-@MODES.register("lockstep", LockstepOptions)
 @dataclass(frozen=True)
 class Lockstep:
     """See the module's docstring."""
-
-    options: LockstepOptions = field(default_factory=LockstepOptions)
 
     def prospect(self, sequence: Sequence) -> None:
         """Nothing is drafted."""

@@ -108,6 +108,7 @@ class _Growth:
         text, within = self._sequence.spelling_of(self._num_spelt, tuple(self._added))
         ends = _ends(self._sequence, drafted.token_id, self._num_spelt + len(self._added))
         if within:
+            ends = ends or self._sequence.is_bound
             if ends:
                 self._settle(self._text)
             return not ends

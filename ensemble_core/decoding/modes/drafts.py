@@ -1,0 +1,90 @@
+"""What main drafts: its own choices behind the draft, and how guesses of them fared.
+
+Knows main's candidates and the sampler; does not know assistants, fusions or what becomes of a draft.
+"""
+
+from __future__ import annotations
+
+from collections import abc
+from collections.abc import Mapping
+
+import torch
+
+from ensemble_core.decoding.habits import Verdict
+from ensemble_core.decoding.modes.base import Turn
+from ensemble_core.decoding.modes.judging import is_whole, probabilities, row_of
+from ensemble_core.decoding.modes.lockstep import narrow_main, width_of
+from ensemble_core.decoding.modes.places import Note, draft_of
+from ensemble_core.decoding.sampler import sample
+from ensemble_core.decoding.sequence import Drafted, Sequence
+from ensemble_core.decoding.shaping import shape
+from ensemble_core.fusion.base import single
+from ensemble_core.members.base import Answers, Candidates
+
+_GUESSES = 7  # at most
+
+
+def chosen_by_main(
+    turns: abc.Sequence[Turn], answers: Mapping[str, Answers], num_candidates: int
+) -> dict[int, list[Drafted]]:
+    """Sequence -> what main alone would choose behind its draft, and behind each guess; -1: not finite numbers."""
+    groups: dict[tuple[str, int, int, bool], list[tuple[Turn, int, int]]] = {}  # turn, row of the block, ahead
+    for turn in turns:
+        main, ahead = turn.recipe.main, len(draft_of(turn.sequence))
+        span = answers[main].spans[turn.feeds[main]]
+        group = groups.setdefault((main, span.block, width_of(turn, num_candidates), is_whole(turn)), [])
+        group += ((turn, row, ahead + row - span.start) for row in range(span.start, span.stop))
+    chosen: dict[int, list[Drafted]] = {}
+    for (main, block, _, whole), group in groups.items():
+        of_rows = [turn for turn, _, _ in group]
+        rows = answers[main].blocks[block].rows([row for _, row, _ in group])
+        rows = rows if whole else narrow_main(of_rows, rows, num_candidates)
+        sequences = [turn.sequence for turn in of_rows]
+        tokens = sample(
+            shape(single(rows), sequences, [turn.mask for turn in of_rows]),
+            sequences,
+            [ahead for _, _, ahead in group],
+        )
+        for i, (token, certainty) in enumerate(zip(tokens, _certainties(rows, sequences, tokens), strict=True)):
+            chosen.setdefault(sequences[i].seq_id, []).append(Drafted(token, Note(row_of(rows, i), certainty)))
+    return chosen
+
+
+def confirmed(sequence: Sequence, chosen: list[Drafted]) -> tuple[list[Drafted], tuple[Verdict, ...]]:
+    """What main has chosen as long as the guesses were right, and how they fared."""
+    guesses = sequence.drafted[len(draft_of(sequence)) :]
+    verdicts: list[Verdict] = []
+    for guess, own in zip(guesses, chosen[:-1], strict=False):
+        verdicts.append(Verdict(strength(guess), guess.token_id == own.token_id, guess=True))
+        if not verdicts[-1].kept:
+            break
+    right = sum(verdict.kept for verdict in verdicts)
+    return chosen[: right + 1], tuple(verdicts)
+
+
+def with_guesses(sequence: Sequence, final: abc.Sequence[int], draft: tuple[Drafted, ...]) -> tuple[Drafted, ...]:
+    """The draft, and guesses behind it. final: the tokens before the draft that become final now."""
+    ids = [*final, *(each.token_id for each in draft)]
+    left = sequence.request.params.max_tokens - sequence.num_completion_tokens - len(ids) - 1
+    ends = bool(ids) and ((bool(draft) and draft[-1].held) or sequence.stops_at(ids[-1]))
+    if sequence.cramped or sequence.is_bound or ends or left <= 0:
+        return draft
+    length, guesses = sequence.guess(ids, min(_GUESSES, left))
+    return (*draft, *(Drafted(token_id, length / 10, held=True, guess=True) for token_id in guesses))
+
+
+def strength(guess: Drafted) -> float:
+    """What a guess rests on, as a certainty."""
+    assert isinstance(guess.note, float)
+    return guess.note
+
+
+def _certainties(rows: Candidates, sequences: abc.Sequence[Sequence], tokens: list[int]) -> list[float]:
+    """How sure main was of its tokens: of a greedy one its distance to the next likeliest, else its probability."""
+    sampled = probabilities(rows, torch.tensor(tokens, device=rows.token_ids.device))
+    best = rows.logprobs.topk(min(2, rows.logprobs.shape[1]), dim=1).values.exp()
+    margins = (2 * best[:, 0] - best.sum(dim=1)).tolist() if best.shape[1] > 1 else sampled
+    return [
+        margin if sequence.request.params.greedy else probability
+        for sequence, margin, probability in zip(sequences, margins, sampled, strict=True)
+    ]
