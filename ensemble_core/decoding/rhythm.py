@@ -26,10 +26,12 @@ from ensemble_core.decoding.pace import typical
 LONGEST = 8  # tokens of a draft at most, if its request does not say more: clients get them all at once
 _MEMORY = 8  # observations kept of each cost
 _FADING = 0.98  # what a step weighs in a rate once another has followed
-_TRIAL, _TERM = 24, 32  # steps before a rate is believed; steps until the next choice
-_REST, _LONG_REST = 2, 32  # choices until the slower way is tried again, more and more of them
-_CLOSE = 0.75  # a way that reached less than this share of the other one is not tried again
-_MARGIN = 1.05  # how much more a way must promise that has not been tried
+_TRIAL, _TERM = 24, 16  # steps before a rate is believed; steps until the next choice
+_WEIGHT, _LONG_REST = (
+    40,
+    64,
+)  # choices until the slower way is tried again: more, the slower and the oftener it was
+_MARGIN = 0.9  # the share of the known rate that a way must promise to be tried for the first time
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,13 +88,15 @@ class Rhythm:
 
     def __init__(self) -> None:
         self._drafting, self._reading = _Cost(), _Cost()
-        self._ways: dict[int, _Ways] = {}
+        self._ways: dict[tuple[int, int], _Ways] = {}
+        self._present: _Ways | None = None  # of the step in progress
 
     def beat(self, prospects: Collection[Prospect]) -> Beat:
         """The next step of these sequences."""
+        self._present = None
         if not prospects:
             return Beat()
-        ways = self._ways_of(len(prospects))
+        ways = self._present = self._ways_of(prospects)
         drafting, together = self._best_rate(prospects), self._rate_together(prospects)
         ways.choose(drafting, together if all(p.free for p in prospects) else 0.0)
         if ways.together:
@@ -108,12 +112,13 @@ class Rhythm:
         draft = worth or any(p.eager for p in prospects)
         return replace(on, draft=draft, read=not draft)
 
-    def record(self, num_fed: int, num_read: int, seconds: float, num_sequences: int, num_final: int) -> None:
-        """Learn from a step of some sequences: main was fed and assistants have read so many tokens.
+    def record(self, num_fed: int, num_read: int, seconds: float, num_final: int) -> None:
+        """Learn from the step of the last beat: main was fed and assistants have read so many tokens.
 
         num_final: tokens that became final.
         """
-        self._ways_of(num_sequences).add(num_final, seconds)
+        if self._present is not None:
+            self._present.add(num_final, seconds, num_read > 0)
         if not num_read:
             self._drafting.add(num_fed, seconds)
         elif not num_fed:
@@ -127,8 +132,11 @@ class Rhythm:
         cost = self._drafting(count) + self._read(unread + count) - self._read(unread)
         return bool(prospects) and sum(map(on.gain, prospects)) >= cost * rate
 
-    def _ways_of(self, num_sequences: int) -> _Ways:
-        return self._ways.setdefault(num_sequences.bit_length(), _Ways())
+    def _ways_of(self, prospects: Collection[Prospect]) -> _Ways:
+        """Batches of about the same size whose drafts stay about as often have the same rates."""
+        size = len(prospects)
+        survival = sum(p.survival for p in prospects) / size
+        return self._ways.setdefault((size.bit_length(), int(10 * survival)), _Ways())
 
     def _rate_together(self, prospects: Collection[Prospect]) -> float:
         """Tokens per second if all members step together."""
@@ -166,12 +174,16 @@ class _Class:
 
 
 class _Ways:
-    """The rates of two ways to step a batch, and which of them is taken."""
+    """The rates of two ways to step a batch, and which of them is taken.
+
+    A way's steps count from its first reading to its last, so that no draft is half paid.
+    """
 
     def __init__(self) -> None:
         self.together = False
         self._rates: dict[bool, _Rate] = {False: _Rate(), True: _Rate()}
-        self._left, self._rest, self._patience = 0, _REST, _REST
+        self._left, self._rest, self._patience = _TRIAL, 0, 1
+        self._on_trial, self._begins, self._was_read = False, False, False
 
     def rate(self, guess: float) -> float:
         """Tokens per second of the present way, or the guess where it is not known."""
@@ -179,30 +191,46 @@ class _Ways:
         return rate.value if rate.is_settled else guess
 
     def choose(self, drafting: float, together: float) -> None:
-        """Choose the way of the next step, seldom another than before. Given are guesses at both rates; 0: never.
-
-        The guess at stepping together is a good one, since only costs enter it: it is tried where it promises more.
-        From there drafting is tried again after longer and longer rests.
-        """
+        """Choose the way of the next step, seldom another than before. Given are guesses at both rates; 0: never."""
         self._left -= 1
-        if not together or self._left <= 0:
+        if not together:
+            self._take(False)
+        elif self._left <= 0 and self._was_read and self._rates[self.together].is_settled:
             self._left = _TERM
-            tried = {way for way, rate in self._rates.items() if rate.is_settled}
-            drafted = self._rates[False].value if False in tried else drafting
-            if not self.together:
-                promised = self._rates[True].value if True in tried else together / _MARGIN
-                self.together = together > 0 and False in tried and promised > drafted
-            else:
-                self._rest -= 1
-                stepped = self._rates[True].value if True in tried else together
-                again = self._rest <= 0 and drafted > _CLOSE * stepped
-                if again:
-                    self._rest = self._patience = min(2 * self._patience, _LONG_REST)
-                self.together = together > 0 and not again and stepped >= drafted
+            self._reconsider(drafting if self.together else together)
 
-    def add(self, tokens: int, seconds: float) -> None:
-        """Take in a step."""
-        self._rates[self.together].add(tokens, seconds)
+    def _reconsider(self, promised: float) -> None:
+        """Compare what both ways reached; try the other one where it is not known, or not lately. promised: by it."""
+        own, other = self._rates[self.together].value, self._rates[not self.together]
+        if not other.is_settled:
+            if promised > _MARGIN * own:
+                self._take(not self.together)
+        elif self._on_trial:
+            self._on_trial = False
+            better = own > other.value
+            gap = 1 - min(own, other.value) / max(own, other.value)
+            self._patience = 1 if better else 2 * self._patience
+            self._rest = min(self._patience * (1 + int(_WEIGHT * gap)), _LONG_REST)
+            self._take(self.together is better)
+        elif other.value > own:
+            self._take(not self.together)
+        else:
+            self._rest -= 1
+            if self._rest <= 0:
+                self._on_trial = True
+                self._take(not self.together)
+
+    def _take(self, together: bool) -> None:
+        if together is not self.together:
+            self.together, self._begins = together, True
+
+    def add(self, tokens: int, seconds: float, read: bool) -> None:
+        """Take in a step. read: assistants have read in it."""
+        self._was_read = read
+        if not self._begins:
+            self._rates[self.together].add(tokens, seconds)
+        elif read:
+            self._begins = False
 
 
 class _Rate:

@@ -121,7 +121,7 @@ class Telemetry:
             mains = [share.counts.get(share.sequence.recipe.main, 0) for share in step.shares]
             final = sum(len(decision.tokens) for decision in step.outcome.decisions)
             read = sum(sum(share.counts.values()) for share in step.shares) - sum(mains)
-            self._scheduler.rhythm.record(sum(mains), read, seconds, num_decoding, final)
+            self._scheduler.rhythm.record(sum(mains), read, seconds, final)
 
 
 def _member_stats(name: str, attempt: Attempt, step: Step, last: float) -> MemberStats:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from pydantic import BaseModel
@@ -72,6 +72,17 @@ class Pooled(Fusion, Protocol):
         """The distribution that belongs to pooled shares (B, X), whose rows sum to 1."""
 
 
+@runtime_checkable
+class Certifying(Protocol):
+    """A fusion that can tell from main alone where no assistant can change the likeliest token."""
+
+    def certified(self, main: Candidates, weights: Tensor) -> Tensor:
+        """(B,) bool: rows in which main's likeliest token stays the likeliest, whatever assistants say.
+
+        main: B rows. weights: (B, M) as in `fuse`. A row may be left out although it holds there, never the reverse.
+        """
+
+
 @dataclass(frozen=True, slots=True)
 class FusionSpace:
     """What the members of an ensemble look like to a fusion, main first."""
@@ -89,6 +100,8 @@ class FusionSpace:
             )
         return self.members.index(member)
 
+
+ROUNDING = 1e-4  # what a certificate allows for sums in float32
 
 FUSIONS: Registry[Callable[[FusionSpace, Any], Fusion]] = Registry("fusion")
 
@@ -109,6 +122,13 @@ def linear_pool(weights: Tensor, shares: Tensor) -> Tensor:
     for member in range(1, shares.shape[1]):
         pooled.addcmul_(shares[:, member], weights[:, member : member + 1])
     return pooled
+
+
+def lead(main: Candidates) -> tuple[Tensor, Tensor]:
+    """The log-probabilities of each row's likeliest and second token, (B,) each; -inf where there is no second."""
+    best = main.logprobs.topk(min(2, main.logprobs.shape[1]), dim=1).values
+    second = best[:, 1] if best.shape[1] > 1 else torch.full_like(best[:, 0], -torch.inf)
+    return best[:, 0], second
 
 
 def single(candidates: Candidates) -> Fused:

@@ -18,7 +18,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from ensemble_core.fusion.base import FUSIONS, Fused, FusionSpace, linear_pool
+from ensemble_core.fusion.base import FUSIONS, ROUNDING, Fused, FusionSpace, lead, linear_pool
 from ensemble_core.fusion.support import ClosedSupport, TokenPool, concluded
 from ensemble_core.members.base import Candidates
 
@@ -49,6 +49,16 @@ class ProjectionFusion(TokenPool):
             return super().fuse(candidates, weights)
         support, weights = self.heard(candidates, weights)
         return concluded(support, _log_linear(support, weights))
+
+    def certified(self, main: Candidates, weights: Tensor) -> Tensor:
+        """See `Certifying.certified`. Of a linear pool only.
+
+        With main's weight w its token has w p at least, another one w p' + (1 - w) at most: what assistants leave to
+        main widens the gap.
+        """
+        first, second = (logs.exp() for logs in lead(main))
+        own = weights[:, 0] if self._linear else torch.zeros_like(first)
+        return own * (first - second) > 1 - own + ROUNDING
 
 
 def _log_linear(support: ClosedSupport, weights: Tensor) -> Tensor:

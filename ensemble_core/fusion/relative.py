@@ -25,7 +25,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from ensemble_core.fusion.base import FUSIONS, Fused, FusionSpace, Views
+from ensemble_core.fusion.base import FUSIONS, ROUNDING, Fused, FusionSpace, Views, lead
 from ensemble_core.fusion.support import floor_of
 from ensemble_core.members.base import Candidates
 from ensemble_core.members.ranking import ranked
@@ -33,6 +33,7 @@ from ensemble_core.transfer.matrix import TransferMatrix
 
 NUM_REACHED = 64  # main tokens that join the support through anchors of r
 _TINY = 1e-30
+_BETA1, _BETA2, _DECAY = 0.9, 0.999, 0.01  # of the search's AdamW
 _ROUNDING = 1e-6  # a gap between projections that may be rounding
 
 
@@ -103,13 +104,13 @@ def solve_search(problem: Problem, steps: int, eta: float) -> Tensor:
 
     No autograd: with p = softmax(z), q = p R, g = -R (r/q), the gradient is p (g - <p, g>) / A.
     """
-    beta1, beta2, epsilon, decay = 0.9, 0.999, 1e-8, 0.01
+    beta1, beta2, epsilon, decay = _BETA1, _BETA2, 1e-8, _DECAY
     z = problem.prior.log()
     first, second = torch.zeros_like(z), torch.zeros_like(z)
     wanted = problem.at(problem.reached()).mul_(problem.values)
     q = torch.empty_like(problem.target)
     for t in range(steps):
-        rate = eta / 4 + (eta - eta / 4) * (1 + math.cos(math.pi * t / 10)) / 2
+        rate = _rate(t, eta)
         p = torch.softmax(z, dim=1)
         at_rows = problem.at(problem.project(p, out=q)).clamp_min_(_TINY)
         g = -torch.div(wanted, at_rows, out=at_rows).sum(dim=2)
@@ -119,6 +120,27 @@ def solve_search(problem: Problem, steps: int, eta: float) -> Tensor:
         denominator = (second / (1 - beta2 ** (t + 1))).sqrt() + epsilon
         z = z * (1 - rate * decay) - rate / (1 - beta1 ** (t + 1)) * first / denominator
     return torch.softmax(z, dim=1)
+
+
+def search_reach(steps: int, eta: float) -> tuple[float, float]:
+    """How far the search can move logits: z becomes `kept` z + e with every |e| <= `reach`; (kept, reach).
+
+    Step t adds -rate_t m/(sqrt(v) + eps) to (1 - rate_t decay) z. There m = sum a_i g_i and v = sum b_i g_i^2 are
+    means over all gradients g_i so far, so by Cauchy and Schwarz |m| <= sqrt(sum a_i^2 / b_i) sqrt(v).
+    """
+    kept, reach = 1.0, 0.0
+    for t in range(steps):
+        a = [(1 - _BETA1) * _BETA1**i / (1 - _BETA1 ** (t + 1)) for i in range(t + 1)]
+        b = [(1 - _BETA2) * _BETA2**i / (1 - _BETA2 ** (t + 1)) for i in range(t + 1)]
+        step = math.sqrt(sum(x * x / y for x, y in zip(a, b, strict=True)))
+        shrunk = 1 - _rate(t, eta) * _DECAY
+        kept, reach = kept * shrunk, reach * shrunk + _rate(t, eta) * step
+    return kept, reach
+
+
+def _rate(t: int, eta: float) -> float:
+    """The search's learning rate at step t: cosine annealing to eta / 4 with T_max 10."""
+    return eta / 4 + (eta - eta / 4) * (1 + math.cos(math.pi * t / 10)) / 2
 
 
 @FUSIONS.register("relative", RelativeOptions)
@@ -158,6 +180,21 @@ class RelativeFusion:
             weights=_heard(statements, weights),
             unmapped=torch.stack([statement.unmapped for statement in statements], dim=1),
         )
+
+    def certified(self, main: Candidates, weights: Tensor) -> Tensor:
+        """See `Certifying.certified`. Of the search, which moves logits by its reach at most; EM knows no such bound.
+
+        Two tokens that have rows lie `kept` D - 2 `reach` apart at least after D before. A token without a row keeps
+        its probability; then the normaliser counts, which rises by `reach` + (1 - kept) log S at most over S places.
+        """
+        first, second = lead(main)
+        if self._options.solver != "search":
+            return torch.zeros_like(first, dtype=torch.bool)
+        kept, reach = search_reach(self._options.num_steps, self._options.eta)
+        places = main.logprobs.shape[1] + NUM_REACHED + 1
+        needed = 2 * reach / kept + (1 - kept) * math.log(places) + ROUNDING
+        top = main.token_ids.gather(1, main.logprobs.argmax(dim=1, keepdim=True)).squeeze(1)
+        return (self._matrices[0].row_mass[top] > 0) & (first - second > needed)
 
     def conclude(self, views: Views, pooled: Tensor) -> Fused:
         """See `Pooled.conclude`: pooled is r."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ensemble_core.decoding.rhythm import LONGEST, Beat, Prospect, Rhythm
+from ensemble_core.decoding.rhythm import LONGEST, Beat, Prospect, Rhythm, _Ways
 
 
 def taught(main: tuple[float, float], assistant: tuple[float, float], batch: int, num_steps: int = 40) -> Rhythm:
@@ -12,8 +12,8 @@ def taught(main: tuple[float, float], assistant: tuple[float, float], batch: int
     rhythm = Rhythm()
     for _ in range(num_steps):
         for count in (batch, 2 * batch, 4 * batch):
-            rhythm.record(count, 0, main[0] + main[1] * count, batch, 0)
-            rhythm.record(0, count, assistant[0] + assistant[1] * count, batch, count // 2)
+            rhythm.record(count, 0, main[0] + main[1] * count, 0)
+            rhythm.record(0, count, assistant[0] + assistant[1] * count, count // 2)
     return rhythm
 
 
@@ -72,6 +72,38 @@ def test_guesses_are_fed_as_long_as_they_pay() -> None:
     assert Beat(price=0.2).gain(prospect) == pytest.approx(1 + 0.5 + 0.25)
 
 
+def shares(draft: float, together: float, steps: int = 3000) -> float:
+    """The share of steps together, where both ways have these rates."""
+    ways, num, step = _Ways(), 0, 0
+    for _ in range(steps):
+        ways.choose(draft, together)
+        num += ways.together
+        step = 0 if ways.together else step + 1
+        ends = ways.together or step % 3 == 0
+        ways.add(8 if ways.together else 24 * ends, 8 / (together if ways.together else draft), ends)
+    return num / steps
+
+
+def test_the_faster_way_is_kept_and_the_other_seldom_tried() -> None:
+    assert shares(100.0, 80.0) < 0.05
+    assert shares(80.0, 100.0) > 0.9
+    assert shares(100.0, 99.0) < 0.5
+
+
+def test_a_way_that_has_become_slower_is_left() -> None:
+    ways = _Ways()
+    rates = {False: 100.0, True: 60.0}
+    taken = []
+    for number in range(4000):
+        if number == 1000:
+            rates = {False: 40.0, True: 60.0}
+        ways.choose(rates[False], rates[True])
+        ways.add(8, 8 / rates[ways.together], True)
+        taken.append(ways.together)
+    assert sum(taken[:1000]) < 60
+    assert sum(taken[1300:]) > 2400
+
+
 def steps_together(fixed: float, per_token: float, survival: float) -> bool:
     """Whether 32 sequences end up stepping together, where a forward costs `fixed` and so much a token."""
     rhythm, length = Rhythm(), 0
@@ -83,7 +115,7 @@ def steps_together(fixed: float, per_token: float, survival: float) -> bool:
         fed, read = 32 * beat.draft, 32 * length * beat.read
         final = int(32 * sum(survival**k for k in range(length))) if read else 0
         cost = (fixed + per_token * fed) * (fed > 0) + (fixed + per_token * read) * (read > 0)
-        rhythm.record(fed, read, cost, 32, final)
+        rhythm.record(fed, read, cost, final)
         length = int(beat.draft) if beat.read else length + 1
     return False
 
@@ -100,4 +132,4 @@ def test_a_batch_with_a_given_length_never_steps_together() -> None:
     for _ in range(200):
         beat = rhythm.beat(prospects)
         assert beat != Beat()
-        rhythm.record(32 * beat.draft, 64 * beat.read, 0.1, 32, 20 * beat.read)
+        rhythm.record(32 * beat.draft, 64 * beat.read, 0.1, 20 * beat.read)

@@ -369,6 +369,53 @@ def test_lockstep_at_shared_places_follows_the_rule(fusion: str, temperature: fl
         assert own == Reference(members, recipe, prompt, params).run(consensus=False), prompt
 
 
+CERTIFYING: dict[str, tuple[str, dict[str, Any]]] = {
+    "search": ("relative", {"solver": "search", "eta": 0.05}),
+    "linear pool": ("projection", {}),
+}
+
+
+@pytest.mark.parametrize("kind", CERTIFYING)
+def test_certificates_save_forwards_and_change_no_text(kind: str) -> None:
+    params = SamplingParams(max_tokens=40, temperature=0.0, ignore_eos=True)
+    members, (name, options) = trio(), CERTIFYING[kind]
+    method = build_fusion(name, FUSIONS.parse(name, options, "fusion"), space_of(members))
+    fed: dict[bool, int] = {}
+    for certificates in (True, False):
+        recipe = recipe_of(members, needed="always", certificates=certificates)
+        recipe = replace(recipe, fusion=method, fusion_name=name, weights=(0.9, 0.05, 0.05))
+        records = Records()
+        engine = fake_engine(members, records.append, num_candidates=K)
+        engine.add([sequence(i, prompt, members, recipe, params) for i, prompt in enumerate(PROMPTS)])
+        outputs = run(engine)
+        for i, prompt in enumerate(PROMPTS):
+            assert tokens(outputs[i]) == Reference(members, recipe, prompt, params).run(consensus=False), prompt
+        fed[certificates] = sum(each.member != "alpha" for step in records.of(StepStats) for each in step.members)
+    assert fed[True] < 0.8 * fed[False]
+
+
+class OnlyDue(Rhythm):
+    """Reads what must be read and no more."""
+
+    def beat(self, prospects: Collection[Prospect]) -> Beat:
+        return Beat(read=any(p.due for p in prospects))
+
+
+def test_an_assistant_that_nobody_asks_is_never_far_behind() -> None:
+    """Every token is certain, yet the assistants read on."""
+    members = trio()
+    recipe = replace(recipe_of(members, "projection"), weights=(1.0, 0.0, 0.0))
+    records = Records()
+    engine = fake_engine(members, records.append, num_candidates=K)
+    engine.scheduler.rhythm = OnlyDue()
+    params = SamplingParams(max_tokens=300, temperature=0.0, ignore_eos=True)
+    engine.add([sequence(i, "abc", members, recipe, params) for i in range(2)])
+    run(engine)
+    steps = [each for step in records.of(StepStats) for each in step.members if each.member == "beta"]
+    assert 4 <= len(steps) <= 10
+    assert max(each.decode_tokens for each in steps) <= 2 * 70
+
+
 def test_lockstep_at_shared_places_feeds_everybody_once_a_token() -> None:
     """It drafts nothing ahead: a second step for a token only where its place shows with the next one."""
     members = trio()

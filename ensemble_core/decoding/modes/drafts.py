@@ -12,42 +12,63 @@ import torch
 
 from ensemble_core.decoding.habits import Verdict
 from ensemble_core.decoding.modes.base import Turn
-from ensemble_core.decoding.modes.judging import is_whole, probabilities, row_of
+from ensemble_core.decoding.modes.judging import is_plain, is_whole, probabilities, row_of
 from ensemble_core.decoding.modes.lockstep import narrow_main, width_of
 from ensemble_core.decoding.modes.places import Note, draft_of
 from ensemble_core.decoding.sampler import sample
 from ensemble_core.decoding.sequence import Drafted, Sequence
 from ensemble_core.decoding.shaping import shape
-from ensemble_core.fusion.base import single
+from ensemble_core.fusion.base import Certifying, single
 from ensemble_core.members.base import Answers, Candidates
 
 _GUESSES = 7  # at most
 
 
 def chosen_by_main(
-    turns: abc.Sequence[Turn], answers: Mapping[str, Answers], num_candidates: int
+    turns: abc.Sequence[Turn], answers: Mapping[str, Answers], num_candidates: int, certificates: bool
 ) -> dict[int, list[Drafted]]:
-    """Sequence -> what main alone would choose behind its draft, and behind each guess; -1: not finite numbers."""
-    groups: dict[tuple[str, int, int, bool], list[tuple[Turn, int, int]]] = {}  # turn, row of the block, ahead
+    """Sequence -> what main alone would choose behind its draft, and behind each guess; -1: not finite numbers.
+
+    certificates: say of which tokens it is certain that no assistant could change them.
+    """
+    groups: dict[tuple[object, ...], list[tuple[Turn, int, int]]] = {}  # turn, row of the block, ahead
     for turn in turns:
-        main, ahead = turn.recipe.main, len(draft_of(turn.sequence))
-        span = answers[main].spans[turn.feeds[main]]
-        group = groups.setdefault((main, span.block, width_of(turn, num_candidates), is_whole(turn)), [])
-        group += ((turn, row, ahead + row - span.start) for row in range(span.start, span.stop))
+        recipe, ahead = turn.recipe, len(draft_of(turn.sequence))
+        span = answers[recipe.main].spans[turn.feeds[recipe.main]]
+        fusion = recipe.fusion_key or id(recipe.fusion)
+        key = recipe.main, span.block, width_of(turn, num_candidates), len(recipe.members), fusion
+        groups.setdefault(key, []).extend(
+            (turn, row, ahead + row - span.start) for row in range(span.start, span.stop)
+        )
     chosen: dict[int, list[Drafted]] = {}
-    for (main, block, _, whole), group in groups.items():
+    for group in groups.values():
         of_rows = [turn for turn, _, _ in group]
-        rows = answers[main].blocks[block].rows([row for _, row, _ in group])
-        rows = rows if whole else narrow_main(of_rows, rows, num_candidates)
+        span = answers[of_rows[0].recipe.main].spans[of_rows[0].feeds[of_rows[0].recipe.main]]
+        rows = answers[of_rows[0].recipe.main].blocks[span.block].rows([row for _, row, _ in group])
+        rows = rows if is_whole(of_rows[0]) else narrow_main(of_rows, rows, num_candidates)
         sequences = [turn.sequence for turn in of_rows]
         tokens = sample(
             shape(single(rows), sequences, [turn.mask for turn in of_rows]),
             sequences,
             [ahead for _, _, ahead in group],
         )
-        for i, (token, certainty) in enumerate(zip(tokens, _certainties(rows, sequences, tokens), strict=True)):
-            chosen.setdefault(sequences[i].seq_id, []).append(Drafted(token, Note(row_of(rows, i), certainty)))
+        sure = _certified(of_rows, rows) if certificates else [False] * len(group)
+        certainties = _certainties(rows, sequences, tokens)
+        for i, (token, certainty) in enumerate(zip(tokens, certainties, strict=True)):
+            note = Note(row_of(rows, i), certainty, certified=sure[i])
+            chosen.setdefault(sequences[i].seq_id, []).append(Drafted(token, note))
     return chosen
+
+
+def _certified(turns: abc.Sequence[Turn], rows: Candidates) -> list[bool]:
+    """Rows at which main's greedy token is the ensemble's. Shaping and reports need the fused numbers."""
+    fusion = turns[0].recipe.fusion
+    unshaped = [is_plain(turn) for turn in turns]
+    if not isinstance(fusion, Certifying) or not any(unshaped):
+        return [False] * len(turns)
+    weights = torch.tensor([turn.recipe.weights for turn in turns], device=rows.tail.device)
+    pairs = zip(fusion.certified(rows, weights).tolist(), unshaped, strict=True)
+    return [certified and plain for certified, plain in pairs]
 
 
 def confirmed(sequence: Sequence, chosen: list[Drafted]) -> tuple[list[Drafted], tuple[Verdict, ...]]:

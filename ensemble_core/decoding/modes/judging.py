@@ -103,12 +103,16 @@ def row_of(part: Candidates, row: int) -> Candidates:
     return Candidates(part.token_ids[row : row + 1], part.logprobs[row : row + 1], part.tail[row : row + 1])
 
 
+def is_plain(turn: Turn) -> bool:
+    """Whether the fusion's likeliest token is all that matters: nothing shapes it, and nobody asks for numbers."""
+    request = turn.sequence.request
+    shaped = request.params.shapes_logits or turn.sequence.is_bound
+    return request.params.greedy and request.params.logprobs is None and not shaped
+
+
 def _may_agree(place: Place) -> bool:
-    """Whether the consent of all assistants would decide a place. Shaping and reports need the fused numbers."""
-    sequence, recipe = place.turn.sequence, place.turn.recipe
-    params = sequence.request.params
-    shaped = params.shapes_logits or sequence.is_bound
-    return params.greedy and params.logprobs is None and not shaped and not recipe.apart and bool(place.text)
+    """Whether the consent of all assistants would decide a place."""
+    return is_plain(place.turn) and not place.turn.recipe.apart and bool(place.text)
 
 
 def _agreed(places: abc.Sequence[Place]) -> set[Key]:

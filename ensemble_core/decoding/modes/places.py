@@ -37,12 +37,14 @@ class Note:
     """What is kept of a drafted token.
 
     main: what main said at its place, one row. certainty: how sure main was of the token. spots: assistant -> its
-    spot; empty: the place is not sound; None: not known before the character is complete.
+    spot; empty: nobody judges the token; None: not known before the character is complete. certified: no assistant
+    could change it.
     """
 
     main: Candidates
     certainty: float
     spots: Mapping[str, Spot] | None = None
+    certified: bool = False
 
 
 def note_of(drafted: Drafted) -> Note:
@@ -125,7 +127,8 @@ class _Growth:
         num_bytes = len(text[len(self._text) :].encode())
         spots = {member: wording.spot(num_bytes) for member, wording in self._wordings.items()}
         found = {member: spot for member, spot in spots.items() if spot is not None}
-        first = _placed(self.pending[0], {} if self._begins_within or len(found) < len(spots) else found)
+        unjudged = self._begins_within or len(found) < len(spots) or note_of(self.pending[0]).certified
+        first = _placed(self.pending[0], {} if unjudged else found)
         self._rely(first)
         self.done += (first, *(_placed(each, {}) for each in self.pending[1:]))
         self.pending, self._text, self._begins_within = [], text, False

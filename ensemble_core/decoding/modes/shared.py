@@ -40,11 +40,14 @@ def lockstep(options: LockstepOptions) -> Mode:
     return SharedLockstep() if options.positions == "shared" else Lockstep()
 
 
+_RULE = VerifyOptions(lookup=False, needed="always", certificates=False)
+
+
 @dataclass(frozen=True)
 class SharedLockstep:
     """See the module's docstring."""
 
-    rule: Verify = field(default_factory=lambda: Verify(VerifyOptions(lookup=False, needed="always")))
+    rule: Verify = field(default_factory=lambda: Verify(_RULE))
 
     def prospect(self, sequence: Sequence) -> None:
         """Every step is the same, whatever the beat."""

@@ -59,6 +59,13 @@ class VerifyOptions(BaseModel):
         "consensus",
         description="consensus: a greedy token with which the assistants agree is not fused; always: it is.",
     )
+    certificates: bool = Field(
+        True,
+        description="A greedy token of main that no assistant could change, by a bound of the fusion, is not judged.",
+    )
+
+
+_FURTHEST = 64  # tokens that an assistant may lie behind, so that what it has to catch up with stalls nobody
 
 
 @MODES.register("verify", VerifyOptions)
@@ -83,11 +90,13 @@ class Verify:
         longest = self.options.draft if isinstance(self.options.draft, int) else LONGEST
         complete = is_complete(sequence)
         guesses = sequence.drafted[len(draft) :]
+        unread = [track.num_uncached for track in list(sequence.tracks.values())[1:]]
+        judged = num_judged(sequence) > 0 and (sequence.cramped or len(draft) >= longest)
         return Prospect(
-            num_unread=sum(track.num_uncached for track in list(sequence.tracks.values())[1:]),
+            num_unread=sum(unread),
             likely=likely,
             survival=habits.average,
-            due=complete or (num_judged(sequence) > 0 and (sequence.cramped or len(draft) >= longest)),
+            due=complete or judged or max(unread) >= _FURTHEST,
             eager=fixed and len(draft) < longest,
             complete=complete,
             free=not fixed,
@@ -119,9 +128,8 @@ class Verify:
 
     def _decide(self, turns: abc.Sequence[Turn], answers: Mapping[str, Answers], num_candidates: int) -> Outcome:
         started = time.perf_counter()
-        chosen = chosen_by_main(
-            [turn for turn in turns if turn.recipe.main in turn.feeds], answers, num_candidates
-        )
+        fed = [turn for turn in turns if turn.recipe.main in turn.feeds]
+        chosen = chosen_by_main(fed, answers, num_candidates, self.options.certificates)
         sampling = time.perf_counter() - started
         consensus = self.options.needed == "consensus"
         cases = [Case(t, chosen.get(t.sequence.seq_id, [])) for t in with_finite(turns, answers)]
