@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections import abc
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -25,7 +26,7 @@ from ensemble_core.fusion.base import Fused
 from ensemble_core.members.ranking import ranked
 
 # The whole-number weight of the likeliest token. The sum of 2^20 such weights still fits in 63 bits.
-_UNITS = 2.0**42
+UNITS = 2.0**42
 
 
 def sample(fused: Fused, sequences: abc.Sequence[Sequence], ahead: abc.Sequence[int] | None = None) -> list[int]:
@@ -38,9 +39,10 @@ def sample(fused: Fused, sequences: abc.Sequence[Sequence], ahead: abc.Sequence[
     rows = [i for i, sequence in enumerate(sequences) if not sequence.request.params.greedy]
     if rows:
         index = torch.tensor(rows, device=tokens.device)
-        uniform = [[sequences[i].draw(ahead[i] if ahead is not None else 0)] for i in rows]
-        params = [sequences[i].request.params for i in rows]
-        tokens[index] = _draw(token_ids[index], logprobs[index], params, uniform)
+        drawn = [[sequences[i].draw(ahead[i] if ahead is not None else 0)] for i in rows]
+        steps = ladder(token_ids[index], logprobs[index], [sequences[i].request.params for i in rows])
+        place = steps.find(torch.tensor(drawn, dtype=torch.float64, device=tokens.device))
+        tokens[index] = steps.token_ids.gather(1, place).squeeze(1)
     broken = ~logprobs.amax(dim=1).isfinite()
     return torch.where(broken, -1, tokens).tolist()
 
@@ -52,21 +54,41 @@ def greedy(token_ids: Tensor, logprobs: Tensor) -> Tensor:
     return torch.where(logprobs == best, token_ids, highest).amin(dim=1)
 
 
-def _draw(
-    token_ids: Tensor, logprobs: Tensor, params: abc.Sequence[SamplingParams], drawn: list[list[float]]
-) -> Tensor:
-    """(B,) ids from (B, S) log-probabilities under each row's parameters, at its uniform number in `drawn` (B, 1)."""
-    device = logprobs.device
-    uniform = torch.tensor(drawn, dtype=torch.float64, device=device)
+@dataclass(frozen=True, slots=True)
+class Ladder:
+    """B rows of tokens from likely to unlikely, with the whole-number weights that they are drawn by, summed up."""
+
+    token_ids: Tensor  # (B, S) int64
+    mass: Tensor  # (B, S) int64
+    total: Tensor  # (B, 1) int64, the mass of tokens in reach of top-k, top-p and min-p
+
+    def find(self, uniform: Tensor) -> Tensor:
+        """The place at a number from [0, 1) of each row, (B, 1) float64 -> (B, 1)."""
+        aim = (uniform * self.total.double()).long().minimum(self.total - 1)
+        return torch.searchsorted(self.mass, aim, right=True)
+
+    def within(self, place: Tensor, uniform: Tensor) -> Tensor:
+        """How far within the part of its place a number lies: again from [0, 1), whatever the place."""
+        end = self.mass.gather(1, place).minimum(self.total)
+        begin = torch.where(place > 0, self.mass.gather(1, (place - 1).clamp_min(0)), 0)
+        return ((uniform * self.total.double() - begin) / (end - begin)).clamp(0.0, 1.0 - 2**-53)
+
+    def shares(self) -> Tensor:
+        """(B, S) float64: the probability of each token."""
+        reached = self.mass.minimum(self.total)
+        return reached.diff(dim=1, prepend=torch.zeros_like(self.total)) / self.total
+
+
+def ladder(token_ids: Tensor, logprobs: Tensor, params: abc.Sequence[SamplingParams]) -> Ladder:
+    """What tokens (B, S) are drawn from under each row's parameters."""
     order = ranked(logprobs, logprobs.shape[1], token_ids)
     logprobs = logprobs.gather(1, order).double()
     distance = logprobs - logprobs[:, :1]  # 0 for the likeliest, so no temperature can overflow
-    relative = (distance / _column(params, lambda p: p.temperature, device)).exp().nan_to_num()
-    mass = (relative * _UNITS).round().long().cumsum(dim=1)
+    temperature = _column(params, lambda p: p.temperature, logprobs.device)
+    relative = (distance / temperature).exp().nan_to_num()
+    mass = (relative * UNITS).round().long().cumsum(dim=1)
     total = mass.gather(1, _num_in_reach(relative, mass, params) - 1)
-    aim = (uniform * total.double()).long().minimum(total - 1)
-    place = torch.searchsorted(mass, aim, right=True)
-    return token_ids.gather(1, order.gather(1, place)).squeeze(1)
+    return Ladder(token_ids.gather(1, order), mass, total)
 
 
 def _num_in_reach(relative: Tensor, mass: Tensor, params: abc.Sequence[SamplingParams]) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import random
 from collections.abc import Collection
 from dataclasses import replace
@@ -86,6 +88,8 @@ class Reference:
         rng = generator(params.seed)
         self.draws = [rng.random() for _ in range(params.max_tokens + 64)]
         self.whole = recipe.fusion is not None and recipe.fusion.full_vocabulary
+        options = json.loads(recipe.mode.options)
+        self.rejects = recipe.mode.name == "verify" and options["acceptance"] == "rejection"
 
     def answer(self, member: FakeMember, completion: list[int]) -> Candidates:
         """The member's candidates after its prompt and these tokens of its own."""
@@ -100,6 +104,30 @@ class Reference:
         self.ghost.decide([Choice(token) for token in self.final[self.ghost.num_completion_tokens :]])
         self.ghost._drawn = [self.draws[place]]
         return sample(shape(fused, [self.ghost], [None]), [self.ghost])[0]
+
+    def accept(self, drafted: int, own: Fused, fused: Fused, place: int) -> int:
+        """Keep with probability q / p, else draw from what q has beyond p."""
+        self.ghost.decide([Choice(token) for token in self.final[self.ghost.num_completion_tokens :]])
+        p, q = (self.shares(shape(each, [self.ghost], [None])) for each in (own, fused))
+        begin = sum(list(p.values())[: list(p).index(drafted)])
+        rest = (self.draws[place] - begin) / p[drafted]
+        kept = min(q.get(drafted, 0.0) / p[drafted], 1.0)
+        if rest < kept:
+            return drafted
+        beyond = {token: share - p.get(token, 0.0) for token, share in q.items() if share > p.get(token, 0.0)}
+        left = (rest - kept) / (1 - kept) * sum(beyond.values())
+        for token, share in beyond.items():
+            left -= share
+            if left < 0:
+                return token
+        raise AssertionError("no token is left")
+
+    def shares(self, fused: Fused) -> dict[int, float]:
+        """Each token's probability, from likely to unlikely."""
+        pairs = zip(fused.token_ids[0].tolist(), fused.logprobs[0].double().tolist(), strict=True)
+        order = sorted((-logprob, token) for token, logprob in pairs if logprob > -math.inf)
+        weights = {token: math.exp((order[0][0] - lost) / self.params.temperature) for lost, token in order}
+        return {token: weight / sum(weights.values()) for token, weight in weights.items()}
 
     def text(self, ids: list[int]) -> tuple[str, bool]:
         return Detokenizer().foresee(b"".join(self.main.vocabulary.text_bytes(i) for i in ids))
@@ -169,7 +197,10 @@ class Reference:
             ]
             if not (consensus and self.agree(token, rows, followed)):
                 parts = [self.answer(self.main, self.final), *rows]
-                chosen = self.choose(self.fuse(parts), len(self.final))
+                if self.rejects and not self.params.greedy:
+                    chosen = self.accept(token, single(parts[0]), self.fuse(parts), len(self.final))
+                else:
+                    chosen = self.choose(self.fuse(parts), len(self.final))
         self.final.append(chosen)
 
     def agree(self, token: int, rows: list[Candidates], followed: list[int | None]) -> bool:
@@ -246,7 +277,7 @@ def test_members_with_one_tokenizer_give_the_text_of_lockstep(
     """Sampled texts too, token for token: a draft is drawn with the numbers of the places that it stands for."""
     params = SamplingParams(max_tokens=40, temperature=temperature, seed=3, top_p=0.9)
     members = twins()
-    recipe = recipe_of(members, fusion, draft=draft)
+    recipe = recipe_of(members, fusion, draft=draft, acceptance="common")
     prompts = [*PROMPTS, *(chr(97 + i) * 3 for i in range(20))]
     lockstep = in_lockstep(recipe)
     assert engine_tokens(members, recipe, prompts, params) == engine_tokens(members, lockstep, prompts, params)
@@ -351,9 +382,8 @@ def test_texts_that_are_shaped_by_what_came_before_follow_the_rule(mode: str, fi
     params = replace(SamplingParams(max_tokens=20, temperature=0.0, seed=2), **fields)
     members = trio()
     recipe = recipe_of(members, needed="always")
-    found = engine_tokens(
-        members, in_lockstep(recipe, "shared") if mode == "lockstep" else recipe, PROMPTS, params
-    )
+    recipe = in_lockstep(recipe, "shared") if mode == "lockstep" else recipe
+    found = engine_tokens(members, recipe, PROMPTS, params)
     for prompt, own in zip(PROMPTS, found, strict=True):
         assert own == Reference(members, recipe, prompt, params).run(consensus=False), prompt
 
@@ -363,10 +393,17 @@ def test_texts_that_are_shaped_by_what_came_before_follow_the_rule(mode: str, fi
 def test_lockstep_at_shared_places_follows_the_rule(fusion: str, temperature: float) -> None:
     params = SamplingParams(max_tokens=30, temperature=temperature, seed=6)
     members = trio()
-    recipe = recipe_of(members, fusion)
-    found = engine_tokens(members, in_lockstep(recipe, "shared"), PROMPTS, params)
+    recipe = in_lockstep(recipe_of(members, fusion), "shared")
+    found = engine_tokens(members, recipe, PROMPTS, params)
     for prompt, own in zip(PROMPTS, found, strict=True):
         assert own == Reference(members, recipe, prompt, params).run(consensus=False), prompt
+
+
+class OnlyDue(Rhythm):
+    """Reads what must be read and no more."""
+
+    def beat(self, prospects: Collection[Prospect]) -> Beat:
+        return Beat(read=any(p.due for p in prospects))
 
 
 CERTIFYING: dict[str, tuple[str, dict[str, Any]]] = {
@@ -376,29 +413,23 @@ CERTIFYING: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("kind", CERTIFYING)
-def test_certificates_save_forwards_and_change_no_text(kind: str) -> None:
+def test_certificates_save_fusions_and_change_no_text(kind: str) -> None:
     params = SamplingParams(max_tokens=40, temperature=0.0, ignore_eos=True)
     members, (name, options) = trio(), CERTIFYING[kind]
     method = build_fusion(name, FUSIONS.parse(name, options, "fusion"), space_of(members))
-    fed: dict[bool, int] = {}
+    fused: dict[bool, int] = {}
     for certificates in (True, False):
         recipe = recipe_of(members, needed="always", certificates=certificates)
         recipe = replace(recipe, fusion=method, fusion_name=name, weights=(0.9, 0.05, 0.05))
         records = Records()
         engine = fake_engine(members, records.append, num_candidates=K)
+        engine.scheduler.rhythm = OnlyDue()
         engine.add([sequence(i, prompt, members, recipe, params) for i, prompt in enumerate(PROMPTS)])
         outputs = run(engine)
         for i, prompt in enumerate(PROMPTS):
             assert tokens(outputs[i]) == Reference(members, recipe, prompt, params).run(consensus=False), prompt
-        fed[certificates] = sum(each.member != "alpha" for step in records.of(StepStats) for each in step.members)
-    assert fed[True] < 0.8 * fed[False]
-
-
-class OnlyDue(Rhythm):
-    """Reads what must be read and no more."""
-
-    def beat(self, prospects: Collection[Prospect]) -> Beat:
-        return Beat(read=any(p.due for p in prospects))
+        fused[certificates] = sum(each.consulted for each in records.of(DraftStats))
+    assert fused[True] < 0.8 * fused[False]
 
 
 def test_an_assistant_that_nobody_asks_is_never_far_behind() -> None:
@@ -460,9 +491,9 @@ def test_each_request_gets_what_lockstep_gives_it(fields: dict[str, Any]) -> Non
     """Text, ids, ends and reports, of members with one tokenizer, beside requests of other kinds."""
     params = SamplingParams(**({"max_tokens": 30, "temperature": 0.0, "seed": 11} | fields))
     members, others = twins(), SamplingParams(max_tokens=25, temperature=0.9, seed=2)
-    verify = recipe_of(members, "projection")
+    verify = recipe_of(members, "projection", acceptance="common")
     told = []
-    for recipe in (verify, replace(verify, mode=choose_mode("lockstep", {}, "mode"))):
+    for recipe in (verify, in_lockstep(verify)):
         engine = fake_engine(members, num_candidates=len(members[0].vocabulary))
         engine.add([sequence(i, prompt, members, recipe, params) for i, prompt in enumerate(PROMPTS)])
         engine.add([sequence(100 + i, prompt, members, verify, others) for i, prompt in enumerate(PROMPTS)])

@@ -14,13 +14,15 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ensemble_core.decoding.acceptance import accept
 from ensemble_core.decoding.modes.base import Turn
 from ensemble_core.decoding.modes.lockstep import fusion_stats
 from ensemble_core.decoding.modes.places import Note, note_of
 from ensemble_core.decoding.sampler import greedy, sample
 from ensemble_core.decoding.sequence import Drafted
 from ensemble_core.decoding.shaping import shape
-from ensemble_core.fusion.base import Fused
+from ensemble_core.fusion.base import Fused, single
+from ensemble_core.fusion.sharpening import sharpened
 from ensemble_core.members.base import Candidates, stacked
 from ensemble_core.stats import FusionStats
 
@@ -77,18 +79,31 @@ class Judged:
     fusions: list[FusionStats] = field(default_factory=list)
 
 
-def judge(places: abc.Sequence[Place], num_candidates: int, consensus: bool) -> Judged:
-    """Decide all places. consensus: those with which the assistants agree anyway are not fused."""
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """How places are judged.
+
+    consensus: greedy tokens with which the assistants agree anyway are not fused. rejection: sampled tokens are kept
+    or rejected (`acceptance.py`); else both distributions are drawn from with one number. sharpen: see `sharpening`.
+    """
+
+    consensus: bool = True
+    rejection: bool = True
+    sharpen: bool = False
+
+
+def judge(places: abc.Sequence[Place], num_candidates: int, rule: Rule) -> Judged:
+    """Decide all places."""
     judged = Judged()
     groups: dict[tuple[object, ...], list[Place]] = {}
-    agreed = _agreed([place for place in places if consensus and _may_agree(place)])
+    agreed = _agreed([place for place in places if rule.consensus and _may_agree(place)])
     for place in places:
         if place.key in agreed:
             judged.tokens[place.key] = place.token_id
         else:
             groups.setdefault(_kind(place), []).append(place)
     for group in groups.values():
-        _fuse(group, num_candidates, judged)
+        _fuse(group, num_candidates, rule, judged)
     return judged
 
 
@@ -154,11 +169,12 @@ def _kind(place: Place) -> tuple[object, ...]:
     recipe = place.turn.recipe
     alone = (place.turn.sequence.seq_id, place.number) if recipe.apart else None
     fusion = recipe.fusion_key or id(recipe.fusion)
+    greedily = place.turn.sequence.request.params.greedy
     widths = tuple((member, row.token_ids.shape[1]) for member, row in place.rows.items())
-    return (recipe.model, recipe.members, fusion, widths, place.note.main.token_ids.shape[1], alone)
+    return (recipe.model, recipe.members, fusion, widths, place.note.main.token_ids.shape[1], greedily, alone)
 
 
-def _fuse(group: abc.Sequence[Place], num_candidates: int, judged: Judged) -> None:
+def _fuse(group: abc.Sequence[Place], num_candidates: int, rule: Rule, judged: Judged) -> None:
     """Fuse and sample at places of one kind."""
     started = time.perf_counter()
     main = stacked([place.note.main for place in group])
@@ -170,12 +186,21 @@ def _fuse(group: abc.Sequence[Place], num_candidates: int, judged: Judged) -> No
     fusion = turns[0].recipe.fusion
     assert fusion is not None
     fused = fusion.fuse(parts, torch.tensor([turn.recipe.weights for turn in turns], device=main.tail.device))
+    if rule.sharpen:
+        fused = sharpened(fused, turns[0].sequence.main.vocabulary.text_bytes)
     seconds = time.perf_counter() - started
-    sequences = [turn.sequence for turn in turns]
-    shaped = shape(fused, sequences, [place.turn.mask for place in group])
-    tokens = sample(shaped, sequences, [place.number for place in group])
+    tokens = _tokens(group, fused, main, rule)
     for i, (place, token) in enumerate(zip(group, tokens, strict=True)):
         judged.tokens[place.key] = token
         judged.reports[place.key] = (parts, fused, i)
     members = [turns[0].recipe.main, *others]
     judged.fusions.append(fusion_stats(turns[0], members, parts, fused, tokens, seconds))
+
+
+def _tokens(group: abc.Sequence[Place], fused: Fused, main: Candidates, rule: Rule) -> list[int]:
+    """The fusion's token at each place. main: what main said there."""
+    sequences, masks = [place.turn.sequence for place in group], [place.turn.mask for place in group]
+    shaped, ahead = shape(fused, sequences, masks), [place.number for place in group]
+    if rule.rejection and not sequences[0].request.params.greedy:
+        return accept(shape(single(main), sequences, masks), shaped, sequences, ahead)
+    return sample(shaped, sequences, ahead)

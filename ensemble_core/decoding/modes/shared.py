@@ -40,7 +40,7 @@ def lockstep(options: LockstepOptions) -> Mode:
     return SharedLockstep() if options.positions == "shared" else Lockstep()
 
 
-_RULE = VerifyOptions(lookup=False, needed="always", certificates=False)
+_RULE = VerifyOptions(lookup=False, needed="always", certificates=False, acceptance="common")
 
 
 @dataclass(frozen=True)

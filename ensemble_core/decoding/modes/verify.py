@@ -4,9 +4,9 @@ A drafted token is judged where the place before it is *sound* (`places.py`), un
 anyway (it is not *needed*). The first judged token that the fusion would have chosen otherwise is replaced, and what
 follows it is taken back. At all other places main's token stands. Source: SAFE (arXiv 2510.15346), docs/methods.md.
 
-A drafted token is what main alone would choose at its place with the place's own random number, and the fusion
-chooses with the same number. So a text is the very text that the rule gives one token at a time: it depends neither
-on how long drafts are nor on other sequences. The more alike the distributions, the more often a draft stays.
+A drafted token is what main alone would choose at its place with the place's own random number, and whether a sampled
+one stays follows from the same number (`acceptance.py`). So a text is the very text that the rule gives one token at
+a time: it depends neither on how long drafts are nor on other sequences.
 
 The beat (`decoding/rhythm.py`) says whether main drafts, the assistants read, or both. Where shaping depends on the
 tokens before (penalties, JSON, min_tokens) all members answer in every step, and main decides what that step cannot
@@ -29,7 +29,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from ensemble_core.decoding.modes.base import MODES, Ask, Outcome, Turn, joined
 from ensemble_core.decoding.modes.case import Case, places_of, with_finite
 from ensemble_core.decoding.modes.drafts import chosen_by_main, strength
-from ensemble_core.decoding.modes.judging import judge
+from ensemble_core.decoding.modes.judging import Rule, judge
 from ensemble_core.decoding.modes.lockstep import Lockstep
 from ensemble_core.decoding.modes.places import (
     draft_of,
@@ -63,6 +63,19 @@ class VerifyOptions(BaseModel):
         True,
         description="A greedy token of main that no assistant could change, by a bound of the fusion, is not judged.",
     )
+    acceptance: Literal["rejection", "common"] = Field(
+        "rejection",
+        description="How a sampled token is judged. rejection: kept with probability fused/drafted, as often as can "
+        "be. common: the fusion draws with the number that main drew with, so seeds give the texts of lockstep.",
+    )
+    sharpen: bool = Field(
+        False, description="Where no fused token has half of the mass, the likeliest takes that of its extensions."
+    )
+
+    @property
+    def rule(self) -> Rule:
+        """How places are judged."""
+        return Rule(self.needed == "consensus", self.acceptance == "rejection", self.sharpen)
 
 
 _FURTHEST = 64  # tokens that an assistant may lie behind, so that what it has to catch up with stalls nobody
@@ -96,7 +109,7 @@ class Verify:
             num_unread=sum(unread),
             likely=likely,
             survival=habits.average,
-            due=complete or judged or max(unread) >= _FURTHEST,
+            due=complete or judged or max(unread, default=0) >= _FURTHEST,
             eager=fixed and len(draft) < longest,
             complete=complete,
             free=not fixed,
@@ -131,15 +144,13 @@ class Verify:
         fed = [turn for turn in turns if turn.recipe.main in turn.feeds]
         chosen = chosen_by_main(fed, answers, num_candidates, self.options.certificates)
         sampling = time.perf_counter() - started
-        consensus = self.options.needed == "consensus"
+        rule = self.options.rule
         cases = [Case(t, chosen.get(t.sequence.seq_id, [])) for t in with_finite(turns, answers)]
         whole = [case for case in cases if case.goes_on]
-        drafts = judge(
-            [place for case in whole for place in places_of(case.turn, answers)], num_candidates, consensus
-        )
+        drafts = judge([place for case in whole for place in places_of(case.turn, answers)], num_candidates, rule)
         for case in whole:
             case.read(drafts, answers)
-        ends = judge([place for case in whole for place in case.front()], num_candidates, consensus)
+        ends = judge([place for case in whole for place in case.front()], num_candidates, rule)
         for case in whole:
             case.close(ends)
         decisions = [case.decision(self.options.lookup) for case in cases]
