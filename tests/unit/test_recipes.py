@@ -10,7 +10,6 @@ import pytest
 from fakes import FakeMember, fake_config, space_of
 
 from ensemble_core.config import Config
-from ensemble_core.decoding.recipe import ModeChoice
 from ensemble_core.decoding.requests import Overrides
 from ensemble_core.errors import (
     ConfigError,
@@ -50,11 +49,11 @@ def test_the_configured_recipe_has_main_first() -> None:
     recipe = book().resolve("trio", Overrides())
     assert recipe.members == ("alpha", "beta", "gamma")
     assert recipe.weights == (0.5, 0.25, 0.25)
-    assert (recipe.model, recipe.main, recipe.fusion_name, recipe.mode) == (
+    assert (recipe.model, recipe.main, recipe.fusion_name, recipe.mode.name) == (
         "trio",
         "alpha",
         "relative",
-        ModeChoice(),
+        "lockstep",
     )
 
 
@@ -82,7 +81,7 @@ def test_weights_override_those_they_name() -> None:
 
 
 def test_mode_may_name_what_there_is() -> None:
-    assert book().resolve("trio", Overrides(mode="lockstep")).mode == ModeChoice()
+    assert book().resolve("trio", Overrides(mode="lockstep")).mode.name == "lockstep"
 
 
 @pytest.mark.parametrize(
