@@ -40,7 +40,7 @@ from ensemble_core.transfer.store import load_matrix, matrix_path
 logger = logging.getLogger(__name__)
 
 _FUSIONS = ("relative", "projection", "union", "gac", "eva", "contrastive", "robust", "consistency")
-_MODES = ("shared", "verify")  # lockstep is registered with its positions
+_MODES = ("shared", "verify", "sampled")  # lockstep is registered with its positions
 for _strategy in (*(f"fusion.{name}" for name in _FUSIONS), *(f"decoding.modes.{name}" for name in _MODES)):
     importlib.import_module(f"ensemble_core.{_strategy}")  # importing a strategy's file registers it
 

@@ -14,8 +14,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
+from pydantic import BaseModel
+
 from ensemble_core.config import Config, EnsembleConfig, StrategyConfig
-from ensemble_core.decoding.modes.base import choose_mode
+from ensemble_core.decoding.modes.base import MODES, choose_mode
 from ensemble_core.decoding.recipe import ModeChoice, Recipe
 from ensemble_core.decoding.requests import Overrides, Weighting
 from ensemble_core.errors import (
@@ -26,7 +28,7 @@ from ensemble_core.errors import (
     UnknownStrategyError,
     quoted,
 )
-from ensemble_core.fusion.base import FUSIONS, Fusion, FusionSpace, build_fusion
+from ensemble_core.fusion.base import FUSIONS, Fusion, FusionSpace, build_fusion, is_mixture
 from ensemble_core.fusion.shelf import FusionShelf
 
 # (some members of an ensemble, main first; all its members) -> space, with the matrices of the full set.
@@ -49,10 +51,21 @@ def check_strategies(config: Config) -> None:
     """Check every ensemble's fusion and mode, with their options. Raises ConfigError with the field's path."""
     for name, ensemble in config.ensembles.items():
         try:
-            FUSIONS.parse(ensemble.fusion.name, ensemble.fusion.options, f"ensembles.{name}.fusion")
+            fusion = FUSIONS.parse(ensemble.fusion.name, ensemble.fusion.options, f"ensembles.{name}.fusion")
             choose_mode(ensemble.mode.name, ensemble.mode.options, f"ensembles.{name}.mode")
+            _require_mixture(ensemble.mode.name, ensemble.fusion.name, fusion, f"ensembles.{name}.mode")
         except UnknownStrategyError as error:
             raise ConfigError(str(error)) from error
+
+
+def _require_mixture(mode: str, name: str, options: BaseModel, where: str) -> None:
+    """Raise ConfigError where a mode needs a linear pool and the fusion is another."""
+    if getattr(MODES.factory(mode), "needs_mixture", False) and not is_mixture(options):
+        raise ConfigError(
+            f"{where}.name: {mode} draws from one member at a time, which is exact for a linear pool alone (fusion "
+            f"projection with pool: linear), got fusion {name} {options.model_dump(exclude_defaults=True) or ''}; "
+            "choose that fusion, or mode lockstep or verify"
+        )
 
 
 def list_models(config: Config, max_len: Mapping[str, int]) -> list[ModelInfo]:
@@ -89,7 +102,7 @@ class RecipeBook:
             tuple(weights.values()),
             fusion,
             name,
-            _mode(ensemble, overrides),
+            _mode(ensemble, overrides, alone=fusion is None),
             tau=_tau(ensemble, overrides) if fusion is not None else None,
             on_failure=ensemble.on_member_failure,
             apart=self._config.deterministic,
@@ -192,11 +205,17 @@ def _tau(ensemble: EnsembleConfig, overrides: Overrides) -> float | None:
     return chosen.tau if chosen.by == "perplexity" else None
 
 
-def _mode(ensemble: EnsembleConfig, overrides: Overrides) -> ModeChoice:
-    """How steps are taken. Raises InvalidRequestError."""
+def _mode(ensemble: EnsembleConfig, overrides: Overrides, alone: bool) -> ModeChoice:
+    """How steps are taken; alone: by one member, which has no fusion. Raises InvalidRequestError."""
     name, options = _chosen(ensemble.mode, overrides.mode, overrides.mode_options)
+    fusion, fusion_options = _chosen(ensemble.fusion, overrides.fusion, overrides.fusion_options)
     try:
-        return choose_mode(name, options, "ensemble.mode")
+        mode = choose_mode(name, options, "ensemble.mode")
+        if not alone:
+            _require_mixture(
+                name, fusion, FUSIONS.parse(fusion, fusion_options, "ensemble.fusion"), "ensemble.mode"
+            )
+        return mode
     except (UnknownStrategyError, ConfigError) as error:
         raise InvalidRequestError(str(error), "ensemble.mode") from error
 

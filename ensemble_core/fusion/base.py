@@ -83,6 +83,22 @@ class Certifying(Protocol):
         """
 
 
+@runtime_checkable
+class Mixture(Protocol):
+    """A fusion that may be the weighted sum of all members' distributions, carried token by token to main's ids.
+
+    Whether it is says `is_mixture` of its options.
+    """
+
+    def carried(self, member: int, token_ids: Tensor) -> Tensor:
+        """Main's ids for an assistant's, (B,) -> (B,); -1 where main has none. member: its index, main being 0."""
+
+
+def is_mixture(options: BaseModel) -> bool:
+    """Whether a fusion with these options is a weighted sum of members' distributions, and no more than that."""
+    return bool(getattr(options, "is_mixture", False))
+
+
 @dataclass(frozen=True, slots=True)
 class FusionSpace:
     """What the members of an ensemble look like to a fusion, main first."""

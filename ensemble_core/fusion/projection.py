@@ -32,6 +32,11 @@ class ProjectionOptions(BaseModel):
         "linear", description="Weighted mean, or weighted geometric mean."
     )
 
+    @property
+    def is_mixture(self) -> bool:
+        """See `fusion.base.is_mixture`."""
+        return self.pool == "linear"
+
 
 @FUSIONS.register("projection", ProjectionOptions)
 class ProjectionFusion(TokenPool):
@@ -49,6 +54,10 @@ class ProjectionFusion(TokenPool):
             return super().fuse(candidates, weights)
         support, weights = self.heard(candidates, weights)
         return concluded(support, _log_linear(support, weights))
+
+    def carried(self, member: int, token_ids: Tensor) -> Tensor:
+        """See `Mixture.carried`."""
+        return self._space.carried(member, token_ids)
 
     def certified(self, main: Candidates, weights: Tensor) -> Tensor:
         """See `Certifying.certified`. Of a linear pool only.

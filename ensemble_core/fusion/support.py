@@ -164,6 +164,10 @@ class TokenSpace:
             unmapped=torch.stack([torch.zeros_like(tails[:, 0]), *unplaced], dim=1),
         )
 
+    def carried(self, member: int, token_ids: Tensor) -> Tensor:
+        """Main's ids for an assistant's, (B,) -> (B,); -1 for none. member: its index, main being 0."""
+        return self._maps[member - 1].to(token_ids.device)[token_ids]
+
     def _mapped_ids(self, candidates: Sequence[Candidates]) -> list[Tensor]:
         """Each member's candidates as main's ids, M of (B, K) int64; -1 for those without a place."""
         main, *others = candidates

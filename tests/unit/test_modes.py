@@ -162,7 +162,7 @@ def test_a_sequence_that_ends_within_a_draft_tells_final_tokens_alone() -> None:
 
 
 def test_unknown_modes_and_options_are_refused_by_name() -> None:
-    known = r"here.name: unknown mode 'warp'; known are \['draft-two', 'lockstep', 'verify'\]"
+    known = r"here.name: unknown mode 'warp'; known are \['draft-two', 'lockstep', 'sampled', 'verify'\]"
     with pytest.raises(UnknownStrategyError, match=known):
         choose_mode("warp", {}, "here")
     for name in ("lockstep", "draft-two"):

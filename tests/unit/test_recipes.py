@@ -229,7 +229,7 @@ def test_configured_fusions_are_checked_with_their_path(fusion: dict[str, object
 @pytest.mark.parametrize(
     ("mode", "says"),
     [
-        ("solo", "ensembles.trio.mode.name: unknown mode 'solo'; known are ['lockstep', 'verify']"),
+        ("solo", "ensembles.trio.mode.name: unknown mode 'solo'; known are ['lockstep', 'sampled', 'verify']"),
         ({"name": "lockstep", "options": {"pace": 3}}, "ensembles.trio.mode.options.pace: Extra inputs are not"),
     ],
 )

@@ -75,7 +75,8 @@ class Decision:
     `tokens` and `draft` together have in common with the old draft, from its start, stays cached; the rest of the old
     draft is taken back. ends: what the mode wants to remember of the end of `tokens`; None: assistants are to answer
     there again. unsound: members whose numbers were not finite. error: ends the sequence with this message. verdicts:
-    how drafted tokens and guesses fared. consulted: how many of `tokens` a fusion decided.
+    how drafted tokens and guesses fared. consulted: how many of `tokens` a fusion decided. redraw: where nothing is
+    decided, the place's random number from now on.
     """
 
     sequence: Sequence
@@ -86,6 +87,7 @@ class Decision:
     error: str | None = None
     verdicts: tuple[Verdict, ...] = ()
     consulted: int = 0
+    redraw: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
