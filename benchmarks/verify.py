@@ -70,8 +70,9 @@ class Bench:
         if isinstance(stats, StepStats):
             self.forwards.update(each.member for each in stats.members)
         elif isinstance(stats, DraftStats):
+            decided = stats.consulted + stats.agreed + stats.certified + stats.alone
             self.drafts.update(
-                drafted=stats.drafted, accepted=stats.accepted, consulted=stats.consulted, alone=stats.alone
+                drafted=stats.drafted, accepted=stats.accepted, consulted=stats.consulted, decided=decided
             )
 
     def rate(self, model: str, mode: str, prompts: list[str], params: SamplingParams, **options: Any) -> float:
@@ -103,7 +104,7 @@ def side_by_side(bench: Bench, places: int, model: str, main: str, temperature: 
         "verify tokens/s": round(median(verify), 1),
         "over lockstep": round(median(verify) / median(lockstep), 2),
         "stayed": f"{100 * drafts['accepted'] / max(drafts['drafted'], 1):.0f} %",
-        "fused": f"{100 * drafts['consulted'] / (drafts['consulted'] + drafts['alone']):.0f} %",
+        "fused": f"{100 * drafts['consulted'] / drafts['decided']:.0f} %",
         "main's forwards": round(bench.forwards[main] / forwards[main], 2),
         "assistant's": round(bench.forwards[assistant] / forwards[assistant], 2),
     }
@@ -127,7 +128,7 @@ def lengths(bench: Bench, model: str, main: str, plan: Plan) -> list[TableRow]:
                     "lookup": "on" if lookup else "off",
                     "tokens/s": round(rate, 1),
                     "over lockstep": round(rate / base, 2),
-                    "fused": round(told["consulted"] / (told["consulted"] + told["alone"]), 3),
+                    "fused": round(told["consulted"] / told["decided"], 3),
                 }
             )
     return rows

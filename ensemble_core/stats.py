@@ -53,7 +53,9 @@ class DraftStats:
     guessed: int  # guesses that main was fed, up to the first wrong one
     confirmed: int  # of these, those that main chose itself
     consulted: int  # final tokens that a fusion decided
-    alone: int  # final tokens that stand without a fusion
+    agreed: int  # those that the assistants' consent decided
+    certified: int  # those that no assistant could have changed
+    alone: int  # those that main decided alone
 
 
 @dataclass(frozen=True, slots=True)

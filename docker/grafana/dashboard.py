@@ -98,6 +98,14 @@ ROWS: dict[str, list[Panel]] = {
         ("Main overruled", "Steps in which the chosen token is not main's likeliest.", "percentunit", [
             (f"{rate('main_overruled_total', MODEL, 'model')} / on (model) max by (model) ("
              f"{rate('agreement_total', MODEL, 'model, member')})", "{{model}}")]),
+        ("Drafts that stayed", "Mode verify: of the tokens that main drafted, and of the guesses that it was fed.",
+         "percentunit", [
+            (f"{rate('draft_accepted_total', MODEL, 'model')} / {rate('draft_tokens_total', MODEL, 'model')}",
+             "drafts of {{model}}"),
+            (f"{rate('guess_confirmed_total', MODEL, 'model')} / {rate('guess_tokens_total', MODEL, 'model')}",
+             "guesses of {{model}}")]),
+        ("What decides tokens", "A fusion, the assistants' consent, a certificate of the fusion, or main alone.",
+         "short", [(rate("decided_tokens_total", MODEL, "model, by"), "{{by}} in {{model}}")]),
         ("Unmapped mass", "Of a member's distribution: what maps to no token of main.", "percentunit", [
             (mean("unmapped_mass", MODEL, "model, member"), "{{member}} in {{model}}")]),
     ],

@@ -110,6 +110,23 @@ class TokenLogprob:
 
 
 @dataclass(frozen=True, slots=True)
+class DraftTrace:
+    """How a drafted token fared.
+
+    token: what main drafted. drafter: lookup where main was fed it as a guess and chose it. sound: every assistant
+    has a token boundary before it. needed: the fusion decided; else the assistants agreed, or no assistant could have
+    changed it (certified), or the place is not sound and main decided. kept: it stayed.
+    """
+
+    token: str
+    drafter: Literal["main", "lookup"]
+    sound: bool
+    needed: bool
+    certified: bool
+    kept: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Trace:
     """What the members proposed for one token. members: member -> (text, probability), best first."""
 
@@ -120,6 +137,7 @@ class Trace:
     agreed: Mapping[str, bool]  # assistant -> its best token spells the same
     weights: Mapping[str, float]  # of the consulted members
     left_out: Mapping[str, Reason] = field(default_factory=dict)  # member that did not count -> why
+    draft: DraftTrace | None = None  # None: it was not drafted
 
 
 @dataclass(frozen=True, slots=True)

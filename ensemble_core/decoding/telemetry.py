@@ -158,6 +158,17 @@ def _draft_stats(model: str, decisions: list[Decision]) -> DraftStats:
     verdicts = [verdict for decision in decisions for verdict in decision.verdicts]
     drafts = [verdict.kept for verdict in verdicts if not verdict.guess]
     guesses = [verdict.kept for verdict in verdicts if verdict.guess]
-    consulted = sum(decision.consulted for decision in decisions)
-    alone = sum(len(decision.tokens) for decision in decisions) - consulted
-    return DraftStats(model, len(drafts), sum(drafts), len(guesses), sum(guesses), consulted, alone)
+    consulted, agreed, certified = (
+        sum(getattr(decision, way) for decision in decisions) for way in ("consulted", "agreed", "certified")
+    )
+    return DraftStats(
+        model=model,
+        drafted=len(drafts),
+        accepted=sum(drafts),
+        guessed=len(guesses),
+        confirmed=sum(guesses),
+        consulted=consulted,
+        agreed=agreed,
+        certified=certified,
+        alone=sum(len(decision.tokens) for decision in decisions) - consulted - agreed - certified,
+    )

@@ -11,7 +11,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel
@@ -20,7 +20,7 @@ from ensemble_core.decoding.requests import LEAST_LOGPROB, Output, Trace, join
 from ensemble_core.errors import NotReadyError
 from server.api.tickets import Ticket
 from server.edge.errors import RequestFailedError
-from server.schema.replies import PromptTokensDetails, Reply, TracedToken, TraceStep, Usage
+from server.schema.replies import PromptTokensDetails, Reply, TracedDraft, TracedToken, TraceStep, Usage
 
 if TYPE_CHECKING:
     from ensemble_core.runtime import OutputStream
@@ -169,6 +169,7 @@ def trace_steps(traces: Sequence[Trace]) -> list[TraceStep]:
             agreed=dict(trace.agreed),
             weights=dict(trace.weights),
             left_out=dict(trace.left_out),
+            draft=None if trace.draft is None else TracedDraft(**asdict(trace.draft)),
         )
         for trace in traces
     ]

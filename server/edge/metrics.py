@@ -292,6 +292,12 @@ class _EnsembleMetrics(_Family):
         self.consulted = self._counter(
             "consulted_steps_total", "Final tokens by whether a fusion decided them.", "model", "consulted"
         )
+        self.decided = self._counter(
+            "decided_tokens_total",
+            "Final tokens by what decided them: fusion, the assistants' consent, a certificate, or main alone.",
+            "model",
+            "by",
+        )
         self.drops = self._counter(
             "member_dropped_requests_total", "Choices that went on without a member.", "model", "member", "reason"
         )
@@ -301,6 +307,8 @@ class _EnsembleMetrics(_Family):
             counter.labels(model)
         for consulted in ("true", "false"):
             self.consulted.labels(model, consulted)
+        for way in ("fusion", "consent", "certificate", "main"):
+            self.decided.labels(model, way)
         for member in assistants:
             for agrees in ("true", "false"):
                 self.agreement.labels(model, member, agrees)
@@ -313,7 +321,11 @@ class _EnsembleMetrics(_Family):
         self.guessed.labels(stats.model).inc(stats.guessed)
         self.confirmed.labels(stats.model).inc(stats.confirmed)
         self.consulted.labels(stats.model, "true").inc(stats.consulted)
-        self.consulted.labels(stats.model, "false").inc(stats.alone)
+        self.consulted.labels(stats.model, "false").inc(stats.alone + stats.agreed + stats.certified)
+        self.decided.labels(stats.model, "fusion").inc(stats.consulted)
+        self.decided.labels(stats.model, "consent").inc(stats.agreed)
+        self.decided.labels(stats.model, "certificate").inc(stats.certified)
+        self.decided.labels(stats.model, "main").inc(stats.alone)
 
     def fused(self, stats: FusionStats) -> None:
         self.overruled.labels(stats.model).inc(stats.overruled)

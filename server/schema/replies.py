@@ -44,6 +44,19 @@ class TracedToken(BaseModel):
     prob: float
 
 
+class TracedDraft(BaseModel):
+    """How a drafted token fared (mode verify)."""
+
+    token: str = Field(description="What was drafted.")
+    drafter: Literal["main", "lookup"] = Field(
+        description="lookup: the main member was fed it as a guess, and chose it."
+    )
+    sound: bool = Field(description="Every assistant has a token boundary before it.")
+    needed: bool = Field(description="The fusion decided.")
+    certified: bool = Field(description="No assistant could have changed it.")
+    kept: bool
+
+
 class TraceStep(BaseModel):
     """How one token was chosen."""
 
@@ -54,6 +67,7 @@ class TraceStep(BaseModel):
     agreed: dict[str, bool] = Field(description="Assistant -> whether its likeliest token spells the same.")
     weights: dict[str, float] = Field(description="Weights of the members that were consulted; they sum to 1.")
     left_out: dict[str, str] = Field(description="Member that was not asked -> why.")
+    draft: TracedDraft | None = Field(None, description="Null where the token was not drafted.")
 
 
 class ModelCard(BaseModel):

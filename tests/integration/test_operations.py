@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
 import subprocess
 from pathlib import Path
 
-import pytest
 import torch
+from processes import tool
 from transformers import AutoConfig
 
 from ensemble_core.config import Config, MemberConfig, load_config
@@ -69,12 +67,9 @@ def test_prometheus_takes_every_expression_of_the_metrics_table(tmp_path: Path) 
     assert len(expressions) > 8
     rules = [f"  - record: example:{rank}\n    expr: '{each}'\n" for rank, each in enumerate(expressions)]
     (tmp_path / "rules.yml").write_text("groups:\n- name: examples\n  rules:\n" + "".join(rules))
-    promtool = shutil.which("promtool")
-    if promtool is None and "CI" in os.environ:
-        pytest.fail("promtool is missing; .ci/run installs it")
-    if promtool is None:
-        pytest.skip("promtool is missing")
-    done = subprocess.run([promtool, "check", "rules", tmp_path / "rules.yml"], capture_output=True, text=True)
+    done = subprocess.run(
+        [tool("promtool"), "check", "rules", tmp_path / "rules.yml"], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"{len(expressions)} rules found" in done.stdout
 

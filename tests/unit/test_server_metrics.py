@@ -42,7 +42,11 @@ def fed() -> PrometheusMetrics:
     metrics.record(HealthStats("c", "timeout"))
     metrics.record(DropStats("duo", "c", "timeout"))
     metrics.record(PreemptionStats("duo"))
-    metrics.record(DraftStats("duo", drafted=7, accepted=5, guessed=4, confirmed=3, consulted=6, alone=2))
+    metrics.record(
+        DraftStats(
+            "duo", drafted=7, accepted=5, guessed=4, confirmed=3, consulted=6, agreed=3, certified=1, alone=2
+        )
+    )
     metrics.rejected("queue_full")
     metrics.state(MODELS, True, True)
     return metrics
@@ -72,6 +76,10 @@ def samples(metrics: PrometheusMetrics) -> dict[tuple[str, ...], float]:
         (("inter_token_latency_seconds_sum", "duo"), 0.03),
         (("e2e_request_latency_seconds_sum", "duo"), 1.0),
         (("request_queue_time_seconds_count", "duo"), 2),
+        (("decided_tokens_total", "fusion", "duo"), 6),
+        (("decided_tokens_total", "consent", "duo"), 3),
+        (("decided_tokens_total", "certificate", "duo"), 1),
+        (("decided_tokens_total", "main", "duo"), 2),
         (("step_seconds_sum", "lockstep"), 0.03),
         (("forwards_seconds_sum",), 0.021),
         (("fusion_seconds_sum", "relative"), 0.0002),
@@ -99,7 +107,7 @@ def samples(metrics: PrometheusMetrics) -> dict[tuple[str, ...], float]:
         (("guess_tokens_total", "duo"), 4),
         (("guess_confirmed_total", "duo"), 3),
         (("consulted_steps_total", "true", "duo"), 6),
-        (("consulted_steps_total", "false", "duo"), 2),
+        (("consulted_steps_total", "false", "duo"), 6),
         (("unmapped_mass_count", "b", "duo"), 2),
         (("unmapped_mass_sum", "b", "duo"), 0.4),
     ],

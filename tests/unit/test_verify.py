@@ -365,6 +365,34 @@ def test_reports_come_for_each_token_once() -> None:
     traces = [trace for output in outputs for trace in output.traces]
     assert [trace.token for trace in traces] == [members[0].vocabulary.name_of(token) for token in ids]
     assert {trace.consulted for trace in traces} == {True, False}
+    assert traces[0].draft is None  # decided in lockstep
+    drafts = [trace.draft for trace in traces[1:] if trace.draft is not None]
+    assert len(drafts) == len(traces) - 1
+    assert {draft.kept for draft in drafts} == {draft.sound for draft in drafts} == {True, False}
+    for trace, draft in zip(traces[1:], drafts, strict=True):
+        assert draft.kept is (trace.token == draft.token)
+        assert draft.needed is trace.consulted
+        assert draft.sound is (set(trace.members) == {"alpha", "beta", "gamma"})
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_trace_changes_no_token_and_tells_who_agreed(temperature: float) -> None:
+    names = ("alpha", "beta")
+    members = [FakeMember(name, byte_vocabulary(), seed=1, max_len=512) for name in names]  # of one mind
+    params = SamplingParams(max_tokens=40, temperature=temperature, seed=3)
+    recipe = recipe_of(members, "projection")
+    plain = engine_tokens(members, recipe, PROMPTS, params)
+    engine = fake_engine(members, num_candidates=K)
+    for i, prompt in enumerate(PROMPTS):
+        request = sequence(i, prompt, members, recipe, params)
+        request.request = replace(request.request, trace=True)
+        engine.add([request])
+    outputs = run(engine)
+    assert [tokens(outputs[i]) for i in range(len(PROMPTS))] == plain
+    drafts = [trace.draft for told in outputs.values() for each in told for trace in each.traces if trace.draft]
+    assert {"main"} <= {draft.drafter for draft in drafts} <= {"main", "lookup"}
+    assert all(draft.kept for draft in drafts)
+    assert any(draft.sound and not draft.needed for draft in drafts) is (temperature == 0.0)
 
 
 SHAPED: list[dict[str, Any]] = [

@@ -75,8 +75,8 @@ class Decision:
     `tokens` and `draft` together have in common with the old draft, from its start, stays cached; the rest of the old
     draft is taken back. ends: what the mode wants to remember of the end of `tokens`; None: assistants are to answer
     there again. unsound: members whose numbers were not finite. error: ends the sequence with this message. verdicts:
-    how drafted tokens and guesses fared. consulted: how many of `tokens` a fusion decided. redraw: where nothing is
-    decided, the place's random number from now on.
+    how drafted tokens and guesses fared. consulted: how many of `tokens` a fusion decided; agreed: the assistants'
+    consent; certified: a bound of the fusion. redraw: where nothing is decided, the place's number from now on.
     """
 
     sequence: Sequence
@@ -87,6 +87,8 @@ class Decision:
     error: str | None = None
     verdicts: tuple[Verdict, ...] = ()
     consulted: int = 0
+    agreed: int = 0
+    certified: int = 0
     redraw: float | None = None
 
 

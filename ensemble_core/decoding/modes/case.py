@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import abc
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 from ensemble_core.decoding import reports
 from ensemble_core.decoding.habits import Verdict
@@ -22,6 +23,7 @@ from ensemble_core.decoding.modes.places import (
     note_of,
     num_judged,
 )
+from ensemble_core.decoding.requests import DraftTrace, Trace
 from ensemble_core.decoding.sequence import Choice, Drafted
 from ensemble_core.fusion.base import single
 from ensemble_core.members.base import Answers, Candidates
@@ -32,7 +34,7 @@ Ends = Mapping[str, tuple[int, Candidates]]  # assistant -> tokens of its comple
 class Case:
     """What becomes of one turn, step by step.
 
-    choices: tokens that become final. consulted: how many of them were fused. draft: what stays behind them. ends:
+    choices: tokens that become final. consulted, agreed, certified: as of a decision. draft: what stays behind. ends:
     what assistants said at the end of what they have read, if all of that stays. kept: all that was judged stays.
     goes_on: no failure.
     """
@@ -47,7 +49,7 @@ class Case:
         self.draft: tuple[Drafted, ...] = ()
         self.ends: Ends | None = None
         self.kept = True
-        self.consulted = 0
+        self.consulted = self.agreed = self.certified = 0
 
     def read(self, judged: Judged, answers: Mapping[str, Answers]) -> None:
         """Take the verdicts on what was read, if anything was, and let main's new tokens follow what stays."""
@@ -107,6 +109,8 @@ class Case:
             unsound,
             verdicts=tuple(self.verdicts),
             consulted=self.consulted,
+            agreed=self.agreed,
+            certified=self.certified,
         )
 
     def _take(self, number: int, drafted: Drafted, judged: Judged) -> None:
@@ -116,8 +120,11 @@ class Case:
         if token < 0:
             self.goes_on = False
             return
-        self.choices.append(_choice(self.turn, drafted, token, judged.reports.get(key)))
-        self.consulted += key in judged.reports
+        self.choices.append(_choice(self.turn, drafted, token, judged.reports.get(key), judged.said.get(key, {})))
+        fused, judgement = key in judged.reports, key in judged.tokens
+        self.consulted += fused
+        self.agreed += judgement and not fused
+        self.certified += note_of(drafted).certified and not judgement
         self.kept = token == drafted.token_id
         self.verdicts.append(Verdict(note_of(drafted).certainty, self.kept))
 
@@ -185,19 +192,39 @@ def _ends(turn: Turn, answers: Mapping[str, Answers]) -> Ends | None:
     return ends or None
 
 
-def _choice(turn: Turn, drafted: Drafted, token: int, found: Report | None) -> Choice:
-    """A final token with the reports that its request asked for; main's own numbers where nothing was fused."""
-    request, main = turn.sequence.request, turn.recipe.main
-    if request.params.logprobs is None and not request.trace:
-        return Choice(token)
-    own = note_of(drafted).main
-    parts, fused, row = found if found is not None else ([own], single(own), 0)
+def _choice(
+    turn: Turn, drafted: Drafted, token: int, found: Report | None, said: Mapping[str, Candidates]
+) -> Choice:
+    """A final token with the reports that its request asked for; main's own numbers where nothing was fused.
+
+    said: what assistants said at its place.
+    """
+    request, own = turn.sequence.request, note_of(drafted).main
+    fused, row = (found[1], found[2]) if found is not None else (single(own), 0)
     scored = trace = None
     if request.params.logprobs is not None:
         scored = reports.score(fused.token_ids[row], fused.logprobs[row], token, request.params.logprobs)
     if request.trace:
-        members = [main, *(member for member in turn.feeds if member != main)]
-        said = dict(zip(members, parts, strict=False))
-        left_out = {**turn.sequence.dropped, **turn.left_out}
-        trace = reports.trace(turn.sequence.recipe, turn.sequence.tracks, said, fused, row, token, left_out)
+        trace = _trace(turn, drafted, token, found, {turn.recipe.main: own, **said})
     return Choice(token, scored, trace)
+
+
+def _trace(
+    turn: Turn, drafted: Drafted, token: int, found: Report | None, said: Mapping[str, Candidates]
+) -> Trace:
+    """What is told of a token that was drafted. said: what members said, main first, one row each."""
+    sequence, note = turn.sequence, note_of(drafted)
+    fused, row = (found[1], found[2]) if found is not None else (single(note.main), 0)
+    whole = replace(fused, token_ids=fused.token_ids[row : row + 1], logprobs=fused.logprobs[row : row + 1])
+    left_out = {**sequence.dropped, **turn.left_out}
+    trace = reports.trace(sequence.recipe, sequence.tracks, said, whole, 0, token, left_out)
+    draft = DraftTrace(
+        token=sequence.main.vocabulary.name_of(drafted.token_id),
+        drafter="lookup" if note.guessed else "main",
+        sound=note.sound,
+        needed=found is not None,
+        certified=note.certified,
+        kept=token == drafted.token_id,
+    )
+    weights = trace.weights if found is not None else {turn.recipe.main: 1.0}
+    return replace(trace, draft=draft, consulted=found is not None, weights=weights)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import abc
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 
@@ -14,7 +15,7 @@ from ensemble_core.decoding.habits import Verdict
 from ensemble_core.decoding.modes.base import Turn
 from ensemble_core.decoding.modes.judging import is_plain, is_whole, probabilities, row_of
 from ensemble_core.decoding.modes.lockstep import narrow_main, width_of
-from ensemble_core.decoding.modes.places import Note, draft_of
+from ensemble_core.decoding.modes.places import Note, draft_of, note_of
 from ensemble_core.decoding.sampler import sample
 from ensemble_core.decoding.sequence import Drafted, Sequence
 from ensemble_core.decoding.shaping import shape
@@ -80,7 +81,8 @@ def confirmed(sequence: Sequence, chosen: list[Drafted]) -> tuple[list[Drafted],
         if not verdicts[-1].kept:
             break
     right = sum(verdict.kept for verdict in verdicts)
-    return chosen[: right + 1], tuple(verdicts)
+    guessed = [replace(each, note=replace(note_of(each), guessed=True)) for each in chosen[:right]]
+    return [*guessed, *chosen[right : right + 1]], tuple(verdicts)
 
 
 def with_guesses(sequence: Sequence, final: abc.Sequence[int], draft: tuple[Drafted, ...]) -> tuple[Drafted, ...]:

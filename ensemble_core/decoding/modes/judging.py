@@ -72,9 +72,13 @@ class Place:
 
 @dataclass(slots=True)
 class Judged:
-    """What the ensemble chose at judged places; -1: the numbers were not finite."""
+    """What the ensemble chose at judged places; -1: the numbers were not finite.
+
+    said: what assistants said there, of traced requests.
+    """
 
     tokens: dict[Key, int] = field(default_factory=dict)
+    said: dict[Key, Mapping[str, Candidates]] = field(default_factory=dict)
     reports: dict[Key, Report] = field(default_factory=dict)
     fusions: list[FusionStats] = field(default_factory=list)
 
@@ -97,6 +101,7 @@ def judge(places: abc.Sequence[Place], num_candidates: int, rule: Rule) -> Judge
     judged = Judged()
     groups: dict[tuple[object, ...], list[Place]] = {}
     agreed = _agreed([place for place in places if rule.consensus and _may_agree(place)])
+    judged.said = {place.key: place.rows for place in places if place.turn.sequence.request.trace}
     for place in places:
         if place.key in agreed:
             judged.tokens[place.key] = place.token_id

@@ -38,13 +38,15 @@ class Note:
 
     main: what main said at its place, one row. certainty: how sure main was of the token. spots: assistant -> its
     spot; empty: nobody judges the token; None: not known before the character is complete. certified: no assistant
-    could change it.
+    could change it. sound: the place is, as far as known. guessed: main was fed the token before it chose it.
     """
 
     main: Candidates
     certainty: float
     spots: Mapping[str, Spot] | None = None
     certified: bool = False
+    sound: bool = False
+    guessed: bool = False
 
 
 def note_of(drafted: Drafted) -> Note:
@@ -127,8 +129,9 @@ class _Growth:
         num_bytes = len(text[len(self._text) :].encode())
         spots = {member: wording.spot(num_bytes) for member, wording in self._wordings.items()}
         found = {member: spot for member, spot in spots.items() if spot is not None}
-        unjudged = self._begins_within or len(found) < len(spots) or note_of(self.pending[0]).certified
-        first = _placed(self.pending[0], {} if unjudged else found)
+        sound = not self._begins_within and len(found) == len(spots)
+        judged = sound and not note_of(self.pending[0]).certified
+        first = _placed(self.pending[0], found if judged else {}, sound)
         self._rely(first)
         self.done += (first, *(_placed(each, {}) for each in self.pending[1:]))
         self.pending, self._text, self._begins_within = [], text, False
@@ -166,8 +169,8 @@ class _Wording:
         return Spot(len(ids) - count, ids[-count] if count else None) if num_bytes == 0 else None
 
 
-def _placed(drafted: Drafted, spots: Mapping[str, Spot]) -> Drafted:
-    return replace(drafted, note=replace(note_of(drafted), spots=spots))
+def _placed(drafted: Drafted, spots: Mapping[str, Spot], sound: bool = False) -> Drafted:
+    return replace(drafted, note=replace(note_of(drafted), spots=spots, sound=sound))
 
 
 def _ends(sequence: Sequence, token_id: int, length: int) -> bool:
