@@ -31,6 +31,7 @@ _WEIGHT, _LONG_REST = (
     40,
     64,
 )  # choices until the slower way is tried again: more, the slower and the oftener it was
+_NOTHING = 0.1  # of a draft's cost: less is nothing
 _MARGIN = 0.9  # the share of the known rate that a way must promise to be tried for the first time
 
 
@@ -88,6 +89,7 @@ class Rhythm:
 
     def __init__(self) -> None:
         self._drafting, self._reading = _Cost(), _Cost()
+        self._beside = _Cost()  # of reading in a step in which main drafts as well
         self._ways: dict[tuple[int, int], _Ways] = {}
         self._present: _Ways | None = None  # of the step in progress
 
@@ -110,7 +112,7 @@ class Rhythm:
         if any(p.due for p in prospects):
             return replace(on, draft=worth, read=True)
         draft = worth or any(p.eager for p in prospects)
-        return replace(on, draft=draft, read=not draft)
+        return replace(on, draft=draft, read=not draft or self._costs_nothing(unread, len(prospects)))
 
     def record(self, num_fed: int, num_read: int, seconds: float, num_final: int) -> None:
         """Learn from the step of the last beat: main was fed and assistants have read so many tokens.
@@ -124,7 +126,13 @@ class Rhythm:
         elif not num_fed:
             self._reading.add(num_read, seconds)
         elif self._drafting.known:
-            self._reading.add(num_read, max(seconds - self._drafting(num_fed), 0.0))
+            more = max(seconds - self._drafting(num_fed), 0.0)
+            self._reading.add(num_read, more)
+            self._beside.add(num_read, more)
+
+    def _costs_nothing(self, unread: int, batch: int) -> bool:
+        """Whether assistants read beside main at hardly any cost, as on a device of their own."""
+        return self._beside.known and self._beside(unread) < _NOTHING * self._drafting(batch)
 
     def _is_worth(self, on: Beat, prospects: Sequence[Prospect], unread: int, rate: float) -> bool:
         """Whether main's next step for these sequences gains more than it costs."""

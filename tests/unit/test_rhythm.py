@@ -64,6 +64,17 @@ def test_dear_readings_are_rarer() -> None:
     assert cheap < dear
 
 
+@pytest.mark.parametrize("idle", [True, False])
+def test_assistants_read_along_where_it_costs_nothing(idle: bool) -> None:
+    """On a device of their own they read while main drafts; on main's they wait until it pays."""
+    rhythm = taught((1.0, 0.01), (1.0, 0.01), 4)
+    for _ in range(20):
+        rhythm.record(4, 8, 1.05 if idle else 2.1, 0)
+    beat = rhythm.beat([Prospect(2, likely=0.97, survival=0.97)] * 4)
+    assert beat.draft
+    assert beat.read is idle
+
+
 def test_guesses_are_fed_as_long_as_they_pay() -> None:
     prospect = Prospect(0, num_guessed=7, guess=0.5)
     assert Beat(price=0.2).guesses(prospect) == 2
