@@ -5,6 +5,7 @@ Errors list the registered names. Does not know the kinds of strategies (fusions
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
@@ -16,6 +17,7 @@ from ensemble_core.errors import ConfigError, UnknownStrategyError, quoted, shor
 Factory = TypeVar("Factory", bound=Callable[..., Any])
 
 _MAX_LINES = 5
+_ALTERNATIVE = re.compile(r"(literal\[|constrained-|(int|float|str|bool|none)$)")  # of a field of several types
 
 
 class Registry(Generic[Factory]):
@@ -54,10 +56,17 @@ class Registry(Generic[Factory]):
         try:
             return self._entries[name][0].model_validate(options)
         except ValidationError as error:
-            found = error.errors(include_url=False)[:_MAX_LINES]
-            raise ConfigError("; ".join(_line(f"{where}.options", item) for item in found)) from error
+            raise ConfigError("; ".join(_lines(f"{where}.options", error.errors(include_url=False)))) from error
 
 
-def _line(where: str, item: ErrorDetails) -> str:
-    path = shortened(".".join(map(str, item["loc"])))
-    return f"{where}.{path}: {item['msg']} (given: {quoted(item['input'])})"
+def _lines(where: str, errors: list[ErrorDetails]) -> list[str]:
+    """A line for each field that is wrong; what the alternatives of one field ask for stands in one."""
+    fields: dict[str, list[ErrorDetails]] = {}
+    for item in errors:
+        parts = [str(part) for part in item["loc"]]
+        named = parts[:-1] if len(parts) > 1 and _ALTERNATIVE.match(parts[-1]) else parts
+        fields.setdefault(shortened(".".join(named)), []).append(item)
+    return [
+        f"{where}.{path}: {', or '.join(item['msg'] for item in items)} (given: {quoted(items[0]['input'])})"
+        for path, items in list(fields.items())[:_MAX_LINES]
+    ]

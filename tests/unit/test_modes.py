@@ -168,5 +168,8 @@ def test_unknown_modes_and_options_are_refused_by_name() -> None:
     for name in ("lockstep", "draft-two"):
         with pytest.raises(ConfigError, match=r"here\.options\.speed"):
             choose_mode(name, {"speed": 9}, "here")
+    says = r"^here\.options\.draft: Input should be 'auto', or .* less than or equal to 16 \(given: 17\)$"
+    with pytest.raises(ConfigError, match=says):
+        choose_mode("verify", {"draft": 17}, "here")
     assert mode_of(choose_mode("lockstep", {}, "here")) == Lockstep()
     assert mode_of(choose_mode("draft-two", {}, "here")) == DraftTwo()
