@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+from collections import Counter
 from collections.abc import Collection
 from dataclasses import replace
 from typing import Any
@@ -571,3 +572,37 @@ def test_drafts_and_consultations_are_counted(mode: str) -> None:
     overruled = sum(fusion.overruled for step in records.of(StepStats) for fusion in step.fusions)
     if mode == "verify":
         assert drafted - sum(each.accepted for each in told) <= overruled
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fusion", ["relative", "projection"])
+def test_long_greedy_texts_of_members_with_one_tokenizer_are_those_of_lockstep(fusion: str) -> None:
+    """50 prompts of 128 tokens."""
+    params = SamplingParams(max_tokens=128, temperature=0.0, ignore_eos=True)
+    members, prompts = twins()[:2], [chr(97 + i % 26) * (1 + i // 26) + "é中"[i % 2] for i in range(50)]
+    recipe = recipe_of(members, fusion)
+    lockstep = engine_tokens(members, in_lockstep(recipe), prompts, params)
+    assert engine_tokens(members, recipe, prompts, params) == lockstep
+    assert engine_tokens(members, in_lockstep(recipe, "shared"), prompts, params) == lockstep
+    assert len({tuple(ids) for ids in lockstep}) > 40
+
+
+@pytest.mark.slow
+def test_sampled_texts_have_the_distribution_of_lockstep() -> None:
+    """20,000 texts of each mode, of members with one tokenizer: each place's tokens, and pairs, by chi-square."""
+    members, num = twins()[:2], 20_000
+    told = {}
+    for first, name in ((0, "verify"), (num, "lockstep")):  # other seeds
+        recipe = recipe_of(members, "projection")
+        recipe = in_lockstep(recipe) if name == "lockstep" else recipe
+        params = [SamplingParams(max_tokens=3, temperature=0.8, seed=first + i) for i in range(num)]
+        engine = fake_engine(members, num_candidates=K, max_running=256, max_waiting=num)
+        engine.add([sequence(i, "abc", members, recipe, own) for i, own in enumerate(params)])
+        outputs = run(engine)
+        told[name] = [tokens(outputs[i]) for i in range(num)]
+    for place in (slice(1, 2), slice(2, 3), slice(0, 2)):
+        ours, theirs = (Counter(tuple(ids[place]) for ids in told[name]) for name in told)
+        classes = [key for key in ours | theirs if ours[key] + theirs[key] >= 20]
+        statistic = sum((ours[key] - theirs[key]) ** 2 / (ours[key] + theirs[key]) for key in classes)
+        assert len(classes) > 20
+        assert statistic < len(classes) + 4.5 * (2 * len(classes)) ** 0.5
