@@ -334,8 +334,8 @@ def test_a_member_that_only_caught_up_has_not_answered(beside: bool) -> None:
     while MODE.plan(own).get("beta") != Ask(own.tracks["beta"].num_uncached - 1, 0) or own.mid_character:
         engine.step()
         own._drawn = [0.3]
-    tail = main_tail(members[0], own.main.completion_ids)
-    own._drawn = [0.99 * (1.0 - tail + tail * 0.9925)]
+    begin, tail = main_tail(members[0], own.main.completion_ids)
+    own._drawn = [0.99 * (begin + tail * 0.9925)]
     before = own.num_completion_tokens
     engine.step()
     assert isinstance(own.ends, Draw)
@@ -344,11 +344,15 @@ def test_a_member_that_only_caught_up_has_not_answered(beside: bool) -> None:
     assert (own.error, own.num_completion_tokens) == (None, before + 1)
 
 
-def main_tail(main: FakeMember, completion: Sequence[int]) -> float:
-    """The mass outside main's three candidates after "abc" and these tokens."""
+def main_tail(main: FakeMember, completion: Sequence[int]) -> tuple[float, float]:
+    """After "abc" and these tokens: the mass of main's three candidates that are likelier than all others together.
+
+    And the mass of those others, the tail.
+    """
     said = ask(main, [Feed(10**6, [*main.vocabulary.encode("abc"), *completion])], 3)
     main.release(10**6)
-    return float(said.tail[0].exp())
+    masses, tail = said.logprobs[0].exp(), said.tail[0].exp()
+    return float(masses[masses > tail].sum()), float(tail)
 
 
 def test_sequences_catch_up_in_different_steps() -> None:
