@@ -12,6 +12,7 @@ SPEED = Suite(
         "costs",
         "serving",
         "verify",
+        "sampled",
         "prefix_reuse",
         "growth",
         "against_vllm",

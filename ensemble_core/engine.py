@@ -180,8 +180,6 @@ class Engine:
                 continue
             with own_fault(sequence):
                 sequence.decide(decision.tokens, decision.draft, decision.ends)
-                if decision.redraw is not None:
-                    sequence.redraw(decision.redraw)
                 for verdict in decision.verdicts:
                     (sequence.guess_habits if verdict.guess else sequence.habits).learn(verdict)
                 if decision.tokens:

@@ -59,6 +59,14 @@ class DraftStats:
 
 
 @dataclass(frozen=True, slots=True)
+class DrawStats:
+    """From whose distributions a model's final tokens were drawn in one step, in a mode that draws one member."""
+
+    model: str
+    drawn: dict[str, int]  # member -> tokens
+
+
+@dataclass(frozen=True, slots=True)
 class StepStats:
     """One step of the engine."""
 
@@ -157,6 +165,7 @@ Stats = (
     | DropStats
     | PreemptionStats
     | DraftStats
+    | DrawStats
     | QueueStats
 )
 # Receives one record. Called from the engine's thread; must be quick and must not raise.

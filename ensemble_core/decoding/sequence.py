@@ -195,10 +195,6 @@ class Sequence:
             self._drawn.append(self.rng.random())
         return self._drawn[ahead]
 
-    def redraw(self, number: float) -> None:
-        """Replace the random number of the next token's place."""
-        self._drawn[:1] = [number]
-
     def decide(self, tokens: Iterable[Choice], draft: Iterable[Drafted] = (), ends: object = None) -> None:
         """Make main's track end with `tokens`, now final, followed by `draft`. May finish the sequence.
 

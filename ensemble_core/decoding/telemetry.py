@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Mapping
 
 from ensemble_core.decoding.modes.base import Decision
@@ -19,6 +20,7 @@ from ensemble_core.members.parallel import Attempt
 from ensemble_core.stats import (
     CacheStats,
     DraftStats,
+    DrawStats,
     MemberStats,
     PreemptionStats,
     PrefixStats,
@@ -55,6 +57,8 @@ class Telemetry:
         )
         for model, decisions in _by_model(step).items():
             self._record(_draft_stats(model, decisions))
+            if drawn := Counter(decision.drawn for decision in decisions if decision.drawn is not None):
+                self._record(DrawStats(model, dict(drawn)))
         self.queue()
 
     def tokens(self, sequence: Sequence) -> None:

@@ -20,6 +20,7 @@ from ensemble_core.stats import (
     CacheStats,
     Cause,
     DraftStats,
+    DrawStats,
     DropStats,
     FusionStats,
     HealthStats,
@@ -85,6 +86,8 @@ class PrometheusMetrics:
                 self._engine.preemptions.labels(stats.model).inc()
             case DraftStats():
                 self._ensembles.draft(stats)
+            case DrawStats():
+                self._ensembles.draws(stats)
             case _:
                 assert_never(stats)
 
@@ -298,6 +301,9 @@ class _EnsembleMetrics(_Family):
             "model",
             "by",
         )
+        self.drawn = self._counter(
+            "draws_total", "Final tokens by the member from whose distribution they were drawn.", "model", "member"
+        )
         self.drops = self._counter(
             "member_dropped_requests_total", "Choices that went on without a member.", "model", "member", "reason"
         )
@@ -326,6 +332,10 @@ class _EnsembleMetrics(_Family):
         self.decided.labels(stats.model, "consent").inc(stats.agreed)
         self.decided.labels(stats.model, "certificate").inc(stats.certified)
         self.decided.labels(stats.model, "main").inc(stats.alone)
+
+    def draws(self, stats: DrawStats) -> None:
+        for member, count in stats.drawn.items():
+            self.drawn.labels(stats.model, member).inc(count)
 
     def fused(self, stats: FusionStats) -> None:
         self.overruled.labels(stats.model).inc(stats.overruled)

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ensemble_core import factory
 from ensemble_core.decoding.modes.base import choose_mode
-from ensemble_core.decoding.modes.sampled import FURTHEST, _member, _number
+from ensemble_core.decoding.modes.sampled import FURTHEST
 from ensemble_core.decoding.recipe import Recipe
 from ensemble_core.decoding.requests import Overrides
 from ensemble_core.decoding.sampling_params import SamplingParams
@@ -242,17 +242,6 @@ def test_an_abort_at_any_step_leaves_nothing(steps: int) -> None:
     outputs = run(engine)
     assert outputs[1][-1].finish_reason == "length"
     assert all(member.is_empty for member in members)
-
-
-def test_a_number_leads_to_a_member_and_back() -> None:
-    recipe = recipe_of(pair(), weights=(0.7, 0.3))
-    for number in (0.0, 0.35, 0.6999, 0.7, 0.85, 1.0 - 2**-53):
-        member, place = _member(recipe, number)
-        assert member == ("alpha" if number < 0.7 else "beta")
-        assert 0.0 <= place < 1.0
-        assert _number(recipe, member, place) == pytest.approx(number, abs=1e-15)
-    zero = recipe_of(pair(), weights=(1.0, 0.0))
-    assert _member(zero, 1.0 - 2**-53)[0] == "alpha"
 
 
 NO_POOLS: list[dict[str, Any]] = [

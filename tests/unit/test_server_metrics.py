@@ -13,6 +13,7 @@ from ensemble_core.decoding.sampling_params import SamplingParams
 from ensemble_core.stats import (
     CacheStats,
     DraftStats,
+    DrawStats,
     DropStats,
     FusionStats,
     HealthStats,
@@ -47,6 +48,7 @@ def fed() -> PrometheusMetrics:
             "duo", drafted=7, accepted=5, guessed=4, confirmed=3, consulted=6, agreed=3, certified=1, alone=2
         )
     )
+    metrics.record(DrawStats("duo", {"a": 3, "b": 2}))
     metrics.rejected("queue_full")
     metrics.state(MODELS, True, True)
     return metrics
@@ -106,6 +108,7 @@ def samples(metrics: PrometheusMetrics) -> dict[tuple[str, ...], float]:
         (("draft_accepted_total", "duo"), 5),
         (("guess_tokens_total", "duo"), 4),
         (("guess_confirmed_total", "duo"), 3),
+        (("draws_total", "b", "duo"), 2),
         (("consulted_steps_total", "true", "duo"), 6),
         (("consulted_steps_total", "false", "duo"), 6),
         (("unmapped_mass_count", "b", "duo"), 2),

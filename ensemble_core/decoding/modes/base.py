@@ -75,8 +75,9 @@ class Decision:
     `tokens` and `draft` together have in common with the old draft, from its start, stays cached; the rest of the old
     draft is taken back. ends: what the mode wants to remember of the end of `tokens`; None: assistants are to answer
     there again. unsound: members whose numbers were not finite. error: ends the sequence with this message. verdicts:
-    how drafted tokens and guesses fared. consulted: how many of `tokens` a fusion decided; agreed: the assistants'
-    consent; certified: a bound of the fusion. redraw: where nothing is decided, the place's number from now on.
+    how drafted tokens and guesses fared. consulted: how many of `tokens` the members' fusion decided; agreed: the
+    assistants' consent; certified: a bound of the fusion. drawn: the member from whose distribution they were drawn,
+    in a mode that draws one.
     """
 
     sequence: Sequence
@@ -89,7 +90,7 @@ class Decision:
     consulted: int = 0
     agreed: int = 0
     certified: int = 0
-    redraw: float | None = None
+    drawn: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

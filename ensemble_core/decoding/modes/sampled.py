@@ -1,50 +1,67 @@
-"""The sampled mode: each token is drawn from one member, and a member is drawn by its weight.
+"""The sampled mode: a member is drawn by its weight, and the token from that member's distribution alone.
 
-A linear pool sum_i w_i p_i is a mixture, so a draw from member i, taken with probability w_i, has the pool's
-distribution (ME, arXiv 2605.00419). Only that member is fed; the others catch up when they are next drawn. Its token
-is carried into main's vocabulary as the pool carries it. The place's one random number picks the member; where it
-fell within the member's weight is again uniform and picks the token.
+A linear pool in main's vocabulary is p = sum_i w_i p~_i, so such a token has the pool's distribution although only
+one member has answered. Source: ME (arXiv 2605.00419), docs/methods.md. Members that are not drawn catch up when they
+are drawn next, or once they lie far behind. While the last character is incomplete main decides alone.
 
-What a member did not name (its tail) is drawn anew, with the number's place within the tail; what has no token in
-main's vocabulary is left to main, as in the pool. At a temperature other than 1 each member's candidates are tempered
-before they are pooled, not after, and their tail, whose tempered mass nobody knows, is left out.
+One random number a place decides both: it falls into some member's share of the weights, and where it falls there is
+again uniform. That picks the token, in the member's own order. If it falls into the member's tail, what is left of it
+draws anew; a token without a place in main's vocabulary leaves it to main. So a text depends on its seed, not on
+other sequences or on preemption. A member that is drawn late and has not answered is asked in the next step.
 
-Requests that need the fused numbers (greedy, log-probabilities, traces, penalties, biases, constraints, min_tokens,
-top-k, top-p, min-p) are served by `verify`. While a character is incomplete main decides alone.
+At a temperature other than 1 each member's candidates are tempered before they are pooled, without their tails.
+Requests that need the pool itself (greedy, log-probabilities, traces, penalties, biases, `min_tokens`, JSON, top-k,
+top-p, min-p) are served by `verify`.
 
-Knows candidates and the map between vocabularies; does not know scheduling or caches.
+Knows tracks, candidates and where a fusion carries tokens; does not know scheduling or caches.
 """
 
 from __future__ import annotations
 
 import time
 from collections import abc
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from ensemble_core.decoding.modes.base import MODES, Ask, Decision, Outcome, Turn, joined
-from ensemble_core.decoding.modes.lockstep import failed
+from ensemble_core.decoding.modes.judging import row_of
+from ensemble_core.decoding.modes.lockstep import Lockstep, failed
 from ensemble_core.decoding.modes.verify import Verify
 from ensemble_core.decoding.recipe import Recipe
 from ensemble_core.decoding.rhythm import Beat, Prospect
 from ensemble_core.decoding.sampler import ladder
-from ensemble_core.decoding.sequence import Choice, Sequence
+from ensemble_core.decoding.sequence import Choice, Phase, Sequence
 from ensemble_core.fusion.base import Mixture
-from ensemble_core.members.base import Answers
+from ensemble_core.members.base import Answers, Candidates
 
-FURTHEST = 64  # tokens that a member may lie behind, so that what it has to catch up with stalls nobody
-_MOST_DRAWS = 8  # of one place in one step
-_BELOW_ONE = 1.0 - 2**-53
+_TAIL = -1  # stands for all tokens outside a member's candidates
+_MOST_TAILS = 256  # draws anew at one place; then the tail is left out
+FURTHEST = 32  # tokens that a member may lie behind
+_FRESH = 2.0**10  # what a number is multiplied by once a member is lost: its lower digits are new
 
 
 class SampledOptions(BaseModel):
-    """The sampled mode has no options."""
+    """The sampled mode has no options. What it cannot serve goes to `verify` as that is by default."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """What is drawn at the end of a text: a member, and the number that picks the token in its distribution.
+
+    number: from [0, 1), uniform whichever member it is. said: what members have answered at this place in earlier
+    steps, one row each. passed: members that could not answer.
+    """
+
+    member: str
+    number: float
+    said: Mapping[str, Candidates] = field(default_factory=dict)
+    passed: frozenset[str] = frozenset()
 
 
 @MODES.register("sampled", SampledOptions)
@@ -59,160 +76,200 @@ class Sampled:
 
     def prospect(self, sequence: Sequence) -> Prospect | None:
         """See `Mode.prospect`."""
-        return None if _is_drawn(sequence) else self.otherwise.prospect(sequence)
+        return self.otherwise.prospect(sequence) if needs_pool(sequence) else None
 
     def plan(self, sequence: Sequence, beat: Beat = Beat()) -> Mapping[str, Ask]:  # noqa: B008, it is frozen
-        """The member that is drawn, and what others that are far behind have to catch up with."""
-        if not _is_drawn(sequence):
+        """The drawn member's uncached tokens, and without an answer those of members that lie far behind.
+
+        While weights depend on a prompt that is not read, all members are asked. In prefill all read the prompt.
+        """
+        if needs_pool(sequence):
             return self.otherwise.plan(sequence, beat)
-        drawn = sequence.recipe.main
-        if not sequence.mid_character:
-            drawn, _ = _member(sequence.recipe, sequence.draw())
-        behind = {
-            member: Ask(track.num_uncached - 1, 0)
-            for member, track in sequence.tracks.items()
-            if member != drawn and track.num_uncached > FURTHEST
-        }
-        return {drawn: Ask(sequence.tracks[drawn].num_uncached), **behind}
+        if sequence.weighing:
+            return Lockstep().plan(sequence)
+        drawn, asks = _draw(sequence).member, dict[str, Ask]()
+        most = 0 if sequence.phase is Phase.PREFILL else _furthest(sequence)
+        for member, track in sequence.tracks.items():
+            if member == drawn and track.num_uncached:
+                asks[member] = Ask(track.num_uncached)
+            elif member != drawn and track.num_uncached - 1 > most:
+                asks[member] = Ask(track.num_uncached - 1, 0)  # one is left to be answered at
+        return asks or {sequence.recipe.main: Ask(sequence.main.num_uncached)}
 
     @torch.inference_mode()
     def decide(self, turns: abc.Sequence[Turn], answers: Mapping[str, Answers], num_candidates: int) -> Outcome:
-        """See `Mode.decide`. A turn gets a token, unless its number fell on what the drawn member did not name."""
+        """See `Mode.decide`. A turn gets one final token, or none if another member has to be asked."""
         parts = []
-        if others := [turn for turn in turns if not _is_drawn(turn.sequence)]:
+        if others := [turn for turn in turns if needs_pool(turn.sequence)]:
             parts.append(self.otherwise.decide(others, answers, num_candidates))
-        if own := [turn for turn in turns if _is_drawn(turn.sequence)]:
-            started = time.perf_counter()
-            decisions = _drawn(own, answers)
-            parts.append(Outcome(decisions, sampling_seconds=time.perf_counter() - started))
+        if own := [turn for turn in turns if not needs_pool(turn.sequence)]:
+            parts.append(_decide(own, answers))
         return joined(parts)
 
 
-@dataclass(frozen=True, slots=True)
-class _Draw:
-    """One turn's draw. place: where the number lies within the member's weight, from [0, 1)."""
+def needs_pool(sequence: Sequence) -> bool:
+    """Whether a request needs the pooled distribution itself, all its life."""
+    request, params = sequence.request, sequence.request.params
+    reported = request.trace or params.logprobs is not None
+    bound = params.shapes_logits or params.min_tokens > 0 or params.json_schema is not None
+    cut = params.top_k > 0 or params.top_p < 1.0 or params.min_p > 0.0
+    return params.greedy or reported or bound or cut
 
-    turn: Turn
-    member: str
-    place: float
+
+def _furthest(sequence: Sequence) -> int:
+    """How far a member may lie behind: not the same for all, so that not all catch up in one step."""
+    return FURTHEST // 2 + sequence.seq_id % (FURTHEST // 2)
+
+
+def _draw(sequence: Sequence) -> Draw:
+    """The draw at the end of a text: what is left of an earlier step, or of the place's own number."""
+    ends = sequence.ends
+    if isinstance(ends, Draw):
+        if ends.member in sequence.tracks:
+            return ends
+        member, number = _aim(sequence, sequence.recipe.without(ends.passed), ends.number)
+        return replace(ends, member=member, number=number)
+    number = sequence.draw()
+    for _ in sequence.dropped:  # it may have drawn the lost member: its first digits are no longer random
+        number = number * _FRESH % 1.0
+    return Draw(*_aim(sequence, sequence.recipe, number))
+
+
+def _aim(sequence: Sequence, recipe: Recipe, number: float) -> tuple[str, float]:
+    """The member that a uniform number draws, and where within its share it falls: a uniform number again."""
+    if sequence.mid_character:
+        return recipe.main, number
+    left = number
+    for member, weight in zip(recipe.members, recipe.weights, strict=True):
+        if left < weight:
+            return member, left / weight
+        left -= weight
+    return recipe.main, number  # the weights sum to a hair less than 1
+
+
+def _decide(turns: abc.Sequence[Turn], answers: Mapping[str, Answers]) -> Outcome:
+    """Draw a token for each turn, those that draw from one member in one batch."""
+    started = time.perf_counter()
+    lots = [_Lot(turn, answers) for turn in turns]
+    while groups := _groups(lot for lot in lots if lot.is_ready):
+        for part, group in groups:
+            _look_up(part, group)
+    decisions = [lot.decision() for lot in lots]
+    return Outcome(decisions, sampling_seconds=time.perf_counter() - started)
+
+
+class _Lot:
+    """What becomes of one turn, draw by draw.
+
+    draw: the present one. rows: member -> some answers, and which row of them is its answer at the place. num_tails:
+    how often a number fell into a tail. token: of main; None: not drawn yet. broken: members whose numbers are not
+    finite and that cannot be lost.
+    """
+
+    def __init__(self, turn: Turn, answers: Mapping[str, Answers]) -> None:
+        self.turn, self.draw = turn, _draw(turn.sequence)
+        self.rows = {member: (part, 0) for member, part in self.draw.said.items()}
+        for member, feed in turn.feeds.items():
+            span = answers[member].spans[feed]
+            if span.start < span.stop:
+                self.rows[member] = answers[member].blocks[span.block], span.stop - 1
+        self.num_tails = 0
+        self.token: int | None = None
+        self.broken: tuple[str, ...] = ()
+        if self.draw.member in turn.left_out:
+            self._again(self.draw.number)
 
     @property
-    def number(self) -> float:
-        """The place's random number that leads to this draw."""
-        sequence = self.turn.sequence
-        return self.place if sequence.mid_character else _number(sequence.recipe, self.member, self.place)
+    def is_ready(self) -> bool:
+        """Whether the drawn member has answered and its token is not looked up yet."""
+        return self.token is None and not self.broken and self.draw.member in self.rows
 
-    def again(self, number: float) -> _Draw:
-        """The draw that another number leads to."""
-        return _draw(self.turn, number)
+    @property
+    def counts_tail(self) -> bool:
+        """Whether tokens outside the candidates may be drawn, which draws anew."""
+        return self.turn.sequence.request.params.temperature == 1.0 and self.num_tails < _MOST_TAILS
 
+    def take(self, token: int, place: int, number: float, is_finite: bool) -> None:
+        """Take in what was looked up.
 
-def _draw(turn: Turn, number: float) -> _Draw:
-    sequence = turn.sequence
-    if sequence.mid_character:
-        return _Draw(turn, sequence.recipe.main, number)
-    return _Draw(turn, *_member(sequence.recipe, number))
-
-
-def _is_drawn(sequence: Sequence) -> bool:
-    """Whether a request's tokens can be drawn from one member at a time."""
-    request, params = sequence.request, sequence.request.params
-    whole = params.top_k == 0 and params.top_p == 1.0 and params.min_p == 0.0
-    asks = request.trace or params.logprobs is not None or params.shapes_logits or params.min_tokens > 0
-    return whole and not (params.greedy or asks or sequence.constraint is not None)
-
-
-def _member(recipe: Recipe, number: float) -> tuple[str, float]:
-    """The member at a number from [0, 1), main first, and where the number lies within the member's weight."""
-    begin, last = 0.0, (recipe.main, 0.0)
-    for member, weight in zip(recipe.members, recipe.weights, strict=True):
-        if weight > 0.0:
-            last = member, min(max((number - begin) / weight, 0.0), _BELOW_ONE)
-            if number < begin + weight:
-                break
-        begin += weight
-    return last
-
-
-def _number(recipe: Recipe, wanted: str, place: float) -> float:
-    """The number at which a member is drawn, `place` within its weight."""
-    index = recipe.members.index(wanted)
-    return min(sum(recipe.weights[:index]) + place * recipe.weights[index], _BELOW_ONE)
-
-
-def _drawn(turns: abc.Sequence[Turn], answers: Mapping[str, Answers]) -> list[Decision]:
-    """A decision for each turn. A draw goes on at once if its next member has answered, too."""
-    decisions: list[Decision] = []
-    draws = [_draw(turn, turn.sequence.draw()) for turn in turns]
-    for _ in range(_MOST_DRAWS):
-        ready: dict[str, list[_Draw]] = {}
-        for draw in draws:
-            if draw.member in draw.turn.feeds:
-                ready.setdefault(draw.member, []).append(draw)
-            else:
-                decisions.append(_put_off(draw))
-        outcomes = [found for member, own in ready.items() for found in _outcomes(member, own, answers[member])]
-        decisions += (found for found in outcomes if isinstance(found, Decision))
-        draws = [found for found in outcomes if isinstance(found, _Draw)]
-    return decisions + [_put_off(draw) for draw in draws]
-
-
-def _put_off(draw: _Draw) -> Decision:
-    """No token yet. In place of a member that does not answer another one is drawn."""
-    turn = draw.turn
-    if draw.member in turn.left_out:
-        member, place = _member(turn.recipe, draw.place)
-        draw = _Draw(turn, member, place)
-    return Decision(turn.sequence, redraw=draw.number)
-
-
-def _outcomes(member: str, draws: abc.Sequence[_Draw], answers: Answers) -> list[Decision | _Draw]:
-    """What becomes of draws from one member that has answered."""
-    rows = answers.last([draw.turn.feeds[member] for draw in draws])
-    params = [draw.turn.sequence.request.params for draw in draws]
-    tempered = torch.tensor([[each.temperature != 1.0] for each in params], device=rows.tail.device)
-    named = torch.where(tempered, 1.0, 1.0 - rows.tail.double().exp().unsqueeze(1))  # (B, 1)
-    place = torch.tensor([[draw.place] for draw in draws], dtype=torch.float64, device=rows.tail.device)
-    steps = ladder(rows.token_ids, rows.logprobs, params)
-    within = (place / named).clamp(0.0, _BELOW_ONE)
-    found = steps.find(within)
-    own = steps.token_ids.gather(1, found).squeeze(1)
-    carried = _carried(draws, member, own).tolist()
-    rest, left = (
-        steps.within(found, within).squeeze(1).tolist(),
-        ((place - named) / (1.0 - named)).squeeze(1).tolist(),
-    )
-    finite, beyond = rows.logprobs.amax(dim=1).isfinite().tolist(), (place >= named).squeeze(1).tolist()
-    outcomes: list[Decision | _Draw] = []
-    for i, draw in enumerate(draws):
-        sequence = draw.turn.sequence
-        if not finite[i]:
-            outcomes.append(_broken(draw))
-        elif beyond[i]:
-            outcomes.append(draw.again(min(left[i], _BELOW_ONE)))
-        elif carried[i] < 0:
-            outcomes.append(_Draw(draw.turn, sequence.recipe.main, rest[i]))
+        token: of the drawn member. place: main's id for it. number: where the draw's number fell within its part.
+        """
+        if not is_finite:
+            self._lose()
+        elif token == _TAIL:
+            self.num_tails += 1
+            self._again(number)
+        elif place >= 0:
+            self.token = place
         else:
-            outcomes.append(Decision(sequence, (Choice(carried[i]),)))
-    return outcomes
+            self.draw = replace(self.draw, member=self.turn.sequence.recipe.main, number=number)
+
+    def decision(self) -> Decision:
+        """What the mode decides: a token, a failure, or that another member is to be asked."""
+        sequence, left_out = self.turn.sequence, self.turn.left_out
+        unsound = tuple(member for member, reason in left_out.items() if reason == "non_finite")
+        if self.broken:
+            return failed(self.turn, (*unsound, *self.broken))
+        if self.token is None:
+            said = {member: row_of(part, row) for member, (part, row) in self.rows.items()}
+            return Decision(sequence, ends=replace(self.draw, said=said), unsound=unsound)
+        consulted = int(len(sequence.recipe.members) > 1 and not sequence.mid_character)
+        drawn = self.draw.member
+        return Decision(sequence, (Choice(self.token),), unsound=unsound, consulted=consulted, drawn=drawn)
+
+    def _again(self, number: float) -> None:
+        """Draw a member anew, of those that can answer."""
+        sequence, passed = self.turn.sequence, self.draw.passed.union(self.turn.left_out)
+        member, number = _aim(sequence, sequence.recipe.without(passed), number)
+        self.draw = replace(self.draw, member=member, number=number, passed=passed)
+
+    def _lose(self) -> None:
+        """Go on without the drawn member, whose numbers are not finite, or fail."""
+        member = self.draw.member
+        if not self.turn.recipe.can_lose(member):
+            self.broken = (member,)
+            return
+        del self.rows[member]
+        self.turn = self.turn.without((member,), "non_finite")
+        self._again(self.draw.number)
 
 
-def _carried(draws: abc.Sequence[_Draw], member: str, token_ids: Tensor) -> Tensor:
-    """Main's ids for tokens of a member; -1 where main has none."""
+def _groups(lots: Iterable[_Lot]) -> list[tuple[Candidates, list[_Lot]]]:
+    """Those whose drawn members' answers lie in one block, with the block."""
+    groups: dict[int, tuple[Candidates, list[_Lot]]] = {}
+    for lot in lots:
+        part, _ = lot.rows[lot.draw.member]
+        groups.setdefault(id(part), (part, []))[1].append(lot)
+    return list(groups.values())
+
+
+def _look_up(part: Candidates, lots: abc.Sequence[_Lot]) -> None:
+    """Find each lot's number among its row's candidates, from likely to unlikely, the tail one of them."""
+    rows = part.rows([lot.rows[lot.draw.member][1] for lot in lots])
+    device = rows.tail.device
+    counted = torch.tensor([lot.counts_tail for lot in lots], device=device)
+    tail = torch.where(counted, rows.tail, -torch.inf).unsqueeze(1)
+    token_ids = torch.cat([rows.token_ids, torch.full_like(tail, _TAIL, dtype=torch.long)], dim=1)
+    params = [lot.turn.sequence.request.params for lot in lots]
+    steps = ladder(token_ids, torch.cat([rows.logprobs, tail], dim=1), params)
+    numbers = torch.tensor([[lot.draw.number] for lot in lots], dtype=torch.float64, device=device)
+    place = steps.find(numbers)
+    tokens, within = steps.token_ids.gather(1, place).squeeze(1), steps.within(place, numbers).squeeze(1)
+    is_finite = rows.logprobs.amax(dim=1).isfinite()
+    found = (tokens, _carried(lots, tokens), within, is_finite)
+    for lot, *each in zip(lots, *(numbers.tolist() for numbers in found), strict=True):
+        lot.take(*each)
+
+
+def _carried(lots: abc.Sequence[_Lot], token_ids: Tensor) -> Tensor:
+    """Main's ids for tokens of the drawn member, (B,) -> (B,); -1 where main has none."""
     carried, groups = token_ids.clone(), dict[int, list[int]]()
-    recipes = [draw.turn.sequence.recipe for draw in draws]
+    recipes = [lot.turn.sequence.recipe for lot in lots]
     for i, recipe in enumerate(recipes):
-        if member != recipe.main:
+        if lots[i].draw.member != recipe.main:
             groups.setdefault(id(recipe.fusion), []).append(i)
     for rows in groups.values():
-        fusion, members = recipes[rows[0]].fusion, recipes[rows[0]].members
-        assert isinstance(fusion, Mixture)
-        carried[rows] = fusion.carried(members.index(member), token_ids[rows])
+        recipe, member = recipes[rows[0]], lots[rows[0]].draw.member
+        assert isinstance(recipe.fusion, Mixture)
+        carried[rows] = recipe.fusion.carried(recipe.members.index(member), token_ids[rows])
     return carried
-
-
-def _broken(draw: _Draw) -> Decision:
-    """The member's numbers are not finite: it is dropped, or the request fails."""
-    if draw.turn.sequence.recipe.can_lose(draw.member):
-        return Decision(draw.turn.sequence, unsound=(draw.member,))
-    return failed(draw.turn, (draw.member,))
