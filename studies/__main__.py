@@ -8,7 +8,7 @@ from benchmarks.runner import Suite, main
 
 WORTH = Suite(
     "studies",
-    ("fusion_table", "relative_sweep", "trained_pair", "repetition_penalty"),
+    ("fusion_table", "relative_sweep", "trained_pair", "repetition_penalty", "positions"),
     ROOT / "docs" / "studies.md",
 )
 

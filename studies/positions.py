@@ -113,10 +113,9 @@ def before_end(assistant: Vocabulary, before: str, text: str) -> int | None:
 
 
 def unknown_words(text: str, prompt: str, known: frozenset[str]) -> tuple[int, int]:
-    """Words that no dictionary has, and all words: of small letters, or with a capital at most in front."""
+    """Words that no dictionary has, and all words: runs of small ASCII letters but for the last, which may go on."""
     told = {word.lower() for word in _WORD.findall(prompt)}
-    words = [word for word in _WORD.findall(text)[:-1] if word[1:].islower() or len(word) == 1]
-    plain = [word for word in words if word.islower()]
+    plain = [word for word in _WORD.findall(text)[:-1] if word.islower()]
     return sum(word not in known and word not in told for word in plain), len(plain)
 
 
