@@ -5,7 +5,8 @@
 For each main member, number of places B and temperature, the same prompts of five kinds run through B places in
 lockstep and in verify, in turn. There are two or three prompts a place (five for B = 1), so that places stay filled
 until the last ones end. Every answer has exactly as many tokens (ends of text are ignored). `stayed`: drafted tokens
-that stayed. `fused`: final tokens that a fusion decided. Forwards are those in verify for each one in lockstep.
+that stayed. `fused`: final tokens that a fusion decided. Forwards are those in verify for each one in lockstep. One
+stream stands beside main alone, too.
 
 A second table has the draft's length at B = 1, with lookup and without: greedy texts of small models repeat
 themselves, so lookup finds more in them than it would elsewhere. A plot of it is written beside the results.
@@ -36,6 +37,7 @@ KINDS = (
 )
 MODELS = ("duet", "duet-smollm2")
 BOUNDS = {1: 1.5, 8: 1.2, 32: 0.98}  # tokens/s over lockstep's, greedy
+AIM = 1.3  # seconds a token over main's alone
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,8 +77,10 @@ class Bench:
                 drafted=stats.drafted, accepted=stats.accepted, consulted=stats.consulted, decided=decided
             )
 
-    def rate(self, model: str, mode: str, prompts: list[str], params: SamplingParams, **options: Any) -> float:
-        """Tokens per second of all answers together."""
+    def rate(
+        self, model: str, mode: str | None, prompts: list[str], params: SamplingParams, **options: Any
+    ) -> float:
+        """Tokens per second of all answers together. mode: None for a member alone."""
         self.forwards.clear()
         self.drafts.clear()
         started = time.perf_counter()
@@ -89,8 +93,10 @@ def side_by_side(bench: Bench, places: int, model: str, main: str, temperature: 
     params = SamplingParams(max_tokens=plan.num_tokens, temperature=temperature, ignore_eos=True, seed=1)
     prompts = plan.prompts(places)
     bench.rate(model, "verify", prompts[:places], params)  # costs and habits are learnt
-    lockstep, verify = [], []
+    lockstep, verify, alone = [], [], []
     for _ in range(plan.rounds):
+        if places == 1:
+            alone.append(bench.rate(main, None, prompts, params))
         lockstep.append(bench.rate(model, "lockstep", prompts, params))
         forwards = bench.forwards.copy()
         verify.append(bench.rate(model, "verify", prompts, params))
@@ -103,6 +109,7 @@ def side_by_side(bench: Bench, places: int, model: str, main: str, temperature: 
         "lockstep tokens/s": round(median(lockstep), 1),
         "verify tokens/s": round(median(verify), 1),
         "over lockstep": round(median(verify) / median(lockstep), 2),
+        "main alone tokens/s": round(median(alone), 1) if alone else None,
         "stayed": f"{100 * drafts['accepted'] / max(drafts['drafted'], 1):.0f} %",
         "fused": f"{100 * drafts['consulted'] / drafts['decided']:.0f} %",
         "main's forwards": round(bench.forwards[main] / forwards[main], 2),
@@ -155,9 +162,18 @@ def measure(config: Config, plan: Plan, quick: bool) -> Findings:
         for row in rows
         if row["temperature"] == 0.0 and (bound := BOUNDS.get(int(row["B"] or 0)))
     ]
+    checks += [
+        Check(f"B = 1, {row['main']} as main, greedy: time a token over main's alone", _slower(row), "<=", AIM)
+        for row in rows
+        if row["temperature"] == 0.0 and row["B"] == 1
+    ]
     draw(by_length, quick)
     settings = {"quick": quick, "tokens of an answer": plan.num_tokens, "rounds": plan.rounds}
     return Findings("verify", {"modes": rows, "draft": by_length}, checks, settings)
+
+
+def _slower(row: TableRow) -> float:
+    return round(float(row["main alone tokens/s"] or 0) / float(row["verify tokens/s"] or 1), 2)
 
 
 def draw(rows: Sequence[TableRow], quick: bool) -> None:
@@ -189,8 +205,12 @@ def main() -> None:
     """Measure, tell."""
     parser = arguments(__doc__)
     parser.add_argument("--rounds", type=int, default=2, help="how often both modes run in turn")
+    parser.add_argument("--tokens", type=int, default=128, help="tokens of each answer")
+    parser.add_argument(
+        "--lengths", type=int, nargs="*", default=[1, 2, 4, 8], help="tokens of a draft, beside auto"
+    )
     args = parser.parse_args()
-    plan = QUICK if args.quick else Plan(rounds=args.rounds)
+    plan = QUICK if args.quick else Plan(rounds=args.rounds, num_tokens=args.tokens, lengths=args.lengths)
     measure(load_config(args.config), plan, args.quick).print()
 
 
