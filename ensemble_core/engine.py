@@ -199,7 +199,8 @@ class Engine:
 
     def _respell(self, sequence: Sequence, rollbacks: dict[str, int]) -> None:
         text, mid_character = sequence.spelling
-        awaited = mid_character or (sequence.ends is not None and not sequence.drafted)
+        is_drafted = len(sequence.drafted) > sequence.num_guessed
+        awaited = mid_character or (sequence.ends is not None and not is_drafted)
         for member in sequence.recipe.members[1:]:
             track = sequence.tracks[member]
             if awaited and track.spells(text):

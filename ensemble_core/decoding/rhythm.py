@@ -69,7 +69,7 @@ class Beat:
 
     def drafts(self, prospect: Prospect) -> bool:
         """Whether main should be fed a sequence's next token."""
-        return self.draft and not prospect.complete and prospect.likely >= self.price
+        return self.draft and not prospect.complete and prospect.likely >= min(self.price, 1.0)
 
     def guesses(self, prospect: Prospect) -> int:
         """How many of a sequence's guesses main should be fed."""

@@ -241,7 +241,27 @@ class AnyBeat(Rhythm):
 
     def beat(self, prospects: Collection[Prospect]) -> Beat:
         draft, read = self.rng.choice([(True, False), (False, True), (True, True)])
-        return Beat(draft, read or any(p.due for p in prospects), self.rng.choice([0.0, 0.3, 1.0]))
+        return Beat(draft, read or any(p.due for p in prospects), self.rng.choice([0.0, 0.3, 1.0, 3.0]))
+
+
+class ReadsFirst(Rhythm):
+    """Reads whenever there is anything to read."""
+
+    def beat(self, prospects: Collection[Prospect]) -> Beat:
+        return Beat(draft=not any(p.num_unread for p in prospects), price=9.0)
+
+
+def test_a_text_whose_guesses_wait_goes_on() -> None:
+    """What assistants have read is not read again because of guesses, which they never spell."""
+    members = trio()
+    engine = fake_engine(members, num_candidates=K)
+    engine.scheduler.rhythm = ReadsFirst()
+    params = SamplingParams(max_tokens=60, temperature=0.0, ignore_eos=True)
+    recipe = recipe_of(members, "projection")
+    engine.add([sequence(i, prompt * 4, members, recipe, params) for i, prompt in enumerate(PROMPTS)])
+    for _ in range(400):
+        engine.step()
+    assert not engine.has_work
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
