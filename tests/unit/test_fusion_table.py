@@ -20,6 +20,7 @@ from studies import fusion_table, relative_sweep
 from studies.__main__ import WORTH
 from studies.fusion_table import Entry, Figures, paired, where_gained
 from studies.halves import over_grid, over_simplex, positions
+from studies.positions import PARTS
 from studies.relative_sweep import Point, difference, points
 
 SIZE, NUM = 6, 40  # tokens, positions
@@ -197,11 +198,14 @@ def test_the_document_of_studies_has_a_place_for_every_table() -> None:
         "relative_sweep": ["baseline", *points()],
         "trained_pair": ["models"],
         "repetition_penalty": ["members", "constants", "rules", "mean"],
+        "positions": list(PARTS),
     }
     rows = [{"what": "a", "figure": 12.25}]
     records = {name: Findings(name, dict.fromkeys(found, rows)).record() for name, found in titles.items()}
     assert tuple(records) == WORTH.names
     page = WORTH.page.read_text()
-    apart = [f"{name}: {title}" for name in ("fusion_table", "relative_sweep") for title in titles[name]]
+    apart = [
+        f"{name}: {title}" for name in ("fusion_table", "relative_sweep", "positions") for title in titles[name]
+    ]
     assert all(has_marks(page, mark) for mark in apart)
     assert fill(page, records).count("| a | 12.2 |") == sum(map(len, titles.values()))
