@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 
 from benchmarks.ledger import Check, Findings, TableRow, arguments
@@ -63,12 +63,13 @@ def side_by_side(config: Config, places: int, plan: Plan) -> TableRow:
     params = SamplingParams(max_tokens=plan.num_tokens, temperature=TEMPERATURE, ignore_eos=True, seed=1)
     prompts = plan.prompts(places)
     bench.rate(MODEL, "sampled", prompts[:places], params)
+    seeded = [replace(params, seed=seed) for seed in range(len(prompts))]  # with one seed all would draw alike
     rates: dict[str, list[float]] = {"lockstep": [], "sampled": []}
     told: dict[str, Told] = {}
     for _ in range(plan.rounds):
         for mode, found in rates.items():
             bench.tell()
-            found.append(bench.rate(MODEL, mode, prompts, params))
+            found.append(bench.rate(MODEL, mode, prompts, seeded))
             told[mode] = bench.tell()
     lockstep, sampled = told["lockstep"], told["sampled"]
     (assistant,) = [member for member in lockstep.forwards if member != main]

@@ -78,7 +78,12 @@ class Bench:
             )
 
     def rate(
-        self, model: str, mode: str | None, prompts: list[str], params: SamplingParams, **options: Any
+        self,
+        model: str,
+        mode: str | None,
+        prompts: list[str],
+        params: SamplingParams | list[SamplingParams],
+        **options: Any,
     ) -> float:
         """Tokens per second of all answers together. mode: None for a member alone."""
         self.forwards.clear()
