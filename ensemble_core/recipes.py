@@ -14,8 +14,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
-from pydantic import BaseModel
-
 from ensemble_core.config import Config, EnsembleConfig, StrategyConfig
 from ensemble_core.decoding.modes.base import MODES, choose_mode
 from ensemble_core.decoding.recipe import ModeChoice, Recipe
@@ -51,20 +49,25 @@ def check_strategies(config: Config) -> None:
     """Check every ensemble's fusion and mode, with their options. Raises ConfigError with the field's path."""
     for name, ensemble in config.ensembles.items():
         try:
-            fusion = FUSIONS.parse(ensemble.fusion.name, ensemble.fusion.options, f"ensembles.{name}.fusion")
+            FUSIONS.parse(ensemble.fusion.name, ensemble.fusion.options, f"ensembles.{name}.fusion")
             choose_mode(ensemble.mode.name, ensemble.mode.options, f"ensembles.{name}.mode")
-            _require_mixture(ensemble.mode.name, ensemble.fusion.name, fusion, f"ensembles.{name}.mode")
+            _require_mixture(
+                ensemble.mode.name, ensemble.fusion.name, ensemble.fusion.options, f"ensembles.{name}"
+            )
         except UnknownStrategyError as error:
             raise ConfigError(str(error)) from error
 
 
-def _require_mixture(mode: str, name: str, options: BaseModel, where: str) -> None:
-    """Raise ConfigError where a mode needs a linear pool and the fusion is another."""
-    if getattr(MODES.factory(mode), "needs_mixture", False) and not is_mixture(options):
+def _require_mixture(mode: str, fusion: str, options: dict[str, Any], where: str) -> None:
+    """Raise ConfigError where a mode needs a linear pool and the fusion is another. where: path of both."""
+    if not getattr(MODES.factory(mode), "needs_mixture", False):
+        return
+    parsed = FUSIONS.parse(fusion, options, f"{where}.fusion")
+    if not is_mixture(parsed):
         raise ConfigError(
-            f"{where}.name: {mode} draws from one member at a time, which is exact for a linear pool alone (fusion "
-            f"projection with pool: linear), got fusion {name} {options.model_dump(exclude_defaults=True) or ''}; "
-            "choose that fusion, or mode lockstep or verify"
+            f"{where}.mode.name: {mode} draws from one member at a time, which is exact for a linear pool alone "
+            f"(fusion projection with pool: linear), got fusion {fusion} "
+            f"{parsed.model_dump(exclude_defaults=True) or ''}; choose that fusion, or mode lockstep or verify"
         )
 
 
@@ -212,9 +215,7 @@ def _mode(ensemble: EnsembleConfig, overrides: Overrides, alone: bool) -> ModeCh
     try:
         mode = choose_mode(name, options, "ensemble.mode")
         if not alone:
-            _require_mixture(
-                name, fusion, FUSIONS.parse(fusion, fusion_options, "ensemble.fusion"), "ensemble.mode"
-            )
+            _require_mixture(name, fusion, fusion_options, "ensemble")
         return mode
     except (UnknownStrategyError, ConfigError) as error:
         raise InvalidRequestError(str(error), "ensemble.mode") from error

@@ -92,16 +92,6 @@ def items(task: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (DATA / f"{task}_dev.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
-def unsound(ids: Sequence[int], main: Vocabulary, assistant: Vocabulary) -> list[bool]:
-    """Whether the place before each of main's tokens lies within a character or a token of the assistant."""
-    text, found = Detokenizer(), []
-    for token_id in ids:
-        before, within = text.text, text.mid_character
-        text.feed(main.text_bytes(token_id))
-        found.append(within or before_end(assistant, before, text.text) is None)
-    return found
-
-
 def before_end(assistant: Vocabulary, before: str, text: str) -> int | None:
     """How many of the assistant's tokens for `text` spell `before`; None where none ends there."""
     ids, left = assistant.encode(text), len(text[len(before) :].encode())
@@ -169,8 +159,8 @@ class Study:
             counts = [unknown_words(a.text, text, known) for a, text in zip(answers, texts, strict=True)]
             ratio = ratio_of(counts)
             reference = reference or ratio
-            places = [
-                unsound(a.token_ids, self.vocabularies[main], self.vocabularies[other])
+            shared = [
+                spellings(a.token_ids, self.vocabularies[main], self.vocabularies[other])[1]
                 for a in answers
                 for other in others
             ]
@@ -178,7 +168,7 @@ class Study:
                 "main": main,
                 "temperature": params.temperature,
                 "rule": rule.name,
-                "unsound places, %": round(100 * sum(map(sum, places)) / sum(map(len, places)), 1),
+                "unsound places, %": round(100 - 100 * sum(map(sum, shared)) / sum(map(len, shared)), 1),
                 "words": int(ratio.denominators.sum()),
                 "unknown words, %": told(interval(ratio, draws(len(texts))), 100),
                 "against all": told(paired_interval(ratio, reference, draws(len(texts))), 100),

@@ -23,7 +23,7 @@ from ensemble_core.fusion.relative import RelativeFusion, RelativeOptions
 from ensemble_core.members.base import Member
 from ensemble_core.members.fake import FakeMember, byte_vocabulary, mid_character, pair_vocabulary
 from ensemble_core.recipes import RecipeBook, list_models
-from ensemble_core.stats import Record, Stats, discard
+from ensemble_core.stats import PreemptionStats, Record, Stats, discard
 from ensemble_core.text.alignment import Track
 from ensemble_core.text.prompt import PromptEncoder
 from ensemble_core.text.vocabulary import Vocabulary
@@ -96,6 +96,19 @@ def run(engine: Engine) -> dict[int, list[Output]]:
             outputs.setdefault(seq_id, []).append(output)
         engine.scheduler.check()
     return outputs
+
+
+def preempted(
+    members: abc.Sequence[FakeMember], sequences: list[Sequence], num_candidates: int
+) -> list[list[int]]:
+    """The texts of sequences for which their members have too few pages, so that some are preempted."""
+    records = Records()
+    engine = fake_engine(members, records.append, num_candidates=num_candidates)
+    engine.add(sequences)
+    outputs = run(engine)
+    assert records.of(PreemptionStats)
+    assert all(member.is_empty for member in members)
+    return [tokens(outputs[sequence.seq_id]) for sequence in sequences]
 
 
 def tokens(outputs: abc.Sequence[Output]) -> list[int]:

@@ -48,10 +48,9 @@ def _beyond(p: Ladder, q: Ladder, shares_p: Tensor, shares_q: Tensor, uniform: T
     more = (shares_q - _at(p.token_ids, shares_p, q.token_ids)).clamp_min(0.0)
     most = more.amax(dim=1, keepdim=True)
     mass = (more / most.clamp_min(1e-300) * UNITS).round().long().cumsum(dim=1)
-    total = mass[:, -1:]
-    aim = (uniform * total.double()).long().minimum(total - 1)
-    place = torch.searchsorted(mass, aim, right=True).clamp_max(mass.shape[1] - 1)
-    return torch.where(total > 0, q.token_ids.gather(1, place), -1)
+    rest = Ladder(q.token_ids, mass, mass[:, -1:])
+    place = rest.find(uniform).clamp_max(mass.shape[1] - 1)  # of a row with NaN it may lie beyond
+    return torch.where(rest.total > 0, rest.token_ids.gather(1, place), -1)
 
 
 def _at(token_ids: Tensor, shares: Tensor, wanted: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ensemble_core.decoding.logprobs import Scored
 from ensemble_core.decoding.recipe import Recipe
-from ensemble_core.decoding.requests import LEAST_LOGPROB, Trace
+from ensemble_core.decoding.requests import LEAST_LOGPROB, DraftTrace, Trace
 from ensemble_core.fusion.base import Fused
 from ensemble_core.members.base import Candidates
 from ensemble_core.members.ranking import ranked
@@ -43,10 +43,11 @@ def trace(
     row: int,
     token_id: int,
     left_out: Mapping[str, Reason],
+    draft: DraftTrace | None = None,
 ) -> Trace:
-    """What the consulted members and the fusion proposed for one row's token, and which members were left out.
+    """What the members and the fusion proposed for one row's token, and which members were left out.
 
-    candidates: consulted member -> its candidates, main first.
+    candidates: member that answered -> its candidates, main first. draft: what became of the token that was drafted.
     """
     main, *others = candidates
     spell = {member: tracks[member].vocabulary for member in candidates}
@@ -57,18 +58,21 @@ def trace(
         )
         for member, part in candidates.items()
     }
+    alone = len(recipe.members) == 1 and not left_out
+    consulted = draft.needed if draft is not None else bool(others) or alone
     mixed = _best(fused.token_ids[row], fused.logprobs[row], NUM_TRACED)
     return Trace(
         token=spell[main].name_of(token_id),
-        consulted=bool(others) or (len(recipe.members) == 1 and not left_out),
+        consulted=consulted,
         members=proposals,
         fused=tuple((spell[main].name_of(other), _probability(logprob)) for other, logprob in mixed),
         agreed={
             member: spell[member].text_bytes(_top(candidates[member], row)) == spell[main].text_bytes(token_id)
             for member in others
         },
-        weights=_weights(recipe, list(candidates)),
+        weights=_weights(recipe, list(candidates) if consulted else [main]),
         left_out=left_out,
+        draft=draft,
     )
 
 

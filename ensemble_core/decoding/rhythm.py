@@ -27,10 +27,7 @@ LONGEST = 8  # tokens of a draft at most, if its request does not say more: clie
 _MEMORY = 8  # observations kept of each cost
 _FADING = 0.98  # what a step weighs in a rate once another has followed
 _TRIAL, _TERM = 24, 16  # steps before a rate is believed; steps until the next choice
-_WEIGHT, _LONG_REST = (
-    40,
-    64,
-)  # choices until the slower way is tried again: more, the slower and the oftener it was
+_WEIGHT, _LONG_REST = 40, 64  # choices until the slower way is tried again: more, the slower and oftener it was
 _NOTHING = 0.1  # of a draft's cost: less is nothing
 _MARGIN = 0.9  # the share of the known rate that a way must promise to be tried for the first time
 

@@ -162,9 +162,9 @@ def _draft_stats(model: str, decisions: list[Decision]) -> DraftStats:
     verdicts = [verdict for decision in decisions for verdict in decision.verdicts]
     drafts = [verdict.kept for verdict in verdicts if not verdict.guess]
     guesses = [verdict.kept for verdict in verdicts if verdict.guess]
-    consulted, agreed, certified = (
-        sum(getattr(decision, way) for decision in decisions) for way in ("consulted", "agreed", "certified")
-    )
+    consulted = sum(decision.consulted for decision in decisions)
+    agreed = sum(decision.agreed for decision in decisions)
+    certified = sum(decision.certified for decision in decisions)
     return DraftStats(
         model=model,
         drafted=len(drafts),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fakes import byte_vocabulary
 
-from studies.positions import before_end, spellings, unknown_words, unsound
+from studies.positions import before_end, spellings, unknown_words
 
 MAIN = byte_vocabulary(["abc"])
 OTHER = byte_vocabulary(["ab", "cd"])
@@ -13,12 +13,12 @@ OTHER = byte_vocabulary(["ab", "cd"])
 def test_places_within_a_token_of_the_assistant_are_unsound() -> None:
     """ "abcd" is a, b, c, d or abc, d to main, and ab, cd to the assistant."""
     letters = [MAIN.encode(letter)[0] for letter in "abcd"]
-    assert unsound(letters, MAIN, OTHER) == [False, True, False, True]
-    assert unsound([MAIN.encode("abc")[0], letters[3]], MAIN, OTHER) == [False, True]
+    assert spellings(letters, MAIN, OTHER)[1] == [True, False, True, False]
+    assert spellings([MAIN.encode("abc")[0], letters[3]], MAIN, OTHER)[1] == [True, False]
 
 
 def test_places_within_a_character_are_unsound() -> None:
-    assert unsound(MAIN.encode("é"), MAIN, OTHER) == [False, True]
+    assert spellings(MAIN.encode("é"), MAIN, OTHER)[1] == [True, False]
 
 
 def test_what_the_assistant_has_before_each_token() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from chi_square import fits, homogeneous
 from fakes import (
     FakeMember,
     Records,
@@ -15,6 +16,7 @@ from fakes import (
     ensemble,
     fake_config,
     fake_engine,
+    preempted,
     run,
     sequence,
     space_of,
@@ -33,7 +35,7 @@ from ensemble_core.fusion.base import FUSIONS, build_fusion
 from ensemble_core.fusion.mapping import token_map
 from ensemble_core.members.base import Feed, ask
 from ensemble_core.recipes import RecipeBook
-from ensemble_core.stats import PreemptionStats, StepStats
+from ensemble_core.stats import StepStats
 
 PROMPTS = ["abc", "deed 中文 bad", "cab " * 6, "é中é中é"]
 WHOLE = 4096  # candidates: all of every vocabulary
@@ -90,21 +92,11 @@ def pooled(members: list[FakeMember], weights: tuple[float, ...], temperature: f
     return found
 
 
-def chi_square(drawn: list[int], expected: Tensor) -> float:
-    """Standard deviations above the mean of the statistic; rare tokens are one class."""
-    counts, num = Counter(drawn), len(drawn)
-    likely = (expected * num >= 8).nonzero().flatten().tolist()
-    pairs = [(counts[token], float(expected[token]) * num) for token in likely]
-    rest = num - sum(count for count, _ in pairs), num - sum(wanted for _, wanted in pairs)
-    statistic = sum((count - wanted) ** 2 / wanted for count, wanted in [*pairs, rest] if wanted >= 1)
-    return (statistic - len(pairs)) / (2 * len(pairs)) ** 0.5
-
-
 @pytest.mark.parametrize("temperature", [1.0, 0.6, 1.7])
 def test_the_next_token_has_the_distribution_of_the_pool(temperature: float) -> None:
     members, num = pair(), 2000
     drawn = texts(members, recipe_of(members), ["abc"] * num, seeded(num, max_tokens=1, temperature=temperature))
-    assert chi_square([ids[0] for ids in drawn], pooled(members, (0.7, 0.3), temperature)) < 4.5
+    assert fits(Counter(map(tuple, drawn)), pooled(members, (0.7, 0.3), temperature))
 
 
 @pytest.mark.slow
@@ -117,10 +109,7 @@ def test_texts_have_the_distribution_of_lockstep() -> None:
     }
     for look in (lambda ids: ids[1], lambda ids: ids[2], lambda ids: (ids[0], ids[1])):
         ours, theirs = (Counter(map(look, told[mode])) for mode in told)
-        classes = [key for key in ours | theirs if ours[key] + theirs[key] >= 20]
-        statistic = sum((ours[key] - theirs[key]) ** 2 / (ours[key] + theirs[key]) for key in classes)
-        assert len(classes) > 20
-        assert statistic < len(classes) + 4.5 * (2 * len(classes)) ** 0.5
+        assert homogeneous(ours, theirs, num_common=21)
 
 
 def test_what_a_member_did_not_name_is_drawn_anew() -> None:
@@ -134,7 +123,7 @@ def test_what_a_member_did_not_name_is_drawn_anew() -> None:
         places = token_map(member.vocabulary, members[0].vocabulary)[told.token_ids[0]]
         assert (places >= 0).all()
         expected.index_add_(0, places, weight * told.logprobs[0].double().exp())
-    assert chi_square([ids[0] for ids in drawn], expected / expected.sum()) < 4.5
+    assert fits(Counter(map(tuple, drawn)), expected / expected.sum())
 
 
 def test_one_member_a_token_is_fed() -> None:
@@ -167,13 +156,9 @@ def test_a_preempted_text_goes_on_as_it_would_have() -> None:
     small = pair()
     for member in small:
         member.num_pages, member.max_len = 7, 100
-    records = Records()
-    engine = fake_engine(small, records.append, num_candidates=16)
     pairs = enumerate(zip(PROMPTS, params, strict=False))
-    engine.add([sequence(i, prompt, small, recipe_of(small), own) for i, (prompt, own) in pairs])
-    outputs = run(engine)
-    assert records.of(PreemptionStats)
-    assert [tokens(outputs[i]) for i in range(3)] == expected
+    asked = [sequence(i, prompt, small, recipe_of(small), own) for i, (prompt, own) in pairs]
+    assert preempted(small, asked, 16) == expected
 
 
 def test_a_member_that_is_never_drawn_is_not_far_behind() -> None:

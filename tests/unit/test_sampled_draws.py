@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import pytest
 import torch
+from chi_square import fits, homogeneous
 from fakes import (
     FakeMember,
     Records,
@@ -19,6 +20,7 @@ from fakes import (
     fake_engine,
     fake_loaded,
     pair_vocabulary,
+    preempted,
     run,
     sequence,
     space_of,
@@ -34,7 +36,7 @@ from ensemble_core.decoding.sampling_params import SamplingParams
 from ensemble_core.fusion.base import FUSIONS, Fusion, build_fusion
 from ensemble_core.fusion.mapping import token_map
 from ensemble_core.members.base import Feed, ask
-from ensemble_core.stats import DraftStats, DrawStats, DropStats, PreemptionStats, StepStats
+from ensemble_core.stats import DraftStats, DrawStats, DropStats, StepStats
 from ensemble_core.text.vocabulary import Vocabulary
 
 WHOLE = 1000  # candidates; more than any vocabulary here has
@@ -133,20 +135,6 @@ def texts(
     return Counter(tuple(tokens(own)) for own in outputs.values())
 
 
-def unlike(statistic: float, freedom: int) -> bool:
-    """Whether a chi-square statistic is one that hardly any sample of the distribution has."""
-    return statistic > freedom + 4.5 * (2 * freedom) ** 0.5
-
-
-def homogeneous(left: Counter[Any], right: Counter[Any]) -> bool:
-    """Whether two samples of one size may come from one distribution."""
-    pairs = [(left[key], right[key]) for key in left.keys() | right.keys()]
-    common = [pair for pair in pairs if sum(pair) >= 20]
-    rest = [pair for pair in pairs if sum(pair) < 20]
-    cells = [*common, (sum(a for a, _ in rest), sum(b for _, b in rest))]
-    return not unlike(sum((a - b) ** 2 / max(a + b, 1) for a, b in cells), len(cells) - 1)
-
-
 def pool(members: Sequence[FakeMember], weights: Sequence[float], k: int, temperature: float) -> Tensor:
     """(V_main,) float64: the first token's distribution as docs/methods.md has it, by brute force."""
     main = members[0].vocabulary
@@ -163,18 +151,6 @@ def pool(members: Sequence[FakeMember], weights: Sequence[float], k: int, temper
             own = found
         total += weight * (found + masses[places < 0].sum() * own)
     return total / total.sum()
-
-
-def fits(found: Counter[tuple[int, ...]], expected: Tensor) -> bool:
-    """Whether sampled first tokens have a distribution."""
-    num = sum(found.values())
-    likely = [token for token in range(len(expected)) if expected[token] * num >= 10]
-    cells = [(found[(token,)], float(expected[token]) * num) for token in likely]
-    cells.append((num - sum(seen for seen, _ in cells), max(num - sum(share for _, share in cells), 1e-9)))
-    freedom = len(cells) - 1 - (cells[-1][1] < 10)
-    if cells[-1][1] < 10:
-        assert cells.pop()[0] < 40
-    return not unlike(sum((seen - share) ** 2 / share for seen, share in cells), freedom)
 
 
 @pytest.mark.slow
@@ -236,13 +212,8 @@ def test_a_preempted_text_goes_on_as_it_would_have(temperature: float, k: int) -
     recipe = recipe_of(members)
     expected = engine_tokens(members, recipe, PROMPTS[:3], params, num_candidates=k)
     small = trio(num_pages=7, max_len=100)
-    records = Records()
-    engine = fake_engine(small, records.append, num_candidates=k)
-    engine.add([sequence(i, prompt, small, recipe, params) for i, prompt in enumerate(PROMPTS[:3])])
-    outputs = run(engine)
-    assert records.of(PreemptionStats)
-    assert [tokens(outputs[i]) for i in range(3)] == expected
-    assert all(member.is_empty for member in small)
+    asked = [sequence(i, prompt, small, recipe, params) for i, prompt in enumerate(PROMPTS[:3])]
+    assert preempted(small, asked, k) == expected
 
 
 class Watched:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from chi_square import homogeneous
 from fakes import (
     FakeMember,
     Records,
@@ -19,6 +20,7 @@ from fakes import (
     ensemble,
     fake_engine,
     pair_vocabulary,
+    preempted,
     run,
     sequence,
     space_of,
@@ -36,7 +38,7 @@ from ensemble_core.decoding.sequence import Choice
 from ensemble_core.decoding.shaping import shape
 from ensemble_core.fusion.base import FUSIONS, Fused, build_fusion, single
 from ensemble_core.members.base import Candidates, Feed, ask
-from ensemble_core.stats import DraftStats, PreemptionStats, StepStats
+from ensemble_core.stats import DraftStats, StepStats
 from ensemble_core.text.detokenizer import Detokenizer
 
 K = 64
@@ -322,13 +324,8 @@ def test_a_preempted_text_goes_on_as_it_would_have() -> None:
     small = trio()
     for member in small:
         member.num_pages, member.max_len = 7, 100
-    records = Records()
-    engine = fake_engine(small, records.append, num_candidates=K)
-    engine.add([sequence(i, prompt, small, recipe, params) for i, prompt in enumerate(PROMPTS[:3])])
-    outputs = run(engine)
-    assert records.of(PreemptionStats)
-    assert [tokens(outputs[i]) for i in range(3)] == expected
-    assert all(member.is_empty for member in small)
+    asked = [sequence(i, prompt, small, recipe, params) for i, prompt in enumerate(PROMPTS[:3])]
+    assert preempted(small, asked, K) == expected
 
 
 @pytest.mark.parametrize("steps", range(12))
@@ -622,7 +619,4 @@ def test_sampled_texts_have_the_distribution_of_lockstep() -> None:
         told[name] = [tokens(outputs[i]) for i in range(num)]
     for place in (slice(1, 2), slice(2, 3), slice(0, 2)):
         ours, theirs = (Counter(tuple(ids[place]) for ids in told[name]) for name in told)
-        classes = [key for key in ours | theirs if ours[key] + theirs[key] >= 20]
-        statistic = sum((ours[key] - theirs[key]) ** 2 / (ours[key] + theirs[key]) for key in classes)
-        assert len(classes) > 20
-        assert statistic < len(classes) + 4.5 * (2 * len(classes)) ** 0.5
+        assert homogeneous(ours, theirs, num_common=21)

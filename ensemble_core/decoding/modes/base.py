@@ -57,6 +57,11 @@ class Turn:
         """The sequence's recipe without the members that are left out."""
         return self.sequence.recipe.without(self.left_out)
 
+    @property
+    def non_finite(self) -> tuple[str, ...]:
+        """Members that are left out because their numbers are not finite."""
+        return tuple(member for member, reason in self.left_out.items() if reason == "non_finite")
+
     def without(self, members: Collection[str], reason: Reason) -> Turn:
         """The turn without some assistants, and without those that the fusion cannot use without them."""
         recipe = self.recipe.without(members)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections import abc
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 
 from ensemble_core.decoding import reports
 from ensemble_core.decoding.habits import Verdict
@@ -23,8 +22,8 @@ from ensemble_core.decoding.modes.places import (
     note_of,
     num_judged,
 )
-from ensemble_core.decoding.requests import DraftTrace, Trace
-from ensemble_core.decoding.sequence import Choice, Drafted
+from ensemble_core.decoding.requests import DraftTrace
+from ensemble_core.decoding.sequence import Choice, Drafted, Sequence
 from ensemble_core.fusion.base import single
 from ensemble_core.members.base import Answers, Candidates
 
@@ -94,10 +93,9 @@ class Case:
 
     def decision(self, lookup: bool) -> Decision:
         """What the mode decides. lookup: guesses may follow the draft."""
-        sequence, left_out = self.turn.sequence, self.turn.left_out
-        unsound = tuple(member for member, reason in left_out.items() if reason == "non_finite")
+        sequence = self.turn.sequence
         if not self.goes_on:
-            return failed(self.turn, unsound)
+            return failed(self.turn, self.turn.non_finite)
         draft = self.draft if self.kept else ()
         if lookup and self.kept:
             draft = with_guesses(sequence, [choice.token_id for choice in self.choices], draft)
@@ -106,7 +104,7 @@ class Case:
             tuple(self.choices),
             draft,
             self.ends,
-            unsound,
+            self.turn.non_finite,
             verdicts=tuple(self.verdicts),
             consulted=self.consulted,
             agreed=self.agreed,
@@ -158,9 +156,7 @@ def places_of(turn: Turn, answers: Mapping[str, Answers]) -> Iterator[Place]:
 
 def _can_go_on(turn: Turn) -> bool:
     """Whether a sequence survives the loss of those whose numbers are not finite."""
-    return all(
-        turn.sequence.recipe.can_lose(member) for member, reason in turn.left_out.items() if reason == "non_finite"
-    )
+    return all(turn.sequence.recipe.can_lose(member) for member in turn.non_finite)
 
 
 def _is_read(turn: Turn) -> bool:
@@ -197,34 +193,30 @@ def _choice(
 ) -> Choice:
     """A final token with the reports that its request asked for; main's own numbers where nothing was fused.
 
-    said: what assistants said at its place.
+    said: what assistants said at its place, of traced requests.
     """
-    request, own = turn.sequence.request, note_of(drafted).main
-    fused, row = (found[1], found[2]) if found is not None else (single(own), 0)
+    sequence, own = turn.sequence, note_of(drafted).main
+    parts, fused, row = found if found is not None else ([own, *said.values()], single(own), 0)
     scored = trace = None
-    if request.params.logprobs is not None:
-        scored = reports.score(fused.token_ids[row], fused.logprobs[row], token, request.params.logprobs)
-    if request.trace:
-        trace = _trace(turn, drafted, token, found, {turn.recipe.main: own, **said})
+    if sequence.request.params.logprobs is not None:
+        num_top = sequence.request.params.logprobs
+        scored = reports.score(fused.token_ids[row], fused.logprobs[row], token, num_top)
+    if sequence.request.trace:
+        members = dict(zip((turn.recipe.main, *said), parts, strict=True))
+        left_out = {**sequence.dropped, **turn.left_out}
+        draft = _fate(sequence, drafted, token, found is not None)
+        trace = reports.trace(sequence.recipe, sequence.tracks, members, fused, row, token, left_out, draft)
     return Choice(token, scored, trace)
 
 
-def _trace(
-    turn: Turn, drafted: Drafted, token: int, found: Report | None, said: Mapping[str, Candidates]
-) -> Trace:
-    """What is told of a token that was drafted. said: what members said, main first, one row each."""
-    sequence, note = turn.sequence, note_of(drafted)
-    fused, row = (found[1], found[2]) if found is not None else (single(note.main), 0)
-    whole = replace(fused, token_ids=fused.token_ids[row : row + 1], logprobs=fused.logprobs[row : row + 1])
-    left_out = {**sequence.dropped, **turn.left_out}
-    trace = reports.trace(sequence.recipe, sequence.tracks, said, whole, 0, token, left_out)
-    draft = DraftTrace(
+def _fate(sequence: Sequence, drafted: Drafted, token: int, needed: bool) -> DraftTrace:
+    """What became of a drafted token. needed: the fusion decided."""
+    note = note_of(drafted)
+    return DraftTrace(
         token=sequence.main.vocabulary.name_of(drafted.token_id),
         drafter="lookup" if note.guessed else "main",
         sound=note.sound,
-        needed=found is not None,
+        needed=needed,
         certified=note.certified,
         kept=token == drafted.token_id,
     )
-    weights = trace.weights if found is not None else {turn.recipe.main: 1.0}
-    return replace(trace, draft=draft, consulted=found is not None, weights=weights)

@@ -19,7 +19,7 @@ from ensemble_core.decoding.modes.places import Note, draft_of, note_of
 from ensemble_core.decoding.sampler import sample
 from ensemble_core.decoding.sequence import Drafted, Sequence
 from ensemble_core.decoding.shaping import shape
-from ensemble_core.fusion.base import Certifying, single
+from ensemble_core.fusion.base import Certifying, lead, single
 from ensemble_core.members.base import Answers, Candidates
 
 _GUESSES = 7  # at most
@@ -105,8 +105,8 @@ def strength(guess: Drafted) -> float:
 def _certainties(rows: Candidates, sequences: abc.Sequence[Sequence], tokens: list[int]) -> list[float]:
     """How sure main was of its tokens: of a greedy one its distance to the next likeliest, else its probability."""
     sampled = probabilities(rows, torch.tensor(tokens, device=rows.token_ids.device))
-    best = rows.logprobs.topk(min(2, rows.logprobs.shape[1]), dim=1).values.exp()
-    margins = (2 * best[:, 0] - best.sum(dim=1)).tolist() if best.shape[1] > 1 else sampled
+    first, second = lead(rows)
+    margins = (first.exp() - second.exp()).tolist()
     return [
         margin if sequence.request.params.greedy else probability
         for sequence, margin, probability in zip(sequences, margins, sampled, strict=True)

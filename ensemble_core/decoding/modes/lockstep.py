@@ -166,7 +166,7 @@ def _decisions(
     """A decision for each token, with the reports that its request asked for."""
     decisions = []
     for i, (turn, token) in enumerate(zip(group, tokens, strict=True)):
-        unsound = tuple(member for member, reason in turn.left_out.items() if reason == "non_finite")
+        unsound = turn.non_finite
         if token < 0:
             decisions.append(failed(turn, unsound))
             continue

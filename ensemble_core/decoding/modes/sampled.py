@@ -206,8 +206,7 @@ class _Lot:
 
     def decision(self) -> Decision:
         """What the mode decides: a token, a failure, or that another member is to be asked."""
-        sequence, left_out = self.turn.sequence, self.turn.left_out
-        unsound = tuple(member for member, reason in left_out.items() if reason == "non_finite")
+        sequence, unsound = self.turn.sequence, self.turn.non_finite
         if self.broken:
             return failed(self.turn, (*unsound, *self.broken))
         if self.token is None:
