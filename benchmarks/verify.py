@@ -8,8 +8,9 @@ until the last ones end. Every answer has exactly as many tokens (ends of text a
 that stayed. `fused`: final tokens that a fusion decided. Forwards are those in verify for each one in lockstep. One
 stream stands beside main alone, too.
 
-A second table has the draft's length at B = 1, with lookup and without: greedy texts of small models repeat
-themselves, so lookup finds more in them than it would elsewhere. A plot of it is written beside the results.
+A second table has the draft's length at B = 1, by who guesses what main drafts: nobody, lookup, or the assistant as
+drafter. Greedy texts of small models repeat themselves, so lookup finds more in them than it would elsewhere. A plot
+of it is written beside the results.
 """
 
 from __future__ import annotations
@@ -122,25 +123,31 @@ def side_by_side(bench: Bench, places: int, model: str, main: str, temperature: 
     }
 
 
-def lengths(bench: Bench, model: str, main: str, plan: Plan) -> list[TableRow]:
-    """One greedy stream by the length of its drafts, with lookup and without."""
+def lengths(bench: Bench, model: str, main: str, assistant: str, plan: Plan) -> list[TableRow]:
+    """One greedy stream by the length of its drafts, and by who guesses what main drafts."""
     params = SamplingParams(max_tokens=plan.num_tokens, temperature=0.0, ignore_eos=True, seed=1)
     prompts = plan.prompts(1)
     base = bench.rate(model, "lockstep", prompts, params)
     rows: list[TableRow] = []
     drafts: tuple[int | str, ...] = (*plan.lengths, "auto")
     for draft in drafts:
-        for lookup in (False, True):
-            rate = bench.rate(model, "verify", prompts, params, draft=draft, lookup=lookup)
-            told = bench.drafts
+        ways: dict[str, dict[str, bool | str]] = {
+            "nobody": {"lookup": False},
+            "lookup": {"lookup": True},
+            assistant: {"drafter": assistant},
+        }
+        for guesser, options in ways.items():
+            rate = bench.rate(model, "verify", prompts, params, draft=draft, **options)
+            told, forwards = bench.drafts, bench.forwards
             rows.append(
                 {
                     "main": main,
                     "draft": draft,
-                    "lookup": "on" if lookup else "off",
+                    "guesses by": guesser,
                     "tokens/s": round(rate, 1),
                     "over lockstep": round(rate / base, 2),
                     "fused": round(told["consulted"] / told["decided"], 3),
+                    "main's forwards a token": round(forwards[main] / told["decided"], 2),
                 }
             )
     return rows
@@ -156,7 +163,8 @@ def measure(config: Config, plan: Plan, quick: bool) -> Findings:
         for model, main in models.items():
             rows += [side_by_side(bench, places, model, main, each, plan) for each in plan.temperatures]
             if places == 1:
-                by_length += lengths(bench, model, main, plan)
+                (assistant,) = config.ensembles[model].members.keys() - {main}
+                by_length += lengths(bench, model, main, assistant, plan)
     checks = [
         Check(
             f"B = {row['B']}, {row['main']} as main, greedy: over lockstep",
@@ -190,16 +198,17 @@ def draw(rows: Sequence[TableRow], quick: bool) -> None:
 
     figure, axes = pyplot.subplots(1, 2, figsize=(10, 4))
     for main in dict.fromkeys(str(row["main"]) for row in rows):
-        for lookup, line in (("off", "--"), ("on", "-")):
-            own = [row for row in rows if row["main"] == main and row["lookup"] == lookup]
+        guessers = dict.fromkeys(str(row["guesses by"]) for row in rows if row["main"] == main)
+        for guesser, line in zip(guessers, ("--", "-", ":"), strict=True):
+            own = [row for row in rows if row["main"] == main and row["guesses by"] == guesser]
             names = [str(row["draft"]) for row in own]
             for axis, key in zip(axes, ("over lockstep", "fused"), strict=True):
-                axis.plot(names, [row[key] for row in own], line, marker="o", label=f"{main}, lookup {lookup}")
+                axis.plot(names, [row[key] for row in own], line, marker="o", label=f"{main}, {guesser}")
     for axis, title in zip(axes, ("tokens/s over lockstep's", "share of tokens that are fused"), strict=True):
         axis.set(xlabel="tokens of a draft", ylabel=title, ylim=(0, None))
         axis.grid(alpha=0.3)
     axes[0].axhline(1.0, color="grey", linewidth=1)
-    axes[0].legend(title="main")
+    axes[0].legend(title="main, who guesses")
     folder = results_folder("benchmarks", quick)
     folder.mkdir(parents=True, exist_ok=True)
     figure.tight_layout()

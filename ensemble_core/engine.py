@@ -179,7 +179,7 @@ class Engine:
             if sequence.is_finished:
                 continue
             with own_fault(sequence):
-                sequence.decide(decision.tokens, decision.draft, decision.ends)
+                sequence.decide(decision.tokens, decision.draft, decision.ends, decision.ahead)
                 for verdict in decision.verdicts:
                     (sequence.guess_habits if verdict.guess else sequence.habits).learn(verdict)
                 if decision.tokens:
@@ -198,12 +198,12 @@ class Engine:
         step.alignment_seconds = time.perf_counter() - started
 
     def _respell(self, sequence: Sequence, rollbacks: dict[str, int]) -> None:
-        text, mid_character = sequence.spelling
+        common, mid_character = sequence.spelling
         is_drafted = len(sequence.drafted) > sequence.num_guessed
-        awaited = mid_character or (sequence.ends is not None and not is_drafted)
+        known = sequence.ahead is not None or (sequence.ends is not None and not is_drafted)
         for member in sequence.recipe.members[1:]:
-            track = sequence.tracks[member]
-            if awaited and track.spells(text):
+            track, text = sequence.tracks[member], common + sequence.ahead_of(member)
+            if (known or mid_character) and track.spells(text):
                 continue  # nobody needs another answer there
             if dropped := track.respell(text):
                 rollbacks[member] = rollbacks.get(member, 0) + dropped

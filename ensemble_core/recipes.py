@@ -50,7 +50,8 @@ def check_strategies(config: Config) -> None:
     for name, ensemble in config.ensembles.items():
         try:
             FUSIONS.parse(ensemble.fusion.name, ensemble.fusion.options, f"ensembles.{name}.fusion")
-            choose_mode(ensemble.mode.name, ensemble.mode.options, f"ensembles.{name}.mode")
+            mode = choose_mode(ensemble.mode.name, ensemble.mode.options, f"ensembles.{name}.mode")
+            _require_drafter(mode, ensemble, f"ensembles.{name}.mode")
             _require_mixture(
                 ensemble.mode.name, ensemble.fusion.name, ensemble.fusion.options, f"ensembles.{name}"
             )
@@ -69,6 +70,14 @@ def _require_mixture(mode: str, fusion: str, options: dict[str, Any], where: str
             f"(fusion projection with pool: linear), got fusion {fusion} "
             f"{parsed.model_dump(exclude_defaults=True) or ''}; choose that fusion, or mode lockstep or verify"
         )
+
+
+def _require_drafter(mode: ModeChoice, ensemble: EnsembleConfig, where: str) -> None:
+    """Raise ConfigError where nobody of the ensemble has the drafter's name."""
+    drafter = json.loads(mode.options).get("drafter", "main")
+    names = ["main", "lookup", *ensemble.members]
+    if drafter not in names:
+        raise ConfigError(f"{where}.drafter: {quoted(drafter)} drafts for nobody here; choose one of {names}")
 
 
 def list_models(config: Config, max_len: Mapping[str, int]) -> list[ModelInfo]:
@@ -215,6 +224,7 @@ def _mode(ensemble: EnsembleConfig, overrides: Overrides, alone: bool) -> ModeCh
     try:
         mode = choose_mode(name, options, "ensemble.mode")
         if not alone:
+            _require_drafter(mode, ensemble, "ensemble.mode")
             _require_mixture(name, fusion, fusion_options, "ensemble")
         return mode
     except (UnknownStrategyError, ConfigError) as error:

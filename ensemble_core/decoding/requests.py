@@ -113,13 +113,13 @@ class TokenLogprob:
 class DraftTrace:
     """How a drafted token fared.
 
-    token: what main drafted. drafter: lookup where main was fed it as a guess and chose it. sound: every assistant
-    has a token boundary before it. needed: the fusion decided; else the assistants agreed, or no assistant could have
-    changed it (certified), or the place is not sound and main decided. kept: it stayed.
+    token: what main drafted. drafter: lookup or an assistant where main was fed its guess and chose it. sound:
+    every assistant has a token boundary before it. needed: the fusion decided; else the assistants agreed, or no
+    assistant could have changed it (certified), or the place is not sound and main decided. kept: it stayed.
     """
 
     token: str
-    drafter: Literal["main", "lookup"]
+    drafter: str
     sound: bool
     needed: bool
     certified: bool

@@ -24,6 +24,7 @@ from itertools import pairwise
 from ensemble_core.decoding.pace import typical
 
 LONGEST = 8  # tokens of a draft at most, if its request does not say more: clients get them all at once
+FURTHEST = 64  # tokens that an assistant may lie behind, so that what it has to catch up with stalls nobody
 _MEMORY = 8  # observations kept of each cost
 _FADING = 0.98  # what a step weighs in a rate once another has followed
 _TRIAL, _TERM = 24, 16  # steps before a rate is believed; steps until the next choice
@@ -65,8 +66,9 @@ class Beat:
     price: float = 1.0
 
     def drafts(self, prospect: Prospect) -> bool:
-        """Whether main should be fed a sequence's next token."""
-        return self.draft and not prospect.complete and prospect.likely >= min(self.price, 1.0)
+        """Whether the drafter should be fed a sequence's next token."""
+        pays = prospect.eager or prospect.likely >= min(self.price, 1.0)
+        return self.draft and not prospect.complete and pays
 
     def guesses(self, prospect: Prospect) -> int:
         """How many of a sequence's guesses main should be fed."""

@@ -25,7 +25,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from ensemble_core.decoding.fairness import FairQueue
 from ensemble_core.decoding.modes.base import Ask, mode_of
@@ -50,7 +50,7 @@ class Share:
     """One sequence's part of a step: how many tokens to feed each member, and whether the answers decide tokens.
 
     wanted: member -> number of last positions to answer, if the share decides. scores: number of positions of a
-    scored prompt that may be fused.
+    scored prompt that may be fused. drafter: the member whose tokens count as drafted, if others depend on the beat.
     """
 
     sequence: Sequence
@@ -59,6 +59,7 @@ class Share:
     prefill: bool  # the tokens are part of the prompt
     wanted: Mapping[str, int] = field(default_factory=dict)
     scores: int = 0
+    drafter: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +153,10 @@ class Scheduler:
         prospects = [mode.prospect(s) for mode, s in zip(modes, sequences, strict=True)]
         beat = self.rhythm.beat([p for p in prospects if p is not None])
         plans = [mode.plan(s, beat) for mode, s in zip(modes, sequences, strict=True)]
-        return [_deciding_share(s, plan, prefill=False) for s, plan in zip(sequences, plans, strict=True)]
+        return [
+            replace(_deciding_share(s, plan, prefill=False), drafter=mode.drafter(s))
+            for mode, s, plan in zip(modes, sequences, plans, strict=True)
+        ]
 
     def beginners(self) -> Iterator[tuple[Sequence, Sequence | None]]:
         """Each admitted sequence once, when it begins, with a sequence of its group that has read the prompt, if any.

@@ -31,6 +31,18 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
+class Ahead:
+    """Text that an assistant has drafted behind main's: its track spells it, no other does.
+
+    note: what its mode wants to remember of it.
+    """
+
+    member: str
+    text: str = ""
+    note: object = None
+
+
+@dataclass(frozen=True, slots=True)
 class Choice:
     """A token that becomes final, with the reports that its request asked for."""
 
@@ -83,6 +95,7 @@ class Sequence:
     are not final; no client has seen them. habits: what its mode has learnt of its drafts; guess_habits: of
     guesses. lookup: of main's final tokens. cramped: an assistant has
     no room for a draft of more than one token. ends: what its mode wants to remember of the end of the final text.
+    ahead: what an assistant has drafted behind all that.
     """
 
     seq_id: int
@@ -102,6 +115,7 @@ class Sequence:
     num_guessed: int = 0  # tokens at the end of the draft that are guesses
     cramped: bool = False
     ends: object = None
+    ahead: Ahead | None = None
     phase: Phase = Phase.WAITING
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
@@ -195,7 +209,17 @@ class Sequence:
             self._drawn.append(self.rng.random())
         return self._drawn[ahead]
 
-    def decide(self, tokens: Iterable[Choice], draft: Iterable[Drafted] = (), ends: object = None) -> None:
+    def ahead_of(self, member: str) -> str:
+        """What a member's track spells behind the text of all."""
+        return self.ahead.text if self.ahead is not None and self.ahead.member == member else ""
+
+    def decide(
+        self,
+        tokens: Iterable[Choice],
+        draft: Iterable[Drafted] = (),
+        ends: object = None,
+        ahead: Ahead | None = None,
+    ) -> None:
         """Make main's track end with `tokens`, now final, followed by `draft`. May finish the sequence.
 
         Their common prefix with the old draft stays cached; the rest of the old draft is taken back.
@@ -203,6 +227,7 @@ class Sequence:
         tokens = tuple(tokens)
         if tokens or ends is not None:
             self.ends = ends
+        self.ahead = ahead if ahead is not None and ahead.member in self.tracks else None
         self.phase = Phase.DECODE
         self._redraft([*(Drafted(choice.token_id) for choice in tokens), *draft])
         for choice in tokens:
@@ -210,6 +235,7 @@ class Sequence:
             self._take_in(choice)
             if self.finish_reason is not None:
                 self._redraft([])
+                self.ahead = None
                 return
 
     def _redraft(self, drafted: list[Drafted]) -> None:
@@ -256,8 +282,8 @@ class Sequence:
 
     def cramp(self) -> bool:
         """Draft one character at most, now and later. False if that was so already, or nothing is gained by it."""
-        shorter = not self.cramped and len(self.drafted) > 1
-        self.cramped = True
+        shorter = not self.cramped and (len(self.drafted) > 1 or self.ahead is not None)
+        self.cramped, self.ahead = True, None
         if shorter:
             self._redraft(list(self.drafted[:1]))
         return shorter
@@ -313,6 +339,8 @@ class Sequence:
         for other in gone:
             del self.tracks[other]
             self.dropped[other] = reason if other == member else "idle"
+        if self.ahead is not None and self.ahead.member in gone:
+            self.ahead = None
         if self.scores is not None and self.scoring:
             self.scores.lose(gone)
         return gone
@@ -320,7 +348,8 @@ class Sequence:
     def preempt(self) -> None:
         """Go back to waiting with nothing cached and no draft. The text and the sampling state stay."""
         self.phase = Phase.WAITING
-        if self.drafted:
+        if self.drafted or self.ahead is not None:
+            self.ahead = None
             self._redraft([])
             for track in list(self.tracks.values())[1:]:
                 track.respell(self.spelling[0])

@@ -122,10 +122,10 @@ class Telemetry:
         seconds = time.perf_counter() - step.started
         self._scheduler.pace.record(num_decoding, seconds, parts)
         if num_decoding == len(step.shares):
-            mains = [share.counts.get(share.sequence.recipe.main, 0) for share in step.shares]
+            drafted = sum(share.counts.get(share.drafter, 0) for share in step.shares)
             final = sum(len(decision.tokens) for decision in step.outcome.decisions)
-            read = sum(sum(share.counts.values()) for share in step.shares) - sum(mains)
-            self._scheduler.rhythm.record(sum(mains), read, seconds, final)
+            read = sum(sum(share.counts.values()) for share in step.shares) - drafted
+            self._scheduler.rhythm.record(drafted, read, seconds, final)
 
 
 def _member_stats(name: str, attempt: Attempt, step: Step, last: float) -> MemberStats:

@@ -48,8 +48,8 @@ class TracedDraft(BaseModel):
     """How a drafted token fared (mode verify)."""
 
     token: str = Field(description="What was drafted.")
-    drafter: Literal["main", "lookup"] = Field(
-        description="lookup: the main member was fed it as a guess, and chose it."
+    drafter: str = Field(
+        description="main; lookup or an assistant's name: the main member was fed its guess, and chose it."
     )
     sound: bool = Field(description="Every assistant has a token boundary before it.")
     needed: bool = Field(description="The fusion decided.")

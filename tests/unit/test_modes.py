@@ -41,6 +41,9 @@ class DraftTwo:
     def prospect(self, sequence: Sequence) -> None:
         """Its steps do not depend on the beat."""
 
+    def drafter(self, sequence: Sequence) -> str:
+        return sequence.recipe.main
+
     def plan(self, sequence: Sequence, beat: Beat | None = None) -> Mapping[str, Ask]:
         members = sequence.recipe.members
         asked = members[:1] if len(sequence.drafted) < 2 or sequence.mid_character else members

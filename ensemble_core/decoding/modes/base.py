@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from ensemble_core.decoding.habits import Verdict
 from ensemble_core.decoding.recipe import ModeChoice, Recipe
 from ensemble_core.decoding.rhythm import Beat, Prospect
-from ensemble_core.decoding.sequence import Choice, Drafted, Sequence
+from ensemble_core.decoding.sequence import Ahead, Choice, Drafted, Sequence
 from ensemble_core.registry import Registry
 from ensemble_core.stats import FusionStats, Reason
 
@@ -82,7 +82,7 @@ class Decision:
     there again. unsound: members whose numbers were not finite. error: ends the sequence with this message. verdicts:
     how drafted tokens and guesses fared. consulted: how many of `tokens` the members' fusion decided; agreed: the
     assistants' consent; certified: a bound of the fusion. drawn: the member from whose distribution they were drawn,
-    in a mode that draws one.
+    in a mode that draws one. ahead: text that an assistant drafts behind `draft`, in what assistants spell of it.
     """
 
     sequence: Sequence
@@ -96,6 +96,7 @@ class Decision:
     agreed: int = 0
     certified: int = 0
     drawn: str | None = None
+    ahead: Ahead | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +123,9 @@ class Mode(Protocol):
 
     def prospect(self, sequence: Sequence) -> Prospect | None:
         """What the draft of a decoding sequence promises; None: its steps do not depend on the beat."""
+
+    def drafter(self, sequence: Sequence) -> str:
+        """The member whose forwards a beat calls drafting; those of all others are reading."""
 
     def plan(self, sequence: Sequence, beat: Beat = Beat()) -> Mapping[str, Ask]:  # noqa: B008, it is frozen
         """What the next deciding step asks of each member, main first, at least one. Members left out are not fed.

@@ -35,8 +35,10 @@ class Case:
 
     choices: tokens that become final. consulted, agreed, certified: as of a decision. draft: what stays behind. ends:
     what assistants said at the end of what they have read, if all of that stays. kept: all that was judged stays.
-    goes_on: no failure.
+    goes_on: no failure. source: of guesses.
     """
+
+    source = "lookup"
 
     def __init__(self, turn: Turn, chosen: list[Drafted]) -> None:
         """chosen: what main alone would choose at the positions that it was fed."""
@@ -49,6 +51,10 @@ class Case:
         self.ends: Ends | None = None
         self.kept = True
         self.consulted = self.agreed = self.certified = 0
+
+    def places(self, answers: Mapping[str, Answers]) -> Iterator[Place]:
+        """The sound places of what was drafted before at which all assistants have answered."""
+        return places_of(self.turn, answers)
 
     def read(self, judged: Judged, answers: Mapping[str, Answers]) -> None:
         """Take the verdicts on what was read, if anything was, and let main's new tokens follow what stays."""
@@ -118,7 +124,9 @@ class Case:
         if token < 0:
             self.goes_on = False
             return
-        self.choices.append(_choice(self.turn, drafted, token, judged.reports.get(key), judged.said.get(key, {})))
+        drafter = self.source if note_of(drafted).guessed else "main"
+        found, said = judged.reports.get(key), judged.said.get(key, {})
+        self.choices.append(_choice(self.turn, drafted, drafter, token, found, said))
         fused, judgement = key in judged.reports, key in judged.tokens
         self.consulted += fused
         self.agreed += judgement and not fused
@@ -189,7 +197,12 @@ def _ends(turn: Turn, answers: Mapping[str, Answers]) -> Ends | None:
 
 
 def _choice(
-    turn: Turn, drafted: Drafted, token: int, found: Report | None, said: Mapping[str, Candidates]
+    turn: Turn,
+    drafted: Drafted,
+    drafter: str,
+    token: int,
+    found: Report | None,
+    said: Mapping[str, Candidates],
 ) -> Choice:
     """A final token with the reports that its request asked for; main's own numbers where nothing was fused.
 
@@ -204,17 +217,17 @@ def _choice(
     if sequence.request.trace:
         members = dict(zip((turn.recipe.main, *said), parts, strict=True))
         left_out = {**sequence.dropped, **turn.left_out}
-        draft = _fate(sequence, drafted, token, found is not None)
+        draft = _fate(sequence, drafted, drafter, token, found is not None)
         trace = reports.trace(sequence.recipe, sequence.tracks, members, fused, row, token, left_out, draft)
     return Choice(token, scored, trace)
 
 
-def _fate(sequence: Sequence, drafted: Drafted, token: int, needed: bool) -> DraftTrace:
+def _fate(sequence: Sequence, drafted: Drafted, drafter: str, token: int, needed: bool) -> DraftTrace:
     """What became of a drafted token. needed: the fusion decided."""
     note = note_of(drafted)
     return DraftTrace(
         token=sequence.main.vocabulary.name_of(drafted.token_id),
-        drafter="lookup" if note.guessed else "main",
+        drafter=drafter,
         sound=note.sound,
         needed=needed,
         certified=note.certified,

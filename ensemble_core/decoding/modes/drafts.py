@@ -54,8 +54,8 @@ def chosen_by_main(
             [ahead for _, _, ahead in group],
         )
         sure = _certified(of_rows, rows) if certificates else [False] * len(group)
-        certainties = _certainties(rows, sequences, tokens)
-        for i, (token, certainty) in enumerate(zip(tokens, certainties, strict=True)):
+        sure_of = certainties(rows, sequences, tokens)
+        for i, (token, certainty) in enumerate(zip(tokens, sure_of, strict=True)):
             note = Note(row_of(rows, i), certainty, certified=sure[i])
             chosen.setdefault(sequences[i].seq_id, []).append(Drafted(token, note))
     return chosen
@@ -85,6 +85,24 @@ def confirmed(sequence: Sequence, chosen: list[Drafted]) -> tuple[list[Drafted],
     return [*guessed, *chosen[right : right + 1]], tuple(verdicts)
 
 
+def spelt_guesses(
+    sequence: Sequence, num_final: int, draft: abc.Sequence[Drafted], pieces: abc.Sequence[tuple[str, float]]
+) -> list[Drafted]:
+    """Main's tokens for a text that may follow the draft, in pieces with their certainties.
+
+    num_final: tokens before the draft that become final now.
+    """
+    left = sequence.request.params.max_tokens - sequence.num_completion_tokens - num_final - len(draft) - 1
+    sure = [certainty for text, certainty in pieces for _ in text.encode()]
+    ids = sequence.main.vocabulary.encode("".join(text for text, _ in pieces))
+    guesses, begin = list[Drafted](), 0
+    for token_id in ids[: max(left, 0)]:
+        end = begin + len(sequence.main.vocabulary.text_bytes(token_id))
+        guesses.append(Drafted(token_id, min(sure[begin:end], default=0.0), held=True, guess=True))
+        begin = end
+    return guesses
+
+
 def with_guesses(sequence: Sequence, final: abc.Sequence[int], draft: tuple[Drafted, ...]) -> tuple[Drafted, ...]:
     """The draft, and guesses behind it. final: the tokens before the draft that become final now."""
     ids = [*final, *(each.token_id for each in draft)]
@@ -102,8 +120,8 @@ def strength(guess: Drafted) -> float:
     return guess.note
 
 
-def _certainties(rows: Candidates, sequences: abc.Sequence[Sequence], tokens: list[int]) -> list[float]:
-    """How sure main was of its tokens: of a greedy one its distance to the next likeliest, else its probability."""
+def certainties(rows: Candidates, sequences: abc.Sequence[Sequence], tokens: list[int]) -> list[float]:
+    """How sure a drafter was of its tokens: a greedy one's lead over the next likeliest, else its probability."""
     sampled = probabilities(rows, torch.tensor(tokens, device=rows.token_ids.device))
     first, second = lead(rows)
     margins = (first.exp() - second.exp()).tolist()

@@ -36,6 +36,10 @@ class Lockstep:
     def prospect(self, sequence: Sequence) -> None:
         """Nothing is drafted."""
 
+    def drafter(self, sequence: Sequence) -> str:
+        """Main, though nothing is drafted."""
+        return sequence.recipe.main
+
     def plan(self, sequence: Sequence, beat: Beat = Beat()) -> dict[str, Ask]:  # noqa: B008, it is frozen
         """Feed each member its uncached tokens; only main while the last character is incomplete."""
         members = sequence.recipe.members

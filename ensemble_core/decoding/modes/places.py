@@ -75,6 +75,15 @@ def num_judged(sequence: Sequence) -> int:
     return sequence.num_spelt if count else 0
 
 
+def likely_to_stay(sequence: Sequence) -> float:
+    """How likely all that main has drafted is to stay."""
+    likely = 1.0
+    for each in draft_of(sequence):
+        sure = note_of(each).spots == {}  # nobody judges it
+        likely *= 1.0 if sure else sequence.habits.survival(note_of(each).certainty)
+    return likely
+
+
 def num_reading(track: Track, places: abc.Iterable[Spot]) -> int:
     """The last positions at which an assistant must answer for these places and for the text's end."""
     first = min((spot.before for spot in places), default=len(track.completion_ids))
@@ -102,6 +111,8 @@ class _Growth:
         self._sequence, self._num_spelt, self._added = sequence, sequence.num_spelt, list[int]()
         self._text, self._begins_within = sequence.spelling_of(self._num_spelt)
         self._wordings = {member: _Wording(track) for member, track in list(sequence.tracks.items())[1:]}
+        if sequence.ahead is not None:
+            self._wordings[sequence.ahead.member].become(self._text)
         for each in draft:
             self._rely(each)
 

@@ -78,6 +78,10 @@ class Sampled:
         """See `Mode.prospect`."""
         return self.otherwise.prospect(sequence) if needs_pool(sequence) else None
 
+    def drafter(self, sequence: Sequence) -> str:
+        """As in `verify`."""
+        return self.otherwise.drafter(sequence)
+
     def plan(self, sequence: Sequence, beat: Beat = Beat()) -> Mapping[str, Ask]:  # noqa: B008, it is frozen
         """The drawn member's uncached tokens, and without an answer those of members that lie far behind.
 

@@ -52,6 +52,10 @@ class SharedLockstep:
     def prospect(self, sequence: Sequence) -> None:
         """Every step is the same, whatever the beat."""
 
+    def drafter(self, sequence: Sequence) -> str:
+        """Main."""
+        return sequence.recipe.main
+
     def plan(self, sequence: Sequence, beat: Beat = Beat()) -> Mapping[str, Ask]:  # noqa: B008, it is frozen
         """All members that have something to read; only assistants while a draft of main waits for them."""
         return self.rule.plan(sequence)

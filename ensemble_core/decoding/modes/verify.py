@@ -12,6 +12,9 @@ The beat (`decoding/rhythm.py`) says whether main drafts, the assistants read, o
 tokens before (penalties, JSON, min_tokens) all members answer in every step, and main decides what that step cannot
 judge. The first token of a text is decided as in lockstep.
 
+Main's draft can be guessed: by what followed its last tokens before, or by an assistant (`relay.py`). It is fed the
+guesses and says what it would have chosen itself, so no text depends on who guessed.
+
 Knows tracks, candidates and fusions; does not know scheduling or caches.
 """
 
@@ -21,25 +24,27 @@ import time
 from collections import abc
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from ensemble_core.decoding.modes import relay
 from ensemble_core.decoding.modes.base import MODES, Ask, Outcome, Turn, joined
-from ensemble_core.decoding.modes.case import Case, places_of, with_finite
+from ensemble_core.decoding.modes.case import Case, with_finite
 from ensemble_core.decoding.modes.drafts import chosen_by_main, strength
 from ensemble_core.decoding.modes.judging import Rule, judge
 from ensemble_core.decoding.modes.lockstep import Lockstep
 from ensemble_core.decoding.modes.places import (
     draft_of,
     is_complete,
+    likely_to_stay,
     note_of,
     num_judged,
     num_reading,
 )
-from ensemble_core.decoding.rhythm import LONGEST, Beat, Prospect
-from ensemble_core.decoding.sequence import Sequence
+from ensemble_core.decoding.rhythm import FURTHEST, LONGEST, Beat, Prospect
+from ensemble_core.decoding.sequence import Drafted, Sequence
 from ensemble_core.members.base import Answers
 
 
@@ -48,12 +53,19 @@ class VerifyOptions(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    drafter: str = Field(
+        "main",
+        description="main; an assistant, which writes ahead in its own tokens for a main member that costs more; or "
+        "lookup: main drafts no further than guesses from lookup reach.",
+    )
     draft: Literal["auto"] | Annotated[int, Field(ge=1, le=16)] = Field(
         "auto",
         description="Tokens of a draft; auto: as many as pay, by main's certainty, by what stayed and by cost.",
     )
-    lookup: bool = Field(
-        True, description="Main is fed guesses of its next tokens, taken from where the last ones occurred before."
+    lookup: bool | None = Field(
+        None,
+        description="Main is fed guesses of its next tokens, taken from where the last ones occurred before. By "
+        "default yes, unless an assistant drafts, which guesses in its stead.",
     )
     needed: Literal["consensus", "always"] = Field(
         "consensus",
@@ -72,13 +84,32 @@ class VerifyOptions(BaseModel):
         False, description="Where no fused token has half of the mass, the likeliest takes that of its extensions."
     )
 
+    @model_validator(mode="after")
+    def _check_lookup(self) -> Self:
+        if self.drafter == "lookup" and self.lookup is False:
+            raise ValueError("drafter: lookup needs lookup; leave lookup out, or choose another drafter")
+        if self.drafter not in ("main", "lookup") and self.lookup:
+            raise ValueError(
+                f"lookup: the guesses come from the drafter {self.drafter}; leave lookup out, or choose drafter main"
+            )
+        return self
+
+    @property
+    def longest(self) -> int:
+        """Tokens of a draft at most."""
+        if isinstance(self.draft, int):
+            return self.draft
+        return 1 if self.drafter == "lookup" else LONGEST
+
+    @property
+    def looks_up(self) -> bool:
+        """Whether guesses are looked up."""
+        return self.lookup is not False and self.drafter in ("main", "lookup")
+
     @property
     def rule(self) -> Rule:
         """How places are judged."""
         return Rule(self.needed == "consensus", self.acceptance == "rejection", self.sharpen)
-
-
-_FURTHEST = 64  # tokens that an assistant may lie behind, so that what it has to catch up with stalls nobody
 
 
 @MODES.register("verify", VerifyOptions)
@@ -94,22 +125,26 @@ class Verify:
             return None
         return self._prospect(sequence)
 
+    def drafter(self, sequence: Sequence) -> str:
+        """See `Mode.drafter`. An assistant that is lost, or has no room, drafts no more."""
+        name = self.options.drafter
+        able = name in sequence.recipe.members[1:] and not sequence.is_bound and not sequence.cramped
+        return name if able else sequence.recipe.main
+
     def _prospect(self, sequence: Sequence) -> Prospect:
-        draft, habits, likely = draft_of(sequence), sequence.habits, 1.0
-        for each in draft:
-            sure = note_of(each).spots == {}  # nobody judges it
-            likely *= 1.0 if sure else habits.survival(note_of(each).certainty)
-        fixed = self.options.draft != "auto"
-        longest = self.options.draft if isinstance(self.options.draft, int) else LONGEST
+        fixed = self.options.draft != "auto" or self.options.drafter == "lookup"
+        if (drafter := self.drafter(sequence)) != sequence.recipe.main:
+            return relay.prospect(sequence, drafter, self.options.longest, fixed)
+        draft, longest = draft_of(sequence), self.options.longest
         complete = is_complete(sequence)
         guesses = sequence.drafted[len(draft) :]
         unread = [track.num_uncached for track in list(sequence.tracks.values())[1:]]
         judged = num_judged(sequence) > 0 and (sequence.cramped or len(draft) >= longest)
         return Prospect(
             num_unread=sum(unread),
-            likely=likely,
-            survival=habits.average,
-            due=complete or judged or max(unread, default=0) >= _FURTHEST,
+            likely=likely_to_stay(sequence),
+            survival=sequence.habits.average,
+            due=complete or judged or max(unread, default=0) >= FURTHEST,
             eager=fixed and len(draft) < longest,
             complete=complete,
             free=not fixed,
@@ -121,6 +156,8 @@ class Verify:
         """Main's next tokens, every assistant's reading of the draft, or both."""
         if _in_lockstep(sequence):
             return Lockstep().plan(sequence)
+        if (drafter := self.drafter(sequence)) != sequence.recipe.main:
+            return relay.plan(sequence, drafter, beat, self._prospect(sequence))
         prospect, beat = self._prospect(sequence), Beat() if sequence.is_bound else beat
         readings = _readings(sequence) if beat.read else {}
         if readings and not beat.drafts(prospect):
@@ -145,16 +182,34 @@ class Verify:
         chosen = chosen_by_main(fed, answers, num_candidates, self.options.certificates)
         sampling = time.perf_counter() - started
         rule = self.options.rule
-        cases = [Case(t, chosen.get(t.sequence.seq_id, [])) for t in with_finite(turns, answers)]
+        cases = self._cases(with_finite(turns, answers), chosen, answers)
         whole = [case for case in cases if case.goes_on]
-        drafts = judge([place for case in whole for place in places_of(case.turn, answers)], num_candidates, rule)
+        drafts = judge([place for case in whole for place in case.places(answers)], num_candidates, rule)
         for case in whole:
             case.read(drafts, answers)
         ends = judge([place for case in whole for place in case.front()], num_candidates, rule)
         for case in whole:
             case.close(ends)
-        decisions = [case.decision(self.options.lookup) for case in cases]
+        decisions = [case.decision(self.options.looks_up) for case in cases]
         return Outcome(decisions, drafts.fusions + ends.fusions, sampling)
+
+    def _cases(
+        self, turns: abc.Sequence[Turn], chosen: Mapping[int, list[Drafted]], answers: Mapping[str, Answers]
+    ) -> list[Case]:
+        """Each turn's case. chosen: sequence -> what main would choose."""
+        drafters = [self.drafter(turn.sequence) for turn in turns]
+        led = [
+            (turn, drafter) for turn, drafter in zip(turns, drafters, strict=True) if drafter != turn.recipe.main
+        ]
+        proposals, cases = relay.proposed(led, answers), list[Case]()
+        for turn, drafter in zip(turns, drafters, strict=True):
+            key = turn.sequence.seq_id
+            own = chosen.get(key, [])
+            if drafter == turn.recipe.main:
+                cases.append(Case(turn, own))
+            else:
+                cases.append(relay.RelayCase(turn, own, drafter, proposals.get(key), answers))
+        return cases
 
 
 def _in_lockstep(sequence: Sequence) -> bool:
