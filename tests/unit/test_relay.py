@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Sequence as Ids
+from collections import abc
 from dataclasses import replace
 from itertools import takewhile
 from typing import Any
@@ -37,7 +37,7 @@ _LETTERS = [*"abcde \n", "é", "中", "😀"]
 class Narrator(FakeMember):
     """Writes a tale that all narrators know, and now and then something else."""
 
-    def next_logits(self, ids: Ids[int]) -> torch.Tensor:
+    def next_logits(self, ids: abc.Sequence[int]) -> torch.Tensor:
         logits = super().next_logits(ids) * 0.5
         text = b"".join(self.vocabulary.tokens[token_id] for token_id in ids)
         if hashlib.sha256(bytes([self._seed]) + text).digest()[0] < 25:
