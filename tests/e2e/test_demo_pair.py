@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ensemble_core.config import Config
+from ensemble_core.decoding.requests import Overrides
 from ensemble_core.decoding.sampling_params import SamplingParams
 from ensemble_core.llm import LLM, Completion
 from ensemble_core.members.loading.checkpoints import resolve_folder
@@ -79,6 +81,24 @@ def test_seeded_sampling_is_reproducible_in_company(llm: LLM) -> None:
     alone = llm.generate([PROMPTS[3]], params, model="duet-smollm2")[0]
     company = llm.generate([*PROMPTS[:3], PROMPTS[3]], params, model="duet-smollm2")[3]
     assert alone.text == company.text
+
+
+@pytest.mark.parametrize(
+    ("model", "assistant", "temperature"), [("duet", "smollm2", 0.0), ("duet-smollm2", "gemma3", 0.8)]
+)
+def test_no_draft_and_no_drafter_changes_a_text(llm: LLM, model: str, assistant: str, temperature: float) -> None:
+    """Verify one token at a time, at its default, and with the assistant as drafter."""
+    params = SamplingParams(max_tokens=32, temperature=temperature, seed=3)
+    ways: list[dict[str, Any]] = [{"draft": 1, "lookup": False}, {}, {"drafter": assistant}, {"drafter": "lookup"}]
+    texts = [
+        [
+            answer.token_ids
+            for answer in llm.generate(PROMPTS[:4], params, model, Overrides(mode="verify", mode_options=way))
+        ]
+        for way in ways
+    ]
+    assert all(each == texts[0] for each in texts)
+    assert_all_free(llm)
 
 
 def test_the_fused_text_differs_from_each_member_alone(llm: LLM) -> None:
