@@ -120,6 +120,8 @@ class Rhythm:
         """
         if self._present is not None:
             self._present.add(num_final, seconds, num_read > 0)
+        if not (num_fed or num_read):
+            return  # all that were asked are busy
         if not num_read:
             self._drafting.add(num_fed, seconds)
         elif not num_fed:

@@ -6,11 +6,13 @@ import logging
 import time
 from collections import abc
 from concurrent.futures import Future
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from fakes import Bench, FakeMember, Records, byte_vocabulary, fake_config, fake_loaded, pair_vocabulary
 
+from ensemble_core.decoding.modes.base import choose_mode
 from ensemble_core.decoding.recipe import Recipe
 from ensemble_core.decoding.requests import GenerationRequest, Output, Overrides, Prompt, TokenLogprob
 from ensemble_core.decoding.sampling_params import SamplingParams
@@ -311,6 +313,34 @@ def test_a_request_that_decodes_misses_a_busy_member_for_some_steps() -> None:
     assert not any(trace.left_out for trace in traces[:4] + traces[num_before:])
     rest = alone("linear", tuple(so_far), SamplingParams(max_tokens=24 - num_before, temperature=0.0, logprobs=2))
     assert [token for token, *_ in bench.said(request)[num_before:]] == [token for token, *_ in rest]
+    bench.close()
+
+
+@pytest.mark.parametrize("busy", ["beta", "gamma"])
+@pytest.mark.parametrize("begin", range(3, 9))
+@pytest.mark.parametrize(
+    ("mode", "options"),
+    [
+        ("lockstep", {"positions": "shared"}),
+        ("verify", {}),
+        ("verify", {"draft": 3, "lookup": False}),
+        ("verify", {"drafter": "beta"}),
+        ("verify", {"drafter": "gamma", "draft": 3}),
+    ],
+)
+def test_no_text_waits_for_a_busy_member(busy: str, begin: int, mode: str, options: dict[str, Any]) -> None:
+    """Whatever main has drafted, a part of a character for one, when a member does not return."""
+    bench, params = Trio(member_timeout=60.0), SamplingParams(max_tokens=60, temperature=0.0, ignore_eos=True)
+    request = bench.add("linear", "cab", params)
+    request.recipe = replace(request.recipe, mode=choose_mode(mode, options, "mode"))
+    while request.num_completion_tokens < begin:
+        bench.step()
+    future: Future[Any] = Future()
+    bench.engine._pool._late[busy] = _Late(future, time.perf_counter())
+    for _ in range(300):
+        bench.step()
+    assert bench.last(request).finish_reason == "length"
+    future.set_result(None)
     bench.close()
 
 

@@ -265,7 +265,6 @@ class RelayCase(Case):
         if self._proposal is not None:
             closed = self._proposal.piece is None
             pieces += [self._proposal.piece] if self._proposal.piece is not None else []
-        closed = closed or self._drafter in self.turn.left_out
         old = sequence.spelling[0]
         written, within = self._text(
             [*(choice.token_id for choice in decision.tokens), *(each.token_id for each in decision.draft)]
@@ -276,6 +275,7 @@ class RelayCase(Case):
             pieces, closed = [], False
         else:
             pieces = _behind(pieces, len(written) - len(old))
+        closed = closed or self._drafter in self.turn.left_out
         text = "".join(piece.text for piece in pieces)
         return Ahead(self._drafter, text, Lead(self._said, tuple(pieces), closed))
 

@@ -160,7 +160,9 @@ class Verify:
             return relay.plan(sequence, drafter, beat, self._prospect(sequence))
         prospect, beat = self._prospect(sequence), Beat() if sequence.is_bound else beat
         readings = _readings(sequence) if beat.read else {}
-        if readings and not beat.drafts(prospect):
+        # Where a reading decides nothing, main goes on: its readers may be busy for long.
+        is_stuck = not num_judged(sequence) and (prospect.due or bool(draft_of(sequence)))
+        if readings and not is_stuck and not beat.drafts(prospect):
             return readings
         num_guesses = beat.guesses(prospect)
         count = sequence.main.num_uncached - sequence.num_guessed + num_guesses
