@@ -55,8 +55,8 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 .PHONY: test
 test: models ## set up everything and run the fast tests, those on the demo pair included
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m "not slow and not gpu" tests/unit
-	@$(BIN)/python -m pytest -q -m "not slow and not gpu" tests/integration tests/e2e
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m "not slow and not gpu" tests/unit tests/integration/test_http_*.py
+	@$(BIN)/python -m pytest -q -m "not slow and not gpu" --ignore-glob='*/test_http_*' tests/integration tests/e2e
 
 .PHONY: test-slow
 test-slow: models ## the slow tests: minutes rather than seconds

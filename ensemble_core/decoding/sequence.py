@@ -239,14 +239,15 @@ class Sequence:
                 return
 
     def _redraft(self, drafted: list[Drafted]) -> None:
-        """Replace the draft."""
+        """Replace the draft. Of its tokens that are no guesses, main has one to feed at least."""
         old, new = ([each.token_id for each in draft] for draft in (self.drafted, drafted))
+        chosen = [each.token_id for each in drafted if not each.guess]
         common = next(
-            (i for i, (a, b) in enumerate(zip(old, new, strict=False)) if a != b), min(len(old), len(new))
+            (i for i, (a, b) in enumerate(zip(old, chosen, strict=False)) if a != b), min(len(old), len(chosen))
         )
         for token_id in old[common:]:
             self.counts.remove(token_id)
-        if common < len(old) or common == len(new):
+        if common < len(old) or common == len(chosen):
             self.main.take_back(len(old) - common)  # 0 where a fed guess became final: main answers there again
         for token_id in new[common:]:
             self.main.append(token_id)

@@ -317,7 +317,7 @@ def test_a_request_that_decodes_misses_a_busy_member_for_some_steps() -> None:
 
 
 @pytest.mark.parametrize("busy", ["beta", "gamma"])
-@pytest.mark.parametrize("begin", range(3, 9))
+@pytest.mark.parametrize("begin", [4, 7])
 @pytest.mark.parametrize(
     ("mode", "options"),
     [

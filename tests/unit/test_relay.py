@@ -80,17 +80,16 @@ def narrators() -> list[FakeMember]:
 @pytest.mark.parametrize("drafter", ["beta", "gamma", "lookup"])
 @pytest.mark.parametrize(("size", "temperature"), [(1, 0.0), (4, 0.0), ("auto", 0.0), (4, 1.0)])
 @pytest.mark.parametrize("members", [trio, narrators])
-@pytest.mark.parametrize("fusion", ["relative", "projection", "union"])
-def test_equals_the_rule(members: Any, drafter: str, size: int | str, temperature: float, fusion: str) -> None:
+def test_equals_the_rule(members: Any, drafter: str, size: int | str, temperature: float) -> None:
     params = SamplingParams(max_tokens=24, temperature=temperature, seed=5)
     own = members()
-    recipe = recipe_of(own, fusion, draft=size, drafter=drafter)
+    recipe = recipe_of(own, "projection", draft=size, drafter=drafter)
     found = engine_tokens(own, recipe, PROMPTS, params)
     for prompt, text in zip(PROMPTS, found, strict=True):
         assert text == Reference(own, recipe, prompt, params).run(consensus=True), prompt
 
 
-@pytest.mark.parametrize("fusion", sorted(set(FUSIONS.names()) - {"relative", "projection", "union"}))
+@pytest.mark.parametrize("fusion", sorted(set(FUSIONS.names()) - {"projection"}))
 def test_equals_the_rule_for_every_fusion(fusion: str) -> None:
     params = SamplingParams(max_tokens=20, temperature=0.0, seed=5)
     members = narrators()[: 3 if fusion in OPTIONS | {"robust": {}} else 2]
@@ -101,7 +100,7 @@ def test_equals_the_rule_for_every_fusion(fusion: str) -> None:
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(8))
 def test_no_beat_changes_a_text(seed: int, temperature: float) -> None:
     params = SamplingParams(max_tokens=30 + seed, temperature=temperature, seed=seed, ignore_eos=True)
     members = (trio if seed % 4 == 3 else narrators)()[: 2 + seed % 2]
@@ -163,7 +162,7 @@ def test_an_abort_at_any_step_leaves_nothing(steps: int) -> None:
 
 @pytest.mark.parametrize("fault", ["fails_on", "nan_on"])
 @pytest.mark.parametrize("lost", ["beta", "gamma"])
-@pytest.mark.parametrize("when", range(4, 9))
+@pytest.mark.parametrize("when", [4, 6, 7])
 def test_a_text_goes_on_without_a_member_that_fails(fault: str, lost: str, when: int) -> None:
     """Its drafter or another; then main drafts itself."""
     members = narrators()

@@ -382,6 +382,31 @@ def test_a_guess_that_the_ensemble_chooses_against_main_is_no_loss() -> None:
     assert engine_tokens(members, recipe, prompts, params) == engine_tokens(members, plain, prompts, params)
 
 
+class Jumpy(AnyBeat):
+    """Now and then reads alone for long, or drafts whatever it costs."""
+
+    def beat(self, prospects: Collection[Prospect]) -> Beat:
+        beat, kind = super().beat(prospects), self.rng.random()
+        return beat if kind < 0.5 else Beat(False, True, 9.0) if kind < 0.8 else Beat(True, False, 0.0)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_main_has_always_something_to_feed(seed: int) -> None:
+    """Also where it has been fed all that is final, its own choice was cut off, and new guesses stand behind."""
+    members = trio()
+    recipe = recipe_of(members, "projection", draft=2, needed="always")
+    params = SamplingParams(max_tokens=120, temperature=1.0, seed=1, logit_bias=((97, 5.0), (98, 5.0), (99, 4.5)))
+    prompts = [("abc" * n) + "ab" for n in range(3, 11)]
+    engine = fake_engine(members, num_candidates=K)
+    engine.scheduler.rhythm = Jumpy(seed)
+    engine.add([sequence(i, prompt, members, recipe, params) for i, prompt in enumerate(prompts)])
+    outputs = run(engine)
+    assert [outputs[i][-1].error for i in range(len(prompts))] == [None] * len(prompts)
+    plain = recipe_of(members, "projection", draft=1, needed="always", lookup=False)
+    found = [tokens(outputs[i]) for i in range(len(prompts))]
+    assert found == engine_tokens(members, plain, prompts, params)
+
+
 @pytest.mark.parametrize("mode", ["verify", "lockstep"])
 def test_drafts_and_consultations_are_counted(mode: str) -> None:
     members = trio()

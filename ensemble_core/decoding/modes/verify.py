@@ -159,7 +159,7 @@ class Verify:
         if (drafter := self.drafter(sequence)) != sequence.recipe.main:
             return relay.plan(sequence, drafter, beat, self._prospect(sequence))
         prospect, beat = self._prospect(sequence), Beat() if sequence.is_bound else beat
-        readings = _readings(sequence) if beat.read else {}
+        readings = _readings(sequence) if beat.read or prospect.complete else {}
         # Where a reading decides nothing, main goes on: its readers may be busy for long.
         is_stuck = not num_judged(sequence) and (prospect.due or bool(draft_of(sequence)))
         if readings and not is_stuck and not beat.drafts(prospect):
