@@ -100,7 +100,7 @@ def test_equals_the_rule_for_every_fusion(fusion: str) -> None:
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(4))
 def test_no_beat_changes_a_text(seed: int, temperature: float) -> None:
     params = SamplingParams(max_tokens=30 + seed, temperature=temperature, seed=seed, ignore_eos=True)
     members = (trio if seed % 4 == 3 else narrators)()[: 2 + seed % 2]
@@ -119,14 +119,14 @@ def test_no_beat_changes_a_text(seed: int, temperature: float) -> None:
 @pytest.mark.parametrize("fields", REQUESTS.values(), ids=REQUESTS)
 def test_each_request_gets_what_it_gets_with_main_as_drafter(fields: dict[str, Any]) -> None:
     params = SamplingParams(**({"max_tokens": 30, "temperature": 0.0, "seed": 11} | fields))
-    others = SamplingParams(max_tokens=25, temperature=0.9, seed=2)
+    others = SamplingParams(max_tokens=15, temperature=0.9, seed=2)
     told = []
     for drafter in ("main", "gamma"):
         members = narrators()
         recipe = recipe_of(members, "projection", drafter=drafter)
         engine = fake_engine(members, num_candidates=len(members[1].vocabulary))
         engine.add([sequence(i, prompt, members, recipe, params) for i, prompt in enumerate(PROMPTS)])
-        engine.add([sequence(100 + i, prompt, members, recipe, others) for i, prompt in enumerate(PROMPTS)])
+        engine.add([sequence(100 + i, prompt, members, recipe, others) for i, prompt in enumerate(PROMPTS[:2])])
         outputs = run(engine)
         told.append([whole(outputs[i]) for i in range(len(PROMPTS))])
         assert all(member.is_empty for member in members)
@@ -145,7 +145,7 @@ def test_a_preempted_text_goes_on_as_it_would_have() -> None:
     assert preempted(small, asked, K) == expected
 
 
-@pytest.mark.parametrize("steps", range(14))
+@pytest.mark.parametrize("steps", range(1, 14, 3))
 def test_an_abort_at_any_step_leaves_nothing(steps: int) -> None:
     members = narrators()
     engine = fake_engine(members)
