@@ -231,6 +231,14 @@ def test_configured_fusions_are_checked_with_their_path(fusion: dict[str, object
     [
         ("solo", "ensembles.trio.mode.name: unknown mode 'solo'; known are ['lockstep', 'sampled', 'verify']"),
         ({"name": "lockstep", "options": {"pace": 3}}, "ensembles.trio.mode.options.pace: Extra inputs are not"),
+        (
+            {"name": "verify", "options": {"drafter": "nobody"}},
+            "ensembles.trio.mode.drafter: 'nobody' drafts for nobody here; choose one of ['main', 'lookup',",
+        ),
+        (
+            {"name": "verify", "options": {"drafter": "beta", "lookup": True}},
+            "lookup: the guesses come from the drafter beta; leave lookup out, or choose drafter main",
+        ),
     ],
 )
 def test_configured_modes_are_checked_with_their_path(mode: object, says: str) -> None:
