@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Collection
 from dataclasses import replace
 
 import torch
@@ -22,11 +23,12 @@ from fakes import (
 from ensemble_core.decoding.modes.base import choose_mode
 from ensemble_core.decoding.randomness import generator
 from ensemble_core.decoding.recipe import Recipe
+from ensemble_core.decoding.requests import Output
 from ensemble_core.decoding.sampler import sample
 from ensemble_core.decoding.sampling_params import SamplingParams
 from ensemble_core.decoding.sequence import Choice
 from ensemble_core.decoding.shaping import shape
-from ensemble_core.fusion.base import FUSIONS, Fused, build_fusion, single
+from ensemble_core.fusion.base import FUSIONS, Fused, Fusion, build_fusion, single
 from ensemble_core.members.base import Candidates, Feed, ask
 from ensemble_core.text.detokenizer import Detokenizer
 
@@ -67,6 +69,34 @@ def engine_tokens(
     outputs = run(engine)
     assert all(member.is_empty for member in members)
     return [tokens(outputs[i]) for i in range(len(prompts))]
+
+
+def lenient(members: list[FakeMember], recipe: Recipe) -> Recipe:
+    """The recipe, which may lose assistants."""
+
+    def refit(names: Collection[str]) -> Fusion:
+        left = [member for member in members if member.name in names]
+        return build_fusion("projection", FUSIONS.parse("projection", {}, "fusion"), space_of(left))
+
+    return replace(recipe, on_failure="drop", refit=refit)
+
+
+def losing(
+    members: list[FakeMember], recipe: Recipe, params: SamplingParams, lost: str, fault: str, when: int
+) -> dict[int, list[Output]]:
+    """What two sequences get where a member begins to fail on the first of them after so many steps."""
+    engine = fake_engine(members, num_candidates=K)
+    engine.add([sequence(i, "abc", members, lenient(members, recipe), params) for i in range(2)])
+    outputs: dict[int, list[Output]] = {0: [], 1: []}
+    for step in range(500):
+        if step == when:
+            getattr(next(member for member in members if member.name == lost), fault).add(0)
+        for seq_id, output in engine.step():
+            outputs[seq_id].append(output)
+        if not engine.has_work:
+            break
+    assert all(member.is_empty for member in members)
+    return outputs
 
 
 class Reference:

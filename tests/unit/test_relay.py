@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections import abc
-from dataclasses import replace
 from itertools import takewhile
 from typing import Any
 
@@ -20,15 +19,13 @@ from fakes import (
     preempted,
     run,
     sequence,
-    space_of,
     tokens,
 )
-from rule import OPTIONS, PROMPTS, K, Reference, engine_tokens, recipe_of, trio
+from rule import OPTIONS, PROMPTS, K, Reference, engine_tokens, losing, recipe_of, trio
 from test_verify import REQUESTS, AnyBeat, whole
 
-from ensemble_core.decoding.requests import Output
 from ensemble_core.decoding.sampling_params import SamplingParams
-from ensemble_core.fusion.base import FUSIONS, build_fusion
+from ensemble_core.fusion.base import FUSIONS
 from ensemble_core.stats import DraftStats
 
 _LETTERS = [*"abcde \n", "é", "中", "😀"]
@@ -166,29 +163,11 @@ def test_an_abort_at_any_step_leaves_nothing(steps: int) -> None:
 def test_a_text_goes_on_without_a_member_that_fails(fault: str, lost: str, when: int) -> None:
     """Its drafter or another; then main drafts itself."""
     members = narrators()
-    recipe = replace(
-        recipe_of(members, "projection", draft=3, drafter="beta"),
-        on_failure="drop",
-        refit=lambda names: build_fusion(
-            "projection",
-            FUSIONS.parse("projection", {}, "fusion"),
-            space_of([member for member in members if member.name in names]),
-        ),
-    )
-    engine = fake_engine(members, num_candidates=K)
+    recipe = recipe_of(members, "projection", draft=3, drafter="beta")
     params = SamplingParams(max_tokens=30, temperature=0.0, ignore_eos=True)
-    engine.add([sequence(i, "abc", members, recipe, params) for i in range(2)])
-    outputs: dict[int, list[Output]] = {0: [], 1: []}
-    for step in range(500):
-        if step == when:
-            getattr(next(member for member in members if member.name == lost), fault).add(0)
-        for seq_id, output in engine.step():
-            outputs[seq_id].append(output)
-        if not engine.has_work:
-            break
+    outputs = losing(members, recipe, params, lost, fault, when)
     assert len(tokens(outputs[0])) == len(tokens(outputs[1])) == 30
     assert set(outputs[0][-1].dropped) == {lost}
-    assert all(member.is_empty for member in members)
 
 
 def test_a_drafter_near_the_end_of_its_room_leaves_drafting_to_main() -> None:

@@ -21,7 +21,7 @@ from fakes import (
     space_of,
     tokens,
 )
-from rule import OPTIONS, PROMPTS, K, Reference, engine_tokens, in_lockstep, recipe_of, trio
+from rule import OPTIONS, PROMPTS, K, Reference, engine_tokens, in_lockstep, losing, recipe_of, trio
 
 from ensemble_core.decoding.modes.base import choose_mode
 from ensemble_core.decoding.requests import Output
@@ -156,29 +156,11 @@ def test_an_abort_at_any_step_leaves_nothing(steps: int) -> None:
 @pytest.mark.parametrize("fault", ["fails_on", "nan_on"])
 def test_an_assistant_that_fails_is_dropped_and_the_text_goes_on(fault: str) -> None:
     members = trio()
-    recipe = replace(
-        recipe_of(members, "projection", draft=3, needed="always"),
-        on_failure="drop",
-        refit=lambda names: build_fusion(
-            "projection",
-            FUSIONS.parse("projection", {}, "fusion"),
-            space_of([member for member in members if member.name in names]),
-        ),
-    )
-    engine = fake_engine(members, num_candidates=K)
+    recipe = recipe_of(members, "projection", draft=3, needed="always")
     params = SamplingParams(max_tokens=30, temperature=0.0)
-    engine.add([sequence(i, "abc", members, recipe, params) for i in range(2)])
-    outputs: dict[int, list[Output]] = {0: [], 1: []}
-    for step in range(500):
-        if step == 6:
-            getattr(members[1], fault).add(0)
-        for seq_id, output in engine.step():
-            outputs[seq_id].append(output)
-        if not engine.has_work:
-            break
+    outputs = losing(members, recipe, params, "beta", fault, 6)
     assert len(tokens(outputs[0])) == len(tokens(outputs[1])) == 30
     assert set(outputs[0][-1].dropped) == {"beta"}
-    assert all(member.is_empty for member in members)
 
 
 def test_reports_come_for_each_token_once() -> None:

@@ -92,11 +92,11 @@ def spelt_guesses(
 
     num_final: tokens before the draft that become final now.
     """
-    left = sequence.request.params.max_tokens - sequence.num_completion_tokens - num_final - len(draft) - 1
+    left = _room(sequence, num_final + len(draft))
     sure = [certainty for text, certainty in pieces for _ in text.encode()]
     ids = sequence.main.vocabulary.encode("".join(text for text, _ in pieces))
     guesses, begin = list[Drafted](), 0
-    for token_id in ids[: max(left, 0)]:
+    for token_id in ids[:left]:
         end = begin + len(sequence.main.vocabulary.text_bytes(token_id))
         guesses.append(Drafted(token_id, min(sure[begin:end], default=0.0), held=True, guess=True))
         begin = end
@@ -106,12 +106,17 @@ def spelt_guesses(
 def with_guesses(sequence: Sequence, final: abc.Sequence[int], draft: tuple[Drafted, ...]) -> tuple[Drafted, ...]:
     """The draft, and guesses behind it. final: the tokens before the draft that become final now."""
     ids = [*final, *(each.token_id for each in draft)]
-    left = sequence.request.params.max_tokens - sequence.num_completion_tokens - len(ids) - 1
+    left = _room(sequence, len(ids))
     ends = bool(ids) and ((bool(draft) and draft[-1].held) or sequence.stops_at(ids[-1]))
-    if sequence.cramped or sequence.is_bound or ends or left <= 0:
+    if sequence.cramped or sequence.is_bound or ends or not left:
         return draft
     length, guesses = sequence.guess(ids, min(_GUESSES, left))
     return (*draft, *(Drafted(token_id, length / 10, held=True, guess=True) for token_id in guesses))
+
+
+def _room(sequence: Sequence, count: int) -> int:
+    """How many guesses may stand behind so many tokens: one place is main's own."""
+    return max(sequence.request.params.max_tokens - sequence.num_completion_tokens - count - 1, 0)
 
 
 def strength(guess: Drafted) -> float:

@@ -69,9 +69,9 @@ class Proposal:
     piece: Piece | None
 
 
-def lead_of(sequence: Sequence) -> Lead:
-    """What is kept of the draft ahead."""
-    note = sequence.ahead.note if sequence.ahead is not None else None
+def lead_of(ahead: Ahead | None) -> Lead:
+    """What is kept of a draft ahead."""
+    note = ahead.note if ahead is not None else None
     return note if isinstance(note, Lead) else Lead()
 
 
@@ -80,7 +80,7 @@ def prospect(sequence: Sequence, drafter: str, longest: int, fixed: bool) -> Pro
 
     longest: tokens at most. fixed: neither more nor less, if it can be.
     """
-    lead, unread = lead_of(sequence), {m: track.num_uncached for m, track in sequence.tracks.items()}
+    lead, unread = lead_of(sequence.ahead), {m: track.num_uncached for m, track in sequence.tracks.items()}
     likely = likely_to_stay(sequence)
     for piece in lead.pieces:
         likely *= sequence.guess_habits.survival(piece.certainty)
@@ -173,7 +173,7 @@ class RelayCase(Case):
         self.source = self._drafter = drafter
         self._proposal = proposal
         self._is_stuck = False
-        self._said = dict(lead_of(turn.sequence).said)
+        self._said = dict(lead_of(turn.sequence.ahead).said)
         for member in turn.recipe.members[1:]:
             if member in turn.feeds:
                 self._said[member] = self._heard(member, answers)
@@ -218,7 +218,7 @@ class RelayCase(Case):
         ahead = self._ahead(decision)
         draft = decision.draft
         if ahead is not None and ahead.text:
-            pieces = [(piece.text, piece.certainty) for piece in _lead(ahead).pieces]
+            pieces = [(piece.text, piece.certainty) for piece in lead_of(ahead).pieces]
             draft = (*draft, *spelt_guesses(self.turn.sequence, len(decision.tokens), draft, pieces))
         return replace(decision, draft=draft, ahead=ahead)
 
@@ -260,7 +260,7 @@ class RelayCase(Case):
         """
         if self._is_stuck:
             return None
-        sequence, lead = self.turn.sequence, lead_of(self.turn.sequence)
+        sequence, lead = self.turn.sequence, lead_of(self.turn.sequence.ahead)
         pieces, closed = list(lead.pieces), lead.closed
         if self._proposal is not None:
             closed = self._proposal.piece is None
@@ -278,11 +278,6 @@ class RelayCase(Case):
         closed = closed or self._drafter in self.turn.left_out
         text = "".join(piece.text for piece in pieces)
         return Ahead(self._drafter, text, Lead(self._said, tuple(pieces), closed))
-
-
-def _lead(ahead: Ahead) -> Lead:
-    assert isinstance(ahead.note, Lead)
-    return ahead.note
 
 
 def _behind(pieces: list[Piece], chars: int) -> list[Piece]:

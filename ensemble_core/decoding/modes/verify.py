@@ -160,9 +160,7 @@ class Verify:
             return relay.plan(sequence, drafter, beat, self._prospect(sequence))
         prospect, beat = self._prospect(sequence), Beat() if sequence.is_bound else beat
         readings = _readings(sequence) if beat.read or prospect.complete else {}
-        # Where a reading decides nothing, main goes on: its readers may be busy for long.
-        is_stuck = not num_judged(sequence) and (prospect.due or bool(draft_of(sequence)))
-        if readings and not is_stuck and not beat.drafts(prospect):
+        if readings and not beat.drafts(prospect) and _leads_on(sequence, prospect):
             return readings
         num_guesses = beat.guesses(prospect)
         count = sequence.main.num_uncached - sequence.num_guessed + num_guesses
@@ -218,6 +216,11 @@ def _in_lockstep(sequence: Sequence) -> bool:
     """Whether a sequence's next token is decided as in lockstep: the first, which is at a shared place anyway."""
     begins = sequence.num_completion_tokens == 0 or len(sequence.recipe.members) == 1
     return begins and not sequence.drafted
+
+
+def _leads_on(sequence: Sequence, prospect: Prospect) -> bool:
+    """Whether a reading alone may be waited for. Where it would decide nothing, its readers may be busy for long."""
+    return num_judged(sequence) > 0 or not (prospect.due or draft_of(sequence))
 
 
 def _readings(sequence: Sequence) -> dict[str, Ask]:
