@@ -1,12 +1,13 @@
-"""Our ensemble step against the sum of vLLM's decode steps of the members alone, on the same machine.
+"""Our ensemble against the sum of vLLM's runs of its members alone, vLLM at its best setting, on the same machine.
 
     make bench-vllm        (makes .venv-vllm, then runs this)
-    python -m benchmarks.against_vllm [--config configs/demo.yaml] [--rounds 2] [--quick]
+    python -m benchmarks.against_vllm [--config configs/demo.yaml] [--data ../shared/data] [--rounds 2] [--quick]
 
-In turns, a process each: our ensemble, then each member alone under vLLM's CPU build, and again. Mean context 256, B
-equal rows of bf16. Ours is the time from step to step through the offline API: schedule, forwards, fusion, sampling,
-text. vLLM's is the slope between runs of n and 2n tokens through its own (see vllm_decode.py). Medians over all steps
-or slopes of all rounds; the ratio is that of the medians, with its range over the rounds.
+Engine against engine: in turns, a process each, our ensemble, each of its members in our engine, and each member in
+vLLM's CPU build under every setting: eager and compiled, the engine in the process that steps it and in one of its
+own. Then server against server over HTTP, the same client for both. Prompts are real prose, the same text on both
+sides, each member counting its own tokens; no side has a prefix cache. The setting of vLLM's that counts is, for each
+figure and member, the best. Medians over all repeats of all rounds.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
@@ -23,125 +25,186 @@ from typing import Any
 
 from tqdm import tqdm
 
+from benchmarks import prose
+from benchmarks.anchor.servers import server_seconds
+from benchmarks.anchor.work import Plan, lengths
 from benchmarks.ledger import ROOT, Check, Findings, Value, arguments
-from ensemble_core.config import load_config
-from ensemble_core.members.loading.checkpoints import resolve_folder
+from ensemble_core.config import Config, load_config
+from ensemble_core.members.loading.checkpoints import load_tokenizer, resolve_folder
 
 PYTHON = ROOT / ".venv-vllm" / "bin" / "python"
+DATA = ROOT.parent / "shared" / "data"
 ENSEMBLE = "duet"
-BOUND = 1.15
 KV_GIB = "2"  # vLLM takes a share of the memory otherwise
+SETTINGS = {
+    f"{form}, {place}": (["--eager"] if form == "eager" else [], multi)
+    for form in ("eager", "compiled")
+    for place, multi in (("in process", "0"), ("own process", "1"))
+}
 
-Steps = dict[int, list[float]]  # batch -> seconds a step
-
-
-def ours(args: argparse.Namespace) -> dict[str, Any]:
-    """Our steps; what this script does as a child of itself."""
-    from benchmarks.recorder import DecodeBench, step_to_step
-
-    bench = DecodeBench(load_config(args.config))
-    steps: Steps = {}
-    for batch in args.batch:
-        told = bench.decode(args.ensemble, batch, args.length, args.tokens * args.repeats)
-        steps[batch] = step_to_step(told)
-    return {"steps": steps}
+Seconds = dict[str, list[float]]  # what -> of each repeat
+Told = dict[tuple[str, str], Seconds]  # (model, who runs it) -> all rounds
+OURS = "ours"
 
 
-def run(command: Sequence[str | Path]) -> dict[str, Any]:
+def texts(config: Config, model: str, member: str, plan: Plan, data: Path) -> list[dict[int, list[int]]]:
+    """Of each prompt, length -> `member`'s ids of the text that has so many tokens in the model's main member."""
+    ensemble = config.ensembles.get(model)
+    main = ensemble.main if ensemble else model
+    counts, own = (load_tokenizer(name, config.members[name]) for name in (main, member))
+    cut = prose.stories(counts, data, plan.num_prompts, plan.longest)
+    if main == member:
+        return [{n: ids[:n] for n in lengths(plan)} for ids in cut]
+    return [{n: own.encode(_text(counts, ids[:n])) for n in lengths(plan)} for ids in cut]
+
+
+def _text(tokenizer: Any, ids: Sequence[int]) -> str:
+    return str(tokenizer.decode(ids, skip_special_tokens=True))
+
+
+def child(command: Sequence[str | Path], multi: str = "0") -> dict[str, Any]:
     """The JSON of a child's last line. Raises SystemExit with the end of what it said where it fails."""
     environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": KV_GIB, "VLLM_LOGGING_LEVEL": "ERROR"}
-    environment |= {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    environment |= {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_TARGET_DEVICE": "cpu"}
+    environment |= {"VLLM_ENABLE_V1_MULTIPROCESSING": multi}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{command[0]} failed with {done.returncode}:\n{done.stderr[-3000:]}")
     answer: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-    answer["steps"] = {int(batch): seconds for batch, seconds in answer["steps"].items()}
     return answer
 
 
-def commands(args: argparse.Namespace) -> dict[str, list[str | Path]]:
-    """Who takes part: our ensemble first, then each of its members under vLLM."""
-    config = load_config(args.config)
-    shape = ["--batch", *map(str, args.batch), "--length", str(args.length)]
-    shape += ["--tokens", str(args.tokens), "--repeats", str(args.repeats)]
-    own = [sys.executable, "-m", "benchmarks.against_vllm", "--ours", "--config", args.config]
-    found: dict[str, list[str | Path]] = {args.ensemble: [*own, "--ensemble", args.ensemble, *shape]}
-    for member in config.ensembles[args.ensemble].members:
-        folder = resolve_folder(config.members[member])
-        found[member] = [PYTHON, ROOT / "benchmarks" / "vllm_decode.py", folder, *shape]
-    return found
+class Contest:
+    """Who takes part, and the work of each as a file."""
+
+    def __init__(self, args: argparse.Namespace, plan: Plan, folder: Path) -> None:
+        self.config, self.plan, self.path, self._folder = load_config(args.config), plan, args.config, folder
+        self.ensemble, self._data = args.ensemble, args.data
+        self.members = list(self.config.ensembles[args.ensemble].members)
+
+    def engines(self) -> dict[tuple[str, str], tuple[list[str | Path], str]]:
+        """(model, who) -> its command, and whether vLLM's engine has a process of its own."""
+        found: dict[tuple[str, str], tuple[list[str | Path], str]] = {}
+        for model in (self.ensemble, *self.members):
+            work = self._work(self.main_of(model))
+            own: list[str | Path] = [sys.executable, "-m", "benchmarks.anchor.our_side", self.path, model, work]
+            found[model, OURS] = (own, "0")
+        for member in self.members:
+            folder, work = resolve_folder(self.config.members[member]), self._work(member)
+            for setting, (options, multi) in SETTINGS.items():
+                command: list[str | Path] = [PYTHON, "-m", "benchmarks.anchor.vllm_side", folder, work, *options]
+                found[member, setting] = (command, multi)
+        return found
+
+    def main_of(self, model: str) -> str:
+        """The member that reads a model's prompts."""
+        return self.config.ensembles[model].main if model in self.config.ensembles else model
+
+    def texts(self, member: str) -> list[dict[int, list[int]]]:
+        """Every prompt in a member's tokens; see `texts`."""
+        return texts(self.config, self.ensemble, member, self.plan, self._data)
+
+    def _work(self, member: str) -> Path:
+        path = self._folder / f"{member}.json"
+        if not path.exists():
+            path.write_text(json.dumps({"plan": self.plan.as_json(), "texts": self.texts(member)}))
+        return path
 
 
-def row(ensemble: str, batch: int, rounds: Sequence[Mapping[str, Steps]]) -> dict[str, Value]:
-    """Medians of all rounds, and the ratio of each round."""
-    members = [name for name in rounds[0] if name != ensemble]
-    medians = {name: 1e3 * median([s for each in rounds for s in each[name][batch]]) for name in rounds[0]}
-    each_round = [
-        median(each[ensemble][batch]) / sum(median(each[name][batch]) for name in members) for each in rounds
-    ]
-    total = sum(medians[name] for name in members)
-    return {
-        "B": batch,
-        **{f"vLLM {name} ms": medians[name] for name in members},
-        "vLLM sum ms": total,
-        f"our {ensemble} ms": medians[ensemble],
-        "ours / sum": medians[ensemble] / total,
-        "over rounds": f"{min(each_round):.3f} .. {max(each_round):.3f}",
-    }
+def best(told: Told, model: str, what: str) -> tuple[float, str]:
+    """Median seconds of vLLM's best setting, and which it was."""
+    settings = [who for name, who in told if name == model and who != OURS and what in told[name, who]]
+    return min((median(told[model, who][what]), who) for who in settings)
 
 
-def measure(args: argparse.Namespace) -> Findings:
-    """All rounds of all contestants."""
-    contestants = commands(args)
-    rounds: list[dict[str, Steps]] = []
-    versions: dict[str, Any] = {}
-    with tqdm(total=args.rounds * len(contestants), unit="process", disable=None) as bar:
-        for _ in range(args.rounds):
-            rounds.append({})
-            for name, command in contestants.items():
-                bar.set_description(name)
-                answer = run(command)
-                rounds[-1][name] = answer.pop("steps")
-                versions |= answer
-                bar.update()
-    rows = [row(args.ensemble, batch, rounds) for batch in args.batch]
-    checks = [
-        Check(
-            f"{args.ensemble} step / sum of vLLM's steps, B = {each['B']}",
-            float(str(each["ours / sum"])),
-            "<=",
-            BOUND,
+def ratio_row(told: Told, contest: Contest, what: str, title: str) -> dict[str, Value]:
+    """Our ensemble against the sum of vLLM's best; milliseconds."""
+    theirs = {member: best(told, member, what) for member in contest.members}
+    total, ours = sum(seconds for seconds, _ in theirs.values()), median(told[contest.ensemble, OURS][what])
+    row: dict[str, Value] = {"what": title}
+    for member, (seconds, who) in theirs.items():
+        row |= {f"vLLM {member} ms": 1e3 * seconds, f"setting for {member}": who}
+    row |= {f"our {member} ms": 1e3 * median(told[member, OURS][what]) for member in contest.members}
+    return row | {"vLLM sum ms": 1e3 * total, f"our {contest.ensemble} ms": 1e3 * ours, "ours / sum": ours / total}
+
+
+def prefill_rows(told: Told, contest: Contest) -> list[dict[str, Value]]:
+    """Tokens a second of each member's prompts alone, ours and vLLM's."""
+    rows: list[dict[str, Value]] = []
+    for member in contest.members:
+        tokens = sum(
+            len(text[contest.plan.prefill.length]) for text in contest.texts(member)[: contest.plan.prefill.num]
         )
-        for each in rows
+        theirs, who = best(told, member, "prefill")
+        ours = median(told[member, OURS]["prefill"])
+        row: dict[str, Value] = {"member": member, "prompt tokens": tokens, "vLLM tokens/s": tokens / theirs}
+        rows.append(row | {"setting": who, "our tokens/s": tokens / ours, "ours / vLLM": theirs / ours})
+    return rows
+
+
+def all_settings(told: Told) -> list[dict[str, Value]]:
+    """Every contestant's medians, in milliseconds."""
+    return [
+        {"model": model, "who": who, **{what: 1e3 * median(each) for what, each in seconds.items()}}
+        for (model, who), seconds in told.items()
     ]
-    settings = {"rounds": args.rounds, "length": args.length, "tokens": args.tokens, "quick": args.quick}
-    return Findings(
-        "against_vllm",
-        {"steps": rows},
-        checks,
-        settings | {"vllm": versions["vllm"], "vllm_torch": versions["torch"]},
-    )
+
+
+def _checks(rows: Mapping[str, Sequence[Mapping[str, Value]]]) -> list[Check]:
+    checks = [
+        Check(f"{row['what']}: ours / sum of vLLM's", float(str(row["ours / sum"])), "<=", 1.0)
+        for title in ("engines", "servers")
+        for row in rows[title]
+    ]
+    return checks + [
+        Check(f"prefill of {row['member']}: tokens/s over vLLM's", float(str(row["ours / vLLM"])), ">=", 1.0)
+        for row in rows["prefill"]
+    ]
+
+
+def measure(args: argparse.Namespace, plan: Plan) -> Findings:
+    """All rounds of all contestants."""
+    versions: dict[str, Any] = {}
+    told: Told = {}
+    with tempfile.TemporaryDirectory() as folder:
+        contest = Contest(args, plan, Path(folder))
+        engines = contest.engines()
+        with tqdm(total=args.rounds * len(engines), unit="process", disable=None) as bar:
+            for _ in range(args.rounds):
+                for key, (command, multi) in engines.items():
+                    bar.set_description(", ".join(key))
+                    answer = child(command, multi)
+                    for what, seconds in answer.pop("seconds").items():
+                        told.setdefault(key, {}).setdefault(what, []).extend(seconds)
+                    versions |= answer
+                    bar.update()
+        served = server_seconds(contest, args.rounds) if args.servers else {}
+    titles = {f"step {batch}": f"step, B = {batch}" for batch in plan.batches}
+    titles |= {"first": f"first token of {plan.first.length}", **{run.name: run.name for run in plan.whole}}
+    tables: dict[str, list[dict[str, Value]]] = {
+        "engines": [ratio_row(told, contest, what, title) for what, title in titles.items()],
+        "prefill": prefill_rows(told, contest),
+        "servers": [ratio_row(served, contest, run.name, f"{run.name}, HTTP") for run in plan.whole if served],
+        "settings": all_settings(told) + all_settings(served),
+    }
+    settings = {"rounds": args.rounds, "repeats": plan.repeats, "context": plan.context, "quick": args.quick}
+    return Findings("against_vllm", tables, _checks(tables), settings | versions)
 
 
 def main() -> None:
-    """Run the parent, or our side as a child."""
+    """Measure and print."""
     parser = arguments(__doc__)
+    parser.add_argument(
+        "--data", type=Path, default=DATA, help="folder of the development sets, whose prose is read"
+    )
     parser.add_argument("--ensemble", default=ENSEMBLE)
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32])
-    parser.add_argument("--length", type=int, default=256)
-    parser.add_argument("--tokens", type=int, default=32)
-    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--ours", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--servers", action=argparse.BooleanOptionalAction, default=True, help="over HTTP as well")
     args = parser.parse_args()
-    if args.ours:
-        print(json.dumps(ours(args)))
-        return
     if not PYTHON.exists():
         raise SystemExit("vLLM is not installed beside this project; run `make bench-vllm`")
-    if args.quick:
-        args.batch, args.tokens, args.repeats, args.rounds = [1, 4], 8, 1, 1
-    measure(args).print()
+    args.rounds = 1 if args.quick else args.rounds
+    measure(args, Plan().quick() if args.quick else Plan()).print()
 
 
 if __name__ == "__main__":

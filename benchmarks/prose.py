@@ -1,12 +1,14 @@
 """Plain text of a given length, the same for the same seed and different for another.
 
-Sentences with ordinary words, so that members spell them as they spell real text. Knows no models but through the
-tokenizer that it is given.
+Sentences with ordinary words, so that members spell them as they spell real text; and `stories`, which people wrote.
+Knows no models but through the tokenizer that it is given.
 """
 
 from __future__ import annotations
 
+import json
 import random
+from pathlib import Path
 from typing import Any
 
 _WHO = (
@@ -35,6 +37,26 @@ def token_ids(tokenizer: Any, seed: int, length: int) -> list[int]:
     ids = tokenizer.encode(sentences(seed, length))
     assert len(ids) >= length, "a sentence has more than one token"
     return list(ids[:length])
+
+
+def stories(tokenizer: Any, data: Path, num: int, length: int) -> list[list[int]]:
+    """The first `length` tokens of `num` texts: the problems of a development set, told one after the other.
+
+    Text i begins with another problem than text i - 1. Raises SystemExit where the set is not there.
+    """
+    path = data / "gsm8k_dev.jsonl"
+    if not path.exists():
+        raise SystemExit(f"{path} is not there; --data names the folder of the development sets")
+    told = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    problems = [f"{each['question']} {each['answer']}\n\n" for each in told]
+    found = []
+    for i in range(num):
+        text, at = "", 3 * i
+        while len(ids := tokenizer.encode(text)) < length:
+            text += problems[at % len(problems)]
+            at += 1
+        found.append(list(ids[:length]))
+    return found
 
 
 def examples(tokenizer: Any, seed: int, length: int) -> str:

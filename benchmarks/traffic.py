@@ -90,9 +90,7 @@ def serving(config: Path) -> Iterator[str]:
 @contextmanager
 def serving_process(config: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
     """The same, with the process."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-c", "from server.cli import main; main()", "serve"]
     with tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen(
@@ -107,6 +105,13 @@ def serving_process(config: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]
         finally:
             process.terminate()
             process.wait(60)
+
+
+def free_port() -> int:
+    """A port of the loopback that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def _becomes_ready(process: subprocess.Popen[bytes], url: str) -> bool:

@@ -199,8 +199,14 @@ class SchedulerConfig(Section):
     max_stretch: float = Field(
         2.0,
         gt=1.0,
-        description="While streams run: a step with prefill over one without, at most; up to three times that while "
-        "more prompts wait than streams run. .inf: no limit.",
+        description="While streams are spared: a step with prefill over one without, at most; up to three times that "
+        "while more prompts wait than streams are spared. .inf: no limit.",
+    )
+    spare: Literal["earlier", "all", "none"] = Field(
+        "earlier",
+        description="Which streams `max_stretch` is for. earlier: those that ran before the oldest waiting prompt "
+        "came. all: all that run. none: prompts are read as fast as can be. Answers that are not streamed are never "
+        "spared.",
     )
     prefix_reuse: bool = Field(True, description="Reuse cached prefixes of earlier prompts.")
     num_candidates: int = Field(256, ge=2, description="K: candidates that each member answers with.")

@@ -22,6 +22,7 @@ from ensemble_core.decoding.step import Step
 from ensemble_core.decoding.telemetry import Telemetry
 from ensemble_core.errors import MemberError
 from ensemble_core.members.base import Answers, Member
+from ensemble_core.members.cores import Cores
 from ensemble_core.members.parallel import MemberPool
 from ensemble_core.stats import Record, discard
 
@@ -41,15 +42,17 @@ class Engine:
         *,
         prefix_reuse: bool = True,
         member_timeout: float | None = None,
+        cores: Cores | None = None,
     ) -> None:
         """prefix_reuse: prompts reuse cached prefixes of other prompts; choices of one prompt always share theirs.
 
-        member_timeout: seconds that a call to a member may take; None: no limit.
+        member_timeout: seconds that a call to a member may take; None: no limit. cores: those that the CPU's members
+        share; None: they step in turn.
         """
         self.members = dict(members)
         capacities = {n: Capacity(m.page_size, m.num_pages, m.max_len, m.min_prefix) for n, m in members.items()}
         self.scheduler = Scheduler(capacities, limits)
-        self._pool = MemberPool(members, member_timeout)
+        self._pool = MemberPool(members, member_timeout, cores)
         self._failures = Failures(self._pool, record, limits.token_budget)
         self._feeding = Feeding(members, self._failures, num_candidates)
         self._telemetry = Telemetry(record, self.scheduler)

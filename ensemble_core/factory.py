@@ -28,7 +28,7 @@ from ensemble_core.members.base import Member
 from ensemble_core.members.loading.checkpoints import load_tokenizer, load_vocabulary, resolve_folder
 from ensemble_core.members.loading.memory import plan_caches
 from ensemble_core.members.loading.models import load_member
-from ensemble_core.members.loading.placement import log_plan
+from ensemble_core.members.loading.placement import log_plan, plan_cores
 from ensemble_core.recipes import ModelInfo, RecipeBook, check_strategies, list_models
 from ensemble_core.stats import Record
 from ensemble_core.text.prompt import PromptEncoder, read_template
@@ -115,6 +115,7 @@ def _engine(config: Config, members: Mapping[str, Member], record: Record) -> En
         scheduler.token_budget,
         scheduler.max_stretch,
         scheduler.max_queued_tokens,
+        scheduler.spare,
     )
     return Engine(
         members,
@@ -123,6 +124,7 @@ def _engine(config: Config, members: Mapping[str, Member], record: Record) -> En
         record,
         prefix_reuse=scheduler.prefix_reuse,
         member_timeout=scheduler.member_timeout,
+        cores=plan_cores(members),
     )
 
 

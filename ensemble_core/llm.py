@@ -76,7 +76,8 @@ class LLM:
         params: one for all, or one each. model: an ensemble or a member; None: the first ensemble, else the first
         member. Raises InvalidRequestError, ModelNotFoundError before anything runs; UnisonoError if a request fails.
         """
-        requests = self._requests([prompts] if isinstance(prompts, str) else prompts, params, model, overrides)
+        prompts = [prompts] if isinstance(prompts, str) else prompts
+        requests = self._requests(prompts, params, model, overrides, watched=False)
         outputs: dict[int, list[Output]] = {request.seq_id: [] for request in requests}
         with tqdm(total=len(requests), desc="generating", unit="prompt", disable=None) as bar:
             for seq_id, output in self._run(requests):
@@ -92,7 +93,7 @@ class LLM:
         overrides: Overrides | None = None,
     ) -> Iterator[str]:
         """Complete one prompt and yield its text in pieces. Closing the generator aborts the request."""
-        requests = self._requests([prompt], params, model, overrides)
+        requests = self._requests([prompt], params, model, overrides, watched=True)
         for _, output in self._run(requests):
             if output.error:
                 raise UnisonoError(output.error)
@@ -118,6 +119,8 @@ class LLM:
         params: SamplingParams | abc.Sequence[SamplingParams] | None,
         model: str | None,
         overrides: Overrides | None,
+        *,
+        watched: bool,
     ) -> list[Sequence]:
         if params is None or isinstance(params, SamplingParams):
             params = [params or SamplingParams()] * len(prompts)
@@ -134,6 +137,7 @@ class LLM:
                     prompt=prompt,
                     params=own,
                     overrides=overrides or Overrides(),
+                    watched=watched,
                 )
                 for prompt, own in zip(prompts, params, strict=True)
             ]

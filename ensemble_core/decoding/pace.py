@@ -1,11 +1,12 @@
 """How much prefill a step can take before it slows running streams too much. Pure numbers: no torch, no clock.
 
 Learns from finished steps what a decode-only step costs, by batch size, and what a prompt token costs on top in every
-member. Grants a step as many prompt tokens as keep it shorter than `max_stretch` decode-only steps. While more
-prompts wait than streams run the limit is up to three times that, since then more requests gain than lose. Costs are
-medians or lower thirds of the last few observations, so one slow step (first use, other load) changes nothing. The
-cost per token is measured at the number granted, with a forward's fixed cost spread over the tokens. The next grant
-starts from there, so grants settle where a step is as long as it may be.
+member. Grants a step as many prompt tokens as keep it shorter than `max_stretch` decode-only steps, as long as there
+are running streams to spare. While more prompts wait than streams are spared the limit is up to three times that,
+since then more requests gain than lose. Members that work side by side make a step shorter than the sum of its parts,
+so a token costs that much less. Costs are medians or lower thirds of the last few observations, so one slow step
+(first use, other load) changes nothing. The cost per token is measured at the number granted, with a forward's fixed
+cost spread over the tokens. The next grant starts from there, so grants settle where a step is as long as it may be.
 
 Does not know sequences, members or schedules; the caller of `record` says what was done.
 """
@@ -55,24 +56,28 @@ class Pace:
         self._max_stretch = max_stretch
         self._plain: dict[int, _Plain] = {}
         self._costs: dict[WorkKind, deque[float]] = {}
+        self._shares: deque[float] = deque(maxlen=_MEMORY)  # a step with prompts over the sum of its parts
         self._num_steps = 0
         self._latest = 0  # prompt tokens of the last step that also had running sequences
 
-    def grant(self, kinds: Collection[WorkKind], num_decoding: int, num_prompts: int = 1) -> int | None:
+    def grant(
+        self, kinds: Collection[WorkKind], num_decoding: int, num_prompts: int = 1, num_spared: int | None = None
+    ) -> int | None:
         """Prompt tokens for each of `kinds` in a step with `num_decoding` running sequences; None: no limit.
 
         Grants 0 while the cost of such a step without prompts is unknown, so that this step measures it.
-        num_prompts: sequences in prefill.
+        num_prompts: sequences in prefill. num_spared: running streams that the limit is for; None: all that run.
         """
-        if not num_decoding or not kinds or math.isinf(self._max_stretch):
+        spared = num_decoding if num_spared is None else num_spared
+        if not spared or not kinds or math.isinf(self._max_stretch):
             return None
         plain = self._plain.get(num_decoding.bit_length())
         if plain is None or len(plain.steps) < _PROBES or self._num_steps - plain.last > _FRESH:
             return 0
         costs = [self._costs.get(kind) for kind in kinds]
-        crowd = min(max(num_prompts / num_decoding, 1.0), _CROWD)
+        crowd = min(max(num_prompts / spared, 1.0), _CROWD)
         room = (crowd * self._max_stretch - 1.0) * typical(plain.steps)
-        token = sum(_dear(cost) if cost else math.inf for cost in costs)
+        token = self._share * sum(_dear(cost) if cost else math.inf for cost in costs)
         tokens = min(int(room / token), 2 * self._latest)  # at most double, so that each increase is measured
         return max(LEAST, tokens // _GRAIN * _GRAIN)
 
@@ -89,9 +94,15 @@ class Pace:
             return
         if num_decoding:
             self._latest = max(work.num_tokens for work in parts.values())
+            self._shares.append(min(seconds / sum(work.seconds for work in parts.values()), 1.0))
         for kind, work in parts.items():
             if work.num_tokens >= LEAST:
                 self._costs.setdefault(kind, deque(maxlen=_MEMORY)).append(self._cost(kind, work, bucket))
+
+    @property
+    def _share(self) -> float:
+        """What a step takes of the seconds of its parts: less than 1 where members work side by side."""
+        return median(self._shares) if self._shares else 1.0
 
     def _cost(self, kind: WorkKind, work: Work, bucket: int) -> float:
         """Seconds per prompt token, beyond the decoding in the same step."""

@@ -62,6 +62,7 @@ class GenerationRequest:
     add_special_tokens: let tokenizers put their BOS before a text; has no effect on ids and conversations. trace:
     report what each member proposed for every token. group: requests of one group have the same prompt and share its
     prefill. owner: who shares the places of the engine fairly with others: a client, and one request of that client.
+    watched: somebody waits for each of its tokens, not for the whole answer.
     """
 
     request_id: str
@@ -73,6 +74,7 @@ class GenerationRequest:
     trace: bool = False
     group: str | None = None
     owner: tuple[str, str] = ("", "")
+    watched: bool = True
 
 
 class Alternative(NamedTuple):

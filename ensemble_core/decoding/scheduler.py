@@ -5,9 +5,9 @@ all their members at once. A sequence reserves the pages that its
 tokens need now and grows page by page. If a member runs out of pages, its youngest sequence is preempted: it goes
 back to the head of the queue and is later computed again, prompt and completion. Admission reserves a spare page for
 each running sequence that can grow. Decoding sequences go first in every step. The rest of the token budget goes to
-chunks of prompts, limited by what `Pace` grants while streams run. The last token of a prompt is fed to all members
-of the mode's plan in one step, the first that decides a token; a scored prompt reaches it once its scores are nearly
-done.
+chunks of prompts, limited by what `Pace` grants while streams are to be spared. The last token of a prompt is fed
+to all members of the mode's plan in one step, the first that decides a token; a scored prompt reaches it once its
+scores are nearly done.
 
 A sequence begins once, when the token budget of all its members reaches it; then its cached prefix is looked up.
 Sequences of one group have the same prompt. The first of them leads; the others wait until it has read the prompt,
@@ -26,6 +26,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 from ensemble_core.decoding.fairness import FairQueue
 from ensemble_core.decoding.modes.base import Ask, mode_of
@@ -62,6 +63,9 @@ class Share:
     drafter: str = ""
 
 
+Spare = Literal["earlier", "all", "none"]  # which running streams the prompts must not slow down too much
+
+
 @dataclass(frozen=True, slots=True)
 class Limits:
     """Limits of the whole engine."""
@@ -69,8 +73,9 @@ class Limits:
     max_running: int
     max_waiting: int
     token_budget: int  # most tokens that a member is fed in one step
-    max_stretch: float = math.inf  # longest step with prefill over one without, while streams run
+    max_stretch: float = math.inf  # longest step with prefill over one without, while streams are spared
     max_queued_tokens: float = math.inf  # main's prompt tokens that may wait
+    spare: Spare = "earlier"
 
 
 class Scheduler:
@@ -140,12 +145,23 @@ class Scheduler:
             _spend(left, share.counts)
         followers = self._followers()
         prompts = [s for s in self.running if s.phase is Phase.PREFILL and s not in followers]
-        granted = self.pace.grant(_kinds(prompts), len(shares), len(prompts))
+        granted = self.pace.grant(_kinds(prompts), len(shares), len(prompts), self._num_spared(shares, prompts))
         if granted == 0:
             return shares
         most = self._limits.token_budget if granted is None else granted
         left = {member: max(min(tokens, most), 1) for member, tokens in left.items()}  # 1: prompts make progress
         return shares + _prefill_shares(prompts, left, math.inf if granted is None else granted)
+
+    def _num_spared(self, shares: list[Share], prompts: list[Sequence]) -> int:
+        """Decoding streams that prompts must not slow down too much: by default those that were there first.
+
+        Streams of the same burst are not spared, since none of them would have begun if all prompts were read first.
+        """
+        watched = [share.sequence for share in shares if share.sequence.request.watched]
+        spare, oldest = self._limits.spare, min((s.arrived for s in prompts), default=0.0)
+        if spare == "none":
+            return 0
+        return sum(spare == "all" or (s.first_token is not None and s.first_token < oldest) for s in watched)
 
     def _decode_shares(self, sequences: list[Sequence]) -> list[Share]:
         """The next steps of decoding sequences, on one beat."""

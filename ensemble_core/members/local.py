@@ -50,6 +50,9 @@ class LocalMember:
         self._body, self._cache, self._kernels, self._attention = body, cache, kernels, attention
         self._memory = dict(Counter(body.num_bytes()) + Counter(cache.num_bytes()))
         self._lane, self._few = lane_on(device), few
+        self._by_chunks = (
+            kernels.chunk_attention(cache.dtype, cache.head_sizes) if isinstance(cache, KVCache) else None
+        )
         self.min_prefix = MIN_PREFIX
 
     def adopt(self, make: Callable[[], Body]) -> None:
@@ -120,7 +123,7 @@ class LocalMember:
             return pack_pages(cache, chains, counts, self._attention)
         assert isinstance(cache, KVCache)
         rows = [cache.reserve(feed.seq_id, count) for feed, count in zip(feeds, counts, strict=True)]
-        return pack(cache, rows, counts, self._kernels.attend_spans, self._few)
+        return pack(cache, rows, counts, self._kernels.attend_spans, self._few, self._by_chunks)
 
 
 def _places(feeds: Sequence[Feed], order: Sequence[int], layout: Layout) -> list[int]:

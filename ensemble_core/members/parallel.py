@@ -1,11 +1,15 @@
 """The calls to members: those of different lanes at the same time, those of one lane in turn.
 
+Members of this machine's CPU share its cores out among them where they step together (`cores.share_out`); each then
+works in a thread that may use so many.
+
 A call cannot be interrupted. With a time-out each member has a thread of its own, which is left behind where a call
 is late: the member is busy until that call returns. Meanwhile nobody else may touch it, so releases wait until it is
 back.
 
-Invariants: whatever a member raises is a MemberError of that call and stops no other; a busy member is not called.
-Knows feeds and members; does not know sequences, fusion or schedules.
+Invariants: whatever a member raises is a MemberError of that call and stops no other; a busy member is not called;
+the caller's own number of threads is as it was when a call returns. Knows feeds and members; does not know sequences,
+fusion or schedules.
 """
 
 from __future__ import annotations
@@ -13,8 +17,9 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from queue import SimpleQueue
@@ -24,11 +29,13 @@ import torch
 
 from ensemble_core.errors import MemberError, MemberTimeoutError
 from ensemble_core.members.base import Answers, Feed, Member
+from ensemble_core.members.cores import Cores, Team
 from ensemble_core.stats import Cause
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+CPU = "cpu"  # the lane of members that share this machine's cores
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,16 +74,20 @@ class _Late:
 
 
 class MemberPool:
-    """The resident members, and a thread for each lane but one.
+    """The resident members, and a thread for each team of them but one.
 
-    timeout: seconds that a call may take; each member then has a thread of its own. None: any.
+    timeout: seconds that a call may take; each member then has a thread of its own. None: any. cores: what members on
+    this machine's CPU share; None: they work in turn.
     """
 
-    def __init__(self, members: Mapping[str, Member], timeout: float | None = None) -> None:
+    def __init__(
+        self, members: Mapping[str, Member], timeout: float | None = None, cores: Cores | None = None
+    ) -> None:
         self.members = dict(members)
-        self._timeout = timeout
-        num_lanes = len({member.lane for member in members.values()})
-        self._threads = ThreadPoolExecutor(num_lanes, "lane") if num_lanes > 1 else None
+        self._timeout, self._cores = timeout, cores or Cores()
+        self._num_threads = torch.get_num_threads()  # of a thread that nothing is said of
+        most = len(self._teams(members))
+        self._threads = ThreadPoolExecutor(most - 1, "team") if most > 1 else None
         self._workers = {name: _Worker(name) for name in members} if timeout is not None else {}
         self._late: dict[str, _Late] = {}
 
@@ -133,20 +144,28 @@ class MemberPool:
             worker.close()
 
     def _overlap(self, calls: Mapping[str, Callable[[], T]]) -> dict[str, T]:
-        """Make a call of each member, lane by lane; none of them raises."""
-        lanes: dict[str, list[str]] = {}
+        """Make a call of each member, team by team, the last team here; none of them raises."""
         for name in calls:
             assert name not in self._late, f"{name} is busy"
+        *others, own = self._teams(calls) if calls else [Team((), 0)]
+        assert self._threads is not None or not others
+
+        def run(team: Team) -> dict[str, T]:
+            with _threads(team.cores or self._num_threads):
+                return {name: calls[name]() for name in team.members}
+
+        begun = [self._threads.submit(run, team) for team in others] if self._threads is not None else []
+        parts = [run(own), *(each.result() for each in begun)]
+        found = {name: result for part in parts for name, result in part.items()}
+        return {name: found[name] for name in calls}
+
+    def _teams(self, names: Iterable[str]) -> list[Team]:
+        """Members that work at the same time, those of one team in turn."""
+        lanes: dict[str, list[str]] = {}
+        for name in names:
             lanes.setdefault(self.members[name].lane, []).append(name)
-
-        def run(names: list[str]) -> dict[str, T]:
-            return {name: calls[name]() for name in names}
-
-        if self._threads is None or len(lanes) == 1:
-            parts = [run(names) for names in lanes.values()]
-        else:
-            parts = list(self._threads.map(run, lanes.values()))
-        return {name: result for part in parts for name, result in part.items()}
+        on_cpu = self._cores.teams(lanes.pop(CPU, []))
+        return [*(Team(tuple(lane), 0) for lane in lanes.values()), *on_cpu]
 
     def _forward(self, name: str, feeds: Sequence[Feed]) -> Attempt:
         started = time.perf_counter()
@@ -174,7 +193,7 @@ class MemberPool:
         try:
             if self._timeout is None:
                 return call()
-            future = self._workers[name].submit(call)
+            future = self._workers[name].submit(partial(_with_threads, torch.get_num_threads(), call))
             wait([future], self._timeout)
             if future.done():
                 return future.result()
@@ -185,6 +204,25 @@ class MemberPool:
             raise MemberError(name, f"{type(error).__name__}: {error}") from error
         self._late[name] = _Late(future, time.perf_counter())
         raise MemberTimeoutError(name, f"it took longer than scheduler.member_timeout, {self._timeout:g} s")
+
+
+@contextmanager
+def _threads(num: int) -> Iterator[None]:
+    """Within the block, operations that this thread begins have so many threads."""
+    before = torch.get_num_threads()
+    if num != before:
+        torch.set_num_threads(num)
+    try:
+        yield
+    finally:
+        if num != before:
+            torch.set_num_threads(before)
+
+
+def _with_threads(num: int, call: Callable[[], T]) -> T:
+    """A call in another thread, with as many threads as its caller had."""
+    with _threads(num):
+        return call()
 
 
 def _finished(member: Member, feeds: Sequence[Feed]) -> Answers:

@@ -58,6 +58,7 @@ def make_ticket(
             add_special_tokens,
             trace,
             group=f"{ticket_id}-{rank}",
+            watched=bool(body.stream),
         )
         for rank, prompt in enumerate(prompts)
         for index, each in enumerate(seeded)

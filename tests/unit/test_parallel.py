@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import pytest
+import torch
 from fakes import FakeMember
 
 from ensemble_core.errors import MemberError, MemberTimeoutError
-from ensemble_core.members.base import Feed
+from ensemble_core.members.base import Answers, Feed
+from ensemble_core.members.cores import Cores
 from ensemble_core.members.parallel import Attempt, MemberPool
 
 LATE = 0.4  # seconds; far more than a fake's forward takes
@@ -133,3 +135,34 @@ def test_without_a_time_out_forwards_run_in_the_callers_thread() -> None:
     forward(timed, "a", seq_id=2)
     assert members["a"].threads == {"MainThread", "member-a"}
     timed.close()
+
+
+class Watched(FakeMember):
+    """Notes how many threads each forward has; the forwards of one meeting wait for each other."""
+
+    def __init__(self, name: str, lane: str, meeting: threading.Barrier) -> None:
+        super().__init__(name, lane=lane)
+        self.seen: list[int] = []
+        self.meeting: threading.Barrier | None = meeting
+
+    def forward(self, feeds: Sequence[Feed]) -> Answers:
+        if self.meeting is not None:
+            self.meeting.wait()
+        self.seen.append(torch.get_num_threads())
+        return super().forward(feeds)
+
+
+@pytest.mark.parametrize("timeout", [None, 30.0])
+def test_members_of_the_cpu_share_its_cores_where_they_step_together(timeout: float | None) -> None:
+    """Each forward has its share of the threads; the caller's own number is as it was."""
+    before, meeting = torch.get_num_threads(), threading.Barrier(3, timeout=10.0)
+    watched = {name: Watched(name, lane, meeting) for name, lane in (("a", "cpu"), ("b", "cpu"), ("c", "gpu"))}
+    pool = MemberPool(watched, timeout, Cores(3, {"a": 1.0, "b": 3.0}))
+    together = forward(pool, "c", "a", "b")
+    assert list(together) == ["c", "a", "b"]
+    watched["b"].meeting = None
+    alone = forward(pool, "b", seq_id=2)
+    assert all(attempt.error is None for attempt in (*together.values(), *alone.values()))
+    assert {name: member.seen for name, member in watched.items()} == {"a": [1], "b": [2, 3], "c": [before]}
+    assert torch.get_num_threads() == before
+    pool.close()

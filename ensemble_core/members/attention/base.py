@@ -35,9 +35,19 @@ class Pass(Protocol):
         """(N,) int64: each token's place in its sequence."""
 
     def attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float | None, window: int | None
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scaling: float | None,
+        window: int | None,
+        at: Tensor | None = None,
     ) -> Tensor:
-        """Write the new keys and values (N, Hkv, D) of a layer, and attend with queries (N, H, D): (N, H, D)."""
+        """Write the new keys and values (N, Hkv, D) of a layer, and attend with queries (N, H, D): (N, H, D).
+
+        at: places (M,) int64 on the CPU that are asked for; then (M, H, D). None: all.
+        """
 
 
 def packed_attention(

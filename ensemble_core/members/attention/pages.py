@@ -81,13 +81,21 @@ class PagedPass:
     _blocks_on: dict[torch.device, Blocks] = field(default_factory=dict)
 
     def attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float | None, window: int | None
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scaling: float | None,
+        window: int | None,
+        at: Tensor | None = None,
     ) -> Tensor:
         """See `base.Pass.attend`."""
         keys, values, blocks = self.cache.keys[layer], self.cache.values[layer], self.blocks_on(query.device)
         keys.index_copy_(0, blocks.slots, key)
         values.index_copy_(0, blocks.slots, value)
-        return self.attention(query, keys, values, blocks, scaling, window)
+        out = self.attention(query, keys, values, blocks, scaling, window)
+        return out if at is None else out[at.to(out.device)]
 
     def blocks_on(self, device: torch.device) -> Blocks:
         """The blocks on a layer's device."""

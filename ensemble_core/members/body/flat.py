@@ -69,24 +69,32 @@ class Layer:
         return [part for part in found if isinstance(part, Norm | Linear)]
 
     def forward(
-        self, x: Tensor, normed: Tensor, run: Pass, cos: Tensor, sin: Tensor, following: Norm
+        self,
+        x: Tensor,
+        normed: Tensor,
+        run: Pass,
+        angles: tuple[Tensor, Tensor],
+        following: Norm,
+        at: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """x and what this layer's first norm made of it -> the same for the layer that follows, (N, d) each.
 
-        Writes the keys and values of the N tokens. following: the next layer's first norm, or the last of all.
+        Writes the keys and values of the N tokens. following: the next layer's first norm, or the last of all. at:
+        places (M,) at which the layer is asked for more than that; then (M, d) each.
         """
-        attended = self.output(self._attention(normed, run, cos, sin))
+        attended = self.output(self._attention(normed, run, angles, at))
+        x = x if at is None else x[at.to(x.device)]
         x, normed = self.kernels.add_and_norm(x, attended, self.after_attention, self.before_mlp)
         changed = self.down(self.kernels.gate(self.gate_up(normed), self.activation))
         return self.kernels.add_and_norm(x, changed, self.after_mlp, following)
 
-    def _attention(self, x: Tensor, run: Pass, cos: Tensor, sin: Tensor) -> Tensor:
+    def _attention(self, x: Tensor, run: Pass, angles: tuple[Tensor, Tensor], at: Tensor | None) -> Tensor:
         num_rotated = self.num_heads + self.num_kv_heads
         heads = self.qkv(x).view(x.shape[0], num_rotated + self.num_kv_heads, -1)  # (N, H + 2 Hkv, D)
-        turned = self.kernels.turn(heads, num_rotated, self.head_norm, cos, sin)
+        turned = self.kernels.turn(heads, num_rotated, self.head_norm, *angles)
         query, key = turned[:, : self.num_heads], turned[:, self.num_heads :]
-        out = run.attend(self.index, query, key, heads[:, num_rotated:], self.scaling, self.window)
-        return out.reshape(x.shape[0], -1)
+        out = run.attend(self.index, query, key, heads[:, num_rotated:], self.scaling, self.window, at)
+        return out.flatten(1)
 
 
 class FlatBody:
@@ -106,8 +114,14 @@ class FlatBody:
         angles = [rotation.at(positions) for rotation in self._rotations]
         x = self.embedding(token_ids.to(device))  # (N, d)
         normed = self._layers[0].before_attention(x)
-        for layer, following in zip(self._layers, self._following, strict=True):
-            x, normed = layer.forward(x, normed, run, *angles[layer.kind], following)
+        *layers, last = zip(self._layers, self._following, strict=True)
+        for layer, following in layers:
+            x, normed = layer.forward(x, normed, run, angles[layer.kind], following)
+        layer, following = last
+        if len(wanted) < len(x):  # what the last layer makes of the others is asked for by nobody
+            _, normed = layer.forward(x, normed, run, angles[layer.kind], following, wanted)
+            return self._head(normed)
+        _, normed = layer.forward(x, normed, run, angles[layer.kind], following)
         return self._head(normed[wanted.to(x.device)])
 
     def make_steady(self) -> bool:

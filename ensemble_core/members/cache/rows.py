@@ -54,6 +54,11 @@ class KVCache:
         self._written = [0] * num_rows  # slots of each row that may hold something, failed ones too
 
     @property
+    def head_sizes(self) -> set[int]:
+        """Of all layers."""
+        return {keys.shape[2] for keys in self.keys}
+
+    @property
     def page_size(self) -> int:
         """A page is a row."""
         return self.row_len

@@ -7,7 +7,7 @@ one a member uses is decided once, when it is loaded (`choice`). Knows tensors; 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import NamedTuple, Protocol
 
 import torch
@@ -39,8 +39,22 @@ class Spans(NamedTuple):
     total: int
 
 
+class Chunk(NamedTuple):
+    """New tokens of one sequence that follow each other in a row of a cache.
+
+    first_slot: where the row begins. start: position of the first of them.
+    """
+
+    first_slot: int
+    start: int
+
+
 # (query (N, H, D), keys and values (slots, Hkv, D), spans, scaling) -> (N, H, D)
 SpanAttention = Callable[[Tensor, Tensor, Tensor, Spans, float | None], Tensor]
+
+
+# (query (T, H, D), keys and values (slots, Hkv, D), chunk, window, scaling) -> (T, H, D)
+ChunkAttention = Callable[[Tensor, Tensor, Tensor, Chunk, int | None, float | None], Tensor]
 
 
 class Survey(NamedTuple):
@@ -60,6 +74,9 @@ class Kernels(Protocol):
     @property
     def attend_spans(self) -> SpanAttention | None:
         """Attention of each token over its own span of the cache; None: there is none, attend by groups of rows."""
+
+    def chunk_attention(self, dtype: torch.dtype, sizes: Collection[int]) -> ChunkAttention | None:
+        """Attention of a chunk of a prompt for heads of these sizes; None: there is none, attend by groups."""
 
     def add_and_norm(self, x: Tensor, change: Tensor, after: Norm | None, before: Norm) -> tuple[Tensor, Tensor]:
         """x + change, and its norm by `before`, (N, d) each; `after`, if there is one, norms the change first."""

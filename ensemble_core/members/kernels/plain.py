@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 from torch import Tensor
 
@@ -16,6 +18,9 @@ class PlainKernels:
     """See `base.Kernels`."""
 
     attend_spans = None
+
+    def chunk_attention(self, dtype: torch.dtype, sizes: Collection[int]) -> None:
+        """See `Kernels.chunk_attention`."""
 
     def add_and_norm(self, x: Tensor, change: Tensor, after: Norm | None, before: Norm) -> tuple[Tensor, Tensor]:
         """See `Kernels.add_and_norm`."""

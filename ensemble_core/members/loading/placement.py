@@ -1,17 +1,21 @@
 """Which member goes on which device, in which dtype, with how much memory; said before anything is loaded.
 
-Knows the configuration and the devices of this machine; does not load models.
+And, once they are loaded, how members of the CPU share its cores. Knows the configuration and the devices of this
+machine; does not load models.
 """
 
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Mapping
 
 import torch
 
 from ensemble_core.config import MemberConfig
 from ensemble_core.errors import ConfigError
+from ensemble_core.members.base import Feed, Member
+from ensemble_core.members.cores import Cores
 
 logger = logging.getLogger(__name__)
 
@@ -63,3 +67,29 @@ def log_plan(members: Mapping[str, MemberConfig]) -> None:
             f"{member.kv_memory / 2**30:.2f} GiB" if isinstance(member.kv_memory, int) else member.kv_memory,
             member.max_len,
         )
+
+
+_PROBES = 5  # forwards of a member, of which the shortest counts
+_PROBED = 8  # sequences of such a forward
+
+
+def plan_cores(members: Mapping[str, Member]) -> Cores:
+    """How members of the CPU share its cores, by what a decode step of a few sequences takes; says so in the log."""
+    on_cpu = {name: member for name, member in members.items() if member.lane == "cpu"}
+    cores = Cores(torch.get_num_threads(), {name: _step_seconds(member) for name, member in on_cpu.items()})
+    if len(on_cpu) > 1 and cores.num > 1:
+        teams = ", ".join(f"{' and '.join(team.members)} {team.cores}" for team in cores.teams(on_cpu))
+        logger.info("plan: %d cores, shared by members that step together: %s", cores.num, teams)
+    return cores
+
+
+def _step_seconds(member: Member) -> float:
+    num = min(_PROBED, member.num_pages)
+    seconds = []
+    for _ in range(_PROBES):
+        started = time.perf_counter()
+        member.forward([Feed(-1 - i, [0]) for i in range(num)])
+        seconds.append(time.perf_counter() - started)
+    for i in range(num):
+        member.release(-1 - i)
+    return min(seconds)

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from ensemble_core.members.kernels.compiled import attention, layers, logits
+from collections.abc import Collection
+
+import torch
+
+from ensemble_core.members.kernels.base import ChunkAttention
+from ensemble_core.members.kernels.compiled import attention, layers, logits, prompts
 
 
 class CompiledKernels:
@@ -13,3 +18,7 @@ class CompiledKernels:
     gate = staticmethod(layers.gate)
     turn = staticmethod(layers.turn)
     survey = staticmethod(logits.survey)
+
+    def chunk_attention(self, dtype: torch.dtype, sizes: Collection[int]) -> ChunkAttention | None:
+        """See `Kernels.chunk_attention`."""
+        return prompts.attend_chunk if prompts.serves(dtype, sizes) else None

@@ -1,0 +1,108 @@
+"""Server against server: `vllm serve` of each member, one after the other, and ours; one HTTP client for all.
+
+A closed burst: all calls of a run are sent at once, each is answered with exactly as many tokens as it asks for. Time
+counts from the first call to the last token. Every server is warmed by one short call.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import httpx
+from tqdm import tqdm
+
+from benchmarks.anchor.work import Run
+from benchmarks.ledger import ROOT
+from benchmarks.traffic import Call, free_port, play, serving
+from ensemble_core.members.loading.checkpoints import resolve_folder
+
+if TYPE_CHECKING:
+    from benchmarks.against_vllm import Contest, Told
+
+VLLM = ROOT / ".venv-vllm" / "bin" / "vllm"
+START_SECONDS = 300
+
+
+def server_seconds(contest: Contest, rounds: int) -> Told:
+    """(model, who serves) -> the seconds of each whole run."""
+    told: Told = {}
+    models = (contest.ensemble, *contest.members)
+    with tqdm(total=rounds * (1 + 2 * len(contest.members)), unit="server", disable=None) as bar:
+        for _ in range(rounds):
+            bar.set_description("ours")
+            with serving(contest.path) as url:
+                for model in models:
+                    _play_all(told, (model, "ours"), contest, url)
+            bar.update()
+            for member in contest.members:
+                for form in ("eager", "compiled"):
+                    bar.set_description(f"vllm serve {member}, {form}")
+                    with vllm_serving(resolve_folder(contest.config.members[member]), member, form) as url:
+                        _play_all(told, (member, f"{form}, server"), contest, url)
+                    bar.update()
+    return told
+
+
+def _play_all(told: Told, key: tuple[str, str], contest: Contest, url: str) -> None:
+    """Every run once."""
+    model = key[0]
+    texts = contest.texts(contest.main_of(model))
+    asyncio.run(play(url, [Call(model, texts[0][contest.plan.whole[0].length], 4)]))
+    for run in contest.plan.whole:
+        told.setdefault(key, {}).setdefault(run.name, []).append(_burst(url, model, run, texts))
+
+
+def _burst(url: str, model: str, run: Run, texts: Sequence[dict[int, list[int]]]) -> float:
+    calls = [Call(model, text[run.length], run.tokens) for text in texts[: run.num]]
+    streams = asyncio.run(play(url, calls, f"{model} {run.name}"))
+    return max(stream.arrivals[-1] for stream in streams) - min(stream.due for stream in streams)
+
+
+@contextmanager
+def vllm_serving(folder: Path, name: str, form: str) -> Iterator[str]:
+    """The address of vLLM's server, ready. Raises SystemExit with its log where it does not start."""
+    port = free_port()
+    command: list[str | Path] = [
+        VLLM,
+        "serve",
+        folder,
+        "--served-model-name",
+        name,
+        "--port",
+        str(port),
+        "--dtype",
+        "bfloat16",
+    ]
+    command += ["--max-model-len", "2048", "--max-num-seqs", "64", "--no-enable-prefix-caching"]
+    command += ["--enforce-eager"] if form == "eager" else []
+    environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_TARGET_DEVICE": "cpu"}
+    environment |= {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    with tempfile.TemporaryFile("w+") as log:
+        process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
+        url = f"http://127.0.0.1:{port}"
+        try:
+            deadline = time.monotonic() + START_SECONDS
+            while not _is_ready(url):
+                if process.poll() is not None or time.monotonic() > deadline:
+                    log.seek(0)
+                    raise SystemExit(f"vLLM's server did not start:\n{log.read()[-3000:]}")
+                time.sleep(0.5)
+            yield url
+        finally:
+            process.terminate()
+            process.wait(60)
+
+
+def _is_ready(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/health").status_code == 200
+    except httpx.TransportError:
+        return False
