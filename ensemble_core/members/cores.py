@@ -5,13 +5,26 @@ the slowest core: on an idle machine that costs a tenth of a step, and a multipl
 core. Members that step together therefore share the cores out among them, by what their forwards cost; one that steps
 alone has them all. How many threads a forward has changes no bit of its answer (a test holds this).
 
-Knows names and numbers; does not know members, lanes of other devices or threads.
+Knows names, counts and seconds; does not know members, lanes of other devices or threads.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardCost:
+    """Seconds of a member's forward: a fixed part, more for each token that it is fed and each answer it is asked."""
+
+    fixed: float = 1.0
+    token: float = 0.0
+    answer: float = 0.0
+
+    def __call__(self, num_tokens: int, num_answers: int) -> float:
+        """Of a forward of so many tokens; what has been read before them does not count."""
+        return self.fixed + self.token * num_tokens + self.answer * num_answers
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,37 +37,40 @@ class Team:
 
 @dataclass(frozen=True, slots=True)
 class Cores:
-    """How many cores there are, and what a forward of each member that works on them costs beside those of others."""
+    """How many cores there are, and what forwards of the members that work on them cost on all of them."""
 
     num: int = 1
-    costs: Mapping[str, float] = field(default_factory=dict)
+    costs: Mapping[str, ForwardCost] = field(default_factory=dict)
 
-    def teams(self, members: Iterable[str]) -> tuple[Team, ...]:
-        """Of members that step together; in turn where there is one core, as many threads as there are."""
-        names = tuple(members)
+    def teams(self, work: Mapping[str, float]) -> tuple[Team, ...]:
+        """Teams of members that step together, the one that takes longest last. work: seconds of each, above 0.
+
+        On one core there is one team, with as many threads as there are.
+        """
         if self.num == 1:
-            return (Team(names, 0),) if names else ()
-        return share_out({name: self.costs[name] for name in names}, self.num)
+            return (Team(tuple(work), 0),) if work else ()
+        return share_out(work, self.num)
 
 
-def share_out(costs: Mapping[str, float], cores: int) -> tuple[Team, ...]:
-    """Teams of members that use all cores at the same time.
+def share_out(work: Mapping[str, float], cores: int) -> tuple[Team, ...]:
+    """Teams that use all cores at the same time, the one that takes longest last.
 
-    costs: member -> what its forward costs, above 0. With a core for each member, every member is a team of its own,
-    and each core that is left goes where most work waits for a core. Otherwise each core has a team, and members join
-    the one with the least work, the dearest first.
+    With a core for each member, every member is a team of its own, and each core that is left goes where most work
+    waits for a core. Otherwise each core has a team, and members join the one with the least work, the dearest first.
     """
-    dearest = sorted(costs, key=lambda name: (-costs[name], name))
+    dearest = sorted(work, key=lambda name: (-work[name], name))
     if len(dearest) > cores:
-        return _packed({name: costs[name] for name in dearest}, cores)
-    shares = dict.fromkeys(dearest, 1)
-    for _ in range(cores - len(dearest) if dearest else 0):
-        shares[max(dearest, key=lambda name: costs[name] / shares[name])] += 1
-    return tuple(Team((name,), share) for name, share in shares.items())
+        teams = _packed({name: work[name] for name in dearest}, cores)
+    else:
+        shares = dict.fromkeys(dearest, 1)
+        for _ in range(cores - len(dearest) if dearest else 0):
+            shares[max(dearest, key=lambda name: work[name] / shares[name])] += 1
+        teams = [Team((name,), share) for name, share in shares.items()]
+    return tuple(sorted(teams, key=lambda team: sum(work[name] for name in team.members) / team.cores))
 
 
-def _packed(costs: Mapping[str, float], cores: int) -> tuple[Team, ...]:
+def _packed(work: Mapping[str, float], cores: int) -> list[Team]:
     teams: list[list[str]] = [[] for _ in range(cores)]
-    for name in costs:
-        min(teams, key=lambda team: sum(costs[each] for each in team)).append(name)
-    return tuple(Team(tuple(team), 1) for team in teams)
+    for name in work:
+        min(teams, key=lambda team: sum(work[each] for each in team)).append(name)
+    return [Team(tuple(team), 1) for team in teams]

@@ -17,9 +17,8 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from queue import SimpleQueue
@@ -30,6 +29,7 @@ import torch
 from ensemble_core.errors import MemberError, MemberTimeoutError
 from ensemble_core.members.base import Answers, Feed, Member
 from ensemble_core.members.cores import Cores, Team
+from ensemble_core.members.threads import Allotment, threads
 from ensemble_core.stats import Cause
 
 logger = logging.getLogger(__name__)
@@ -86,7 +86,7 @@ class MemberPool:
         self.members = dict(members)
         self._timeout, self._cores = timeout, cores or Cores()
         self._num_threads = torch.get_num_threads()  # of a thread that nothing is said of
-        most = len(self._teams(members))
+        most = len(self._teams(dict.fromkeys(members, 1.0)))
         self._threads = ThreadPoolExecutor(most - 1, "team") if most > 1 else None
         self._workers = {name: _Worker(name) for name in members} if timeout is not None else {}
         self._late: dict[str, _Late] = {}
@@ -103,14 +103,16 @@ class MemberPool:
 
     def forward(self, feeds: Mapping[str, Sequence[Feed]]) -> dict[str, Attempt]:
         """`Member.forward` of every member that has feeds. None of them may be busy."""
-        return self._overlap({name: partial(self._forward, name, own) for name, own in feeds.items()})
+        work = {name: self._work(name, own) for name, own in feeds.items()}
+        return self._overlap({name: partial(self._forward, name, own) for name, own in feeds.items()}, work)
 
     def reuse(self, prompts: Mapping[str, Mapping[int, Sequence[int]]]) -> dict[str, dict[int, int | MemberError]]:
         """`Member.reuse` of every member's sequences: member -> seq_id -> tokens cached, or how it failed.
 
         prompts: member -> seq_id -> ids. None of the members may be busy.
         """
-        return self._overlap({name: partial(self._reuse, name, own) for name, own in prompts.items()})
+        calls = {name: partial(self._reuse, name, own) for name, own in prompts.items()}
+        return self._overlap(calls, dict.fromkeys(prompts, 1.0))
 
     def release(self, member: str, seq_id: int, keep: bool = False) -> None:
         """`Member.release`, now or when the member is back. A failure is logged: nobody works on it any more."""
@@ -143,29 +145,40 @@ class MemberPool:
         for worker in self._workers.values():
             worker.close()
 
-    def _overlap(self, calls: Mapping[str, Callable[[], T]]) -> dict[str, T]:
-        """Make a call of each member, team by team, the last team here; none of them raises."""
+    def _overlap(self, calls: Mapping[str, Callable[[], T]], work: Mapping[str, float]) -> dict[str, T]:
+        """Make a call of each member, team by team, the longest here; none of them raises. work: seconds of each."""
         for name in calls:
             assert name not in self._late, f"{name} is busy"
-        *others, own = self._teams(calls) if calls else [Team((), 0)]
-        assert self._threads is not None or not others
+        *others, own = self._teams(work) if work else [Team((), 0)]
+        share = Allotment(own.cores or self._num_threads)
 
-        def run(team: Team) -> dict[str, T]:
-            with _threads(team.cores or self._num_threads):
-                return {name: calls[name]() for name in team.members}
+        def elsewhere(team: Team) -> dict[str, T]:
+            with threads(Allotment(team.cores or self._num_threads)):
+                done = {name: calls[name]() for name in team.members}
+            share.add(team.cores)
+            return done
 
-        begun = [self._threads.submit(run, team) for team in others] if self._threads is not None else []
-        parts = [run(own), *(each.result() for each in begun)]
-        found = {name: result for part in parts for name, result in part.items()}
+        begun = [self._threads.submit(elsewhere, team) for team in others] if self._threads is not None else []
+        assert len(begun) == len(others)
+        with threads(share):
+            found = {name: calls[name]() for name in own.members}
+        for each in begun:
+            found |= each.result()
         return {name: found[name] for name in calls}
 
-    def _teams(self, names: Iterable[str]) -> list[Team]:
-        """Members that work at the same time, those of one team in turn."""
+    def _teams(self, work: Mapping[str, float]) -> list[Team]:
+        """Members that work at the same time, those of one team in turn; the longest on the CPU last."""
         lanes: dict[str, list[str]] = {}
-        for name in names:
+        for name in work:
             lanes.setdefault(self.members[name].lane, []).append(name)
-        on_cpu = self._cores.teams(lanes.pop(CPU, []))
+        on_cpu = self._cores.teams({name: work[name] for name in lanes.pop(CPU, [])})
         return [*(Team(tuple(lane), 0) for lane in lanes.values()), *on_cpu]
+
+    def _work(self, name: str, feeds: Sequence[Feed]) -> float:
+        """Seconds that a forward is expected to take."""
+        if (cost := self._cores.costs.get(name)) is None:
+            return 1.0
+        return cost(sum(len(feed.token_ids) for feed in feeds), sum(feed.wanted for feed in feeds))
 
     def _forward(self, name: str, feeds: Sequence[Feed]) -> Attempt:
         started = time.perf_counter()
@@ -193,7 +206,7 @@ class MemberPool:
         try:
             if self._timeout is None:
                 return call()
-            future = self._workers[name].submit(partial(_with_threads, torch.get_num_threads(), call))
+            future = self._workers[name].submit(partial(_on, Allotment(torch.get_num_threads()), call))
             wait([future], self._timeout)
             if future.done():
                 return future.result()
@@ -206,22 +219,9 @@ class MemberPool:
         raise MemberTimeoutError(name, f"it took longer than scheduler.member_timeout, {self._timeout:g} s")
 
 
-@contextmanager
-def _threads(num: int) -> Iterator[None]:
-    """Within the block, operations that this thread begins have so many threads."""
-    before = torch.get_num_threads()
-    if num != before:
-        torch.set_num_threads(num)
-    try:
-        yield
-    finally:
-        if num != before:
-            torch.set_num_threads(before)
-
-
-def _with_threads(num: int, call: Callable[[], T]) -> T:
+def _on(share: Allotment, call: Callable[[], T]) -> T:
     """A call in another thread, with as many threads as its caller had."""
-    with _threads(num):
+    with threads(share):
         return call()
 
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ensemble_core.members.cores import Cores, Team, share_out
+from ensemble_core.members.cores import Cores, ForwardCost, Team, share_out
 
 COSTS = st.dictionaries(st.sampled_from("abcdefgh"), st.floats(0.001, 1000.0), min_size=1)
 
@@ -37,7 +37,7 @@ def work(team: Team, costs: dict[str, float], more: int) -> float:
     ("costs", "cores", "teams"),
     [
         ({"small": 20.0, "large": 26.0}, 2, {("large",): 1, ("small",): 1}),
-        ({"small": 20.0, "large": 26.0}, 8, {("large",): 5, ("small",): 3}),
+        ({"small": 10.0, "large": 30.0}, 8, {("large",): 6, ("small",): 2}),
         ({"small": 20.0}, 8, {("small",): 8}),
         ({"a": 9.0, "b": 5.0, "c": 4.0}, 2, {("a",): 1, ("b", "c"): 1}),
     ],
@@ -49,11 +49,18 @@ def test_more_cores_where_more_is_to_be_done(
 
 
 def test_on_one_core_members_work_in_turn() -> None:
-    assert Cores(1, {"a": 1.0, "b": 2.0}).teams(["a", "b"]) == (Team(("a", "b"), 0),)
-    assert Cores().teams([]) == ()
+    assert Cores().teams({"a": 1.0, "b": 2.0}) == (Team(("a", "b"), 0),)
+    assert Cores().teams({}) == ()
 
 
 def test_who_steps_alone_has_all_cores() -> None:
-    cores = Cores(4, {"a": 1.0, "b": 2.0})
-    assert cores.teams(["a"]) == (Team(("a",), 4),)
-    assert cores.teams([]) == ()
+    assert Cores(4).teams({"a": 1.0}) == (Team(("a",), 4),)
+    assert Cores(4).teams({}) == ()
+
+
+def test_the_longest_comes_last() -> None:
+    assert [team.members for team in share_out({"a": 3.0, "b": 1.0, "c": 2.0}, 3)] == [("b",), ("c",), ("a",)]
+
+
+def test_a_forward_costs_what_it_is_fed_and_asked() -> None:
+    assert ForwardCost(10.0, 2.0, 0.5)(3, 4) == 18.0

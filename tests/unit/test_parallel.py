@@ -12,7 +12,7 @@ from fakes import FakeMember
 
 from ensemble_core.errors import MemberError, MemberTimeoutError
 from ensemble_core.members.base import Answers, Feed
-from ensemble_core.members.cores import Cores
+from ensemble_core.members.cores import Cores, ForwardCost
 from ensemble_core.members.parallel import Attempt, MemberPool
 
 LATE = 0.4  # seconds; far more than a fake's forward takes
@@ -157,7 +157,7 @@ def test_members_of_the_cpu_share_its_cores_where_they_step_together(timeout: fl
     """Each forward has its share of the threads; the caller's own number is as it was."""
     before, meeting = torch.get_num_threads(), threading.Barrier(3, timeout=10.0)
     watched = {name: Watched(name, lane, meeting) for name, lane in (("a", "cpu"), ("b", "cpu"), ("c", "gpu"))}
-    pool = MemberPool(watched, timeout, Cores(3, {"a": 1.0, "b": 3.0}))
+    pool = MemberPool(watched, timeout, Cores(3, {"a": ForwardCost(1.0), "b": ForwardCost(3.0)}))
     together = forward(pool, "c", "a", "b")
     assert list(together) == ["c", "a", "b"]
     watched["b"].meeting = None

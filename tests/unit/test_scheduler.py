@@ -7,6 +7,7 @@ import random
 import subprocess
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 
 import pytest
 from fakes import byte_vocabulary
@@ -16,7 +17,7 @@ from ensemble_core.decoding.pace import Work
 from ensemble_core.decoding.recipe import Recipe
 from ensemble_core.decoding.requests import GenerationRequest
 from ensemble_core.decoding.sampling_params import SamplingParams
-from ensemble_core.decoding.scheduler import Capacity, Limits, Scheduler, Share
+from ensemble_core.decoding.scheduler import Capacity, Limits, Scheduler, Share, Spare
 from ensemble_core.decoding.sequence import Choice, Phase, Sequence
 from ensemble_core.errors import QueueFullError
 from ensemble_core.text.alignment import Track
@@ -204,7 +205,7 @@ def test_a_long_prompt_does_not_stall_streams() -> None:
 
 def test_prefill_beside_streams_takes_what_is_granted_and_all_of_the_budget_without() -> None:
     """A decode-only step takes 10, a prompt token 0.5 in each member: 20 more pay for 20 tokens in each."""
-    scheduler = Scheduler(CAPACITIES, Limits(4, 4, 50, max_stretch=3.0))
+    scheduler = Scheduler(CAPACITIES, Limits(4, 4, 50, max_stretch=3.0, spare="all"))
     stream, prompt = make(0, {"alpha": 40, "beta": 40}, 60), make(1, {"alpha": 100, "beta": 60}, 5)
     scheduler.add([stream])
     assert run_timed(scheduler)["alpha"] == 40
@@ -215,6 +216,28 @@ def test_prefill_beside_streams_takes_what_is_granted_and_all_of_the_budget_with
     assert [each["alpha"] for each in fed[:4]] == [0, 0, 16, 16]  # two steps measure what decoding costs
     assert all(each["alpha"] + each["beta"] <= 40 for each in fed)
     assert len(fed) <= 8
+
+
+@pytest.mark.parametrize(
+    ("spare", "watched", "began", "spared"),
+    [
+        ("earlier", True, 1.0, True),  # it ran before the prompt came
+        ("earlier", True, 3.0, False),  # both are of one burst
+        ("earlier", False, 1.0, False),  # nobody looks
+        ("all", True, 3.0, True),
+        ("all", False, 1.0, False),
+        ("none", True, 1.0, False),
+    ],
+)
+def test_whom_prompts_spare(spare: Spare, watched: bool, began: float, spared: bool) -> None:
+    """Two decode-only steps first, to learn what a step costs, where a stream is spared; else all of the budget."""
+    scheduler = Scheduler(CAPACITIES, Limits(4, 4, 50, max_stretch=3.0, spare=spare))
+    stream, prompt = make(0, {"alpha": 40}, 60), make(1, {"alpha": 100}, 5)
+    stream.request, stream.first_token, prompt.arrived = replace(stream.request, watched=watched), began, 2.0
+    scheduler.add([stream])
+    assert run_timed(scheduler)["alpha"] == 40
+    scheduler.add([prompt])
+    assert [run_timed(scheduler)["alpha"] for _ in range(2)] == ([0, 0] if spared else [49, 49])
 
 
 def run_timed(scheduler: Scheduler) -> dict[str, int]:

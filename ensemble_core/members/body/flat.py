@@ -22,6 +22,7 @@ from ensemble_core.members.attention.base import Pass
 from ensemble_core.members.body.base import weight_bytes
 from ensemble_core.members.body.linear import Linear, merged
 from ensemble_core.members.kernels.base import Activation, Kernels, Norm
+from ensemble_core.members.threads import grow
 
 FAMILIES = frozenset(
     f"{family}ForCausalLM" for family in ("Llama", "Mistral", "Qwen2", "Qwen3", "Gemma3")
@@ -116,8 +117,10 @@ class FlatBody:
         normed = self._layers[0].before_attention(x)
         *layers, last = zip(self._layers, self._following, strict=True)
         for layer, following in layers:
+            grow()
             x, normed = layer.forward(x, normed, run, angles[layer.kind], following)
         layer, following = last
+        grow()
         if len(wanted) < len(x):  # what the last layer makes of the others is asked for by nobody
             _, normed = layer.forward(x, normed, run, angles[layer.kind], following, wanted)
             return self._head(normed)

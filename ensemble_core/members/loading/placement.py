@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 
 from ensemble_core.config import MemberConfig
 from ensemble_core.errors import ConfigError
 from ensemble_core.members.base import Feed, Member
-from ensemble_core.members.cores import Cores
+from ensemble_core.members.cores import Cores, ForwardCost
 
 logger = logging.getLogger(__name__)
 
@@ -69,27 +69,41 @@ def log_plan(members: Mapping[str, MemberConfig]) -> None:
         )
 
 
-_PROBES = 5  # forwards of a member, of which the shortest counts
-_PROBED = 8  # sequences of such a forward
+_PROBES = 3  # forwards of each kind, of which the shortest counts
+_CHUNK, _ROWS = 64, 8  # tokens of one sequence, sequences of one token
 
 
 def plan_cores(members: Mapping[str, Member]) -> Cores:
-    """How members of the CPU share its cores, by what a decode step of a few sequences takes; says so in the log."""
+    """How members of the CPU share its cores, by what their forwards take on all of them; says so in the log."""
     on_cpu = {name: member for name, member in members.items() if member.lane == "cpu"}
-    cores = Cores(torch.get_num_threads(), {name: _step_seconds(member) for name, member in on_cpu.items()})
-    if len(on_cpu) > 1 and cores.num > 1:
-        teams = ", ".join(f"{' and '.join(team.members)} {team.cores}" for team in cores.teams(on_cpu))
-        logger.info("plan: %d cores, shared by members that step together: %s", cores.num, teams)
+    if len(on_cpu) < 2 or torch.get_num_threads() < 2:
+        return Cores()
+    cores = Cores(torch.get_num_threads(), {name: _cost(member) for name, member in on_cpu.items()})
+    teams = cores.teams({name: cost(_ROWS, _ROWS) for name, cost in cores.costs.items()})
+    shares = ", ".join(f"{' and '.join(team.members)} {team.cores}" for team in teams)
+    logger.info("plan: %d cores, shared by members that step together: %s (of a decode step)", cores.num, shares)
     return cores
 
 
-def _step_seconds(member: Member) -> float:
-    num = min(_PROBED, member.num_pages)
-    seconds = []
+def _cost(member: Member) -> ForwardCost:
+    """Of a member's forwards, from three kinds of them."""
+    num = min(_ROWS, member.num_pages)
+    chunk = [Feed(-1, [0] * min(_CHUNK, member.max_len))]
+    one, many, rows = (
+        _seconds(member, feeds) for feeds in ([Feed(-1, [0])], chunk, [Feed(-1 - i, [0]) for i in range(num)])
+    )
+    token = max(many - one, 0.0) / max(len(chunk[0].token_ids) - 1, 1)
+    answer = max((rows - one) / max(num - 1, 1) - token, 0.0)
+    return ForwardCost(max(one - token - answer, 1e-6), token, answer)
+
+
+def _seconds(member: Member, feeds: Sequence[Feed]) -> float:
+    """The shortest of a few forwards, each from an empty cache."""
+    found = []
     for _ in range(_PROBES):
         started = time.perf_counter()
-        member.forward([Feed(-1 - i, [0]) for i in range(num)])
-        seconds.append(time.perf_counter() - started)
-    for i in range(num):
-        member.release(-1 - i)
-    return min(seconds)
+        member.forward(feeds)
+        found.append(time.perf_counter() - started)
+        for feed in feeds:
+            member.release(feed.seq_id)
+    return min(found)

@@ -46,7 +46,7 @@ _PAIRS = ir.VectorType(_BFloat(), 2 * _LANES)
 
 
 def _product(adds: bool) -> Callable[..., Any]:
-    """An intrinsic: (address of C, its step, of A, its step, of B, its step, words of K); steps in floats or words."""
+    """An intrinsic: (address of C, its step, of A, its step, of B, its step, words of K); steps: 32-bit numbers."""
 
     def product(context: Any, c: Any, c_step: Any, a: Any, a_step: Any, b: Any, b_step: Any, num: Any) -> Any:
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
