@@ -17,19 +17,14 @@ from torch import Tensor
 from ensemble_core.members.base import Candidates, log_rest
 from ensemble_core.members.kernels.base import Kernels, Survey
 from ensemble_core.members.kernels.plain import PLAIN
-from ensemble_core.members.ranking import has_stripes, ranked, within_reach
+from ensemble_core.members.ranking import has_stripes, ranked
 
 
-def likeliest(logits: Tensor, num: int, found: Survey) -> Tensor:
-    """The `num` likeliest ids of each row, in order: (N, V) -> (N, num) int64.
-
-    Logits that give the same float32 log-probability are equals, since no later step can tell them apart.
-    """
-    normaliser = found.normaliser.unsqueeze(1)
-    if not has_stripes(logits.shape[1], num):
-        return ranked(logits.float() - normaliser, num)
-    columns = within_reach(found.peaks.float() - normaliser, num, logits.shape[1])
-    return columns.gather(1, ranked(logits.gather(1, columns).float() - normaliser, num, columns))
+def likeliest(logits: Tensor, num: int, found: Survey, kernels: Kernels = PLAIN) -> Tensor:
+    """The `num` likeliest ids of each row, in order; see `Kernels.likeliest`."""
+    if has_stripes(logits.shape[1], num):
+        return kernels.likeliest(logits, num, found)
+    return ranked(logits.float() - found.normaliser.unsqueeze(1), num)
 
 
 def top_candidates(
@@ -49,7 +44,7 @@ def top_candidates(
         token_ids = torch.arange(vocabulary, device=logits.device).expand(num_rows, vocabulary)
         whole = logits.float() - normaliser.unsqueeze(1)
         return Candidates(token_ids, whole, torch.full_like(normaliser, -torch.inf))
-    token_ids = likeliest(logits, width, found)
+    token_ids = likeliest(logits, width, found, kernels)
     for row, wanted in enumerate(also):
         if wanted:
             _force(token_ids[row], wanted)

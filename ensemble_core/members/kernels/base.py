@@ -92,3 +92,10 @@ class Kernels(Protocol):
 
     def survey(self, logits: Tensor) -> Survey:
         """Read logits once, (N, V), in as much memory as a few rows."""
+
+    def likeliest(self, logits: Tensor, num: int, found: Survey) -> Tensor:
+        """The `num` likeliest ids of each row in the order of `ranking`, (N, V) -> (N, num) int64.
+
+        Rows are long enough for stripes. Logits that give the same float32 log-probability are equals, since no later
+        step can tell them apart.
+        """

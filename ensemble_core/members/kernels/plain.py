@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ensemble_core.members.kernels.base import Activation, Norm, Survey
-from ensemble_core.members.ranking import peaks
+from ensemble_core.members.ranking import peaks, ranked, within_reach
 
 _CHUNK = 65_536  # columns that the normaliser takes at once
 _LINE = 1024  # columns of a sum
@@ -40,6 +40,12 @@ class PlainKernels:
     def survey(self, logits: Tensor) -> Survey:
         """See `Kernels.survey`."""
         return Survey(_normaliser(logits), peaks(logits))
+
+    def likeliest(self, logits: Tensor, num: int, found: Survey) -> Tensor:
+        """See `Kernels.likeliest`."""
+        normaliser = found.normaliser.unsqueeze(1)
+        columns = within_reach(found.peaks.float() - normaliser, num, logits.shape[1])
+        return columns.gather(1, ranked(logits.gather(1, columns).float() - normaliser, num, columns))
 
 
 PLAIN = PlainKernels()

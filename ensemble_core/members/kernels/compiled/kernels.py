@@ -7,7 +7,7 @@ from collections.abc import Collection
 import torch
 
 from ensemble_core.members.kernels.base import ChunkAttention
-from ensemble_core.members.kernels.compiled import attention, layers, logits, prompts
+from ensemble_core.members.kernels.compiled import attention, layers, logits, prompts, ranking
 
 
 class CompiledKernels:
@@ -18,6 +18,7 @@ class CompiledKernels:
     gate = staticmethod(layers.gate)
     turn = staticmethod(layers.turn)
     survey = staticmethod(logits.survey)
+    likeliest = staticmethod(ranking.likeliest)
 
     def chunk_attention(self, dtype: torch.dtype, sizes: Collection[int]) -> ChunkAttention | None:
         """See `Kernels.chunk_attention`."""
