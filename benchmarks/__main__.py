@@ -15,6 +15,7 @@ SPEED = Suite(
         "sampled",
         "prefix_reuse",
         "growth",
+        "busy",
         "against_vllm",
         "build_matrices",
         "start",

@@ -1,7 +1,7 @@
 """Our ensemble against the sum of vLLM's runs of its members alone, vLLM at its best setting, on the same machine.
 
     make bench-vllm        (makes .venv-vllm, then runs this)
-    python -m benchmarks.against_vllm [--config configs/demo.yaml] [--data ../shared/data] [--rounds 2] [--quick]
+    python -m benchmarks.against_vllm [--config configs/demo.yaml] [--data ../shared/data] [--rounds 3] [--quick]
 
 Engine against engine: in turns, a process each, our ensemble, each of its members in our engine, and each member in
 vLLM's CPU build under every setting: eager and compiled, the engine in the process that steps it and in one of its
@@ -23,6 +23,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import yaml
 from tqdm import tqdm
 
 from benchmarks import prose
@@ -78,7 +79,9 @@ class Contest:
     """Who takes part, and the work of each as a file."""
 
     def __init__(self, args: argparse.Namespace, plan: Plan, folder: Path) -> None:
-        self.config, self.plan, self.path, self._folder = load_config(args.config), plan, args.config, folder
+        self.plan, self._folder, self.path = plan, folder, folder / "ours.yaml"
+        self.config = _with_rows(load_config(args.config), plan.num_prompts)
+        self.path.write_text(yaml.safe_dump(self.config.model_dump(mode="json", exclude_defaults=True)))
         self.ensemble, self._data = args.ensemble, args.data
         self.members = list(self.config.ensembles[args.ensemble].members)
 
@@ -109,6 +112,19 @@ class Contest:
         if not path.exists():
             path.write_text(json.dumps({"plan": self.plan.as_json(), "texts": self.texts(member)}))
         return path
+
+
+def _with_rows(config: Config, num: int) -> Config:
+    """A place for every prompt of a run, as vLLM has it, and no prefix cache."""
+    scheduler = config.scheduler.model_copy(update={"max_running": num, "prefix_reuse": False})
+    grown = num / config.scheduler.max_running
+    members = {
+        name: member.model_copy(update={"kv_memory": int(member.kv_memory * grown)})
+        if isinstance(member.kv_memory, int)
+        else member
+        for name, member in config.members.items()
+    }
+    return config.model_copy(update={"scheduler": scheduler, "members": members})
 
 
 def best(told: Told, model: str, what: str) -> tuple[float, str]:
@@ -198,7 +214,7 @@ def main() -> None:
         "--data", type=Path, default=DATA, help="folder of the development sets, whose prose is read"
     )
     parser.add_argument("--ensemble", default=ENSEMBLE)
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--servers", action=argparse.BooleanOptionalAction, default=True, help="over HTTP as well")
     args = parser.parse_args()
     if not PYTHON.exists():

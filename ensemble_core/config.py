@@ -195,7 +195,7 @@ class SchedulerConfig(Section):
         ge=1,
         description="Prompt tokens that may wait; more get a 429. One request alone may have more.",
     )
-    token_budget: int = Field(512, ge=1, description="Most tokens a member is fed in one step.")
+    token_budget: int = Field(1024, ge=1, description="Most tokens a member is fed in one step.")
     max_stretch: float = Field(
         2.0,
         gt=1.0,

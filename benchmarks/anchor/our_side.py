@@ -1,8 +1,6 @@
 """Our side of the comparison with vLLM: a model of a configuration, an ensemble or a member; prints one JSON line.
 
-    python -m benchmarks.anchor.our_side CONFIG MODEL WORK.json
-
-No prefix cache; otherwise as configured.
+python -m benchmarks.anchor.our_side CONFIG MODEL WORK.json
 """
 
 from __future__ import annotations
@@ -50,8 +48,7 @@ def main() -> None:
     args = parser.parse_args()
     work, config = json.loads(args.work.read_text()), load_config(args.config)
     plan, texts = Plan.of(work["plan"]), [{int(n): ids for n, ids in text.items()} for text in work["texts"]]
-    scheduler = config.scheduler.model_copy(update={"prefix_reuse": False})
-    engine = OurEngine(config.model_copy(update={"scheduler": scheduler}), args.model)
+    engine = OurEngine(config, args.model)
     print(json.dumps({"seconds": measure(engine, plan, texts)}))
 
 

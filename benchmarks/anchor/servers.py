@@ -45,7 +45,8 @@ def server_seconds(contest: Contest, rounds: int) -> Told:
             for member in contest.members:
                 for form in ("eager", "compiled"):
                     bar.set_description(f"vllm serve {member}, {form}")
-                    with vllm_serving(resolve_folder(contest.config.members[member]), member, form) as url:
+                    folder = resolve_folder(contest.config.members[member])
+                    with vllm_serving(folder, member, form, contest.plan.num_prompts) as url:
                         _play_all(told, (member, f"{form}, server"), contest, url)
                     bar.update()
     return told
@@ -67,7 +68,7 @@ def _burst(url: str, model: str, run: Run, texts: Sequence[dict[int, list[int]]]
 
 
 @contextmanager
-def vllm_serving(folder: Path, name: str, form: str) -> Iterator[str]:
+def vllm_serving(folder: Path, name: str, form: str, max_running: int) -> Iterator[str]:
     """The address of vLLM's server, ready. Raises SystemExit with its log where it does not start."""
     port = free_port()
     command: list[str | Path] = [
@@ -81,7 +82,7 @@ def vllm_serving(folder: Path, name: str, form: str) -> Iterator[str]:
         "--dtype",
         "bfloat16",
     ]
-    command += ["--max-model-len", "2048", "--max-num-seqs", "64", "--no-enable-prefix-caching"]
+    command += ["--max-model-len", "2048", "--max-num-seqs", str(max_running), "--no-enable-prefix-caching"]
     command += ["--enforce-eager"] if form == "eager" else []
     environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_TARGET_DEVICE": "cpu"}
     environment |= {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}

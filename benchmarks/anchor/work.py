@@ -51,7 +51,7 @@ class Plan:
     first: Run = Run(1, 1000, 1)
     prefill: Run = Run(8, 512, 1)
     whole: tuple[Run, ...] = (Run(32, 224, 64), Run(8, 1000, 32), Run(64, 64, 64))
-    repeats: int = 3
+    repeats: int = 1
 
     def quick(self) -> Plan:
         """To see that it works."""
@@ -108,7 +108,7 @@ def measure(engine: Stepped, plan: Plan, texts: Sequence[dict[int, Prompt]]) -> 
     """What -> seconds, one for each repeat. texts: of each prompt, length -> its ids when cut to that length."""
     found: dict[str, list[float]] = {}
     start = plan.context - plan.steps // 2
-    seconds(engine, [texts[0][start]], 4)  # first use
+    seconds(engine, [text[plan.first.length] for text in texts[:2]], 4)  # first use
     for _ in range(plan.repeats):
         for batch in plan.batches:
             steps = step_seconds(engine, [text[start] for text in texts[:batch]], plan.steps + 4)

@@ -63,6 +63,8 @@ class Share:
     drafter: str = ""
 
 
+MOST_ANSWERS = 512  # of a step that answers at every position of a prompt: each is a row of logits
+
 Spare = Literal["earlier", "all", "none"]  # which running streams the prompts must not slow down too much
 
 
@@ -149,6 +151,8 @@ class Scheduler:
         if granted == 0:
             return shares
         most = self._limits.token_budget if granted is None else granted
+        if any(s.scoring or s.weighing for s in prompts):
+            most = min(most, MOST_ANSWERS)
         left = {member: max(min(tokens, most), 1) for member, tokens in left.items()}  # 1: prompts make progress
         return shares + _prefill_shares(prompts, left, math.inf if granted is None else granted)
 

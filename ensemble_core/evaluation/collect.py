@@ -19,6 +19,7 @@ import torch
 from tqdm import tqdm
 
 from ensemble_core.config import Config, MemberConfig
+from ensemble_core.decoding.scheduler import MOST_ANSWERS
 from ensemble_core.errors import EvaluationError
 from ensemble_core.evaluation.scores import MemberScores, Scores, join_scores, load_scores, save_scores
 from ensemble_core.evaluation.spelling import Document, Spelling, SpeltDocument, spell
@@ -67,7 +68,7 @@ class Collector:
     def _score(self, documents: Sequence[Document]) -> Scores:
         llm = self.llm()
         spelt = [self._spell(document, llm) for document in documents]
-        budget = self.config.scheduler.token_budget
+        budget = min(self.config.scheduler.token_budget, MOST_ANSWERS)
         parts = {
             name: _member_scores(
                 llm.members[name], [d.spellings[name] for d in spelt], self.num_candidates, budget
