@@ -84,7 +84,7 @@ VLLM := .venv-vllm/bin/python
 	@touch $@
 
 .PHONY: bench
-bench: models .venv-vllm/installed ## all benchmarks against their bounds, on a machine that is otherwise idle (half an hour)
+bench: models .venv-vllm/installed ## all benchmarks against their bounds, on a machine that is otherwise idle (two hours)
 	@$(BIN)/python -m benchmarks
 
 .PHONY: bench-quick
@@ -92,7 +92,7 @@ bench-quick: models .venv-vllm/installed ## whether all benchmarks run; their fi
 	@$(BIN)/python -m benchmarks --quick
 
 .PHONY: bench-vllm
-bench-vllm: models .venv-vllm/installed ## the benchmark against vLLM alone
+bench-vllm: models .venv-vllm/installed ## the benchmark against vLLM alone (three quarters of an hour)
 	@$(BIN)/python -m benchmarks against_vllm
 
 .PHONY: bench-document

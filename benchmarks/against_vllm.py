@@ -1,13 +1,14 @@
 """Our ensemble against the sum of vLLM's runs of its members alone, vLLM at its best setting, on the same machine.
 
     make bench-vllm        (makes .venv-vllm, then runs this)
-    python -m benchmarks.against_vllm [--config configs/demo.yaml] [--data ../shared/data] [--rounds 3] [--quick]
+    python -m benchmarks.against_vllm [--config configs/demo.yaml] [--data ../shared/data] [--rounds 2] [--quick]
 
 Engine against engine: in turns, a process each, our ensemble, each of its members in our engine, and each member in
 vLLM's CPU build under every setting: eager and compiled, the engine in the process that steps it and in one of its
 own. Then server against server over HTTP, the same client for both. Prompts are real prose, the same text on both
 sides, each member counting its own tokens; no side has a prefix cache. The setting of vLLM's that counts is, for each
-figure and member, the best. Medians over all repeats of all rounds.
+figure and member, the best. llama.cpp's steps on the demo's own 4-bit files stand beside these. Medians over all
+rounds.
 """
 
 from __future__ import annotations
@@ -27,11 +28,13 @@ import yaml
 from tqdm import tqdm
 
 from benchmarks import prose
+from benchmarks.anchor.llama import install, llama_seconds
 from benchmarks.anchor.servers import server_seconds
 from benchmarks.anchor.work import Plan, lengths
 from benchmarks.ledger import ROOT, Check, Findings, Value, arguments
 from ensemble_core.config import Config, load_config
 from ensemble_core.members.loading.checkpoints import load_tokenizer, resolve_folder
+from ensemble_core.members.loading.demo_models import PREFIX
 
 PYTHON = ROOT / ".venv-vllm" / "bin" / "python"
 DATA = ROOT.parent / "shared" / "data"
@@ -45,7 +48,7 @@ SETTINGS = {
 
 Seconds = dict[str, list[float]]  # what -> of each repeat
 Told = dict[tuple[str, str], Seconds]  # (model, who runs it) -> all rounds
-OURS = "ours"
+OURS, LLAMA = "ours", "llama.cpp, 4 bits"
 
 
 def texts(config: Config, model: str, member: str, plan: Plan, data: Path) -> list[dict[int, list[int]]]:
@@ -89,11 +92,11 @@ class Contest:
         """(model, who) -> its command, and whether vLLM's engine has a process of its own."""
         found: dict[tuple[str, str], tuple[list[str | Path], str]] = {}
         for model in (self.ensemble, *self.members):
-            work = self._work(self.main_of(model))
+            work = self.work(self.main_of(model))
             own: list[str | Path] = [sys.executable, "-m", "benchmarks.anchor.our_side", self.path, model, work]
             found[model, OURS] = (own, "0")
         for member in self.members:
-            folder, work = resolve_folder(self.config.members[member]), self._work(member)
+            folder, work = resolve_folder(self.config.members[member]), self.work(member)
             for setting, (options, multi) in SETTINGS.items():
                 command: list[str | Path] = [PYTHON, "-m", "benchmarks.anchor.vllm_side", folder, work, *options]
                 found[member, setting] = (command, multi)
@@ -107,7 +110,8 @@ class Contest:
         """Every prompt in a member's tokens; see `texts`."""
         return texts(self.config, self.ensemble, member, self.plan, self._data)
 
-    def _work(self, member: str) -> Path:
+    def work(self, member: str) -> Path:
+        """The file of what a member is to do."""
         path = self._folder / f"{member}.json"
         if not path.exists():
             path.write_text(json.dumps({"plan": self.plan.as_json(), "texts": self.texts(member)}))
@@ -129,7 +133,9 @@ def _with_rows(config: Config, num: int) -> Config:
 
 def best(told: Told, model: str, what: str) -> tuple[float, str]:
     """Median seconds of vLLM's best setting, and which it was."""
-    settings = [who for name, who in told if name == model and who != OURS and what in told[name, who]]
+    settings = [
+        who for name, who in told if name == model and who not in (OURS, LLAMA) and what in told[name, who]
+    ]
     return min((median(told[model, who][what]), who) for who in settings)
 
 
@@ -194,6 +200,7 @@ def measure(args: argparse.Namespace, plan: Plan) -> Findings:
                         told.setdefault(key, {}).setdefault(what, []).extend(seconds)
                     versions |= answer
                     bar.update()
+        _add_llama(told, contest, args.rounds)
         served = server_seconds(contest, args.rounds) if args.servers else {}
     titles = {f"step {batch}": f"step, B = {batch}" for batch in plan.batches}
     titles |= {"first": f"first token of {plan.first.length}", **{run.name: run.name for run in plan.whole}}
@@ -207,6 +214,18 @@ def measure(args: argparse.Namespace, plan: Plan) -> Findings:
     return Findings("against_vllm", tables, _checks(tables), settings | versions)
 
 
+def _add_llama(told: Told, contest: Contest, rounds: int) -> None:
+    """llama.cpp's figures of the members that are demo models, where its package can be had."""
+    demos = {name: contest.config.members[name].model for name in contest.members}
+    with tempfile.TemporaryDirectory() as scratch:
+        package = Path(scratch)
+        if not all(model.startswith(PREFIX) for model in demos.values()) or not install(package):
+            return
+        for member, model in rounds * list(demos.items()):
+            for what, seconds in llama_seconds(package, model, contest.work(member), package).items():
+                told.setdefault((member, LLAMA), {}).setdefault(what, []).extend(seconds)
+
+
 def main() -> None:
     """Measure and print."""
     parser = arguments(__doc__)
@@ -214,7 +233,7 @@ def main() -> None:
         "--data", type=Path, default=DATA, help="folder of the development sets, whose prose is read"
     )
     parser.add_argument("--ensemble", default=ENSEMBLE)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--servers", action=argparse.BooleanOptionalAction, default=True, help="over HTTP as well")
     args = parser.parse_args()
     if not PYTHON.exists():

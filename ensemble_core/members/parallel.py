@@ -29,7 +29,7 @@ import torch
 from ensemble_core.errors import MemberError, MemberTimeoutError
 from ensemble_core.members.base import Answers, Feed, Member
 from ensemble_core.members.cores import Cores, Team
-from ensemble_core.members.threads import Allotment, threads
+from ensemble_core.members.threads import Allotment, allotment, threads
 from ensemble_core.stats import Cause
 
 logger = logging.getLogger(__name__)
@@ -86,7 +86,7 @@ class MemberPool:
         self.members = dict(members)
         self._timeout, self._cores = timeout, cores or Cores()
         self._num_threads = torch.get_num_threads()  # of a thread that nothing is said of
-        most = len(self._teams(dict.fromkeys(members, 1.0)))
+        most = len(self._teams(dict.fromkeys(members, 1.0), self._cores))
         self._threads = ThreadPoolExecutor(most - 1, "team") if most > 1 else None
         self._workers = {name: _Worker(name) for name in members} if timeout is not None else {}
         self._late: dict[str, _Late] = {}
@@ -104,7 +104,8 @@ class MemberPool:
     def forward(self, feeds: Mapping[str, Sequence[Feed]]) -> dict[str, Attempt]:
         """`Member.forward` of every member that has feeds. None of them may be busy."""
         work = {name: self._work(name, own) for name, own in feeds.items()}
-        return self._overlap({name: partial(self._forward, name, own) for name, own in feeds.items()}, work)
+        calls = {name: partial(self._forward, name, own) for name, own in feeds.items()}
+        return self._overlap(calls, self._teams(work, self._cores))
 
     def reuse(self, prompts: Mapping[str, Mapping[int, Sequence[int]]]) -> dict[str, dict[int, int | MemberError]]:
         """`Member.reuse` of every member's sequences: member -> seq_id -> tokens cached, or how it failed.
@@ -112,7 +113,9 @@ class MemberPool:
         prompts: member -> seq_id -> ids. None of the members may be busy.
         """
         calls = {name: partial(self._reuse, name, own) for name, own in prompts.items()}
-        return self._overlap(calls, dict.fromkeys(prompts, 1.0))
+        return self._overlap(
+            calls, self._teams(dict.fromkeys(prompts, 1.0), Cores())
+        )  # too short to share cores for
 
     def release(self, member: str, seq_id: int, keep: bool = False) -> None:
         """`Member.release`, now or when the member is back. A failure is logged: nobody works on it any more."""
@@ -145,11 +148,11 @@ class MemberPool:
         for worker in self._workers.values():
             worker.close()
 
-    def _overlap(self, calls: Mapping[str, Callable[[], T]], work: Mapping[str, float]) -> dict[str, T]:
-        """Make a call of each member, team by team, the longest here; none of them raises. work: seconds of each."""
+    def _overlap(self, calls: Mapping[str, Callable[[], T]], teams: Sequence[Team]) -> dict[str, T]:
+        """Make a call of each member, team by team, the last team's here; none of them raises."""
         for name in calls:
             assert name not in self._late, f"{name} is busy"
-        *others, own = self._teams(work) if work else [Team((), 0)]
+        *others, own = teams or [Team((), 0)]
         share = Allotment(own.cores or self._num_threads)
 
         def elsewhere(team: Team) -> dict[str, T]:
@@ -166,12 +169,15 @@ class MemberPool:
             found |= each.result()
         return {name: found[name] for name in calls}
 
-    def _teams(self, work: Mapping[str, float]) -> list[Team]:
-        """Members that work at the same time, those of one team in turn; the longest on the CPU last."""
+    def _teams(self, work: Mapping[str, float], cores: Cores) -> list[Team]:
+        """Members that work at the same time, those of one team in turn; the longest on the CPU last.
+
+        work: seconds of each. cores: what those on the CPU share.
+        """
         lanes: dict[str, list[str]] = {}
         for name in work:
             lanes.setdefault(self.members[name].lane, []).append(name)
-        on_cpu = self._cores.teams({name: work[name] for name in lanes.pop(CPU, [])})
+        on_cpu = cores.teams({name: work[name] for name in lanes.pop(CPU, [])})
         return [*(Team(tuple(lane), 0) for lane in lanes.values()), *on_cpu]
 
     def _work(self, name: str, feeds: Sequence[Feed]) -> float:
@@ -206,7 +212,7 @@ class MemberPool:
         try:
             if self._timeout is None:
                 return call()
-            future = self._workers[name].submit(partial(_on, Allotment(torch.get_num_threads()), call))
+            future = self._workers[name].submit(partial(_on, allotment(), call))
             wait([future], self._timeout)
             if future.done():
                 return future.result()
@@ -220,7 +226,7 @@ class MemberPool:
 
 
 def _on(share: Allotment, call: Callable[[], T]) -> T:
-    """A call in another thread, with as many threads as its caller had."""
+    """A call in another thread, with the cores of its caller."""
     with threads(share):
         return call()
 

@@ -48,6 +48,11 @@ def threads(share: Allotment) -> Iterator[None]:
         _set(before)
 
 
+def allotment() -> Allotment:
+    """What this thread works with; for a thread that makes a call in its stead."""
+    return _own.share or Allotment(torch.get_num_threads())
+
+
 def grow() -> None:
     """Take the cores that were added to this thread's share; for a long computation, now and then."""
     if _own.share is not None:

@@ -14,6 +14,7 @@ from ensemble_core.config import Config
 from ensemble_core.decoding.requests import Overrides
 from ensemble_core.decoding.sampling_params import SamplingParams
 from ensemble_core.llm import LLM, Completion
+from ensemble_core.members.base import Feed
 from ensemble_core.members.loading.checkpoints import resolve_folder
 from ensemble_core.members.local import LocalMember
 
@@ -129,3 +130,26 @@ def assert_all_free(llm: LLM) -> None:
         assert isinstance(member, LocalMember)
         member.check_cache()
         assert member.free_pages == member.num_pages
+
+
+def test_members_side_by_side_answer_as_they_do_in_turn(llm: LLM) -> None:
+    """Bit for bit, a prompt of a few hundred tokens and what follows it."""
+    pool = llm._engine._pool
+    assert pool._cores.costs.keys() == llm.members.keys() or torch.get_num_threads() == 1
+    prompt = " ".join(PROMPTS) * 6
+    feeds = {
+        name: [[Feed(-1, ids, top_k=64)], [Feed(-1, ids[:3], top_k=64, wanted=3)]]
+        for name in llm.members
+        for ids in [llm.encode(name, prompt)]
+    }
+    together = [pool.forward({name: own[step] for name, own in feeds.items()}) for step in range(2)]
+    for name in llm.members:
+        pool.release(name, -1)
+        for step, found in enumerate(together):
+            alone = pool.forward({name: feeds[name][step]})[name].answers
+            beside = found[name].answers
+            assert alone is not None
+            assert beside is not None
+            assert torch.equal(alone.joined().token_ids, beside.joined().token_ids)
+            assert torch.equal(alone.joined().logprobs, beside.joined().logprobs)
+        pool.release(name, -1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,9 @@ from tiny_models import Kind
 
 from ensemble_core import factory
 from ensemble_core.config import load_config
-from ensemble_core.decoding.requests import Overrides
+from ensemble_core.decoding.requests import GenerationRequest, Overrides
 from ensemble_core.decoding.sampling_params import SamplingParams
+from ensemble_core.decoding.sequence import Sequence as RunningSequence
 from ensemble_core.errors import InvalidRequestError, ModelNotFoundError, UnisonoError
 from ensemble_core.llm import LLM
 from ensemble_core.transfer.build import build_matrices
@@ -153,3 +154,17 @@ def test_a_failed_member_is_an_error(fakes: dict[str, FakeMember]) -> None:
         list(made.stream("abc", GREEDY))
     assert len(made.generate("abc", GREEDY)[0].token_ids) == 16
     assert all(member.is_empty for member in fakes.values())
+
+
+def test_nobody_watches_what_comes_as_a_whole(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[bool] = []
+    admit = llm._admission.admit_all
+
+    def noting(requests: Sequence[GenerationRequest]) -> list[RunningSequence]:
+        seen.extend(request.watched for request in requests)
+        return admit(requests)
+
+    monkeypatch.setattr(llm._admission, "admit_all", noting)
+    llm.generate(PROMPTS[:2], GREEDY)
+    assert "".join(llm.stream(PROMPTS[0], GREEDY))
+    assert seen == [False, False, True]

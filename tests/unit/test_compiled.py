@@ -1,4 +1,4 @@
-"""Compiled loops against torch: attention over spans, what a token may depend on, and the survey of logits."""
+"""Compiled loops against torch: attention over spans, what a token may depend on, surveys, the likeliest."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from torch import Tensor
 from ensemble_core.members.kernels.base import Spans
 from ensemble_core.members.kernels.compiled.attention import attend_spans
 from ensemble_core.members.kernels.compiled.logits import survey
+from ensemble_core.members.kernels.compiled.ranking import likeliest
+from ensemble_core.members.kernels.plain import PLAIN
 from ensemble_core.members.ranking import peaks
 
 SLOTS = 700  # more than two blocks of keys
@@ -112,3 +114,22 @@ def test_a_survey_is_that_of_torch(vocabulary: int, dtype: torch.dtype) -> None:
     torch.testing.assert_close(normaliser.double(), logits.double().logsumexp(dim=1), atol=2e-6, rtol=1e-6)
     for row in range(5):
         assert torch.equal(survey(logits[row : row + 1])[0], normaliser[row : row + 1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("vocabulary", [49_152, 50_077, 262_144])
+@pytest.mark.parametrize("spread", [0.0, 0.01, 3.0, 30.0])
+def test_the_likeliest_are_those_of_torch(vocabulary: int, dtype: torch.dtype, spread: float) -> None:
+    """In the same order: with ties, signed zeros, numbers that are not finite, and rows of one number."""
+    logits = (spread * torch.randn(7, vocabulary, generator=torch.Generator().manual_seed(1))).to(dtype)
+    logits[1, ::3] = -torch.inf
+    logits[2, 5] = torch.nan
+    logits[3] = torch.nan
+    logits[4, 77] = torch.inf
+    logits[5], logits[5, 1::2] = 0.0, -0.0
+    logits[6], logits[6, -3:] = -torch.inf, torch.tensor([1.0, 2.0, 2.0]).to(dtype)
+    found = survey(logits)
+    for num in (1, 7, 256, 700):
+        assert torch.equal(likeliest(logits, num, found), PLAIN.likeliest(logits, num, found)), num
+    alone = likeliest(logits[:1], 256, survey(logits[:1]))
+    assert torch.equal(alone, likeliest(logits, 256, found)[:1])

@@ -440,4 +440,4 @@ def test_members_of_two_lanes_answer_the_same() -> None:
     apart = pair()
     apart[1].lane = "node-7/cpu"  # the pool runs it in a thread
     assert alone(apart, "abc", params).main.completion_ids == together.main.completion_ids
-    assert any(name.startswith("lane") for member in apart for name in member.threads)
+    assert any(name.startswith("team") for member in apart for name in member.threads)

@@ -212,7 +212,7 @@ def test_a_scored_prompt_beside_a_stream_is_fused_bit_by_bit(monkeypatch: pytest
     expected = apart.add(prompt, echo=True, logprobs=2, max_tokens=3, **GREEDY)
     apart.run()
     bench = Pair()
-    monkeypatch.setattr(bench.engine.scheduler.pace, "grant", lambda kinds, num, prompts: 16 if num else None)
+    monkeypatch.setattr(bench.engine.scheduler.pace, "grant", lambda kinds, num, *_: 16 if num else None)
     stream = bench.add("abc", max_tokens=200, **GREEDY)
     bench.step()
     scored = bench.add(prompt, echo=True, logprobs=2, max_tokens=3, **GREEDY)

@@ -64,3 +64,22 @@ def test_merged_layers_give_their_outputs_side_by_side() -> None:
     x = torch.randn(4, 8)
     expected = torch.cat([each(x) for each in layers], dim=1)
     torch.testing.assert_close(merged(*layers)(x), expected, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(960, 576), (576, 1536), (4096, 640), (640, 2048), (3, 5)])
+def test_how_many_threads_there_are_changes_no_bit(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    """Members share cores as their neighbours leave them, so an answer must not depend on it."""
+    made, *_ = layer(shape, dtype, False, False)
+    before = torch.get_num_threads()
+    try:
+        for num in (1, 2, 5, 8, 32, 100, 300):
+            x = torch.randn(num, shape[1]).to(dtype)
+            found = []
+            for threads in (1, 2, 4):
+                torch.set_num_threads(threads)
+                found.append(made(x))
+            assert torch.equal(found[0], found[1])
+            assert torch.equal(found[0], found[2])
+    finally:
+        torch.set_num_threads(before)

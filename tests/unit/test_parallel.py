@@ -14,6 +14,7 @@ from ensemble_core.errors import MemberError, MemberTimeoutError
 from ensemble_core.members.base import Answers, Feed
 from ensemble_core.members.cores import Cores, ForwardCost
 from ensemble_core.members.parallel import Attempt, MemberPool
+from ensemble_core.members.threads import grow
 
 LATE = 0.4  # seconds; far more than a fake's forward takes
 Members = dict[str, FakeMember]
@@ -164,5 +165,34 @@ def test_members_of_the_cpu_share_its_cores_where_they_step_together(timeout: fl
     alone = forward(pool, "b", seq_id=2)
     assert all(attempt.error is None for attempt in (*together.values(), *alone.values()))
     assert {name: member.seen for name, member in watched.items()} == {"a": [1], "b": [2, 3], "c": [before]}
+    assert torch.get_num_threads() == before
+    pool.close()
+
+
+class Patient(FakeMember):
+    """Waits in its forward until another one is over, and then takes what cores there are."""
+
+    def __init__(self, name: str, other: FakeMember) -> None:
+        super().__init__(name, lane="cpu")
+        self.other, self.seen = other, [0]
+
+    def forward(self, feeds: Sequence[Feed]) -> Answers:
+        deadline = time.monotonic() + 10.0
+        while self.seen[-1] < 3 and time.monotonic() < deadline:
+            grow()
+            self.seen.append(torch.get_num_threads())
+            time.sleep(0.01)
+        return super().forward(feeds)
+
+
+@pytest.mark.parametrize("timeout", [None, 30.0])
+def test_the_longest_forward_takes_over_the_cores_of_the_others(timeout: float | None) -> None:
+    before, quick = torch.get_num_threads(), FakeMember("a", lane="cpu")
+    slow = Patient("b", quick)
+    pool = MemberPool({"a": quick, "b": slow}, timeout, Cores(3, {"a": ForwardCost(1.0), "b": ForwardCost(3.0)}))
+    quick.gate.clear()
+    threading.Timer(0.1, quick.gate.set).start()
+    forward(pool, "a", "b")
+    assert (slow.seen[1], slow.seen[-1]) == (2, 3)
     assert torch.get_num_threads() == before
     pool.close()

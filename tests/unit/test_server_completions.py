@@ -387,3 +387,9 @@ def test_what_json_cannot_spell_is_floored() -> None:
     found = to_logprobs([token])
     assert found.token_logprobs == [-9999.0]
     assert found.top_logprobs == [{"x": -9999.0}]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_request_is_watched_where_it_is_streamed(stream: bool) -> None:
+    (request,) = job_of(stream=stream).ticket.requests
+    assert request.watched is stream

