@@ -8,7 +8,7 @@ vLLM's CPU build under every setting: eager and compiled, the engine in the proc
 own. Then server against server over HTTP, the same client for both. Prompts are real prose, the same text on both
 sides, each member counting its own tokens; no side has a prefix cache. The setting of vLLM's that counts is, for each
 figure and member, the best. llama.cpp's steps on the demo's own 4-bit files stand beside these. Medians over all
-rounds.
+rounds. Writes benchmarks/results/against_vllm.png.
 """
 
 from __future__ import annotations
@@ -29,9 +29,10 @@ from tqdm import tqdm
 
 from benchmarks import prose
 from benchmarks.anchor.llama import install, llama_seconds
+from benchmarks.anchor.picture import draw
 from benchmarks.anchor.servers import server_seconds
 from benchmarks.anchor.work import Plan, lengths
-from benchmarks.ledger import ROOT, Check, Findings, Value, arguments
+from benchmarks.ledger import ROOT, Check, Findings, Value, arguments, results_folder
 from ensemble_core.config import Config, load_config
 from ensemble_core.members.loading.checkpoints import load_tokenizer, resolve_folder
 from ensemble_core.members.loading.demo_models import PREFIX
@@ -164,12 +165,21 @@ def prefill_rows(told: Told, contest: Contest) -> list[dict[str, Value]]:
     return rows
 
 
-def all_settings(told: Told) -> list[dict[str, Value]]:
-    """Every contestant's medians, in milliseconds."""
+def all_settings(told: Told, served: Told) -> list[dict[str, Value]]:
+    """Every contestant's medians, in milliseconds; nothing where it was not measured."""
+    columns = list(dict.fromkeys(what for seconds in told.values() for what in seconds))
     return [
-        {"model": model, "who": who, **{what: 1e3 * median(each) for what, each in seconds.items()}}
-        for (model, who), seconds in told.items()
+        {"model": model, "who": who}
+        | {what: 1e3 * median(seconds[what]) if what in seconds else None for what in columns}
+        for (model, who), seconds in (told | _apart(served)).items()
     ]
+
+
+def _apart(served: Told) -> Told:
+    """Servers under names of their own."""
+    return {
+        (model, who if who.endswith("server") else f"{who}, server"): each for (model, who), each in served.items()
+    }
 
 
 def _checks(rows: Mapping[str, Sequence[Mapping[str, Value]]]) -> list[Check]:
@@ -208,8 +218,9 @@ def measure(args: argparse.Namespace, plan: Plan) -> Findings:
         "engines": [ratio_row(told, contest, what, title) for what, title in titles.items()],
         "prefill": prefill_rows(told, contest),
         "servers": [ratio_row(served, contest, run.name, f"{run.name}, HTTP") for run in plan.whole if served],
-        "settings": all_settings(told) + all_settings(served),
+        "settings": all_settings(told, served),
     }
+    draw([*tables["engines"], *tables["servers"]], args.ensemble, _picture(args.quick))
     settings = {"rounds": args.rounds, "repeats": plan.repeats, "context": plan.context, "quick": args.quick}
     return Findings("against_vllm", tables, _checks(tables), settings | versions)
 
@@ -224,6 +235,10 @@ def _add_llama(told: Told, contest: Contest, rounds: int) -> None:
         for member, model in rounds * list(demos.items()):
             for what, seconds in llama_seconds(package, model, contest.work(member), package).items():
                 told.setdefault((member, LLAMA), {}).setdefault(what, []).extend(seconds)
+
+
+def _picture(quick: bool) -> Path:
+    return results_folder("benchmarks", quick) / "against_vllm.png"
 
 
 def main() -> None:

@@ -113,9 +113,8 @@ class MemberPool:
         prompts: member -> seq_id -> ids. None of the members may be busy.
         """
         calls = {name: partial(self._reuse, name, own) for name, own in prompts.items()}
-        return self._overlap(
-            calls, self._teams(dict.fromkeys(prompts, 1.0), Cores())
-        )  # too short to share cores for
+        in_turn = Cores()  # the calls are too short to share cores for
+        return self._overlap(calls, self._teams(dict.fromkeys(prompts, 1.0), in_turn))
 
     def release(self, member: str, seq_id: int, keep: bool = False) -> None:
         """`Member.release`, now or when the member is back. A failure is logged: nobody works on it any more."""
