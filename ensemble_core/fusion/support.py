@@ -242,13 +242,18 @@ def floor_of(candidates: Candidates, num_lacking: Tensor) -> Tensor:
 def floors_of(
     candidates: Sequence[Candidates], tails: Tensor, num_lacking: Tensor, supposed: float = SUPPOSED
 ) -> Tensor:
-    """What is supposed of each token outside its candidates, for M members: (B, M) tails and counts -> (B, M).
-
-    The last eighth of a row does not count as least, since ids asked for by `also` stand there whatever their rank.
-    """
-    heads = (part.logprobs[:, : (num := part.logprobs.shape[1]) - num // 8] for part in candidates)
-    least = torch.stack([head.amin(dim=1) for head in heads], dim=1).exp()
+    """What is supposed of each token outside its candidates, for M members: (B, M) tails and counts -> (B, M)."""
+    least = torch.stack([least_of(part) for part in candidates], dim=1).exp()
     return torch.minimum(least, supposed * tails / num_lacking.clamp_min(1))
+
+
+def least_of(candidates: Candidates) -> Tensor:
+    """The log-probability of each row's least candidate, (B,).
+
+    The last eighth of a row does not count, since ids asked for by `also` stand there whatever their rank.
+    """
+    num = candidates.logprobs.shape[1]
+    return candidates.logprobs[:, : num - num // 8].amin(dim=1)
 
 
 def concluded(support: ClosedSupport | Views, pooled: Tensor) -> Fused:

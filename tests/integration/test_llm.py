@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import abc
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from ensemble_core import factory
 from ensemble_core.config import load_config
 from ensemble_core.decoding.requests import GenerationRequest, Overrides
 from ensemble_core.decoding.sampling_params import SamplingParams
-from ensemble_core.decoding.sequence import Sequence as RunningSequence
+from ensemble_core.decoding.sequence import Sequence
 from ensemble_core.errors import InvalidRequestError, ModelNotFoundError, UnisonoError
 from ensemble_core.llm import LLM
 from ensemble_core.transfer.build import build_matrices
@@ -160,7 +161,7 @@ def test_nobody_watches_what_comes_as_a_whole(llm: LLM, monkeypatch: pytest.Monk
     seen: list[bool] = []
     admit = llm._admission.admit_all
 
-    def noting(requests: Sequence[GenerationRequest]) -> list[RunningSequence]:
+    def noting(requests: abc.Sequence[GenerationRequest]) -> list[Sequence]:
         seen.extend(request.watched for request in requests)
         return admit(requests)
 

@@ -111,7 +111,7 @@ def test_compiled_attention_is_for_cpu_and_known_types_alone() -> None:
 
 
 def test_without_numba_decoding_goes_on(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setattr(choice, "_can_compile", choice._can_compile.__wrapped__)  # not what an earlier test found
+    monkeypatch.setattr(choice, "can_compile", choice.can_compile.__wrapped__)  # not what an earlier test found
     monkeypatch.delattr(compiled, "base", raising=False)
     monkeypatch.setitem(sys.modules, "ensemble_core.members.kernels.compiled.base", None)
     assert choose([CPU], torch.float32).attend_spans is None

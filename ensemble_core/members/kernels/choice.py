@@ -18,7 +18,7 @@ _COMPILED = (torch.float32, torch.bfloat16)
 
 def choose(devices: Iterable[torch.device], dtype: torch.dtype) -> Kernels:
     """The fastest kernels for a member of this dtype whose layers are on these devices."""
-    if dtype not in _COMPILED or any(device.type != "cpu" for device in devices) or not _can_compile():
+    if dtype not in _COMPILED or any(device.type != "cpu" for device in devices) or not can_compile():
         return PlainKernels()
     from ensemble_core.members.kernels.compiled.kernels import CompiledKernels
 
@@ -26,7 +26,8 @@ def choose(devices: Iterable[torch.device], dtype: torch.dtype) -> Kernels:
 
 
 @cache
-def _can_compile() -> bool:
+def can_compile() -> bool:
+    """Whether compiled loops can be had here."""
     try:
         from ensemble_core.members.kernels.compiled import base  # noqa: F401
     except ImportError as error:

@@ -144,6 +144,12 @@ def integers(context: Any, frame: Any, index: Any) -> Any:
     return types.CPointer(types.int64)(frame, types.intp), _pointer
 
 
+@intrinsic  # type: ignore[untyped-decorator]
+def short_integers(context: Any, frame: Any, index: Any) -> Any:
+    """Where a word of a frame points to: int32."""
+    return types.CPointer(types.int32)(frame, types.intp), _pointer
+
+
 def _words(builder: Any, frame: Any) -> Any:
     return builder.bitcast(frame, ir.IntType(64).as_pointer())
 
