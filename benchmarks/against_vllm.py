@@ -249,12 +249,14 @@ def main() -> None:
     )
     parser.add_argument("--ensemble", default=ENSEMBLE)
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=1, help="of all runs in one process")
     parser.add_argument("--servers", action=argparse.BooleanOptionalAction, default=True, help="over HTTP as well")
     args = parser.parse_args()
     if not PYTHON.exists():
         raise SystemExit("vLLM is not installed beside this project; run `make bench-vllm`")
     args.rounds = 1 if args.quick else args.rounds
-    measure(args, Plan().quick() if args.quick else Plan()).print()
+    plan = Plan(repeats=args.repeats)
+    measure(args, plan.quick() if args.quick else plan).print()
 
 
 if __name__ == "__main__":
