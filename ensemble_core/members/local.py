@@ -23,6 +23,7 @@ from ensemble_core.members.cache.pages import PagedCache
 from ensemble_core.members.cache.rows import KVCache
 from ensemble_core.members.kernels.base import Kernels
 from ensemble_core.members.streams import lane_on
+from ensemble_core.members.threads import grow
 from ensemble_core.text.vocabulary import Vocabulary
 
 
@@ -113,6 +114,7 @@ class LocalMember:
         layout = lay_out(feeds)
         places = _places(feeds, order, layout)
         logits = self._body(run, torch.tensor(token_ids), torch.tensor(places, dtype=torch.long))
+        grow()
         return answer(logits, feeds, layout, self._kernels)
 
     def _pack(self, feeds: Sequence[Feed]) -> tuple[Pass, list[int]]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ensemble_core.members.body.linear import Linear, merged
+from ensemble_core.members.body.linear import Head, Linear, merged
 
 SHAPES = [
     (3, 5),
@@ -83,3 +83,17 @@ def test_how_many_threads_there_are_changes_no_bit(shape: tuple[int, int], dtype
             assert torch.equal(found[0], found[2])
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_head_in_parts_is_the_layer(bias: bool) -> None:
+    """Of more outputs than one part has, to the bit where there is one row and where there are many."""
+    random = torch.Generator().manual_seed(0)
+    weight = torch.randn(150_000, 16, generator=random).bfloat16()
+    added = torch.randn(150_000, generator=random).bfloat16() if bias else None
+    head, whole = Head(weight, added), Linear(weight, added)
+    assert [part.num_bytes for part in head.parts] != [whole.num_bytes]
+    assert sum(part.num_bytes for part in head.parts) == whole.num_bytes
+    for num in (1, 7, 33):
+        x = torch.randn(num, 16, generator=random).bfloat16()
+        assert torch.equal(head(x), whole(x))

@@ -355,3 +355,52 @@ def test_of_anchors_with_equal_gaps_the_first_join() -> None:
     gap, anchor_ids = torch.full((2, 300), 0.01), torch.arange(400, 700)
     token_ids, _, _ = module._extend(main, gap, anchor_ids)
     assert token_ids[:, 20:].tolist() == [list(range(400, 400 + NUM_REACHED))] * 2
+
+
+def candidates_of(rows: int, size: int, num: int, seed: int) -> Candidates:
+    return top_candidates(logits_of(rows, size, seed), num)
+
+
+def in_torch(fused: RelativeFusion) -> RelativeFusion:
+    """The same fusion by torch's operations."""
+    assert fused._rows is not None
+    fused._rows = None
+    return fused
+
+
+@pytest.mark.parametrize("steps", [1, 3, 10])
+@pytest.mark.parametrize("num", [1, 5, 40, 200])
+@pytest.mark.parametrize("members", [2, 3])
+def test_the_compiled_loop_is_the_fusion(members: int, num: int, steps: int) -> None:
+    """With tokens that have no row, weights of 0, a member that says nothing of anchors, and rows of one token."""
+    matrices = [dense_matrix(200 + 40 * i, 90, i, width=8) for i in range(members)]
+    for matrix in matrices:
+        matrix.values[3::7] = 0.0
+    parts = [candidates_of(6, len(matrix.columns), num, 30 + i) for i, matrix in enumerate(matrices)]
+    weights = weights_of(6, members, 1)
+    weights[1], weights[2] = torch.eye(members)[0], torch.eye(members)[1]
+    found = fusion(matrices, steps=steps).fuse(parts, weights)
+    expected = in_torch(fusion(matrices, steps=steps)).fuse(parts, weights)
+    torch.testing.assert_close(dense(found, 300), dense(expected, 300), atol=2e-5, rtol=0.0)
+    torch.testing.assert_close(found.tail.exp(), expected.tail.exp(), atol=2e-5, rtol=0.0)
+    torch.testing.assert_close(found.unmapped, expected.unmapped, atol=1e-6, rtol=0.0)
+    torch.testing.assert_close(dense(found, 300).sum(dim=1) + found.tail.exp(), torch.ones(6), atol=1e-5, rtol=0.0)
+
+
+def test_a_row_of_the_compiled_loop_does_not_depend_on_the_others() -> None:
+    """Bit for bit: alone, among others, and after a row that is not finite."""
+    matrices = [dense_matrix(200, 90, i, width=8) for i in range(2)]
+    built = fusion(matrices)
+    parts = [candidates_of(5, 200, 40, 30 + i) for i in range(2)]
+    weights = weights_of(5, 2, 1)
+    together = built.fuse(parts, weights)
+    for row in range(5):
+        alone = built.fuse([part.rows([row]) for part in parts], weights[row : row + 1])
+        assert torch.equal(alone.token_ids[0], together.token_ids[row])
+        assert torch.equal(alone.logprobs[0], together.logprobs[row])
+    for part in parts:
+        part.logprobs[::2], part.tail[::2] = torch.nan, torch.nan
+    broken = built.fuse(parts, weights)
+    assert torch.equal(broken.logprobs[1::2], together.logprobs[1::2])
+    assert torch.equal(broken.tail[1::2], together.tail[1::2])
+    assert broken.tail[::2].isnan().all()

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ensemble_core.members.attention.base import Pass
 from ensemble_core.members.body.base import weight_bytes
-from ensemble_core.members.body.linear import Linear, merged
+from ensemble_core.members.body.linear import Head, Linear, merged
 from ensemble_core.members.kernels.base import Activation, Kernels, Norm
 from ensemble_core.members.threads import grow
 
@@ -102,7 +102,7 @@ class FlatBody:
     """A whole model; see `base.Body`."""
 
     def __init__(
-        self, embedding: nn.Embedding, layers: list[Layer], rotations: list[Rotation], norm: Norm, head: Linear
+        self, embedding: nn.Embedding, layers: list[Layer], rotations: list[Rotation], norm: Norm, head: Head
     ) -> None:
         self.embedding, self._layers, self._rotations = embedding, layers, rotations
         self._norm, self._head = norm, head
@@ -142,7 +142,7 @@ class FlatBody:
 
     def _linears(self) -> list[Linear]:
         parts = [part for layer in self._layers for part in layer.parts()]
-        return [self._head, *(part for part in parts if isinstance(part, Linear))]
+        return [*self._head.parts, *(part for part in parts if isinstance(part, Linear))]
 
 
 def flatten(model: Any, max_len: int, kernels: Kernels) -> FlatBody | None:
@@ -156,7 +156,7 @@ def flatten(model: Any, max_len: int, kernels: Kernels) -> FlatBody | None:
     kinds = sorted({_kind(layer) for layer in decoder.layers})
     rotations = [_rotation(model, kind, max_len) for kind in kinds]
     layers = [_layer(index, layer, kinds, kernels) for index, layer in enumerate(decoder.layers)]
-    return FlatBody(decoder.embed_tokens, layers, rotations, _norm(decoder.norm), merged(model.lm_head))
+    return FlatBody(decoder.embed_tokens, layers, rotations, _norm(decoder.norm), _head(model.lm_head))
 
 
 def _is_known(model: Any) -> bool:
@@ -194,6 +194,10 @@ def _rotation(model: Any, kind: str, max_len: int) -> Rotation:
     cos, sin = _angles(model, kind, torch.arange(max_len, device=model.device).unsqueeze(0))
     signed = torch.cat((-sin[0, :, : sin.shape[2] // 2], sin[0, :, sin.shape[2] // 2 :]), dim=-1)
     return Rotation(cos[0], signed)
+
+
+def _head(module: nn.Linear) -> Head:
+    return Head(module.weight.data, None if module.bias is None else module.bias.data)
 
 
 def _norm(module: Any) -> Norm:

@@ -20,9 +20,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, pad
 
+from ensemble_core.members.threads import grow
+
 _TILE = 64  # rows that a steady layer takes at once; more are not faster
 _COUNTS = (1, 2, 4, *range(8, 32, 4), *range(32, _TILE + 1, 8))  # of rows that it may be called with
 _PROBED = 256  # outputs of a probe that differ; more are repeated
+_OUTPUTS = 65_536  # of a part of a head
 _BATCH = 32  # rows that the blocked layout is chosen for; any number is served, nearly as well
 
 
@@ -60,6 +63,26 @@ class Linear:
         if self.blocked:
             return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")  # type: ignore[no-any-return]
         return linear(x, self.weight, self.bias)
+
+
+class Head:
+    """A layer of many outputs in parts, one after the other, so that cores that come free meanwhile take part.
+
+    The head of a large vocabulary is half of a forward's work, and a product that has begun keeps its threads.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        parts = torch.split(weight, _OUTPUTS) if weight.device.type == "cpu" else (weight,)
+        biases = torch.split(bias, [len(part) for part in parts]) if bias is not None else (None,) * len(parts)
+        self.parts = [Linear(part, own) for part, own in zip(parts, biases, strict=True)]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(N, in) -> (N, out)."""
+        found = []
+        for part in self.parts:
+            grow()
+            found.append(part(x))
+        return found[0] if len(found) == 1 else torch.cat(found, dim=1)
 
 
 def merged(*layers: nn.Linear) -> Linear:
