@@ -120,7 +120,7 @@ class LLM:
         model: str | None,
         overrides: Overrides | None,
         *,
-        watched: bool,
+        watched: bool = False,
     ) -> list[Sequence]:
         if params is None or isinstance(params, SamplingParams):
             params = [params or SamplingParams()] * len(prompts)
