@@ -30,7 +30,7 @@ from tqdm import tqdm
 from benchmarks import prose
 from benchmarks.anchor.llama import install, llama_seconds
 from benchmarks.anchor.picture import draw
-from benchmarks.anchor.servers import server_seconds
+from benchmarks.anchor.servers import ENVIRONMENT, server_seconds
 from benchmarks.anchor.work import Plan, lengths
 from benchmarks.ledger import ROOT, Check, Findings, Value, arguments, results_folder
 from ensemble_core.config import Config, load_config
@@ -40,7 +40,6 @@ from ensemble_core.members.loading.demo_models import PREFIX
 PYTHON = ROOT / ".venv-vllm" / "bin" / "python"
 DATA = ROOT.parent / "shared" / "data"
 ENSEMBLE = "duet"
-KV_GIB = "2"  # vLLM takes a share of the memory otherwise
 SETTINGS = {
     f"{form}, {place}": (["--eager"] if form == "eager" else [], multi)
     for form in ("eager", "compiled")
@@ -69,9 +68,8 @@ def _text(tokenizer: Any, ids: Sequence[int]) -> str:
 
 def child(command: Sequence[str | Path], multi: str = "0") -> dict[str, Any]:
     """The JSON of a child's last line. Raises SystemExit with the end of what it said where it fails."""
-    environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": KV_GIB, "VLLM_LOGGING_LEVEL": "ERROR"}
-    environment |= {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_TARGET_DEVICE": "cpu"}
-    environment |= {"VLLM_ENABLE_V1_MULTIPROCESSING": multi}
+    own = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_ENABLE_V1_MULTIPROCESSING": multi}
+    environment = os.environ | ENVIRONMENT | own
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{command[0]} failed with {done.returncode}:\n{done.stderr[-3000:]}")

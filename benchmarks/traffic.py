@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -90,15 +90,27 @@ def serving(config: Path) -> Iterator[str]:
 @contextmanager
 def serving_process(config: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
     """The same, with the process."""
+    command = [sys.executable, "-c", "from server.cli import main; main()", "serve", "--config", str(config)]
+    with started(command, "/ready", START_SECONDS) as running:
+        yield running
+
+
+@contextmanager
+def started(
+    command: Sequence[str | Path], ready: str, seconds: float, environment: Mapping[str, str] | None = None
+) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+    """A server that `command` with a --port starts: its address once `ready` answers 200, and its process.
+
+    environment: None: this process's. Raises SystemExit with its log where it does not start within so many seconds.
+    """
     port = free_port()
-    command = [sys.executable, "-c", "from server.cli import main; main()", "serve"]
     with tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen(
-            [*command, "--config", str(config), "--port", str(port)], stdout=log, stderr=subprocess.STDOUT
+            [*command, "--port", str(port)], env=environment, stdout=log, stderr=subprocess.STDOUT
         )
         url = f"http://127.0.0.1:{port}"
         try:
-            if not _becomes_ready(process, url):
+            if not _becomes_ready(process, url + ready, seconds):
                 log.seek(0)
                 raise SystemExit(f"the server did not start:\n{log.read()[-3000:]}")
             yield url, process
@@ -114,11 +126,11 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _becomes_ready(process: subprocess.Popen[bytes], url: str) -> bool:
-    deadline = time.monotonic() + START_SECONDS
+def _becomes_ready(process: subprocess.Popen[bytes], url: str, seconds: float) -> bool:
+    deadline = time.monotonic() + seconds
     while process.poll() is None and time.monotonic() < deadline:
         try:
-            if httpx.get(f"{url}/ready").status_code == 200:
+            if httpx.get(url).status_code == 200:
                 return True
         except httpx.TransportError:
             pass

@@ -8,20 +8,16 @@ from __future__ import annotations
 
 import asyncio
 import os
-import subprocess
-import tempfile
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import httpx
 from tqdm import tqdm
 
 from benchmarks.anchor.work import Run
 from benchmarks.ledger import ROOT
-from benchmarks.traffic import Call, free_port, play, serving
+from benchmarks.traffic import Call, play, serving, started
 from ensemble_core.members.loading.checkpoints import resolve_folder
 
 if TYPE_CHECKING:
@@ -29,6 +25,12 @@ if TYPE_CHECKING:
 
 VLLM = ROOT / ".venv-vllm" / "bin" / "vllm"
 START_SECONDS = 300
+ENVIRONMENT = {
+    "VLLM_TARGET_DEVICE": "cpu",
+    "VLLM_CPU_KVCACHE_SPACE": "2",  # GiB; it takes a share of the memory otherwise
+    "VLLM_NO_USAGE_STATS": "1",
+    "HF_HUB_OFFLINE": "1",
+}  # of vLLM, whether it serves or not
 
 
 def server_seconds(contest: Contest, rounds: int) -> Told:
@@ -70,40 +72,8 @@ def _burst(url: str, model: str, run: Run, texts: Sequence[dict[int, list[int]]]
 @contextmanager
 def vllm_serving(folder: Path, name: str, form: str, max_running: int) -> Iterator[str]:
     """The address of vLLM's server, ready. Raises SystemExit with its log where it does not start."""
-    port = free_port()
-    command: list[str | Path] = [
-        VLLM,
-        "serve",
-        folder,
-        "--served-model-name",
-        name,
-        "--port",
-        str(port),
-        "--dtype",
-        "bfloat16",
-    ]
+    command: list[str | Path] = [VLLM, "serve", folder, "--served-model-name", name, "--dtype", "bfloat16"]
     command += ["--max-model-len", "2048", "--max-num-seqs", str(max_running), "--no-enable-prefix-caching"]
     command += ["--enforce-eager"] if form == "eager" else []
-    environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_TARGET_DEVICE": "cpu"}
-    environment |= {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
-    with tempfile.TemporaryFile("w+") as log:
-        process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
-        url = f"http://127.0.0.1:{port}"
-        try:
-            deadline = time.monotonic() + START_SECONDS
-            while not _is_ready(url):
-                if process.poll() is not None or time.monotonic() > deadline:
-                    log.seek(0)
-                    raise SystemExit(f"vLLM's server did not start:\n{log.read()[-3000:]}")
-                time.sleep(0.5)
-            yield url
-        finally:
-            process.terminate()
-            process.wait(60)
-
-
-def _is_ready(url: str) -> bool:
-    try:
-        return httpx.get(f"{url}/health").status_code == 200
-    except httpx.TransportError:
-        return False
+    with started(command, "/health", START_SECONDS, os.environ | ENVIRONMENT) as (url, _):
+        yield url

@@ -101,13 +101,10 @@ def _fuse(frame: Frame) -> None:
     q, seen = np.zeros(outside + 1, np.float32), np.zeros(outside + 1, np.bool_)
     touched, best = np.empty(outside + 1, np.int32), np.empty(reached, np.uint64)
     heard, said = np.empty(members, np.float32), np.empty(members, np.float32)
-    prior, p, step = (
-        np.empty(width + 1, np.float32),
-        np.empty(width + 1, np.float32),
-        np.empty(width + 1, np.float32),
-    )
+    prior, p = np.empty(width, np.float32), np.empty(width + 1, np.float32)
+    step = np.empty(width + 1, np.float32)
     for row in range(thread(), num, word(frame, 0)):
-        _listen(frame, row, num, members, k, tiny, weights, unmapped, heard, said)
+        _listen(frame, row, num, members, tiny, weights, unmapped, heard, said)
         count = _touch(outside, 0, seen, touched)
         count = _project(frame, 0, row, num, k, np.float32(1.0) / said[0], own, count, seen, touched)
         own[outside] = carray(floats(frame, _FIRST + 4), (num,))[row] / said[0]
@@ -164,7 +161,6 @@ def _listen(
     row: int,
     num: int,
     members: int,
-    k: int,
     tiny: Number,
     weights: Array,
     unmapped: Array,
@@ -262,10 +258,8 @@ def _extend(
 
     See `relative._extend`.
     """
-    shares, ids = (
-        carray(floats(frame, _FIRST + 2), (num, num_own)),
-        carray(integers(frame, _FIRST + 3), (num, num_own)),
-    )
+    shares = carray(floats(frame, _FIRST + 2), (num, num_own))
+    ids = carray(integers(frame, _FIRST + 3), (num, num_own))
     tail = carray(floats(frame, _FIRST + 4), (num,))[row]
     for j in range(num_own):
         token_ids[j], prior[j] = ids[row, j], shares[row, j]
