@@ -204,6 +204,7 @@ def measure(args: argparse.Namespace, plan: Plan) -> Findings:
                 for key, (command, multi) in engines.items():
                     bar.set_description(", ".join(key))
                     answer = child(command, multi)
+                    bar.write(f"{', '.join(key)}: {json.dumps(answer['seconds'])}")
                     for what, seconds in answer.pop("seconds").items():
                         told.setdefault(key, {}).setdefault(what, []).extend(seconds)
                     versions |= answer

@@ -60,7 +60,9 @@ def _play_all(told: Told, key: tuple[str, str], contest: Contest, url: str) -> N
     texts = contest.texts(contest.main_of(model))
     asyncio.run(play(url, [Call(model, texts[0][contest.plan.whole[0].length], 4)]))
     for run in contest.plan.whole:
-        told.setdefault(key, {}).setdefault(run.name, []).append(_burst(url, model, run, texts))
+        seconds = _burst(url, model, run, texts)
+        tqdm.write(f"{', '.join(key)}, {run.name}: {seconds:.2f} s")
+        told.setdefault(key, {}).setdefault(run.name, []).append(seconds)
 
 
 def _burst(url: str, model: str, run: Run, texts: Sequence[dict[int, list[int]]]) -> float:
