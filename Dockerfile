@@ -2,10 +2,12 @@
 # the one with CPU builds, which are several GB smaller:
 #   docker build --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cpu -t unisono:cpu .
 #   docker build -t unisono:cuda .
+# EXTRAS chooses what is installed beside the server; add `ray` for members on other nodes.
 # Models and matrices live in the volume /data, see docker/README.md.
 
 FROM python:3.11-slim AS build
 ARG TORCH_INDEX=""
+ARG EXTRAS="cpu,demo,otel"
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 WORKDIR /src
 RUN python -m venv /opt/unisono
@@ -16,7 +18,7 @@ RUN pip install ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} -c constraints.txt to
 COPY pyproject.toml README.md ./
 COPY ensemble_core ensemble_core
 COPY server server
-RUN pip install -c constraints.txt ".[cpu,demo,otel]"
+RUN pip install -c constraints.txt ".[$EXTRAS]"
 
 FROM python:3.11-slim
 LABEL org.opencontainers.image.title="Unisono" \

@@ -59,7 +59,7 @@ test: models ## set up everything and run the fast tests, those on the demo pair
 	@$(BIN)/python -m pytest -q -m "not slow and not gpu" --ignore-glob='*/test_http_*' tests/integration tests/e2e
 
 .PHONY: test-slow
-test-slow: models ## the slow tests: minutes rather than seconds
+test-slow: models .venv-vllm/installed ## the slow tests: minutes rather than seconds
 	@$(BIN)/python -m pytest -q -m "slow and not gpu"
 
 HARNESS := .venv-lm-eval/bin/python

@@ -16,6 +16,7 @@ SPEED = Suite(
         "prefix_reuse",
         "growth",
         "busy",
+        "far",
         "against_vllm",
         "build_matrices",
         "start",

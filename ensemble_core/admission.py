@@ -16,7 +16,7 @@ from ensemble_core.decoding.requests import Conversation, GenerationRequest, Ove
 from ensemble_core.decoding.sampling_params import SamplingParams
 from ensemble_core.decoding.scoring import PromptScores
 from ensemble_core.decoding.sequence import Sequence
-from ensemble_core.errors import InvalidRequestError
+from ensemble_core.errors import ConfigError, InvalidRequestError
 from ensemble_core.members.base import ALL_ABILITIES, Abilities
 from ensemble_core.recipes import RecipeBook
 from ensemble_core.text.alignment import Track
@@ -87,6 +87,14 @@ class Admission:
             made.append(self._sequence(request, reading))
         return made
 
+    def check_ensembles(self, names: Iterable[str]) -> None:
+        """Raise ConfigError where an ensemble, as it is configured, needs more than a member can do."""
+        for name in names:
+            try:
+                self._check_abilities(GenerationRequest("", name, "", SamplingParams()), self._book.resolve(name, Overrides()))
+            except InvalidRequestError as error:
+                raise ConfigError(f"ensembles.{name}: {error}") from error
+
     def tokenize(self, model: str, prompt: Prompt, add_special_tokens: bool) -> tuple[list[int], Speaker]:
         """A prompt's ids in a model's main member, and that member. Raises as `admit`."""
         main = self._speakers[self._book.resolve(model, Overrides()).main]
@@ -140,6 +148,13 @@ class Admission:
                     "alone; leave it out",
                     param,
                 )
+        most_also, num = self._speakers[recipe.main].abilities.max_also, sum(b > 0 for _, b in params.logit_bias)
+        if most_also is not None and num > most_also:
+            raise InvalidRequestError(
+                f"logit_bias: {num} ids are raised, and member {recipe.main!r} can be asked for {most_also} at most; "
+                "send fewer",
+                "logit_bias",
+            )
 
     def _sequence(self, request: GenerationRequest, reading: _Reading) -> Sequence:
         recipe, params = reading.recipe, request.params

@@ -22,6 +22,7 @@ from pydantic import (
 )
 
 from ensemble_core.errors import ConfigError
+from ensemble_core.hosts import HostConfig
 from ensemble_core.limits import LimitsConfig, OverridesConfig
 from ensemble_core.section import Section, Size, parse_size
 
@@ -29,6 +30,8 @@ _SECRET = "api_keys"  # no message quotes the value of this field
 
 AUTO: Literal["auto"] = "auto"
 _LEAST_CACHE = 2**20
+_OF_WEIGHTS = {"dtype", "device", "device_map", "max_memory", "kv_memory", "kv_cache", "forward"}
+FAR_TIMEOUT = 30.0  # seconds; of calls to members where some live elsewhere and `member_timeout` is not set
 DEFAULT_TAU = 0.25  # nats per byte: about 1 nat per token of four bytes
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 Weight = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
@@ -65,6 +68,9 @@ class MemberConfig(Section):
         None, description="Jinja text or the path of a .jinja file, used instead of the tokenizer's own template."
     )
     trust_remote_code: bool = Field(False, description="Run Python code that comes with the checkpoint.")
+    host: HostConfig | None = Field(
+        None, description="Where the member lives: ray, process or server. None: in the server's process."
+    )
 
     @field_validator("kv_memory", mode="before")
     @classmethod
@@ -87,6 +93,16 @@ class MemberConfig(Section):
             raise ValueError("device and device_map exclude each other; keep one of them")
         if self.max_memory is not None and self.device_map is None:
             raise ValueError("max_memory only acts with device_map; add `device_map: auto` or drop it")
+        return self
+
+    @model_validator(mode="after")
+    def _host_acts(self) -> MemberConfig:
+        if self.host is not None and self.host.server is not None:
+            given = sorted(self.model_fields_set & _OF_WEIGHTS)
+            if given:
+                raise ValueError(
+                    f"{', '.join(given)} only act where Unisono loads the model; with host.server, tell that server"
+                )
         return self
 
 
@@ -214,7 +230,8 @@ class SchedulerConfig(Section):
         None,
         gt=0.0,
         allow_inf_nan=False,
-        description="Seconds that a call to a member may take; a longer one counts as failed. None: no limit.",
+        description="Seconds that a call to a member may take; a longer one counts as failed. None: no limit, or 30 "
+        "where a member has a host.",
     )
     stall_seconds: float = Field(
         60.0, gt=0.0, description="An engine that takes no step for so long is dead: /health fails, requests end."
@@ -294,6 +311,27 @@ class Config(Section):
         """The command that builds this configuration's matrices, for use in messages."""
         return f"unisono build --config {self._source or 'FILE'}"
 
+    @property
+    def member_timeout(self) -> float | None:
+        """Seconds that a call to a member may take: a member that lives elsewhere may never answer."""
+        far = any(member.host is not None for member in self.members.values())
+        return self.scheduler.member_timeout or (FAR_TIMEOUT if far else None)
+
+    @model_validator(mode="after")
+    def _hosts(self) -> Config:
+        rays = {name: m.host.ray for name, m in self.members.items() if m.host is not None and m.host.ray is not None}
+        if len(addresses := sorted({ray.address for ray in rays.values()})) > 1:
+            raise ValueError(f"members: one process can join one Ray cluster, found the addresses {addresses}")
+        groups: dict[str, set[str]] = {}
+        for ray in rays.values():
+            groups.setdefault(ray.group or "", set()).add(ray.strategy)
+        if mixed := sorted(group for group, strategies in groups.items() if group and len(strategies) > 1):
+            raise ValueError(f"members: host.ray.strategy differs within the groups {mixed}; write the same for all")
+        far = [name for name, m in self.members.items() if m.host is not None and m.host.server is not None]
+        if self.deterministic and far:
+            raise ValueError(f"deterministic: no promise can be made for members on other servers: {far}; drop one")
+        return self
+
     @model_validator(mode="after")
     def _references(self) -> Config:
         for name, ensemble in self.ensembles.items():
@@ -361,6 +399,7 @@ def _resolve_paths(config: Config, folder: Path) -> Config:
             update={
                 "model": _resolve_model(member.model, folder),
                 "chat_template": _resolve_template(member.chat_template, folder),
+                "host": _resolve_host(member.host, folder),
             }
         )
         for name, member in config.members.items()
@@ -379,6 +418,13 @@ def _resolve_model(model: str, folder: Path) -> str:
     if model.startswith((".", "~")):
         return str((folder / Path(model).expanduser()).resolve())
     return model
+
+
+def _resolve_host(host: HostConfig | None, folder: Path) -> HostConfig | None:
+    if host is None or host.server is None or host.server.ca_file is None:
+        return host
+    ca_file = (folder / host.server.ca_file.expanduser()).resolve()
+    return HostConfig(server=host.server.model_copy(update={"ca_file": ca_file}))
 
 
 def _resolve_template(template: str | None, folder: Path) -> str | None:

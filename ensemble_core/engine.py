@@ -81,6 +81,7 @@ class Engine:
     def step(self) -> list[News]:
         """Take one step of all running sequences; returns the news of each sequence that got tokens or ended."""
         self._pool.settle()
+        self._failures.see(self.scheduler.running)
         self._admit()
         step = Step(self._failures.feasible(self.scheduler.schedule()))
         if not step.shares:
@@ -108,6 +109,7 @@ class Engine:
     def report_caches(self) -> None:
         """Record the state of each member's cache, except for busy members."""
         self._pool.settle()
+        self._failures.watch()
         for name in self.members.keys() - self._pool.busy:
             self._telemetry.cache(name, self.members[name])
 

@@ -71,6 +71,14 @@ class MemberTimeoutError(MemberError):
     """A call to a member took longer than `scheduler.member_timeout`."""
 
 
+class MemberLostError(MemberError):
+    """A member that lives elsewhere cannot be reached, or has lost what it had cached."""
+
+
+class HostError(UnisonoError):
+    """A member's host cannot be had at start: no node, no server, or one that does not fit. Says what to do."""
+
+
 class WireError(UnisonoError):
     """A message from or to a remote member is damaged, contradicts itself or has another version."""
 

@@ -29,6 +29,7 @@ from ensemble_core.members.loading.checkpoints import load_tokenizer, load_vocab
 from ensemble_core.members.loading.memory import plan_caches
 from ensemble_core.members.loading.models import load_member
 from ensemble_core.members.loading.placement import log_plan, plan_cores
+from ensemble_core.members.remote.elsewhere import Elsewhere
 from ensemble_core.recipes import ModelInfo, RecipeBook, check_strategies, list_models
 from ensemble_core.stats import Record
 from ensemble_core.text.prompt import PromptEncoder, read_template
@@ -74,11 +75,24 @@ def load(config: Config, record: Record) -> Loaded:
         members = _load_members(config, vocabularies)
         for future in warmed:
             future.result()
-    book = RecipeBook(config, spaces.placed(members).space)
+    try:
+        return _assembled(config, members, spaces.placed(members), grammars, record)
+    except BaseException:
+        for member in members.values():
+            member.close()
+        raise
+
+
+def _assembled(
+    config: Config, members: Mapping[str, Member], spaces: Spaces, grammars: Mapping[str, Grammars], record: Record
+) -> Loaded:
+    book = RecipeBook(config, spaces.space)
     book.warm()
     speakers = {name: _speaker(name, config, members[name], grammars[name]) for name in members}
     max_len = {name: member.max_len for name, member in members.items()}
-    return Loaded(_engine(config, members, record), Admission(book, speakers), list_models(config, max_len))
+    admission = Admission(book, speakers)
+    admission.check_ensembles(config.ensembles)
+    return Loaded(_engine(config, members, record), admission, list_models(config, max_len))
 
 
 def load_recipes(config: Config) -> tuple[RecipeBook, dict[str, Vocabulary]]:
@@ -96,9 +110,22 @@ def _spoken(vocabularies: Mapping[str, Vocabulary]) -> dict[str, _Spoken]:
 
 
 def _load_members(config: Config, vocabularies: Mapping[str, Vocabulary]) -> dict[str, Member]:
+    """All members in the order of the configuration; those elsewhere load meanwhile."""
+    elsewhere = Elsewhere(config, vocabularies)
+    try:
+        here = _load_here(config, vocabularies)
+        members = here | elsewhere.ready()
+        return {name: members[name] for name in config.members}
+    except BaseException:
+        elsewhere.close()
+        raise
+
+
+def _load_here(config: Config, vocabularies: Mapping[str, Vocabulary]) -> dict[str, Member]:
     members: dict[str, Member] = {}
-    folders = {name: resolve_folder(member) for name, member in config.members.items()}
-    planned = plan_caches(config.members, folders, config.scheduler.max_running)
+    here = {name: member for name, member in config.members.items() if member.host is None}
+    folders = {name: resolve_folder(member) for name, member in here.items()}
+    planned = plan_caches(here, folders, config.scheduler.max_running)
     load = partial(load_member, max_batch=config.scheduler.max_running, deterministic=config.deterministic)
     for name, member in tqdm(planned.items(), desc="loading members", unit="member", disable=None):
         loaded = load(name, member, folders[name], vocabularies[name])
@@ -123,7 +150,7 @@ def _engine(config: Config, members: Mapping[str, Member], record: Record) -> En
         scheduler.num_candidates,
         record,
         prefix_reuse=scheduler.prefix_reuse,
-        member_timeout=scheduler.member_timeout,
+        member_timeout=config.member_timeout,
         cores=plan_cores(members),
     )
 

@@ -5,6 +5,7 @@
 | exception | the member, for every request in the call | the rest of the request |
 | timeout | the same | the same; the member is busy until the call returns |
 | non_finite | the member, for requests whose rows are not finite | the rest of the request |
+| lost | the member, for requests that need it while it cannot be reached, or that it had cached | the rest of the request |
 | busy | the member, for other requests that decode | the steps until it is back |
 | busy | the member, for requests in prefill, or more than `max_behind` tokens behind | the rest of the request |
 
@@ -25,7 +26,7 @@ from dataclasses import replace
 from ensemble_core.decoding.requests import Output
 from ensemble_core.decoding.scheduler import Share
 from ensemble_core.decoding.sequence import Sequence
-from ensemble_core.errors import MemberError, UnisonoError
+from ensemble_core.errors import MemberError, MemberLostError, UnisonoError
 from ensemble_core.members.parallel import MemberPool, cause_of
 from ensemble_core.stats import Cause, DropStats, HealthStats, Reason, Record
 
@@ -39,6 +40,8 @@ class Failures:
         self._pool, self._record, self._max_behind = pool, record, max_behind
         self._failed: dict[str, Cause] = {}  # in this step
         self._down: set[str] = set()
+        self._away: set[str] = set()  # of these, those that are lost
+        self._incarnations = {name: member.incarnation for name, member in pool.members.items()}
 
     def lose(self, sequence: Sequence, member: str, cause: Cause, detail: str) -> None:
         """Take in that a member failed for a sequence: drop the member, or fail the sequence if it cannot lose it."""
@@ -55,6 +58,29 @@ class Failures:
     def lose_to(self, sequence: Sequence, member: str, error: MemberError) -> None:
         """Like `lose`, for an error that a member raised."""
         self.lose(sequence, member, cause_of(error), str(error))
+
+    def see(self, sequences: Iterable[Sequence]) -> None:
+        """Take in which members have lost their caches: no sequence goes on with what is gone."""
+        for name, member in self._pool.members.items():
+            if member.incarnation != self._incarnations[name]:
+                self._incarnations[name] = member.incarnation
+                for sequence in sequences:
+                    track = sequence.tracks.get(name)
+                    if track is not None and track.num_cached:
+                        self.lose_to(sequence, name, MemberLostError(name, "it has lost what it had cached"))
+
+    def watch(self) -> None:
+        """Record which members cannot be reached, and which can again, while no step would tell."""
+        for name, member in self._pool.members.items():
+            if member.lost is not None:
+                if name not in self._down:
+                    self._record(HealthStats(name, "lost"))
+                self._down.add(name)
+                self._away.add(name)
+            elif name in self._away:
+                self._record(HealthStats(name, None))
+                self._down.discard(name)
+                self._away.discard(name)
 
     def feasible(self, shares: Iterable[Share]) -> list[Share]:
         """The part of a schedule that can run while some members are busy."""

@@ -67,6 +67,11 @@ class Collector:
 
     def _score(self, documents: Sequence[Document]) -> Scores:
         llm = self.llm()
+        if limited := [name for name in self.members if not llm.members[name].abilities.every_position]:
+            raise EvaluationError(
+                f"{', '.join(limited)}: scores need an answer at every position, which a member on another server "
+                "cannot give; evaluate a configuration that loads the model itself"
+            )
         spelt = [self._spell(document, llm) for document in documents]
         budget = min(self.config.scheduler.token_budget, MOST_ANSWERS)
         parts = {
@@ -91,7 +96,7 @@ class Collector:
 
 
 def _identity(member: MemberConfig) -> list[object]:
-    """What a member's answers depend on, its files included."""
+    """What a member's answers depend on, its files included; where it lives changes nothing of them."""
     files = sorted(resolve_folder(member).glob("*"))
     stamps = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files if file.is_file()]
     return [member.model, member.revision, member.dtype, stamps]

@@ -129,11 +129,12 @@ class Answers:
 class Abilities:
     """What a member can do. Those behind another vendor's server can do less.
 
-    max_k: most candidates of a position; None: whole vocabularies. every_position: whether a feed may want answers,
-    or `following`, at more positions than its last.
+    max_k: most candidates of a position; None: whole vocabularies. max_also: most ids of one `also`; None: any number.
+    every_position: whether answers, or `following`, can be had at every position of a long prompt.
     """
 
     max_k: int | None = None
+    max_also: int | None = None
     every_position: bool = True
 
 
@@ -167,6 +168,9 @@ class Member(Protocol):
 
     Every call may fail, and what it raises concerns the sequences of that call alone. `MemberPool` makes the calls.
     lane: members of one lane work in turn, members of different lanes at the same time.
+
+    lost: why no call can reach the member now; None: calls are worth a try. incarnation: it has lost its cache so many
+    times; what a sequence had cached in an earlier one is gone.
     """
 
     name: str
@@ -176,6 +180,14 @@ class Member(Protocol):
     device: torch.device
     lane: str
     abilities: Abilities
+
+    @property
+    def lost(self) -> str | None:
+        """Why the member cannot be reached; always None in this process."""
+
+    @property
+    def incarnation(self) -> int:
+        """How often the member has lost its cache; always 0 in this process."""
 
     @property
     def page_size(self) -> int:
@@ -212,6 +224,9 @@ class Member(Protocol):
 
     def memory_bytes(self) -> dict[str, int]:
         """Device -> bytes of weights and cache."""
+
+    def close(self) -> None:
+        """Give up what the member holds outside this process; no call follows."""
 
 
 def ask(member: Member, feeds: Sequence[Feed], top_k: int) -> Candidates:

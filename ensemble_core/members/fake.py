@@ -83,6 +83,8 @@ class FakeMember:
         self.nan_on: set[int] = set()  # sequences whose rows are NaN
         self.breaks: Exception | None = None  # raised by every forward: a bug, not a MemberError
         self.broken_calls: dict[str, Exception] = {}  # "reuse" or "release" -> what it raises
+        self.lost: str | None = None
+        self.incarnation = 0
         self.gate = threading.Event()  # a forward waits while it is clear
         self.gate.set()
         self.entered = threading.Event()  # a forward has begun
@@ -171,6 +173,9 @@ class FakeMember:
     def memory_bytes(self) -> dict[str, int]:
         """See `Member.memory_bytes`."""
         return {str(self.device): 1024}
+
+    def close(self) -> None:
+        """See `Member.close`; nothing is held elsewhere."""
 
     def next_logits(self, ids: Sequence[int]) -> Tensor:
         """(V,): a function of the bytes of `ids` alone."""

@@ -30,6 +30,9 @@ from ensemble_core.text.vocabulary import Vocabulary
 class LocalMember:
     """See `ensemble_core.members.base.Member`."""
 
+    lost: str | None = None
+    incarnation = 0
+
     def __init__(
         self,
         name: str,
@@ -100,6 +103,9 @@ class LocalMember:
     def memory_bytes(self) -> dict[str, int]:
         """See `Member.memory_bytes`."""
         return self._memory
+
+    def close(self) -> None:
+        """See `Member.close`; nothing is held elsewhere."""
 
     def check_cache(self) -> None:
         """Integrity of the cache; see `Cache.check`."""

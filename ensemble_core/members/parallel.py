@@ -26,7 +26,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from ensemble_core.errors import MemberError, MemberTimeoutError
+from ensemble_core.errors import MemberError, MemberLostError, MemberTimeoutError
 from ensemble_core.members.base import Answers, Feed, Member
 from ensemble_core.members.cores import Cores, Team
 from ensemble_core.members.threads import Allotment, allotment, threads
@@ -61,6 +61,8 @@ class Attempt:
 
 def cause_of(error: MemberError) -> Cause:
     """How a member failed."""
+    if isinstance(error, MemberLostError):
+        return "lost"
     return "timeout" if isinstance(error, MemberTimeoutError) else "exception"
 
 
@@ -141,7 +143,9 @@ class MemberPool:
         wait([late.future for late in self._late.values()], seconds, "FIRST_COMPLETED")
 
     def close(self) -> None:
-        """End the threads; one that is still in a late call ends with the process."""
+        """End the members and the threads; one that is still in a late call ends with the process."""
+        for member in self.members.values():
+            member.close()
         if self._threads is not None:
             self._threads.shutdown()
         for worker in self._workers.values():

@@ -52,6 +52,25 @@ def test_kubernetes_takes_the_manifest(name: str) -> None:
     run(tool("kubernetes-validate"), "--strict", BASE / f"{name}.yaml")
 
 
+def test_the_ray_cluster_follows_its_schema(tmp_path: Path) -> None:
+    """Its own fields by a schema of ours, its pods by Kubernetes' own."""
+    folder = DOCKER / "kubernetes" / "ray"
+    run(tool("check-jsonschema"), "--schemafile", folder / "schema.json", folder / "raycluster.yaml")
+    run(tool("kubernetes-validate"), "--strict", folder / "networkpolicy.yaml")
+    spec = read(folder / "raycluster.yaml")["spec"]
+    templates = [spec["headGroupSpec"]["template"], *(group["template"] for group in spec["workerGroupSpecs"])]
+    for number, template in enumerate(templates):
+        pod = {"apiVersion": "v1", "kind": "Pod", **template}
+        pod["metadata"] = {**template["metadata"], "name": f"pod-{number}"}
+        path = tmp_path / f"pod-{number}.yaml"
+        path.write_text(yaml.safe_dump(pod))
+        run(tool("kubernetes-validate"), "--strict", path)
+        assert pod["spec"]["securityContext"]["runAsUser"] == 10001
+    locked = re.search(r"^ray==(\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+    assert locked is not None
+    assert spec["rayVersion"] == locked[1]
+
+
 def test_prometheus_takes_its_files() -> None:
     run(tool("promtool"), "check", "config", DOCKER / "prometheus" / "prometheus.yml")
 

@@ -23,6 +23,7 @@ FLOORS = (
         "ensemble_core.home",
         "ensemble_core.limits",
         "ensemble_core.section",
+        "ensemble_core.hosts",
     ),
     ("ensemble_core.text",),
     ("ensemble_core.transfer",),
@@ -59,6 +60,7 @@ CLI_MAY_IMPORT = EDGE_MAY_IMPORT | {
 TORCHLESS = (
     "ensemble_core/errors.py",
     "ensemble_core/config.py",
+    "ensemble_core/hosts.py",
     "ensemble_core/stats.py",
     "ensemble_core/decoding/parameters.py",
     "ensemble_core/decoding/sampling_params.py",

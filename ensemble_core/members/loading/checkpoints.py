@@ -36,7 +36,8 @@ from ensemble_core.text.vocabulary import Vocabulary, from_tokenizer
 logger = logging.getLogger(__name__)
 
 _INDEX = "model.safetensors.index.json"
-_WANTED = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.tiktoken", "*.txt"]
+_WEIGHTS = "*.safetensors"
+_WANTED = [_WEIGHTS, "*.json", "*.jinja", "*.model", "*.tiktoken", "*.txt"]
 # Copies of the weights in other layouts, which transformers does not read.
 _UNWANTED = ["*/*", "consolidated*"]
 
@@ -71,7 +72,7 @@ def load_tokenizer(name: str, member: MemberConfig) -> Any:
 
     Raises CheckpointError where the folder has none that can be read.
     """
-    return _tokenizer(name, resolve_folder(member), member.trust_remote_code)
+    return _tokenizer(name, _spoken_folder(member), member.trust_remote_code)
 
 
 def load_vocabulary(name: str, member: MemberConfig) -> Vocabulary:
@@ -80,7 +81,21 @@ def load_vocabulary(name: str, member: MemberConfig) -> Vocabulary:
     Stop ids are those of the generation config, the config and the tokenizer together. Raises CheckpointError
     for files that cannot be read, UnsupportedModelError for a tokenizer that cannot work.
     """
-    return _vocabulary(name, resolve_folder(member), member.trust_remote_code)
+    return _vocabulary(name, _spoken_folder(member), member.trust_remote_code)
+
+
+def _spoken_folder(member: MemberConfig) -> Path:
+    """The folder with a member's config and tokenizer; where its weights are elsewhere, without them."""
+    if member.host is None or member.model.startswith(demo_models.PREFIX):
+        return resolve_folder(member)
+    if (local := Path(member.model)).is_dir() and (local / "config.json").is_file():
+        return local
+    if local.is_absolute() or local.is_dir():
+        return resolve_folder(member)
+    try:
+        return _snapshot(member, local_files_only=True, weights=False)
+    except (OSError, ValueError):
+        return _fetched(member, weights=False)
 
 
 def _pull_member(member: MemberConfig) -> Path:
@@ -89,8 +104,8 @@ def _pull_member(member: MemberConfig) -> Path:
     if Path(member.model).is_dir() or Path(member.model).is_absolute():
         return resolve_folder(member)
     if huggingface_hub.constants.is_offline_mode():
-        return resolve_folder(member)
-    return _download(member)
+        return resolve_folder(member) if member.host is None else _spoken_folder(member)
+    return _download(member) if member.host is None else _fetched(member, weights=False)
 
 
 def _demo_folder(reference: str) -> Path:
@@ -139,22 +154,26 @@ def _cached_snapshot(member: MemberConfig) -> Path | None:
 
 
 def _download(member: MemberConfig) -> Path:
+    return _checked(_fetched(member, weights=True), member.model)
+
+
+def _fetched(member: MemberConfig, weights: bool) -> Path:
     logger.info("%s: asking the hub for revision %s", member.model, member.revision or "main")
     if not sys.stderr.isatty():
         disable_progress_bars()
     try:
-        folder = _snapshot(member, local_files_only=False)
+        return _snapshot(member, local_files_only=False, weights=weights)
     except (OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"model {member.model!r}: {_advice(member, error)}") from error
-    return _checked(folder, member.model)
 
 
-def _snapshot(member: MemberConfig, local_files_only: bool) -> Path:
+def _snapshot(member: MemberConfig, local_files_only: bool, weights: bool = True) -> Path:
+    wanted = _WANTED if weights else [pattern for pattern in _WANTED if pattern != _WEIGHTS]
     return Path(
         huggingface_hub.snapshot_download(
             member.model,
             revision=member.revision,
-            allow_patterns=[*_WANTED, "*.py"] if member.trust_remote_code else _WANTED,
+            allow_patterns=[*wanted, "*.py"] if member.trust_remote_code else wanted,
             ignore_patterns=_UNWANTED,
             local_files_only=local_files_only,
         )

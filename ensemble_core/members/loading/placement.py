@@ -57,7 +57,11 @@ def _no_device(name: str, member: MemberConfig) -> str:
 def log_plan(members: Mapping[str, MemberConfig]) -> None:
     """One line a member: what goes where."""
     for name, member in members.items():
-        where = f"device_map {member.device_map}" if member.device_map else resolve_device(name, member)
+        if member.host is not None and member.host.server is not None:
+            server = member.host.server
+            logger.info("plan: %s = %s on %s (%s)", name, member.model, server.url, server.kind)
+            continue
+        where = f"device_map {member.device_map}" if member.device_map else _where(name, member)
         logger.info(
             "plan: %s = %s on %s, dtype %s, cache %s, up to %d tokens a sequence",
             name,
@@ -67,6 +71,17 @@ def log_plan(members: Mapping[str, MemberConfig]) -> None:
             f"{member.kv_memory / 2**30:.2f} GiB" if isinstance(member.kv_memory, int) else member.kv_memory,
             member.max_len,
         )
+
+
+def _where(name: str, member: MemberConfig) -> str:
+    """The device here, or what is asked for elsewhere."""
+    if member.host is None:
+        return str(resolve_device(name, member))
+    if member.host.ray is None:
+        return f"{resolve_device(name, member)} in a process of its own"
+    ray = member.host.ray
+    asked = {"CPU": ray.num_cpus, "GPU": ray.num_gpus, **ray.resources}
+    return "a Ray node with " + ", ".join(f"{kind} {amount:g}" for kind, amount in asked.items() if amount)
 
 
 _PROBES = 3  # forwards of each kind, of which the shortest counts

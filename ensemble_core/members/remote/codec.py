@@ -1,7 +1,7 @@
-"""The wire form of feeds and answers: named arrays in one safetensors message, never pickle.
+"""The wire form of feeds, orders and answers: named arrays in one safetensors message, never pickle.
 
-Every message has an array `head`, int64 (2,): its kind (1 feeds, 2 answers) and the version of this form. Lists of
-different lengths lie end to end in one array, beside an array of their lengths. F feeds.
+Every message has an array `head`, int64 (2,): its kind (1 feeds, 2 answers, 3 order) and the version of this form.
+Lists of different lengths lie end to end in one array, beside an array of their lengths. F feeds, R releases.
 
 | feeds | dtype | shape | what |
 |---|---|---|---|
@@ -10,10 +10,16 @@ different lengths lie end to end in one array, beside an array of their lengths.
 | also_ids, num_also_ids, num_also | int64 | (I,), (P,), (F,) | ids of positions; ids a position; positions a feed |
 | following, num_following | int64 | (L,), (F,) | as in `Feed` |
 
+| an order has the arrays of its feeds, and | dtype | shape | what |
+|---|---|---|---|
+| incarnation | int64 | (1,) | as in `Order` |
+| cached | int64 | (F,) | as in `Order` |
+| released, kept | int64 | (R,) | sequences, and 1 where what is cached of them may be kept |
+
 | answers | dtype | shape | what |
 |---|---|---|---|
 | spans | int64 | (F, 3) | block, start, stop of each feed |
-| token_ids.B, logprobs.B, tail.B | int64, float32, float32 | (N, K), (N, K), (N,) | block number B, from 0 on |
+| token_ids.B, logprobs.B, tail.B | int32, float32, float32 | (N, K), (N, K), (N,) | block number B, from 0 on |
 | likelihoods | float64 | (F,) or (0,) | as in `Answers` |
 | seconds | float64 | (1,) or (0,) | what the forward took, where its clock says so |
 
@@ -26,6 +32,7 @@ Knows arrays; does not know transports.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import TypeVar
 
@@ -39,30 +46,71 @@ from ensemble_core.members.base import Answers, Candidates, Feed, Span
 
 T = TypeVar("T")
 
-VERSION = 1
-_FEEDS, _ANSWERS = 1, 2
+VERSION = 2
+_FEEDS, _ANSWERS, _ORDER = 1, 2, 3
 _ALL = -1  # `keep` of a feed that keeps everything
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """What a far end is asked to do in one call: releases first, then feeds.
+
+    incarnation: which start of the far end this is for. cached: of each feed's sequence, the tokens that the far end
+    must hold before it keeps or appends anything. releases: sequences to give back, and whether to keep a prefix.
+    """
+
+    incarnation: int
+    feeds: list[Feed]
+    cached: list[int]
+    releases: list[tuple[int, bool]]
+
+
+def encode_order(order: Order) -> bytes:
+    """An order as one message."""
+    return _message(
+        _ORDER,
+        **_feed_arrays(order.feeds),
+        incarnation=_ints([order.incarnation]),
+        cached=_ints(order.cached),
+        released=_ints(seq_id for seq_id, _ in order.releases),
+        kept=_ints(keep for _, keep in order.releases),
+    )
+
+
+def decode_order(message: bytes) -> Order:
+    """The order of a message. Raises WireError."""
+    arrays = _Arrays(message, _ORDER)
+    feeds, cached, incarnation = _feeds(arrays), arrays.ints("cached"), arrays.ints("incarnation")
+    released, kept = arrays.ints("released"), arrays.ints("kept")
+    _require(len(cached) == len(feeds) and len(incarnation) == 1, "cached must be of every feed, incarnation one number")
+    _require(len(released) == len(kept), "numbers of releases differ")
+    return Order(incarnation[0], feeds, cached, list(zip(released, map(bool, kept), strict=True)))
 
 
 def encode_feeds(feeds: Sequence[Feed]) -> bytes:
     """Feeds as one message."""
-    also = [ids for feed in feeds for ids in feed.also]
-    return _message(
-        _FEEDS,
-        seq_id=_ints(feed.seq_id for feed in feeds),
-        wanted=_ints(feed.wanted for feed in feeds),
-        top_k=_ints(feed.top_k for feed in feeds),
-        keep=_ints(_ALL if feed.keep is None else feed.keep for feed in feeds),
+    return _message(_FEEDS, **_feed_arrays(feeds))
+
+
+def _feed_arrays(feeds: Sequence[Feed]) -> dict[str, Tensor]:
+    return {
+        "seq_id": _ints(feed.seq_id for feed in feeds),
+        "wanted": _ints(feed.wanted for feed in feeds),
+        "top_k": _ints(feed.top_k for feed in feeds),
+        "keep": _ints(_ALL if feed.keep is None else feed.keep for feed in feeds),
         **_ragged("token_ids", [feed.token_ids for feed in feeds]),
-        **_ragged("also_ids", also),
-        num_also=_ints(len(feed.also) for feed in feeds),
+        **_ragged("also_ids", [ids for feed in feeds for ids in feed.also]),
+        "num_also": _ints(len(feed.also) for feed in feeds),
         **_ragged("following", [feed.following for feed in feeds]),
-    )
+    }
 
 
 def decode_feeds(message: bytes) -> list[Feed]:
     """The feeds of a message. Raises WireError."""
-    arrays = _Arrays(message, _FEEDS)
+    return _feeds(_Arrays(message, _FEEDS))
+
+
+def _feeds(arrays: _Arrays) -> list[Feed]:
     seq_id, wanted, top_k, keep = (arrays.ints(name) for name in ("seq_id", "wanted", "top_k", "keep"))
     tokens, following = arrays.ragged("token_ids"), arrays.ragged("following")
     also = _split(arrays.ragged("also_ids"), arrays.ints("num_also"), "num_also")
@@ -85,7 +133,7 @@ def encode_answers(answers: Answers) -> bytes:
     for number, block in enumerate(answers.blocks):
         rows, width = block.token_ids.shape
         in_order = torch.equal(block.token_ids.cpu(), torch.arange(width).expand(rows, width))
-        token_ids = block.token_ids[:0] if in_order else block.token_ids
+        token_ids = (block.token_ids[:0] if in_order else block.token_ids).int()
         arrays |= {
             f"token_ids.{number}": token_ids,
             f"logprobs.{number}": block.logprobs,
@@ -120,7 +168,7 @@ def decode_answers(message: bytes) -> Answers:
 
 
 def _block(arrays: _Arrays, number: int) -> Candidates:
-    token_ids = arrays.tensor(f"token_ids.{number}", torch.int64, 2)
+    token_ids = arrays.tensor(f"token_ids.{number}", torch.int32, 2).long()
     logprobs = arrays.tensor(f"logprobs.{number}", torch.float32, 2)
     tail = arrays.tensor(f"tail.{number}", torch.float32, 1)
     rows, width = logprobs.shape

@@ -1,0 +1,1 @@
+"""Members behind inference servers that people run already: one file a dialect."""

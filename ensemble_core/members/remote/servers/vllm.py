@@ -1,0 +1,74 @@
+"""vLLM's server: `/v1/completions`, all texts of a step in one request.
+
+Each position is a text of its own; its prefix cache makes that cheap, by whole blocks. Ids that must be in an answer
+whatever their rank cost a second request, since they take the place of the likeliest there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+from ensemble_core.hosts import ServerHost
+from ensemble_core.members.base import Abilities
+from ensemble_core.members.remote.servers.base import Question, Row, Served
+from ensemble_core.members.remote.servers.connection import Connection
+from ensemble_core.members.remote.servers.openai_models import listed
+
+_MOST_ALSO = 128  # ids of `logprob_token_ids`
+_PREFIX = "token_id:"
+
+
+class VllmDialect:
+    """See `base.Dialect`."""
+
+    title: ClassVar[str] = "vLLM"
+    other_temperature: ClassVar[float] = 2.0
+    raise_limit: ClassVar[str] = "start it with --max-logprobs {num} or more"
+
+    def __init__(self, connection: Connection, host: ServerHost, vocabulary: int) -> None:
+        self._connection, self._host = connection, host
+        self._name = host.served or ""
+
+    def abilities(self, num_candidates: int) -> Abilities:
+        """See `Dialect.abilities`."""
+        return Abilities(max_k=num_candidates, max_also=_MOST_ALSO, every_position=False)
+
+    def served(self) -> Served:
+        """See `Dialect.served`."""
+        found = listed(self._connection, self._host)
+        self._name = found.name
+        return found
+
+    def tokenize(self, text: str) -> list[int]:
+        """See `Dialect.tokenize`."""
+        body = {"model": self._name, "prompt": text, "add_special_tokens": False}
+        return [int(token_id) for token_id in self._connection.post("/tokenize", body)["tokens"]]
+
+    def ask(self, questions: Sequence[Question], num: int, temperature: float = 0.0) -> list[Row]:
+        """See `Dialect.ask`."""
+        ends = [end for question in questions for end in question.ends()]
+        asked = [ids for question in questions for ids in question.also or ((),) * question.wanted]
+        rows = self._complete(ends, temperature, logprobs=num)
+        for ids in dict.fromkeys(ids for ids in asked if ids):
+            places = [i for i, own in enumerate(asked) if own == ids]
+            extra = self._complete([ends[i] for i in places], temperature, logprobs=1, logprob_token_ids=list(ids))
+            for i, row in zip(places, extra, strict=True):
+                rows[i] |= row
+        return rows
+
+    def _complete(self, ends: Sequence[tuple[int, ...]], temperature: float, **asked: Any) -> list[Row]:
+        body = {
+            "model": self._name,
+            "prompt": [list(end) for end in ends],
+            "max_tokens": 1,
+            "temperature": temperature,
+            "return_tokens_as_token_ids": True,
+            **asked,
+        }
+        choices = sorted(self._connection.post("/v1/completions", body)["choices"], key=lambda each: each["index"])
+        return [_row(choice["logprobs"]["top_logprobs"][0]) for choice in choices]
+
+
+def _row(told: dict[str, float]) -> Row:
+    return {int(token.removeprefix(_PREFIX)): logprob for token, logprob in told.items()}
