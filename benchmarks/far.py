@@ -2,10 +2,11 @@
 
     python -m benchmarks.far [--config configs/demo.yaml] [--ensemble duet] [--member smollm2] [--rounds 5] [--quick]
 
-In turns, all engines loaded at once: decode steps of B rows with both members in this process, and with one of them in
-a process of its own, or a Ray actor (a cluster that is started here). Every member works on one core in all of them, so
-what differs is the way there and back. Milliseconds from step to step; the added ones are of a round, and the median of
-all rounds counts. Then two actors that sleep for 20 ms and answer 32 rows of 256 candidates, asked in one step.
+In turns, all engines loaded at once: decode steps of B rows with both members in this process, and with one of them
+in a process of its own, or a Ray actor (a cluster that is started here). Every member works on one core in all of
+them, so what differs is the way there and back. Milliseconds from step to step; the added ones are of a round, and
+the median of all rounds counts. Then two actors that sleep for 20 ms and answer 32 rows of 256 candidates, asked in
+one step.
 """
 
 from __future__ import annotations
@@ -79,7 +80,9 @@ def compare(args: Any, rounds: int, num: int, batches: Sequence[int]) -> list[di
     """A row for each host and batch."""
     torch.set_num_threads(2)  # one core a member
     config = load_config(args.config)
-    here = DecodeBench(config.model_copy(update={"scheduler": config.scheduler.model_copy(update={"member_timeout": 30.0})}))
+    here = DecodeBench(
+        config.model_copy(update={"scheduler": config.scheduler.model_copy(update={"member_timeout": 30.0})})
+    )
     benches = {"here": here}
     try:
         for name, host in HOSTS.items():

@@ -91,7 +91,9 @@ class Admission:
         """Raise ConfigError where an ensemble, as it is configured, needs more than a member can do."""
         for name in names:
             try:
-                self._check_abilities(GenerationRequest("", name, "", SamplingParams()), self._book.resolve(name, Overrides()))
+                self._check_abilities(
+                    GenerationRequest("", name, "", SamplingParams()), self._book.resolve(name, Overrides())
+                )
             except InvalidRequestError as error:
                 raise ConfigError(f"ensembles.{name}: {error}") from error
 

@@ -319,17 +319,23 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _hosts(self) -> Config:
-        rays = {name: m.host.ray for name, m in self.members.items() if m.host is not None and m.host.ray is not None}
+        rays = {
+            name: m.host.ray for name, m in self.members.items() if m.host is not None and m.host.ray is not None
+        }
         if len(addresses := sorted({ray.address for ray in rays.values()})) > 1:
             raise ValueError(f"members: one process can join one Ray cluster, found the addresses {addresses}")
         groups: dict[str, set[str]] = {}
         for ray in rays.values():
             groups.setdefault(ray.group or "", set()).add(ray.strategy)
         if mixed := sorted(group for group, strategies in groups.items() if group and len(strategies) > 1):
-            raise ValueError(f"members: host.ray.strategy differs within the groups {mixed}; write the same for all")
+            raise ValueError(
+                f"members: host.ray.strategy differs within the groups {mixed}; write the same for all"
+            )
         far = [name for name, m in self.members.items() if m.host is not None and m.host.server is not None]
         if self.deterministic and far:
-            raise ValueError(f"deterministic: no promise can be made for members on other servers: {far}; drop one")
+            raise ValueError(
+                f"deterministic: no promise can be made for members on other servers: {far}; drop one"
+            )
         return self
 
     @model_validator(mode="after")

@@ -1,4 +1,4 @@
-"""Where a member lives, if not in the server's process: the `host` of a member in the YAML file. Floor 0: no torch."""
+"""The `host` of a member in the YAML file: where it lives, if not in the server's process. Floor 0: no torch."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class RayHost(Section):
     address: str = Field(
         "auto",
         min_length=1,
-        description="Of the cluster: auto (the one that this machine is part of), HOST:PORT, or local (start one here).",
+        description="Of the cluster: auto (the one that this machine is part of), HOST:PORT; local: start one here.",
     )
     num_cpus: Amount = Field(1.0, description="Cores that the actor claims, and its threads.")
     num_gpus: Amount = Field(0.0, description="GPUs that the actor claims.")
@@ -93,5 +93,7 @@ class HostConfig(Section):
         given = [name for name in ("ray", "process", "server") if getattr(self, name) is not None]
         if len(given) != 1:
             found = ", ".join(given) or "none"
-            raise ValueError(f"exactly one of ray, process and server is needed, found {found}; an empty one is {{}}")
+            raise ValueError(
+                f"exactly one of ray, process and server is needed, found {found}; an empty one is {{}}"
+            )
         return self

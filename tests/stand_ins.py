@@ -78,7 +78,9 @@ def vllm(state: StandIn) -> FastAPI:
     @app.post("/v1/completions")
     def complete(body: dict[str, Any]) -> Any:
         if body["logprobs"] > state.max_logprobs:
-            message = f"Requested sample logprobs of {body['logprobs']}, greater than max allowed: {state.max_logprobs}"
+            message = (
+                f"Requested sample logprobs of {body['logprobs']}, greater than max allowed: {state.max_logprobs}"
+            )
             return JSONResponse({"error": {"message": message}}, 400)
         assert body["max_tokens"] == 1
         assert body["return_tokens_as_token_ids"]

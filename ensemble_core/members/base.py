@@ -129,8 +129,8 @@ class Answers:
 class Abilities:
     """What a member can do. Those behind another vendor's server can do less.
 
-    max_k: most candidates of a position; None: whole vocabularies. max_also: most ids of one `also`; None: any number.
-    every_position: whether answers, or `following`, can be had at every position of a long prompt.
+    max_k: most candidates of a position; None: whole vocabularies. max_also: most ids of one `also`; None: any
+    number. every_position: whether answers, or `following`, can be had at every position of a long prompt.
     """
 
     max_k: int | None = None
@@ -169,17 +169,23 @@ class Member(Protocol):
     Every call may fail, and what it raises concerns the sequences of that call alone. `MemberPool` makes the calls.
     lane: members of one lane work in turn, members of different lanes at the same time.
 
-    lost: why no call can reach the member now; None: calls are worth a try. incarnation: it has lost its cache so many
-    times; what a sequence had cached in an earlier one is gone.
+    lost: why no call can reach the member now; None: calls are worth a try. incarnation: it has lost its cache so
+    many times; what a sequence had cached in an earlier one is gone.
     """
 
     name: str
     vocabulary: Vocabulary
-    max_len: int
-    min_prefix: int  # tokens; `reuse` takes over no shorter prefix
     device: torch.device
     lane: str
     abilities: Abilities
+
+    @property
+    def max_len(self) -> int:
+        """Tokens of the longest sequence."""
+
+    @property
+    def min_prefix(self) -> int:
+        """Tokens; `reuse` takes over no shorter prefix."""
 
     @property
     def lost(self) -> str | None:

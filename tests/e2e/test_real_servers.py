@@ -57,11 +57,17 @@ def missing(what: str) -> None:
 
 
 @contextmanager
-def served(kind: str, command: list[str | Path], port: int, log: Path, environment: dict[str, str]) -> Iterator[Server]:
+def served(
+    kind: str, command: list[str | Path], port: int, log: Path, environment: dict[str, str]
+) -> Iterator[Server]:
     url = f"http://127.0.0.1:{port}"
     with log.open("wb") as output:
         process = subprocess.Popen(
-            [*map(str, command)], stdout=output, stderr=output, env=os.environ | environment, start_new_session=True
+            [*map(str, command)],
+            stdout=output,
+            stderr=output,
+            env=os.environ | environment,
+            start_new_session=True,
         )
     try:
         deadline = time.monotonic() + 300.0
@@ -113,7 +119,19 @@ def llamacpp(folder: Path, log: Path) -> Iterator[Server]:
     if model is None:
         pytest.skip("UNISONO_LLAMA_GGUF names no file of SmolLM2-135M's weights in float32")
     port = free_port()
-    command: list[str | Path] = [program, "-m", model, "--port", str(port), "-c", "16384", "-np", "8", "--api-key", KEY]
+    command: list[str | Path] = [
+        program,
+        "-m",
+        model,
+        "--port",
+        str(port),
+        "-c",
+        "16384",
+        "-np",
+        "8",
+        "--api-key",
+        KEY,
+    ]
     command += ["-ctk", "f32", "-ctv", "f32", "-fa", "off"]
     with served("llamacpp", command, port, log, {}) as server:
         yield server
@@ -183,7 +201,9 @@ def test_texts_are_the_local_pair_s(
     try:
         equal = 0
         for model, texts in expected.items():
-            for prompt, mine, theirs in zip(PROMPTS, llm.generate(PROMPTS, GREEDY, model=model), texts, strict=True):
+            for prompt, mine, theirs in zip(
+                PROMPTS, llm.generate(PROMPTS, GREEDY, model=model), texts, strict=True
+            ):
                 assert_same(mine, theirs, f"{model}: {prompt}")
                 equal += mine.text == theirs.text
         assert equal >= len(PROMPTS), "hardly any text is the same to its end"
@@ -192,7 +212,9 @@ def test_texts_are_the_local_pair_s(
         if server.kind == "vllm":
             with pytest.raises(InvalidRequestError, match="needs whole distributions, and member 'smollm2'"):
                 llm.generate("a", replace(GREEDY, json_schema='{"type": "object"}'), model="duet-smollm2")
-        with pytest.raises(InvalidRequestError, match="echo needs every position of the prompt, and member 'smollm2'"):
+        with pytest.raises(
+            InvalidRequestError, match="echo needs every position of the prompt, and member 'smollm2'"
+        ):
             llm.generate("a", replace(GREEDY, echo=True), model="duet")
         for member in llm.members.values():
             assert member.free_pages == member.num_pages
@@ -201,9 +223,7 @@ def test_texts_are_the_local_pair_s(
 
 
 @pytest.mark.slow
-def test_wrong_settings_have_their_errors(
-    exact: Config, server: Server, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_wrong_settings_have_their_errors(exact: Config, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FAR_KEY", "sk-wrong")
     with pytest.raises(HostError, match="it does not accept the key; correct the key in FAR_KEY") as caught:
         LLM(far(exact, server))

@@ -1,4 +1,4 @@
-"""Tiny members in processes of their own and on two Ray nodes: texts are the in-process ensemble's, whatever happens."""
+"""Tiny members in processes of their own and on two Ray nodes: texts are those of one process, come what may."""
 
 from __future__ import annotations
 
@@ -285,5 +285,7 @@ def test_a_model_that_cannot_be_loaded_elsewhere(folder: Path, tiny_checkpoints:
     settings = raw(folder, tiny_checkpoints, HOSTS["process"])
     settings["members"]["gemma3"]["kv_memory"] = "1MiB"
     settings["members"]["gemma3"]["max_len"] = 512_000
-    with pytest.raises(HostError, match=r"member 'gemma3': cannot be loaded in its process: ConfigError: .*kv_memory"):
+    with pytest.raises(
+        HostError, match=r"member 'gemma3': cannot be loaded in its process: ConfigError: .*kv_memory"
+    ):
         LLM(Config.model_validate(settings))

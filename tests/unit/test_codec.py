@@ -127,7 +127,7 @@ def test_another_kind_or_version_is_refused() -> None:
     with pytest.raises(WireError, match="kind 2 is expected"):
         decode_answers(encode_feeds([GOOD]))
     arrays = load(encode_feeds([GOOD]))
-    with pytest.raises(WireError, match="version 1 is understood, got 9; update the other side"):
+    with pytest.raises(WireError, match="version 2 is understood, got 9; update the other side"):
         decode_feeds(save(arrays | {"head": torch.tensor([1, 9])}))
     for name in arrays:
         with pytest.raises(WireError):

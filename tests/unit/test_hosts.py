@@ -20,12 +20,17 @@ def load(folder: Path, far: dict[str, Any], **more: Any) -> Config:
 
 
 def test_the_forms(tmp_path: Path) -> None:
-    ray = load(tmp_path, {"host": {"ray": {"num_gpus": 2, "resources": {"node_b": 1}, "group": "g", "strategy": "SPREAD"}}})
+    ray = load(
+        tmp_path,
+        {"host": {"ray": {"num_gpus": 2, "resources": {"node_b": 1}, "group": "g", "strategy": "SPREAD"}}},
+    )
     assert ray.members["far"].host is not None
     assert ray.members["far"].host.ray is not None
     assert ray.members["far"].host.ray.address == "auto"
     assert load(tmp_path, {"host": {"process": {}}}).members["far"].host is not None
-    served = load(tmp_path, {"host": {"server": {"kind": "vllm", "url": "https://n3:8000/v", "ca_file": "ca.pem"}}})
+    served = load(
+        tmp_path, {"host": {"server": {"kind": "vllm", "url": "https://n3:8000/v", "ca_file": "ca.pem"}}}
+    )
     assert served.members["far"].host is not None
     assert served.members["far"].host.server is not None
     assert served.members["far"].host.server.ca_file == tmp_path / "ca.pem"
@@ -46,7 +51,10 @@ SERVER = {"kind": "vllm", "url": "http://n3:8000"}
     [
         ({"host": {}}, "exactly one of ray, process and server is needed, found none"),
         ({"host": {"process": {}, "ray": {}}}, "found ray, process"),
-        ({"host": {"server": SERVER | {"kind": "ollama"}}}, "ollama cannot be a member: its log-probabilities come as"),
+        (
+            {"host": {"server": SERVER | {"kind": "ollama"}}},
+            "ollama cannot be a member: its log-probabilities come as",
+        ),
         ({"host": {"server": SERVER | {"kind": "openai"}}}, "openai cannot be a member: it tells at most 20"),
         ({"host": {"server": SERVER | {"kind": "other"}}}, "members.far.host.server.kind"),
         ({"host": {"server": SERVER | {"url": "n3:8000"}}}, "members.far.host.server.url"),

@@ -7,6 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from ensemble_core.members.body.linear import Head, Linear, merged
+from ensemble_core.members.kernels.base import Kernels
+from ensemble_core.members.kernels.choice import choose
+from ensemble_core.members.kernels.plain import PLAIN
 
 SHAPES = [
     (3, 5),
@@ -14,7 +17,13 @@ SHAPES = [
     (53, 37),
     (64, 2048),
     (33, 1537),
+    (192, 1022),
+    (576, 640),
 ]  # (out, in); long sums are split where a row is alone
+
+
+def kernels_of(dtype: torch.dtype) -> Kernels:
+    return choose([torch.device("cpu")], dtype)
 
 
 def layer(
@@ -23,7 +32,7 @@ def layer(
     random = torch.Generator().manual_seed(sum(shape))
     weight = torch.randn(shape, generator=random).to(dtype)
     added = torch.randn(shape[0], generator=random).to(dtype) if bias else None
-    made = Linear(weight, added)
+    made = Linear(weight, added, kernels_of(dtype))
     assert not steady or made.make_steady()
     return made, weight, added
 
@@ -63,7 +72,7 @@ def test_merged_layers_give_their_outputs_side_by_side() -> None:
     layers = [nn.Linear(8, 3), nn.Linear(8, 5)]
     x = torch.randn(4, 8)
     expected = torch.cat([each(x) for each in layers], dim=1)
-    torch.testing.assert_close(merged(*layers)(x), expected, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(merged(*layers, kernels=PLAIN)(x), expected, atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -86,12 +95,31 @@ def test_how_many_threads_there_are_changes_no_bit(shape: tuple[int, int], dtype
 
 
 @pytest.mark.parametrize("bias", [False, True])
-def test_a_head_in_parts_is_the_layer(bias: bool) -> None:
+def test_a_compiled_product_is_the_library_s(bias: bool) -> None:
+    """Both sum in float32 and round once; one unit in the last place of bfloat16 may differ."""
+    random = torch.Generator().manual_seed(1)
+    weight, added = (
+        torch.randn(320, 576, generator=random).bfloat16(),
+        torch.randn(320, generator=random).bfloat16(),
+    )
+    own = Linear(weight, added if bias else None, kernels_of(torch.bfloat16))
+    library = Linear(weight, added if bias else None, PLAIN)
+    if own._multiply is None:
+        pytest.skip("this processor does not multiply pairs of bfloat16")
+    for num in (*range(1, 14), 47, 48, 49, 97, 500):
+        x = torch.randn(num, 576, generator=random).bfloat16()
+        torch.testing.assert_close(own(x), library(x), atol=0.26, rtol=2**-7)
+        assert (own(x) != library(x)).float().mean() < 0.02
+
+
+@pytest.mark.parametrize("kernels", [PLAIN, kernels_of(torch.bfloat16)], ids=["library", "compiled"])
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_head_in_parts_is_the_layer(bias: bool, kernels: Kernels) -> None:
     """Of more outputs than one part has, to the bit where there is one row and where there are many."""
     random = torch.Generator().manual_seed(0)
-    weight = torch.randn(150_000, 16, generator=random).bfloat16()
-    added = torch.randn(150_000, generator=random).bfloat16() if bias else None
-    head, whole = Head(weight, added), Linear(weight, added)
+    weight = torch.randn(150_016, 16, generator=random).bfloat16()
+    added = torch.randn(150_016, generator=random).bfloat16() if bias else None
+    head, whole = Head(weight, added, kernels), Linear(weight, added, kernels)
     assert [part.num_bytes for part in head.parts] != [whole.num_bytes]
     assert sum(part.num_bytes for part in head.parts) == whole.num_bytes
     for num in (1, 7, 33):

@@ -173,12 +173,15 @@ def test_another_name_is_refused(running: Running, kind: str) -> None:
     assert "is not served by" in refused(member_of(kind, running.url, served="large"))
 
 
-@pytest.mark.parametrize(("trouble", "error", "says"), [
-    ({"broken": 500}, MemberError, "answered 500: told to fail"),
-    ({"broken": 503}, MemberLostError, "answered 503"),
-    ({"hangs": 0.6}, MemberTimeoutError, "host.server.timeout, 0.3 s"),
-    ({"garbled": True}, MemberError, "cannot be read"),
-])
+@pytest.mark.parametrize(
+    ("trouble", "error", "says"),
+    [
+        ({"broken": 500}, MemberError, "answered 500: told to fail"),
+        ({"broken": 503}, MemberLostError, "answered 503"),
+        ({"hangs": 0.6}, MemberTimeoutError, "host.server.timeout, 0.3 s"),
+        ({"garbled": True}, MemberError, "cannot be read"),
+    ],
+)
 def test_a_failure_is_an_error_of_that_call(
     kind: str, running: Running, state: StandIn, trouble: dict[str, Any], error: type[MemberError], says: str
 ) -> None:

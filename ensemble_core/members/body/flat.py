@@ -156,7 +156,7 @@ def flatten(model: Any, max_len: int, kernels: Kernels) -> FlatBody | None:
     kinds = sorted({_kind(layer) for layer in decoder.layers})
     rotations = [_rotation(model, kind, max_len) for kind in kinds]
     layers = [_layer(index, layer, kinds, kernels) for index, layer in enumerate(decoder.layers)]
-    return FlatBody(decoder.embed_tokens, layers, rotations, _norm(decoder.norm), _head(model.lm_head))
+    return FlatBody(decoder.embed_tokens, layers, rotations, _norm(decoder.norm), _head(model.lm_head, kernels))
 
 
 def _is_known(model: Any) -> bool:
@@ -196,8 +196,8 @@ def _rotation(model: Any, kind: str, max_len: int) -> Rotation:
     return Rotation(cos[0], signed)
 
 
-def _head(module: nn.Linear) -> Head:
-    return Head(module.weight.data, None if module.bias is None else module.bias.data)
+def _head(module: nn.Linear, kernels: Kernels) -> Head:
+    return Head(module.weight.data, None if module.bias is None else module.bias.data, kernels)
 
 
 def _norm(module: Any) -> Norm:
@@ -230,23 +230,23 @@ def _layer(index: int, layer: Any, kinds: list[str], kernels: Kernels) -> Layer:
         scaling=attention.scaling,
         window=getattr(attention, "sliding_window", getattr(attention.config, "sliding_window", None)),
         before_attention=_norm(layer.input_layernorm),
-        qkv=_taken(attention.q_proj, attention.k_proj, attention.v_proj),
+        qkv=_taken(kernels, attention.q_proj, attention.k_proj, attention.v_proj),
         head_norm=_head_norm(attention, num_heads, num_kv_heads),
-        output=_taken(attention.o_proj),
+        output=_taken(kernels, attention.o_proj),
         after_attention=after if around_mlp else None,
         before_mlp=_norm(layer.pre_feedforward_layernorm) if around_mlp else after,
-        gate_up=_taken(mlp.gate_proj, mlp.up_proj),
+        gate_up=_taken(kernels, mlp.gate_proj, mlp.up_proj),
         activation=mlp.act_fn,
-        down=_taken(mlp.down_proj),
+        down=_taken(kernels, mlp.down_proj),
         after_mlp=_norm(layer.post_feedforward_layernorm) if around_mlp else None,
         kernels=kernels,
     )
 
 
-def _taken(*layers: nn.Linear) -> Linear:
+def _taken(kernels: Kernels, *layers: nn.Linear) -> Linear:
     """The layers as one; their own weights are given up, so that a model is never in memory twice."""
-    packed = merged(*layers)
-    if packed.blocked or len(layers) > 1:
+    packed = merged(*layers, kernels=kernels)
+    if packed.copied or len(layers) > 1:
         for layer in layers:
             layer.weight = nn.Parameter(layer.weight.new_empty(0), requires_grad=False)
     return packed

@@ -1,12 +1,14 @@
 """Linear layers as a decode step reads them fastest: siblings merged, weights reordered once.
 
 A decode step is bound by reading weights. Projections of one input (query, key and value; gate and up) become one
-matrix, so that a layer reads its weights in fewer and longer runs; on CPU a matrix is kept in the blocked layout of
-oneDNN, so that a call neither strides through it nor reorders it. Each output is the same sum of the same products.
+matrix, so that a layer reads its weights in fewer and longer runs. Where there is a compiled product, it packs the
+matrix as it reads it; elsewhere on CPU a matrix is kept in the blocked layout of oneDNN, so that a call neither
+strides through it nor reorders it. Each output is the same sum of the same products.
 
-In which order a library sums depends on how many rows it is given: on CPU oneDNN splits long sums where there is one
-row alone. A layer that is made steady calls it with a few numbers of rows that agree bit for bit, so that a row comes
-out the same whatever stands beside it.
+A compiled product sums a row in one order, whatever other rows there are. In which order a library sums depends on
+how many rows it is given: on CPU oneDNN splits long sums where there is one row alone. A layer that is made steady
+calls it with a few numbers of rows that agree bit for bit, so that a row comes out the same whatever stands beside
+it.
 
 Knows weights and biases; does not know models, caches or tokens.
 """
@@ -20,6 +22,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, pad
 
+from ensemble_core.members.kernels.base import Kernels
+from ensemble_core.members.kernels.plain import PLAIN
 from ensemble_core.members.threads import grow
 
 _TILE = 64  # rows that a steady layer takes at once; more are not faster
@@ -30,14 +34,19 @@ _BATCH = 32  # rows that the blocked layout is chosen for; any number is served,
 
 
 class Linear:
-    """y = x W^T + b. weight: (out, in), in the library's blocked layout where that is faster.
+    """y = x W^T + b. weight: (out, in), packed for a compiled product or blocked for the library, if that serves.
 
-    counts: numbers of rows that the library is called with, rising; none: any.
+    copied: whether the weight was reordered, so that the original is not held here. counts: numbers of rows that the
+    library is called with, rising; none: any.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        self.blocked, self._shape = _can_block(weight), (weight.shape[0], weight.shape[1])
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, _BATCH) if self.blocked else weight
+    def __init__(self, weight: Tensor, bias: Tensor | None, kernels: Kernels) -> None:
+        self._multiply = kernels.product(weight)
+        self._blocked = self._multiply is None and _can_block(weight)
+        self.copied, self._shape = self._blocked or self._multiply is not None, (weight.shape[0], weight.shape[1])
+        self.weight = self._multiply.weight if self._multiply else weight
+        if self._blocked:
+            self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, _BATCH)
         self.bias = bias
         self.num_bytes = sum(t.numel() * t.element_size() for t in (weight, bias) if t is not None)
         self.counts: tuple[int, ...] = ()
@@ -51,6 +60,8 @@ class Linear:
 
     def make_steady(self) -> bool:
         """Whether each row now comes out the same, bit for bit, whatever other rows there are."""
+        if self._multiply is not None:
+            return True
         self.counts = _agreeing(self._shape, self.weight.dtype, self.weight.device, self.bias is not None)
         return bool(self.counts)
 
@@ -60,7 +71,9 @@ class Linear:
         return self._product(pad(x, (0, 0, 0, more)))[:num] if more else self._product(x)
 
     def _product(self, x: Tensor) -> Tensor:
-        if self.blocked:
+        if self._multiply is not None:
+            return self._multiply(x, self.bias)
+        if self._blocked:
             return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")  # type: ignore[no-any-return]
         return linear(x, self.weight, self.bias)
 
@@ -71,10 +84,10 @@ class Head:
     The head of a large vocabulary is half of a forward's work, and a product that has begun keeps its threads.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, kernels: Kernels) -> None:
         parts = torch.split(weight, _OUTPUTS) if weight.device.type == "cpu" else (weight,)
         biases = torch.split(bias, [len(part) for part in parts]) if bias is not None else (None,) * len(parts)
-        self.parts = [Linear(part, own) for part, own in zip(parts, biases, strict=True)]
+        self.parts = [Linear(part, own, kernels) for part, own in zip(parts, biases, strict=True)]
 
     def __call__(self, x: Tensor) -> Tensor:
         """(N, in) -> (N, out)."""
@@ -85,12 +98,12 @@ class Head:
         return found[0] if len(found) == 1 else torch.cat(found, dim=1)
 
 
-def merged(*layers: nn.Linear) -> Linear:
+def merged(*layers: nn.Linear, kernels: Kernels) -> Linear:
     """One layer whose output is theirs side by side. Layers with and without bias do not mix."""
     biases = [layer.bias.data for layer in layers if layer.bias is not None]
     assert len(biases) in (0, len(layers)), "some of the layers have a bias and some have none"
     weight = layers[0].weight.data if len(layers) == 1 else torch.cat([layer.weight.data for layer in layers])
-    return Linear(weight.data, torch.cat(biases) if biases else None)
+    return Linear(weight.data, torch.cat(biases) if biases else None, kernels)
 
 
 def _can_block(weight: Tensor) -> bool:
@@ -110,7 +123,7 @@ def _agreeing(shape: tuple[int, int], dtype: torch.dtype, device: torch.device, 
     in bfloat16 too, where it would change one output in ten thousand otherwise.
     """
     x, weight = _cancelling(shape, dtype, device)
-    layer = Linear(weight, torch.zeros_like(weight[:, 0]) if has_bias else None)
+    layer = Linear(weight, torch.zeros_like(weight[:, 0]) if has_bias else None, PLAIN)
     tile = layer(x)
     if not torch.equal(layer(x.flip(0)).flip(0), tile):
         return ()

@@ -68,8 +68,20 @@ class Survey(NamedTuple):
     peaks: Tensor
 
 
+class Product(Protocol):
+    """x W^T + b for one weight, packed as the loop reads it. A row does not depend, in any bit, on the other rows."""
+
+    weight: Tensor  # packed
+
+    def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """(N, in) and (out,) -> (N, out)."""
+
+
 class Kernels(Protocol):
     """One form of every operation."""
+
+    def product(self, weight: Tensor) -> Product | None:
+        """Products with a weight (out, in); None: there is no loop for it, use a library."""
 
     @property
     def attend_spans(self) -> SpanAttention | None:

@@ -19,6 +19,9 @@ class PlainKernels:
 
     attend_spans = None
 
+    def product(self, weight: Tensor) -> None:
+        """See `Kernels.product`."""
+
     def chunk_attention(self, dtype: torch.dtype, sizes: Collection[int]) -> None:
         """See `Kernels.chunk_attention`."""
 

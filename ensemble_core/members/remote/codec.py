@@ -82,7 +82,9 @@ def decode_order(message: bytes) -> Order:
     arrays = _Arrays(message, _ORDER)
     feeds, cached, incarnation = _feeds(arrays), arrays.ints("cached"), arrays.ints("incarnation")
     released, kept = arrays.ints("released"), arrays.ints("kept")
-    _require(len(cached) == len(feeds) and len(incarnation) == 1, "cached must be of every feed, incarnation one number")
+    _require(
+        len(cached) == len(feeds) and len(incarnation) == 1, "cached must be of every feed, incarnation one number"
+    )
     _require(len(released) == len(kept), "numbers of releases differ")
     return Order(incarnation[0], feeds, cached, list(zip(released, map(bool, kept), strict=True)))
 

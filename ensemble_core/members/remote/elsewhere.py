@@ -45,17 +45,20 @@ class Elsewhere:
 
     def ready(self) -> dict[str, Member]:
         """The members, once they can answer. Raises HostError."""
-        members: dict[str, FarMember | ServerMember] = {**self._servers, **self._far}
-        for name, member in members.items():
+        for member in self._begun:
             member.wait_ready()
-            logger.info("%s: ready on %s", name, member.lane.partition(":")[0])
+            logger.info("%s: ready on %s", member.name, member.lane.partition(":")[0])
         _leave_cores(self._far.values())
-        return dict(members)
+        return {member.name: member for member in self._begun}
 
     def close(self) -> None:
         """Give up all that was begun."""
-        for member in (*self._far.values(), *self._servers.values()):
+        for member in self._begun:
             member.close()
+
+    @property
+    def _begun(self) -> list[FarMember | ServerMember]:
+        return [*self._servers.values(), *self._far.values()]
 
     def _begin(self, name: str, member: MemberConfig, host: HostConfig, vocabulary: Vocabulary) -> None:
         scheduler, timeout = self._config.scheduler, self._config.member_timeout
@@ -115,4 +118,6 @@ def _leave_cores(far: Iterable[FarMember]) -> None:
     beside = [member.facts for member in far if member.facts.on_cpu and member.facts.machine == machine()]
     if taken := sum(facts.num_threads for facts in beside):
         torch.set_num_threads(max(1, torch.get_num_threads() - taken))
-        logger.info("plan: %d cores for members in this process, %d for those beside it", torch.get_num_threads(), taken)
+        logger.info(
+            "plan: %d cores for members in this process, %d for those beside it", torch.get_num_threads(), taken
+        )

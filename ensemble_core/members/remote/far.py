@@ -2,8 +2,8 @@
 
 Whatever is asked is one order and one reply. Releases travel with the next order, and lengths and pages are mirrored
 here, so nothing but a forward and the look-up of a prefix waits for the far end. A thread looks after it while it is
-idle. If it does not answer within the time-out it counts as lost until it does; if it is gone, it is started again as a
-new incarnation, with an empty cache.
+idle. If it does not answer within the time-out it counts as lost until it does; if it is gone, it is started again
+as a new incarnation, with an empty cache.
 
 Does not know how bytes travel, or where the far end is.
 """
@@ -52,8 +52,8 @@ class FarMember:
     ) -> None:
         """Begin to load; `wait_ready` ends it.
 
-        connect: starts the far end with the number of its incarnation. kind: what it is, for messages. timeout: seconds
-        that a pulse may take.
+        connect: starts the far end with the number of its incarnation. kind: what it is, for messages. timeout:
+        seconds that a pulse may take.
         """
         self.name, self.vocabulary, self.kind = name, vocabulary, kind
         self.device, self.lane, self.abilities = torch.device("cpu"), f"{kind}:{name}", ALL_ABILITIES
@@ -71,7 +71,9 @@ class FarMember:
         try:
             self._facts = self._loaded(self._link)
         except LinkError as error:
-            raise HostError(f"member {self.name!r}: its {self.kind} is gone before it was loaded: {error}") from error
+            raise HostError(
+                f"member {self.name!r}: its {self.kind} is gone before it was loaded: {error}"
+            ) from error
         self._mirror = Mirror(self._facts.page_size)
         self._presence.start()
 
@@ -108,7 +110,7 @@ class FarMember:
 
     @property
     def free_pages(self) -> int:
-        """Pages that no running sequence holds; 0 or more, though shared pages are counted for each that shares them."""
+        """Pages that no running sequence holds; shared ones count for each, so there may be more."""
         return max(0, self.num_pages - self._mirror.num_pages)
 
     def forward(self, feeds: Sequence[Feed]) -> Answers:
@@ -157,21 +159,20 @@ class FarMember:
                 self._lose(str(error))
             assert reply is not None, "a reply without a time-out came to nothing"
             self._heard = time.monotonic()
-        content = reply[1:]
-        match reply[0]:
-            case Tag.DONE:
-                return content
-            case Tag.LOST:
-                self._lose(content.decode())
-            case _:
-                raise MemberError(self.name, content.decode())
+        tag, content = reply[0], reply[1:]
+        if tag == Tag.LOST:
+            self._lose(content.decode())
+        if tag != Tag.DONE:
+            raise MemberError(self.name, content.decode())
+        return content
 
     def _check_kept(self, feeds: Sequence[Feed]) -> None:
         """Raise MemberLostError where a sequence counts on what an earlier incarnation had cached."""
         for feed in feeds:
             if (feed.keep or 0) > (have := self._mirror.cached.get(feed.seq_id, 0)):
                 raise MemberLostError(
-                    self.name, f"{feed.keep} tokens of sequence {feed.seq_id} are to be kept in its cache, {have} are there"
+                    self.name,
+                    f"{feed.keep} tokens of sequence {feed.seq_id} are to be kept in its cache, {have} are there",
                 )
 
     def _lose(self, reason: str) -> NoReturn:
@@ -220,10 +221,10 @@ class FarMember:
             self._link = self._connect(self.incarnation)
             facts = self._loaded(self._link)
             if facts.max_len != self.max_len or facts.num_pages < self.num_pages:
-                raise HostError(f"it has room for {facts.num_pages} pages now, where {self.num_pages} are planned with")
+                raise HostError(f"it has room for {facts.num_pages} pages now, {self.num_pages} are planned with")
         except (LinkError, HostError) as error:
             self._pause = min(max(1.0, 2 * self._pause), _LONGEST_PAUSE)
-            logger.error("member %s: cannot be started again (next try in %.0f s): %s", self.name, self._pause, error)
+            logger.error("member %s: cannot be started (next try in %.0f s): %s", self.name, self._pause, error)
             return
         self._facts = replace(facts, num_pages=self.num_pages)
         self._dead, self._heard = False, time.monotonic()
@@ -247,20 +248,21 @@ class FarMember:
                 return self._checked(Facts(**told["facts"]))
             self._presence.closing.wait(_LOADING_SECONDS)
         raise HostError(
-            f"member {self.name!r}: its {self.kind} is not ready after {self._start_seconds:g} s; see the log for what "
-            "it waits for, or raise host start_seconds"
+            f"member {self.name!r}: its {self.kind} is not ready after {self._start_seconds:g} s; see the log for "
+            "what it waits for, or raise start_seconds of its host"
         )
 
     def _checked(self, facts: Facts) -> Facts:
         """Raise HostError where the far end is not what is expected here."""
         if facts.version != version("unisono"):
             raise HostError(
-                f"member {self.name!r}: Unisono {facts.version} is installed at its {self.kind}, {version('unisono')} "
-                "here; install the same"
+                f"member {self.name!r}: Unisono {facts.version} is installed at its {self.kind}, and "
+                f"{version('unisono')} here; install the same"
             )
         if facts.fingerprint != self.vocabulary.fingerprint:
             raise HostError(
-                f"member {self.name!r}: the tokenizer at its {self.kind} is not the one here; give both the same files"
+                f"member {self.name!r}: the tokenizer at its {self.kind} is not the one here; give both the same "
+                "files"
             )
         return facts
 

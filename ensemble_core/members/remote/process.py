@@ -12,7 +12,6 @@ import subprocess
 import sys
 from collections.abc import Callable
 from multiprocessing.connection import Connection
-from typing import cast
 
 from ensemble_core.members.base import Member
 from ensemble_core.members.remote.host import Host, Spec
@@ -32,7 +31,11 @@ class ProcessLink:
         with theirs:
             command = [sys.executable, "-m", __name__, str(theirs.fileno())]
             self._process = subprocess.Popen(
-                command, pass_fds=[theirs.fileno()], env=environment, stdin=subprocess.DEVNULL, start_new_session=True
+                command,
+                pass_fds=[theirs.fileno()],
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
             )
         self._connection = Connection(ours.detach())
         self._send(spec.encode())
@@ -86,7 +89,7 @@ def serve(connection: Connection, load: Callable[[Spec], Member] | None = None) 
         host = Host(connection.recv_bytes(), load)
         while True:
             request = connection.recv_bytes()
-            connection.send_bytes(host.answer(cast(Method, _METHODS[request[:1]]), request[1:]))
+            connection.send_bytes(host.answer(_METHODS[request[:1]], request[1:]))
     except (OSError, EOFError):
         os._exit(0)  # whoever asked is gone; a thread may still be loading
 

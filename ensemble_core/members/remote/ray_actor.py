@@ -1,8 +1,8 @@
 """A far end as a Ray actor: on whichever node has what the configuration asks for.
 
-One plain actor a member, one call a step. An actor is never restarted by Ray, and no call is ever repeated: a repeated
-forward would be answered from a cache that it has changed already, and a restarted actor from an empty one. Who asks
-starts a new incarnation instead. Actors end with the process that made them.
+One plain actor a member, one call a step. An actor is never restarted by Ray, and no call is ever repeated: a
+repeated forward would be answered from a cache that it has changed already, and a restarted actor from an empty one.
+Who asks starts a new incarnation instead. Actors end with the process that made them.
 
 Knows Ray and links; does not know members, or what the bytes mean.
 """
@@ -145,8 +145,8 @@ def _import() -> Any:
 
 def _no_cluster(address: str, error: Exception) -> HostError:
     return HostError(
-        f"host.ray.address: the Ray cluster {address!r} cannot be joined: {_first_line(error)}; start one with `ray start "
-        "--head` or join it with `ray start --address`, correct the address, or write `address: local`"
+        f"host.ray.address: the Ray cluster {address!r} cannot be joined: {_first_line(error)}; start one with `ray "
+        "start --head` or join it with `ray start --address`, correct the address, or write `address: local`"
     )
 
 

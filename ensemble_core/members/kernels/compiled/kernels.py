@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Collection
 
 import torch
+from torch import Tensor
 
-from ensemble_core.members.kernels.base import ChunkAttention
-from ensemble_core.members.kernels.compiled import attention, layers, logits, prompts, ranking
+from ensemble_core.members.kernels.base import ChunkAttention, Product
+from ensemble_core.members.kernels.compiled import attention, layers, logits, products, prompts, ranking
 
 
 class CompiledKernels:
@@ -19,6 +20,10 @@ class CompiledKernels:
     turn = staticmethod(layers.turn)
     survey = staticmethod(logits.survey)
     likeliest = staticmethod(ranking.likeliest)
+
+    def product(self, weight: Tensor) -> Product | None:
+        """See `Kernels.product`."""
+        return products.PackedProduct(weight) if products.serves(weight) else None
 
     def chunk_attention(self, dtype: torch.dtype, sizes: Collection[int]) -> ChunkAttention | None:
         """See `Kernels.chunk_attention`."""

@@ -1,8 +1,9 @@
 """Products of small tiles of bfloat16 numbers, summed in float32 registers by the processor's own instruction.
 
-C (6, 64) = A (6, K) B (K, 64). The instruction multiplies pairs of bfloat16 along K, so A and B come as words of two
-numbers: a row of A has K / 2 words, and a row of B has 64, each of two numbers that lie one under the other. Sums run
-along K in order, whatever K is: a row of C does not depend on the other rows, and zeros at the end change nothing.
+C (6, 64) = A (6, K) B (K, 64), or fewer rows. The instruction multiplies pairs of bfloat16 along K, so A and B come
+as words of two numbers: a row of A has K / 2 words, and a row of B has 64, each of two numbers that lie one under the
+other. Sums run along K in order, whatever K is: a row of C does not depend on the other rows, and zeros at the end
+change nothing.
 
 Knows addresses and steps; does not know what is multiplied.
 """
@@ -45,27 +46,30 @@ _FLOATS, _WORDS = ir.VectorType(ir.FloatType(), _LANES), ir.VectorType(ir.IntTyp
 _PAIRS = ir.VectorType(_BFloat(), 2 * _LANES)
 
 
-def _product(adds: bool) -> Callable[..., Any]:
-    """An intrinsic: (address of C, its step, of A, its step, of B, its step, words of K); steps: 32-bit numbers."""
+def product(rows: int, adds: bool = False) -> Callable[..., Any]:
+    """An intrinsic: (address of C, its step, of A, its step, of B, its step, words of K); steps: 32-bit numbers.
 
-    def product(context: Any, c: Any, c_step: Any, a: Any, a_step: Any, b: Any, b_step: Any, num: Any) -> Any:
+    rows: of A and C, at most 6. adds: to what C holds.
+    """
+
+    def multiply(context: Any, c: Any, c_step: Any, a: Any, a_step: Any, b: Any, b_step: Any, num: Any) -> Any:
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            _generate(builder, adds, *arguments)
+            _generate(builder, rows, adds, *arguments)
             return context.get_dummy_value()
 
         return types.void(*[types.intp] * 7), generate
 
-    return intrinsic(product)  # type: ignore[no-any-return]
+    return intrinsic(multiply)  # type: ignore[no-any-return]
 
 
 def _generate(
-    builder: Any, adds: bool, c: Any, c_step: Any, a: Any, a_step: Any, b: Any, b_step: Any, num: Any
+    builder: Any, rows: int, adds: bool, c: Any, c_step: Any, a: Any, a_step: Any, b: Any, b_step: Any, num: Any
 ) -> None:
     multiply = cgutils.get_or_insert_function(
         builder.module, ir.FunctionType(_FLOATS, (_FLOATS, _PAIRS, _PAIRS)), _INSTRUCTION
     )
     vectors = COLUMNS // _LANES
-    places = [(row, vector) for row in range(ROWS) for vector in range(vectors)]
+    places = [(row, vector) for row in range(rows) for vector in range(vectors)]
     sums = {place: cgutils.alloca_once(builder, _FLOATS) for place in places}
 
     def cell(row: int, vector: int) -> Any:
@@ -80,7 +84,7 @@ def _generate(
             builder.bitcast(builder.load(_at(builder, b, line, v * _LANES, _WORDS), align=4), _PAIRS)
             for v in range(vectors)
         ]
-        for row in range(ROWS):
+        for row in range(rows):
             word = _at(builder, a, builder.add(builder.mul(a_step, _int(row)), loop.index), 0, ir.IntType(32))
             left = builder.bitcast(_splat(builder, builder.load(word, align=4)), _PAIRS)
             for vector in range(vectors):
@@ -105,5 +109,5 @@ def _splat(builder: Any, word: Any) -> Any:
     return builder.shuffle_vector(one, ir.Constant(_WORDS, ir.Undefined), ir.Constant(_WORDS, [0] * _LANES))
 
 
-multiply = _product(adds=False)
-multiply_and_add = _product(adds=True)
+multiply = product(ROWS)
+multiply_and_add = product(ROWS, adds=True)

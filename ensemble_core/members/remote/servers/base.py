@@ -42,6 +42,7 @@ class Dialect(Protocol):
 
     title: ClassVar[str]
     other_temperature: ClassVar[float]  # at which it must tell the same numbers as at 0
+    be_plain: ClassVar[str]  # what to do where its numbers are no plain log-probabilities
     raise_limit: ClassVar[str]  # what to do where it tells too few candidates
 
     def __init__(self, connection: Connection, host: ServerHost, vocabulary: int) -> None: ...

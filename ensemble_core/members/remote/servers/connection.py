@@ -62,7 +62,8 @@ class Connection:
             except (httpx.TransportError, httpx.InvalidURL) as error:
                 if pause is None or isinstance(error, httpx.InvalidURL):
                     raise MemberLostError(
-                        self._member, f"its server {self._host.url} cannot be reached: {error or type(error).__name__}"
+                        self._member,
+                        f"its server {self._host.url} cannot be reached: {error or type(error).__name__}",
                     ) from error
                 time.sleep(pause)
         raise AssertionError("the last try neither returned nor raised")
@@ -70,7 +71,9 @@ class Connection:
     def _opened(self, response: httpx.Response) -> Any:
         if response.status_code in (401, 403):
             where = self._host.api_key_env
-            advice = f"correct the key in {where}" if where else "name the variable that holds its key: api_key_env"
+            advice = (
+                f"correct the key in {where}" if where else "name the variable that holds its key: api_key_env"
+            )
             raise RefusedError(self._member, response.status_code, f"it does not accept the key; {advice}")
         if response.status_code in (502, 503, 504):
             raise MemberLostError(self._member, f"its server answered {response.status_code}: {_text(response)}")

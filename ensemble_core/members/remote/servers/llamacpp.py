@@ -1,8 +1,8 @@
 """llama.cpp's server: `/completion`, all texts of a step in one request.
 
-It tells any number of candidates, the whole vocabulary included, so nothing is beyond it; what needs a whole vocabulary
-is slow, though, since each row is megabytes of JSON. Its cache is exact to the token, but in 16 bits unless it is told
-otherwise.
+It tells any number of candidates, the whole vocabulary included, so nothing is beyond it; what needs a whole
+vocabulary is slow, though, since each row is megabytes of JSON. Its cache is exact to the token, but in 16 bits
+unless it is told otherwise.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ class LlamaDialect:
 
     title: ClassVar[str] = "llama.cpp's server"
     other_temperature: ClassVar[float] = 2.0
+    be_plain: ClassVar[str] = "update it"
     raise_limit: ClassVar[str] = "update it"
 
     def __init__(self, connection: Connection, host: ServerHost, vocabulary: int) -> None:
@@ -34,7 +35,9 @@ class LlamaDialect:
         """See `Dialect.served`; the server has one model, whatever its name."""
         facts = self._connection.get("/props")
         length = facts["default_generation_settings"].get("n_ctx")
-        return Served(str(facts.get("model_alias") or facts.get("model_path", "")), None if not length else int(length))
+        return Served(
+            str(facts.get("model_alias") or facts.get("model_path", "")), None if not length else int(length)
+        )
 
     def tokenize(self, text: str) -> list[int]:
         """See `Dialect.tokenize`."""
@@ -49,7 +52,9 @@ class LlamaDialect:
         rows: dict[int, Row] = {}
         for places, width in ((plain, num), (whole, self._vocabulary)):
             if places:
-                rows |= dict(zip(places, self._complete([ends[i] for i in places], width, temperature), strict=True))
+                rows |= dict(
+                    zip(places, self._complete([ends[i] for i in places], width, temperature), strict=True)
+                )
         return [rows[i] for i in range(len(ends))]
 
     def _complete(self, ends: Sequence[tuple[int, ...]], num: int, temperature: float) -> list[Row]:
@@ -64,6 +69,9 @@ class LlamaDialect:
         told = self._connection.post("/completion", body)
         answers = sorted(told, key=lambda each: int(each["index"])) if isinstance(told, list) else [told]
         return [
-            {int(each["id"]): float(each["logprob"]) for each in answer["completion_probabilities"][0]["top_logprobs"]}
+            {
+                int(each["id"]): float(each["logprob"])
+                for each in answer["completion_probabilities"][0]["top_logprobs"]
+            }
             for answer in answers
         ]

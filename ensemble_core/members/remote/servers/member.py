@@ -1,7 +1,7 @@
 """A member behind an inference server. Nothing of a sequence lives there: each step sends its ids so far.
 
-A rollback is a shorter list. Prompts are not read in chunks: their ids are sent with the first question. Invariant: ids
-are taken over only once the server has answered, so a forward advances every sequence or none.
+A rollback is a shorter list. Prompts are not read in chunks: their ids are sent with the first question. Invariant:
+ids are taken over only once the server has answered, so a forward advances every sequence or none.
 """
 
 from __future__ import annotations

@@ -30,10 +30,10 @@ def prove_tokens(name: str, dialect: Dialect, vocabulary: Vocabulary) -> None:
     for text in _TEXTS:
         ours, theirs = list(vocabulary.encode(text)), dialect.tokenize(text)
         if ours != theirs:
-            at = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs)))
+            at = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), len(ours))
             raise HostError(
-                f"member {name!r}: {dialect.title} has another tokenizer: {text!r} is {theirs[at : at + 4]} there and "
-                f"{ours[at : at + 4]} here from token {at} on; `model` must be the one that it serves"
+                f"member {name!r}: {dialect.title} has another tokenizer: {text!r} is {theirs[at : at + 4]} there "
+                f"and {ours[at : at + 4]} here from token {at} on; `model` must be the one that it serves"
             )
 
 
@@ -42,7 +42,8 @@ def prove_length(name: str, dialect: Dialect, max_len: int) -> None:
     there = dialect.served().max_len
     if there is not None and there < max_len:
         raise HostError(
-            f"members.{name}.max_len: {max_len} tokens, where {dialect.title} takes {there}; lower it, or raise its limit"
+            f"members.{name}.max_len: {max_len} tokens, where {dialect.title} takes {there}; lower it, or raise its "
+            "limit"
         )
 
 
@@ -54,8 +55,8 @@ def prove_numbers(name: str, dialect: Dialect, vocabulary: Vocabulary, num: int)
     except RefusedError as error:
         if error.status == 400 and "logprobs" in error.reason:
             raise HostError(
-                f"member {name!r}: {dialect.title} does not tell {num} candidates, which is scheduler.num_candidates: "
-                f"{error.reason}; {dialect.raise_limit.format(num=num)}"
+                f"member {name!r}: {dialect.title} does not tell {num} candidates, which is "
+                f"scheduler.num_candidates: {error.reason}; {dialect.raise_limit.format(num=num)}"
             ) from error
         raise
     if len(row) < min(num, len(vocabulary)):
@@ -68,14 +69,14 @@ def prove_numbers(name: str, dialect: Dialect, vocabulary: Vocabulary, num: int)
     mass = math.fsum(math.exp(min(logprob, 10.0)) for logprob in row.values())
     if mass > 1.0 + _EXCESS:
         raise HostError(
-            f"member {name!r}: {dialect.title} tells numbers whose mass is {mass:.4g}, which are no log-probabilities; "
-            "start it without a processed or raw-logits mode (--logprobs-mode raw_logprobs)"
+            f"member {name!r}: {dialect.title} tells numbers whose mass is {mass:.4g}, which are no "
+            f"log-probabilities; {dialect.be_plain}"
         )
     (warmer,) = dialect.ask(question, num, dialect.other_temperature)
     if (apart := _apart(row, warmer, num)) > _SAME:
         raise HostError(
-            f"member {name!r}: {dialect.title} tells other numbers at temperature {dialect.other_temperature:g}, up to "
-            f"{apart:.2g} nats away: they are processed; start it with --logprobs-mode raw_logprobs"
+            f"member {name!r}: {dialect.title} tells other numbers at temperature "
+            f"{dialect.other_temperature:g}, up to {apart:.2g} nats away: they are processed; {dialect.be_plain}"
         )
     return row
 

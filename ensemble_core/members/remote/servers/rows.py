@@ -13,7 +13,8 @@ from ensemble_core.members.remote.servers.base import Row
 def candidates(rows: Sequence[Row], width: int, also: Sequence[tuple[int, ...]], vocabulary: int) -> Candidates:
     """`width` candidates of each row, from likely to unlikely, of equals the lowest id, those of `also` among them.
 
-    also: one entry a row. A width of the vocabulary: all ids in their order. Raises ValueError where a row has too few.
+    also: one entry a row. A width of the vocabulary: all ids in their order. Raises ValueError where a row has too
+    few.
     """
     if width >= vocabulary:
         return _whole(rows, vocabulary)

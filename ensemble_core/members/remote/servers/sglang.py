@@ -20,6 +20,7 @@ class SglangDialect:
 
     title: ClassVar[str] = "SGLang"
     other_temperature: ClassVar[float] = 1.0  # it divides by higher ones before it tells
+    be_plain: ClassVar[str] = "update it"
     raise_limit: ClassVar[str] = "update it"
 
     def __init__(self, connection: Connection, host: ServerHost, vocabulary: int) -> None:

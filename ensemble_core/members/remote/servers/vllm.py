@@ -24,6 +24,7 @@ class VllmDialect:
 
     title: ClassVar[str] = "vLLM"
     other_temperature: ClassVar[float] = 2.0
+    be_plain: ClassVar[str] = "start it with --logprobs-mode raw_logprobs"
     raise_limit: ClassVar[str] = "start it with --max-logprobs {num} or more"
 
     def __init__(self, connection: Connection, host: ServerHost, vocabulary: int) -> None:
