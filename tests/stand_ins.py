@@ -5,6 +5,7 @@ They follow the servers' documents, and what was seen of the real ones; a test t
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -54,7 +55,7 @@ def _guard(app: FastAPI, state: StandIn) -> None:
         if request.url.path in ("/v1/completions", "/completion", "/generate"):
             state.requests.append(await request.json())
             if state.hangs:
-                time.sleep(state.hangs)
+                await asyncio.sleep(state.hangs)
             if state.broken:
                 return JSONResponse({"error": {"message": "told to fail"}}, state.broken)
             if state.garbled:

@@ -31,7 +31,7 @@ def fake(lane: str, forward: Callable[[], Answers]) -> Any:
         assert feeds == FEEDS
         return forward()
 
-    return SimpleNamespace(lane=lane, forward=run)
+    return SimpleNamespace(lane=lane, forward=run, close=lambda: None)
 
 
 def failing() -> Answers:

@@ -8,7 +8,7 @@ from typing import ClassVar, Protocol
 
 from ensemble_core.hosts import ServerHost
 from ensemble_core.members.base import Abilities
-from ensemble_core.members.remote.servers.connection import Connection
+from ensemble_core.members.remote.servers.connection import ServerConnection
 
 Row = dict[int, float]  # id -> log-probability
 
@@ -45,7 +45,7 @@ class Dialect(Protocol):
     be_plain: ClassVar[str]  # what to do where its numbers are no plain log-probabilities
     raise_limit: ClassVar[str]  # what to do where it tells too few candidates
 
-    def __init__(self, connection: Connection, host: ServerHost, vocabulary: int) -> None: ...
+    def __init__(self, connection: ServerConnection, host: ServerHost, vocabulary: int) -> None: ...
 
     def abilities(self, num_candidates: int) -> Abilities:
         """What it can do, if it tells so many candidates."""
@@ -63,4 +63,4 @@ class Dialect(Protocol):
         """
 
 
-Make = Callable[[Connection, ServerHost, int], Dialect]
+Make = Callable[[ServerConnection, ServerHost, int], Dialect]

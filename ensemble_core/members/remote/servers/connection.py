@@ -28,7 +28,7 @@ class RefusedError(MemberError):
         self.status, self.reason = status, message
 
 
-class Connection:
+class ServerConnection:
     """Kept open between requests. Raises HostError where the configuration cannot be used."""
 
     def __init__(self, member: str, host: ServerHost) -> None:

@@ -13,7 +13,7 @@ from typing import ClassVar
 from ensemble_core.hosts import ServerHost
 from ensemble_core.members.base import Abilities
 from ensemble_core.members.remote.servers.base import Question, Row, Served
-from ensemble_core.members.remote.servers.connection import Connection
+from ensemble_core.members.remote.servers.connection import ServerConnection
 
 
 class LlamaDialect:
@@ -24,7 +24,7 @@ class LlamaDialect:
     be_plain: ClassVar[str] = "update it"
     raise_limit: ClassVar[str] = "update it"
 
-    def __init__(self, connection: Connection, host: ServerHost, vocabulary: int) -> None:
+    def __init__(self, connection: ServerConnection, host: ServerHost, vocabulary: int) -> None:
         self._connection, self._vocabulary = connection, vocabulary
 
     def abilities(self, num_candidates: int) -> Abilities:

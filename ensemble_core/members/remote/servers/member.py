@@ -17,7 +17,7 @@ from ensemble_core.members.answering import lay_out
 from ensemble_core.members.base import Answers, Candidates, Feed, Span
 from ensemble_core.members.remote.presence import Presence
 from ensemble_core.members.remote.servers.base import Dialect, Make, Question
-from ensemble_core.members.remote.servers.connection import Connection
+from ensemble_core.members.remote.servers.connection import ServerConnection
 from ensemble_core.members.remote.servers.llamacpp import LlamaDialect
 from ensemble_core.members.remote.servers.proof import (
     ask_again,
@@ -58,7 +58,7 @@ class ServerMember:
         self.device, self.lane = torch.device("cpu"), f"{host.kind}:{name}"
         self.page_size, self.num_pages = max_len, max_running
         self._host, self._num = host, min(num_candidates, len(vocabulary))
-        self._connection = Connection(name, host)
+        self._connection = ServerConnection(name, host)
         self._dialect: Dialect = DIALECTS[host.kind](self._connection, host, len(vocabulary))
         self.abilities = self._dialect.abilities(self._num)
         self._texts: dict[int, tuple[int, ...]] = {}

@@ -7,10 +7,10 @@ from typing import Any
 from ensemble_core.errors import HostError
 from ensemble_core.hosts import ServerHost
 from ensemble_core.members.remote.servers.base import Served
-from ensemble_core.members.remote.servers.connection import Connection
+from ensemble_core.members.remote.servers.connection import ServerConnection
 
 
-def listed(connection: Connection, host: ServerHost) -> Served:
+def listed(connection: ServerConnection, host: ServerHost) -> Served:
     """The model that `host` means. Raises MemberError, HostError."""
     models: list[dict[str, Any]] = connection.get("/v1/models")["data"]
     names = [str(model["id"]) for model in models]

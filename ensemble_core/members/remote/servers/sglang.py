@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 from ensemble_core.hosts import ServerHost
 from ensemble_core.members.base import Abilities
 from ensemble_core.members.remote.servers.base import Question, Row, Served
-from ensemble_core.members.remote.servers.connection import Connection
+from ensemble_core.members.remote.servers.connection import ServerConnection
 from ensemble_core.members.remote.servers.openai_models import listed
 
 
@@ -23,7 +23,7 @@ class SglangDialect:
     be_plain: ClassVar[str] = "update it"
     raise_limit: ClassVar[str] = "update it"
 
-    def __init__(self, connection: Connection, host: ServerHost, vocabulary: int) -> None:
+    def __init__(self, connection: ServerConnection, host: ServerHost, vocabulary: int) -> None:
         self._connection, self._host = connection, host
         self._name = host.served or ""
 

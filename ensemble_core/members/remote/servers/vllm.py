@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 from ensemble_core.hosts import ServerHost
 from ensemble_core.members.base import Abilities
 from ensemble_core.members.remote.servers.base import Question, Row, Served
-from ensemble_core.members.remote.servers.connection import Connection
+from ensemble_core.members.remote.servers.connection import ServerConnection
 from ensemble_core.members.remote.servers.openai_models import listed
 
 _MOST_ALSO = 128  # ids of `logprob_token_ids`
@@ -27,7 +27,7 @@ class VllmDialect:
     be_plain: ClassVar[str] = "start it with --logprobs-mode raw_logprobs"
     raise_limit: ClassVar[str] = "start it with --max-logprobs {num} or more"
 
-    def __init__(self, connection: Connection, host: ServerHost, vocabulary: int) -> None:
+    def __init__(self, connection: ServerConnection, host: ServerHost, vocabulary: int) -> None:
         self._connection, self._host = connection, host
         self._name = host.served or ""
 
