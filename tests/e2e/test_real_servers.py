@@ -230,7 +230,7 @@ def test_wrong_settings_have_their_errors(exact: Config, server: Server, monkeyp
     assert "sk-wrong" not in str(caught.value)
     monkeypatch.setenv("FAR_KEY", KEY)
     with pytest.raises(HostError, match="has another tokenizer"):
-        LLM(far(exact, server, model=exact.members["gemma3"].model))
+        LLM(far(exact.model_copy(update={"ensembles": {}}), server, model=exact.members["gemma3"].model))
     if server.kind == "vllm":
         with pytest.raises(HostError, match="start it with --max-logprobs 300 or more"):
             LLM(far(exact, server, num_candidates=300))
