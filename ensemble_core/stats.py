@@ -12,9 +12,8 @@ from typing import Literal
 
 StepPhase = Literal["prefill", "decode"]
 MIXED = "mixed"  # the mode of a step whose sequences have several
-Cause = Literal[
-    "exception", "non_finite", "timeout", "lost"
-]  # how a member fails; lost: it lives elsewhere, and is gone
+# How a member fails; lost: it lives elsewhere, and cannot be reached or has lost its cache.
+Cause = Literal["exception", "non_finite", "timeout", "lost"]
 # Why a member is left out: its failure; busy: an earlier call has not returned; idle: the fusion cannot use it
 # without another member that was lost.
 Reason = Literal["exception", "non_finite", "timeout", "lost", "busy", "idle"]

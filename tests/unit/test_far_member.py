@@ -148,6 +148,18 @@ def test_a_release_travels_with_the_next_order(far: Far) -> None:
     assert far.member.free_pages == far.member.num_pages
 
 
+def test_what_a_failed_forward_has_left_over_there_is_released(far: Far, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may have taken pages before it failed."""
+    released: list[int] = []
+    monkeypatch.setattr(far.links[0].far, "release", lambda seq_id, keep=False: released.append(seq_id))
+    far.links[0].far.fails_on.add(5)
+    with pytest.raises(MemberError):
+        far.member.forward([Feed(5, [97])])
+    far.member.release(5)
+    far.member.forward([Feed(6, [97])])
+    assert released == [5]
+
+
 def test_an_error_over_there_is_one_here(far: Far) -> None:
     far.links[0].far.fails_on.add(5)
     with pytest.raises(MemberError, match="member 'far': told to fail on"):

@@ -162,6 +162,10 @@ def test_another_kind_of_server(running: Running, kind: str) -> None:
     assert "host.server" in refused(member_of(other, running.url))
 
 
+def test_there_is_room_for_the_answer(member: ServerMember, state: StandIn) -> None:
+    assert (state.max_len, member.max_len) == (256, 255)
+
+
 def test_a_shorter_context_is_refused(kind: str, running: Running, state: StandIn) -> None:
     state.max_len = 128
     assert "lower it, or raise its limit" in refused(member_of(kind, running.url))

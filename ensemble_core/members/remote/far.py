@@ -224,6 +224,7 @@ class FarMember:
                 raise HostError(f"it has room for {facts.num_pages} pages now, {self.num_pages} are planned with")
         except (LinkError, HostError) as error:
             self._pause = min(max(1.0, 2 * self._pause), _LONGEST_PAUSE)
+            self._link.close()
             logger.error("member %s: cannot be started (next try in %.0f s): %s", self.name, self._pause, error)
             return
         self._facts = replace(facts, num_pages=self.num_pages)

@@ -19,6 +19,7 @@ class Mirror:
         """page_size: tokens."""
         self.cached: dict[int, int] = {}
         self._page_size = page_size
+        self._known: set[int] = set()  # sequences of which the far end may hold something, after a failure too
         self._releases: list[tuple[int, bool]] = []
 
     @property
@@ -28,12 +29,15 @@ class Mirror:
 
     def release(self, seq_id: int, keep: bool) -> None:
         """Give a sequence back with the next order."""
-        if self.cached.pop(seq_id, None) is not None:
+        self.cached.pop(seq_id, None)
+        if seq_id in self._known:
+            self._known.discard(seq_id)
             self._releases.append((seq_id, keep))
 
     def order(self, incarnation: int, feeds: Sequence[Feed]) -> Order:
         """Feeds with all that waits to be sent."""
         releases, self._releases = self._releases, []
+        self._known |= {feed.seq_id for feed in feeds}
         return Order(incarnation, list(feeds), [self.cached.get(feed.seq_id, 0) for feed in feeds], releases)
 
     def advance(self, feeds: Sequence[Feed]) -> None:

@@ -60,12 +60,13 @@ class ProcessLink:
 
     def close(self) -> None:
         """See `Link.close`."""
-        self._connection.close()
+        self._process.terminate()  # it holds nothing that could be lost
         try:
             self._process.wait(_END_SECONDS)
-        except subprocess.TimeoutExpired:
+        except subprocess.TimeoutExpired:  # it is stopped
             self._process.kill()
             self._process.wait()
+        self._connection.close()
 
     def _send(self, message: bytes) -> None:
         try:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import os
 import threading
 import time
 from collections.abc import Mapping
@@ -46,6 +47,7 @@ class RayCluster:
     def _join(self, address: str) -> None:
         if self.ray.is_initialized():
             return
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a server reports nothing to anybody by default
         options: dict[str, Any] = {"log_to_driver": False, "namespace": _NAMESPACE, "configure_logging": False}
         options |= {"include_dashboard": False} if address == "local" else {}
         deadline = time.monotonic() + _JOIN_SECONDS

@@ -23,9 +23,9 @@ from ensemble_core.members.remote.servers.proof import (
     ask_again,
     explained,
     is_same,
-    prove_length,
     prove_numbers,
     prove_tokens,
+    proven_length,
 )
 from ensemble_core.members.remote.servers.rows import candidates
 from ensemble_core.members.remote.servers.sglang import SglangDialect
@@ -68,7 +68,7 @@ class ServerMember:
     def wait_ready(self) -> None:
         """Prove that the server is the right one. Raises HostError."""
         try:
-            prove_length(self.name, self._dialect, self.max_len)
+            self.max_len = proven_length(self.name, self._dialect, self.max_len)
             prove_tokens(self.name, self._dialect, self.vocabulary)
             self._probe = prove_numbers(self.name, self._dialect, self.vocabulary, self._num)
         except MemberError as error:

@@ -37,14 +37,15 @@ def prove_tokens(name: str, dialect: Dialect, vocabulary: Vocabulary) -> None:
             )
 
 
-def prove_length(name: str, dialect: Dialect, max_len: int) -> None:
-    """The server takes texts that are as long as ours may be."""
+def proven_length(name: str, dialect: Dialect, max_len: int) -> int:
+    """The longest text that may be asked about: there must be room for the answer. Raises HostError."""
     there = dialect.served().max_len
     if there is not None and there < max_len:
         raise HostError(
             f"members.{name}.max_len: {max_len} tokens, where {dialect.title} takes {there}; lower it, or raise its "
             "limit"
         )
+    return max_len if there is None else min(max_len, there - 1)
 
 
 def prove_numbers(name: str, dialect: Dialect, vocabulary: Vocabulary, num: int) -> Row:
