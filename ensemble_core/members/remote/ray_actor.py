@@ -9,12 +9,15 @@ Knows Ray and links; does not know members, or what the bytes mean.
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import logging
 import os
+import signal
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from ensemble_core.errors import ConfigError, HostError
@@ -25,6 +28,7 @@ from ensemble_core.members.remote.link import LinkError, Method
 logger = logging.getLogger(__name__)
 
 _NAMESPACE = "unisono"
+_SIGACTION = 256  # bytes; more than any system's `struct sigaction`
 _JOIN_SECONDS = 20.0  # to wait for a cluster that is being started
 _PATIENCE = 10.0  # seconds without a node after which the log says what is waited for
 
@@ -53,7 +57,8 @@ class RayCluster:
         deadline = time.monotonic() + _JOIN_SECONDS
         while True:
             try:
-                self.ray.init(address=address, **options)
+                with _own_signals():
+                    self.ray.init(address=address, **options)
                 break
             except ConnectionError as error:  # a head that starts beside us may not be there yet
                 if time.monotonic() > deadline:
@@ -143,6 +148,23 @@ def _import() -> Any:
         return importlib.import_module("ray")
     except ImportError as error:
         raise ConfigError("host.ray needs the extra unisono[ray]; run `pip install 'unisono[ray]'`") from error
+
+
+@contextmanager
+def _own_signals() -> Iterator[None]:
+    """What this process does on SIGTERM and SIGINT stays its own: Ray would abort it, where a server drains.
+
+    Ray's handlers are in C, and Python's `signal` serves the main thread alone; so does this through the C library.
+    """
+    library = ctypes.CDLL(None)
+    kept = {number: ctypes.create_string_buffer(_SIGACTION) for number in (signal.SIGTERM, signal.SIGINT)}
+    for number, action in kept.items():
+        library.sigaction(int(number), None, action)
+    try:
+        yield
+    finally:
+        for number, action in kept.items():
+            library.sigaction(int(number), action, None)
 
 
 def _no_cluster(address: str, error: Exception) -> HostError:
