@@ -7,6 +7,7 @@ shows that the steps and their files are right; it does not show the base image,
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -37,12 +38,17 @@ def rehearse(folder: Path, python: str) -> Path:
     subprocess.run([python, "-m", "venv", environment], check=True)
     build = instructions((ROOT / "Dockerfile").read_text())
     end = next(i for i, (word, _) in enumerate(build) if word == "FROM" and i > 0)
+    arguments: dict[str, str] = {}
     for word, rest in build[:end]:
+        if word == "ARG":
+            name, _, default = rest.partition("=")
+            arguments[name] = default.strip('"')
         if word == "COPY":
             _copy(rest.split(), source)
         if word == "RUN" and "venv" not in rest:
             command = re.sub(r"\$\{TORCH_INDEX:\+.*?\"\}", "", rest)
-            subprocess.run(["sh", "-ec", f'PATH="{environment}/bin:$PATH"; {command}'], cwd=source, check=True)
+            script = ["sh", "-ec", f'PATH="{environment}/bin:$PATH"; {command}']
+            subprocess.run(script, cwd=source, env=os.environ | arguments, check=True)
     return environment / "bin" / "unisono"
 
 
