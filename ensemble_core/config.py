@@ -326,8 +326,9 @@ class Config(Section):
             raise ValueError(f"members: one process can join one Ray cluster, found the addresses {addresses}")
         groups: dict[str, set[str]] = {}
         for ray in rays.values():
-            groups.setdefault(ray.group or "", set()).add(ray.strategy)
-        if mixed := sorted(group for group, strategies in groups.items() if group and len(strategies) > 1):
+            if ray.group is not None:
+                groups.setdefault(ray.group, set()).add(ray.strategy)
+        if mixed := sorted(group for group, strategies in groups.items() if len(strategies) > 1):
             raise ValueError(
                 f"members: host.ray.strategy differs within the groups {mixed}; write the same for all"
             )

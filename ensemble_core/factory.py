@@ -73,9 +73,9 @@ def load(config: Config, record: Record) -> Loaded:
     with ThreadPoolExecutor(1, "grammars") as pool:
         warmed = [pool.submit(each.warm) for each in grammars.values()]
         members = _load_members(config, vocabularies)
+    try:
         for future in warmed:
             future.result()
-    try:
         return _assembled(config, members, spaces.placed(members), grammars, record)
     except BaseException:
         for member in members.values():

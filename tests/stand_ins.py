@@ -63,7 +63,8 @@ def _guard(app: FastAPI, state: StandIn) -> None:
         return await proceed(request)
 
 
-def vllm(state: StandIn) -> FastAPI:
+def _listing(state: StandIn) -> FastAPI:
+    """What vLLM and SGLang have in common."""
     app = FastAPI()
     _guard(app, state)
 
@@ -75,6 +76,12 @@ def vllm(state: StandIn) -> FastAPI:
     def tokenize(body: dict[str, Any]) -> Any:
         assert not body["add_special_tokens"]
         return {"tokens": state.tokens(body["prompt"])}
+
+    return app
+
+
+def vllm(state: StandIn) -> FastAPI:
+    app = _listing(state)
 
     @app.post("/v1/completions")
     def complete(body: dict[str, Any]) -> Any:
@@ -125,16 +132,7 @@ def llamacpp(state: StandIn) -> FastAPI:
 
 
 def sglang(state: StandIn) -> FastAPI:
-    app = FastAPI()
-    _guard(app, state)
-
-    @app.get("/v1/models")
-    def models() -> Any:
-        return {"data": [{"id": "tiny", "max_model_len": state.max_len}]}
-
-    @app.post("/tokenize")
-    def tokenize(body: dict[str, Any]) -> Any:
-        return {"tokens": state.tokens(body["prompt"])}
+    app = _listing(state)
 
     @app.post("/generate")
     def generate(body: dict[str, Any]) -> Any:

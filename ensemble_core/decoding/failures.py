@@ -5,8 +5,7 @@
 | exception | the member, for every request in the call | the rest of the request |
 | timeout | the same | the same; the member is busy until the call returns |
 | non_finite | the member, for requests whose rows are not finite | the rest of the request |
-| lost | the member, for requests that need it while it cannot be reached, or that it had cached | the rest of the
-request |
+| lost | the member, for requests that need it meanwhile, or that it had cached | the rest of the request |
 | busy | the member, for other requests that decode | the steps until it is back |
 | busy | the member, for requests in prefill, or more than `max_behind` tokens behind | the rest of the request |
 

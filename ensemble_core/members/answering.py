@@ -31,6 +31,16 @@ class Layout:
         """Feeds in the order of their rows."""
         return tuple(chain.from_iterable(self.groups))
 
+    def spans(self, feeds: Sequence[Feed]) -> tuple[Span, ...]:
+        """Where each feed's answer lies, if each group is a block; nothing for one that wants nothing."""
+        spans = [Span(0, 0, 0)] * len(feeds)
+        for number, group in enumerate(self.groups):
+            start = 0
+            for i in group:
+                spans[i] = Span(number, start, start + feeds[i].wanted)
+                start += feeds[i].wanted
+        return tuple(spans)
+
 
 def lay_out(feeds: Sequence[Feed]) -> Layout:
     """Rows of equal width together, otherwise in the order of the feeds; feeds that want nothing have no rows."""
@@ -44,15 +54,11 @@ def answer(logits: Tensor, feeds: Sequence[Feed], layout: Layout, kernels: Kerne
     logits: (N, V), the wanted positions in the layout's order, then a row for every `following` id that is not -1,
     in the order of the feeds.
     """
-    blocks, spans, start = [], [Span(0, 0, 0)] * len(feeds), 0
-    for number, group in enumerate(layout.groups):
-        row = 0
-        for i in group:
-            spans[i] = Span(number, row, row + feeds[i].wanted)
-            row += feeds[i].wanted
+    blocks, start = [], 0
+    for group in layout.groups:
         also = [ids for i in group for ids in feeds[i].also or ((),) * feeds[i].wanted]
-        blocks.append(top_candidates(logits[start : start + row], feeds[group[0]].top_k, also, kernels))
-        start += row
+        blocks.append(top_candidates(logits[start : start + len(also)], feeds[group[0]].top_k, also, kernels))
+        start += len(also)
     asked = [feed.following for feed in feeds]
     told = likelihoods(logits[start:], asked, kernels) if start < len(logits) else ()
-    return Answers(tuple(blocks), tuple(spans), told)
+    return Answers(tuple(blocks), layout.spans(feeds), told)

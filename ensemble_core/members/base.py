@@ -39,6 +39,10 @@ class Feed:
     top_k: int = 1
     keep: int | None = None
 
+    def length_after(self, cached: int) -> int:
+        """Tokens that are cached of the sequence once this is taken in, of which `cached` were there."""
+        return (cached if self.keep is None else self.keep) + len(self.token_ids)
+
 
 @dataclass(frozen=True, slots=True)
 class Candidates:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from prompts import PROMPTS
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ensemble_core.config import Config
@@ -19,16 +20,6 @@ from ensemble_core.members.loading.checkpoints import resolve_folder
 from ensemble_core.members.local import LocalMember
 
 GREEDY = SamplingParams(max_tokens=64, temperature=0.0)
-PROMPTS = [
-    "The capital of France is",
-    "Water boils at a temperature of",
-    "def fibonacci(n):\n    ",
-    "Once upon a time, in a small village by the sea, there lived",
-    "中国的首都是",
-    "Question: What is 12 + 30?\nAnswer:",
-    "The three primary colours are",
-    "😀 means",
-]
 
 
 @pytest.fixture(scope="module")

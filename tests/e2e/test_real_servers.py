@@ -6,16 +6,15 @@ import os
 import shutil
 import signal
 import subprocess
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
-from processes import free_port
+from processes import free_port, wait_until_ready
+from prompts import PROMPTS
 
 from ensemble_core.config import Config
 from ensemble_core.decoding.sampling_params import SamplingParams
@@ -30,16 +29,6 @@ KEY = "sk-of-the-far-server"
 FAR = "smollm2"
 GREEDY = SamplingParams(max_tokens=48, temperature=0.0, logprobs=2)
 CLOSE = 2e-3  # nats between two tokens; the servers' numbers differ by less
-PROMPTS = [
-    "The capital of France is",
-    "Water boils at a temperature of",
-    "def fibonacci(n):\n    ",
-    "Once upon a time, in a small village by the sea, there lived",
-    "中国的首都是",
-    "Question: What is 12 + 30?\nAnswer:",
-    "The three primary colours are",
-    "😀 means",
-]
 
 
 @dataclass
@@ -70,16 +59,7 @@ def served(
             start_new_session=True,
         )
     try:
-        deadline = time.monotonic() + 300.0
-        while True:
-            assert process.poll() is None, log.read_text()[-3000:]
-            assert time.monotonic() < deadline, log.read_text()[-3000:]
-            try:
-                if httpx.get(f"{url}/health").status_code == 200:
-                    break
-            except httpx.TransportError:
-                pass
-            time.sleep(0.3)
+        wait_until_ready(process, url, log, 300.0, "/health")
         yield Server(kind, url, process)
     finally:
         end(process)

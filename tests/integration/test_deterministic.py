@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from prompts import together
 from tiny_models import Kind
 from torch import Tensor
 
 from ensemble_core.config import MemberConfig, load_config
 from ensemble_core.decoding.sampling_params import SamplingParams
 from ensemble_core.errors import ConfigError, UnsupportedModelError
-from ensemble_core.llm import LLM, Completion, _completion
+from ensemble_core.llm import LLM
 from ensemble_core.members.body import linear
 from ensemble_core.members.body.linear import Linear
 from ensemble_core.members.loading.checkpoints import load_vocabulary
@@ -78,15 +79,6 @@ def llm(request: pytest.FixtureRequest, folder: Path, tiny_checkpoints: dict[Kin
     engine = LLM(settings(folder, tiny_checkpoints, dtype=request.param))
     yield engine
     engine.close()
-
-
-def together(llm: LLM, asked: list[tuple[str, str, SamplingParams]]) -> list[Completion]:
-    """All at once, of different models."""
-    requests = [llm._requests([prompt], [params], model, None)[0] for model, prompt, params in asked]
-    outputs: dict[int, list[Any]] = {request.seq_id: [] for request in requests}
-    for seq_id, output in llm._run(requests):
-        outputs[seq_id].append(output)
-    return [_completion(outputs[request.seq_id]) for request in requests]
 
 
 def test_an_answer_is_the_same_alone_and_in_any_crowd(llm: LLM) -> None:

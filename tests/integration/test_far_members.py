@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from prompts import together
 from tiny_models import Kind
 
 from ensemble_core.config import Config, load_config
@@ -70,14 +71,6 @@ def config_of(folder: Path, checkpoints: dict[Kind, Path], hosts: dict[str, Any]
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(raw(folder, checkpoints, hosts)), encoding="utf-8")
     return load_config(path)
-
-
-def together(llm: LLM, asked: list[tuple[str, str, SamplingParams]]) -> list[Completion]:
-    requests = [llm._requests([prompt], [params], model, None)[0] for model, prompt, params in asked]
-    outputs: dict[int, list[Any]] = {request.seq_id: [] for request in requests}
-    for seq_id, output in llm._run(requests):
-        outputs[seq_id].append(output)
-    return [_completion(outputs[request.seq_id]) for request in requests]
 
 
 @dataclass

@@ -268,6 +268,14 @@ class Duo(Bench):
         return made
 
 
+def begun(bench: Duo, prompt: str = "abc de") -> Sequence:
+    """A request that has its first token."""
+    sequence = bench.add(prompt)
+    while not sequence.num_completion_tokens:
+        bench.step()
+    return sequence
+
+
 def text(bench: Duo, sequence: Sequence) -> str:
     return "".join(output.text for output in bench.outputs[sequence.seq_id])
 
@@ -281,9 +289,7 @@ def run(bench: Duo) -> None:
 
 def test_a_request_goes_on_without_it_and_the_next_has_it_again(far: Far) -> None:
     bench = Duo(far)
-    first = bench.add("abc de")
-    while not first.num_completion_tokens:
-        bench.step()
+    first = begun(bench)
     far.links[0].dead = True
     run(bench)
     assert bench.outputs[first.seq_id][-1].dropped == {"far": "lost"}
@@ -300,9 +306,7 @@ def test_a_request_goes_on_without_it_and_the_next_has_it_again(far: Far) -> Non
 
 def test_a_request_that_cannot_lose_it_fails_at_once(far: Far) -> None:
     bench = Duo(far, on_failure="fail")
-    request = bench.add("abc de")
-    while not request.num_completion_tokens:
-        bench.step()
+    request = begun(bench)
     far.links[0].dead = True
     started = time.monotonic()
     run(bench)
@@ -314,9 +318,7 @@ def test_a_request_that_cannot_lose_it_fails_at_once(far: Far) -> None:
 def test_a_sequence_that_slept_through_a_restart_does_not_take_others_along(far: Far) -> None:
     """It lost what was cached; a new one beside it, in the same step, did not."""
     bench = Duo(far)
-    old = bench.add("abc de")
-    while not old.num_completion_tokens:
-        bench.step()
+    old = begun(bench)
     far.links[0].dead = True
     far.wait(lost=True)
     far.wait(lost=False)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, pad
 
-from ensemble_core.members.kernels.base import Kernels
+from ensemble_core.members.kernels.base import Kernels, Product
 from ensemble_core.members.kernels.plain import PLAIN
 from ensemble_core.members.threads import grow
 
@@ -41,13 +41,10 @@ class Linear:
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, kernels: Kernels) -> None:
-        self._multiply = kernels.product(weight)
-        self._blocked = self._multiply is None and _can_block(weight)
-        self.copied, self._shape = self._blocked or self._multiply is not None, (weight.shape[0], weight.shape[1])
-        self.weight = self._multiply.weight if self._multiply else weight
-        if self._blocked:
-            self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, _BATCH)
-        self.bias = bias
+        self.compiled, self._shape = kernels.product(weight), (weight.shape[0], weight.shape[1])
+        self._multiply: Product = self.compiled or _LibraryProduct(weight)
+        self.weight, self.bias = self._multiply.weight, bias
+        self.copied = self.weight is not weight
         self.num_bytes = sum(t.numel() * t.element_size() for t in (weight, bias) if t is not None)
         self.counts: tuple[int, ...] = ()
 
@@ -60,7 +57,7 @@ class Linear:
 
     def make_steady(self) -> bool:
         """Whether each row now comes out the same, bit for bit, whatever other rows there are."""
-        if self._multiply is not None:
+        if self.compiled is not None:
             return True
         self.counts = _agreeing(self._shape, self.weight.dtype, self.weight.device, self.bias is not None)
         return bool(self.counts)
@@ -71,11 +68,20 @@ class Linear:
         return self._product(pad(x, (0, 0, 0, more)))[:num] if more else self._product(x)
 
     def _product(self, x: Tensor) -> Tensor:
-        if self._multiply is not None:
-            return self._multiply(x, self.bias)
+        return self._multiply(x, self.bias)
+
+
+class _LibraryProduct:
+    """See `kernels.base.Product`; here rows may depend on their number. weight: blocked if oneDNN serves it."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self._blocked = _can_block(weight)
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, _BATCH) if self._blocked else weight
+
+    def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
         if self._blocked:
-            return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")  # type: ignore[no-any-return]
-        return linear(x, self.weight, self.bias)
+            return torch.ops.mkldnn._linear_pointwise(x, self.weight, bias, "none", [], "")  # type: ignore[no-any-return]
+        return linear(x, self.weight, bias)
 
 
 class Head:

@@ -111,7 +111,7 @@ class Host:
     def _forward(self, member: Member, order: Order) -> bytes:
         answers = member.forward(order.feeds)
         for feed, have in zip(order.feeds, order.cached, strict=True):
-            self._cached[feed.seq_id] = (have if feed.keep is None else feed.keep) + len(feed.token_ids)
+            self._cached[feed.seq_id] = feed.length_after(have)
         return encode_answers(answers)
 
     def _reuse(self, member: Member, order: Order) -> bytes:

@@ -43,5 +43,4 @@ class Mirror:
     def advance(self, feeds: Sequence[Feed]) -> None:
         """The far end has taken in these feeds."""
         for feed in feeds:
-            have = self.cached.get(feed.seq_id, 0)
-            self.cached[feed.seq_id] = (have if feed.keep is None else feed.keep) + len(feed.token_ids)
+            self.cached[feed.seq_id] = feed.length_after(self.cached.get(feed.seq_id, 0))

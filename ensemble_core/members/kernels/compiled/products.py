@@ -41,27 +41,16 @@ class PackedProduct:
         """See `Product.__call__`."""
         (panels, pairs, _, _), num = self.weight.shape, len(x)
         out = torch.empty(num, panels * COLUMNS, dtype=x.dtype)
-        shape = (num, pairs, panels, int(bias is not None))
-        run(
-            _multiply,
-            x.dtype,
-            self.weight.numel(),
-            *shape,
-            x.contiguous(),
-            self.weight,
-            out if bias is None else bias,
-            out,
-        )
+        words = (num, pairs, panels, int(bias is not None), x.contiguous(), self.weight)
+        run(_multiply, x.dtype, self.weight.numel(), *words, out if bias is None else bias, out)
         return out
 
 
 def _multiply(frame: Frame) -> None:
     num, pairs, panels, biased = word(frame, 1), word(frame, 2), word(frame, 3), word(frame, 4)
     x, out = carray(numbers(frame, 5), (num, 2 * pairs)), carray(numbers(frame, 8), (num, panels * COLUMNS))
-    weight, bias = (
-        carray(numbers(frame, 6), (panels, pairs, COLUMNS, 2)),
-        carray(numbers(frame, 7), panels * COLUMNS),
-    )
+    weight = carray(numbers(frame, 6), (panels, pairs, COLUMNS, 2))
+    bias = carray(numbers(frame, 7), panels * COLUMNS)
     sums = np.empty((ROWS, COLUMNS), np.float32)
     blocks = max(num // _BLOCK, 1)
     first = panels * blocks * thread() // word(frame, 0)

@@ -24,6 +24,11 @@ class Question:
     wanted: int = 1
     also: tuple[tuple[int, ...], ...] = ()
 
+    @property
+    def asked(self) -> tuple[tuple[int, ...], ...]:
+        """`also`, of every position."""
+        return self.also or ((),) * self.wanted
+
     def ends(self) -> list[tuple[int, ...]]:
         """The text up to each of these positions."""
         return [self.token_ids[: len(self.token_ids) - left] for left in reversed(range(self.wanted))]

@@ -47,7 +47,7 @@ class LlamaDialect:
     def ask(self, questions: Sequence[Question], num: int, temperature: float = 0.0) -> list[Row]:
         """See `Dialect.ask`."""
         ends = [end for question in questions for end in question.ends()]
-        asked = [ids for question in questions for ids in question.also or ((),) * question.wanted]
+        asked = [ids for question in questions for ids in question.asked]
         plain, whole = ([i for i, ids in enumerate(asked) if bool(ids) == more] for more in (False, True))
         rows: dict[int, Row] = {}
         for places, width in ((plain, num), (whole, self._vocabulary)):

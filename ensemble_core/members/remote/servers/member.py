@@ -14,7 +14,7 @@ import torch
 from ensemble_core.errors import HostError, MemberError, MemberLostError
 from ensemble_core.hosts import ServerHost
 from ensemble_core.members.answering import lay_out
-from ensemble_core.members.base import Answers, Candidates, Feed, Span
+from ensemble_core.members.base import Answers, Candidates, Feed
 from ensemble_core.members.remote.presence import Presence
 from ensemble_core.members.remote.servers.base import Dialect, Make, Question
 from ensemble_core.members.remote.servers.connection import ServerConnection
@@ -96,15 +96,9 @@ class ServerMember:
         self._presence.require()
         texts = [self._text(feed) for feed in feeds]
         layout = lay_out(feeds)
-        blocks, spans = [], [Span(0, 0, 0)] * len(feeds)
-        for number, group in enumerate(layout.groups):
-            start = 0
-            for i in group:
-                spans[i] = Span(number, start, start + feeds[i].wanted)
-                start += feeds[i].wanted
-            blocks.append(self._ask([feeds[i] for i in group], [texts[i] for i in group]))
+        blocks = [self._ask([feeds[i] for i in group], [texts[i] for i in group]) for group in layout.groups]
         self._texts |= {feed.seq_id: text for feed, text in zip(feeds, texts, strict=True)}
-        return Answers(tuple(blocks), tuple(spans))
+        return Answers(tuple(blocks), layout.spans(feeds))
 
     def reuse(self, seq_id: int, token_ids: Sequence[int]) -> int:
         """See `Member.reuse`; what the server has cached is its own affair."""
@@ -135,7 +129,7 @@ class ServerMember:
             Question(text, feed.wanted, feed.also if any(feed.also) else ())
             for feed, text in zip(feeds, texts, strict=True)
         ]
-        also = [ids for feed in feeds for ids in feed.also or ((),) * feed.wanted]
+        also = [ids for question in questions for ids in question.asked]
         try:
             rows = self._dialect.ask(questions, min(feeds[0].top_k, len(self.vocabulary)))
             return candidates(rows, width, also, len(self.vocabulary))

@@ -1,4 +1,4 @@
-"""The list of models in OpenAI's form, as vLLM and SGLang give it, with the length that they add."""
+"""What vLLM and SGLang have in common: models listed as OpenAI lists them, with a length, and `/tokenize`."""
 
 from __future__ import annotations
 
@@ -10,15 +10,25 @@ from ensemble_core.members.remote.servers.base import Served
 from ensemble_core.members.remote.servers.connection import ServerConnection
 
 
-def listed(connection: ServerConnection, host: ServerHost) -> Served:
-    """The model that `host` means. Raises MemberError, HostError."""
-    models: list[dict[str, Any]] = connection.get("/v1/models")["data"]
-    names = [str(model["id"]) for model in models]
-    if host.served is None and len(names) == 1:
-        chosen = models[0]
-    elif host.served in names:
-        chosen = models[names.index(host.served)]
-    else:
-        raise HostError(f"host.server.served: {host.served!r} is not served by {host.url}, which has {names}")
-    length = chosen.get("max_model_len")
-    return Served(str(chosen["id"]), None if length is None else int(length))
+class ListedModel:
+    """The half of a `base.Dialect` that says which model is meant, and spells texts."""
+
+    def __init__(self, connection: ServerConnection, host: ServerHost, vocabulary: int) -> None:
+        self._connection, self._host = connection, host
+        self._name = host.served or ""
+
+    def served(self) -> Served:
+        """See `Dialect.served`. Raises HostError where it is not there."""
+        host = self._host
+        models: list[dict[str, Any]] = self._connection.get("/v1/models")["data"]
+        names = [str(model["id"]) for model in models]
+        wanted = names[0] if host.served is None and len(names) == 1 else host.served
+        if wanted not in names:
+            raise HostError(f"host.server.served: {wanted!r} is not served by {host.url}, which has {names}")
+        self._name, length = wanted, models[names.index(wanted)].get("max_model_len")
+        return Served(wanted, None if length is None else int(length))
+
+    def tokenize(self, text: str) -> list[int]:
+        """See `Dialect.tokenize`."""
+        body = {"model": self._name, "prompt": text, "add_special_tokens": False}
+        return [int(token_id) for token_id in self._connection.post("/tokenize", body)["tokens"]]

@@ -8,14 +8,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-from ensemble_core.hosts import ServerHost
 from ensemble_core.members.base import Abilities
-from ensemble_core.members.remote.servers.base import Question, Row, Served
-from ensemble_core.members.remote.servers.connection import ServerConnection
-from ensemble_core.members.remote.servers.openai_models import listed
+from ensemble_core.members.remote.servers.base import Question, Row
+from ensemble_core.members.remote.servers.openai_models import ListedModel
 
 
-class SglangDialect:
+class SglangDialect(ListedModel):
     """See `base.Dialect`."""
 
     title: ClassVar[str] = "SGLang"
@@ -23,24 +21,9 @@ class SglangDialect:
     be_plain: ClassVar[str] = "update it"
     raise_limit: ClassVar[str] = "update it"
 
-    def __init__(self, connection: ServerConnection, host: ServerHost, vocabulary: int) -> None:
-        self._connection, self._host = connection, host
-        self._name = host.served or ""
-
     def abilities(self, num_candidates: int) -> Abilities:
         """See `Dialect.abilities`."""
         return Abilities(max_k=num_candidates, every_position=False)
-
-    def served(self) -> Served:
-        """See `Dialect.served`."""
-        found = listed(self._connection, self._host)
-        self._name = found.name
-        return found
-
-    def tokenize(self, text: str) -> list[int]:
-        """See `Dialect.tokenize`."""
-        body = {"model": self._name, "prompt": text, "add_special_tokens": False}
-        return [int(token_id) for token_id in self._connection.post("/tokenize", body)["tokens"]]
 
     def ask(self, questions: Sequence[Question], num: int, temperature: float = 0.0) -> list[Row]:
         """See `Dialect.ask`."""

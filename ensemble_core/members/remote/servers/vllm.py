@@ -9,17 +9,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-from ensemble_core.hosts import ServerHost
 from ensemble_core.members.base import Abilities
-from ensemble_core.members.remote.servers.base import Question, Row, Served
-from ensemble_core.members.remote.servers.connection import ServerConnection
-from ensemble_core.members.remote.servers.openai_models import listed
+from ensemble_core.members.remote.servers.base import Question, Row
+from ensemble_core.members.remote.servers.openai_models import ListedModel
 
 _MOST_ALSO = 128  # ids of `logprob_token_ids`
 _PREFIX = "token_id:"
 
 
-class VllmDialect:
+class VllmDialect(ListedModel):
     """See `base.Dialect`."""
 
     title: ClassVar[str] = "vLLM"
@@ -27,29 +25,14 @@ class VllmDialect:
     be_plain: ClassVar[str] = "start it with --logprobs-mode raw_logprobs"
     raise_limit: ClassVar[str] = "start it with --max-logprobs {num} or more"
 
-    def __init__(self, connection: ServerConnection, host: ServerHost, vocabulary: int) -> None:
-        self._connection, self._host = connection, host
-        self._name = host.served or ""
-
     def abilities(self, num_candidates: int) -> Abilities:
         """See `Dialect.abilities`."""
         return Abilities(max_k=num_candidates, max_also=_MOST_ALSO, every_position=False)
 
-    def served(self) -> Served:
-        """See `Dialect.served`."""
-        found = listed(self._connection, self._host)
-        self._name = found.name
-        return found
-
-    def tokenize(self, text: str) -> list[int]:
-        """See `Dialect.tokenize`."""
-        body = {"model": self._name, "prompt": text, "add_special_tokens": False}
-        return [int(token_id) for token_id in self._connection.post("/tokenize", body)["tokens"]]
-
     def ask(self, questions: Sequence[Question], num: int, temperature: float = 0.0) -> list[Row]:
         """See `Dialect.ask`."""
         ends = [end for question in questions for end in question.ends()]
-        asked = [ids for question in questions for ids in question.also or ((),) * question.wanted]
+        asked = [ids for question in questions for ids in question.asked]
         rows = self._complete(ends, temperature, logprobs=num)
         for ids in dict.fromkeys(ids for ids in asked if ids):
             places = [i for i, own in enumerate(asked) if own == ids]
