@@ -97,6 +97,14 @@ class Admission:
             except InvalidRequestError as error:
                 raise ConfigError(f"ensembles.{name}: {error}") from error
 
+    def check_scoring(self, model: str, where: str) -> None:
+        """Raise ConfigError where a model cannot say how likely a prompt is."""
+        scoring = SamplingParams(max_tokens=0, echo=True, logprobs=0)
+        try:
+            self._check(GenerationRequest("", model, "", scoring), self._book.resolve(model, Overrides()))
+        except InvalidRequestError as error:
+            raise ConfigError(f"{where}: {model}: {error}") from error
+
     def tokenize(self, model: str, prompt: Prompt, add_special_tokens: bool) -> tuple[list[int], Speaker]:
         """A prompt's ids in a model's main member, and that member. Raises as `admit`."""
         main = self._speakers[self._book.resolve(model, Overrides()).main]

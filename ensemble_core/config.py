@@ -21,6 +21,7 @@ from pydantic import (
     model_validator,
 )
 
+from ensemble_core.council_config import COUNCIL_KINDS, CouncilConfig, RouteConfig, circle_of
 from ensemble_core.errors import ConfigError
 from ensemble_core.hosts import HostConfig
 from ensemble_core.limits import LimitsConfig, OverridesConfig
@@ -158,6 +159,7 @@ class WeightingConfig(Section):
 class EnsembleConfig(Section):
     """A recipe: the members, their weights, which one is main, and how they are fused."""
 
+    kind: Literal["fuse"] = Field("fuse", description="fuse; route, vote, discuss, graph: see docs/councils.md.")
     members: dict[Name, Weight] = Field(min_length=1, description="Member -> weight; scaled to sum to 1.")
     main: Name = Field(description="The member whose vocabulary the output is sampled from.")
     fusion: FusionConfig = Field(default_factory=lambda: FusionConfig(), description="How the members are fused.")
@@ -298,6 +300,10 @@ class Config(Section):
 
     members: dict[Name, MemberConfig] = Field(min_length=1, description="Resident models by name.")
     ensembles: dict[Name, EnsembleConfig] = Field(default_factory=dict, description="Recipes by name.")
+    councils: dict[Name, CouncilConfig] = Field(
+        default_factory=dict,
+        description="The recipes of other kinds; in the file they stand under ensembles, too.",
+    )
     matrices: MatricesConfig = Field(default_factory=lambda: MatricesConfig())
     scheduler: SchedulerConfig = Field(default_factory=lambda: SchedulerConfig())
     deterministic: bool = Field(
@@ -338,6 +344,47 @@ class Config(Section):
                 f"deterministic: no promise can be made for members on other servers: {far}; drop one"
             )
         return self
+
+    @model_validator(mode="before")
+    @classmethod
+    def _by_kind(cls, raw: object) -> object:
+        """Recipes that are councils, apart from those that fuse."""
+        if not isinstance(raw, dict) or not isinstance(recipes := raw.get("ensembles"), dict):
+            return raw
+        if "councils" in raw:
+            raise ValueError("councils: write them under ensembles, each with its kind")
+        kinds = {name: each.get("kind", "fuse") for name, each in recipes.items() if isinstance(each, dict)}
+        for name, kind in kinds.items():
+            if kind not in ("fuse", *COUNCIL_KINDS):
+                raise ValueError(f"ensembles.{name}.kind: {kind!r}; kinds are fuse, {', '.join(COUNCIL_KINDS)}")
+        apart = {name: each for name, each in recipes.items() if kinds.get(name) in COUNCIL_KINDS}
+        rest = {name: each for name, each in recipes.items() if name not in apart}
+        return {**raw, "ensembles": rest, "councils": apart}
+
+    @model_validator(mode="after")
+    def _councils_resolve(self) -> Config:
+        known = {*self.members, *self.ensembles, *self.councils}
+        for name, council in self.councils.items():
+            where = f"ensembles.{name}"
+            if name in self.members:
+                raise ValueError(f"{where}: a member has this name already; rename one of them")
+            if unknown := sorted(set(council.called) - known):
+                raise ValueError(
+                    f"{where}: {unknown} are neither members nor ensembles (declared: {sorted(known)})"
+                )
+            if isinstance(council, RouteConfig) and council.into is not None:
+                self._check_into(where, council, council.into)
+        if circle := circle_of(self.councils):
+            raise ValueError(f"ensembles: {' -> '.join(circle)} call each other in a circle; take one out")
+        return self
+
+    def _check_into(self, where: str, council: RouteConfig, into: str) -> None:
+        """Where several models are selected, they must be members of the ensemble that they answer as."""
+        ensemble = self.ensembles.get(into)
+        if ensemble is None:
+            raise ValueError(f"{where}.into: {into!r} is not a token-level ensemble (kind fuse)")
+        if unknown := sorted(set(council.models) - set(ensemble.members)):
+            raise ValueError(f"{where}.models: {unknown} are not members of {into!r}, as `into` needs")
 
     @model_validator(mode="after")
     def _references(self) -> Config:
@@ -392,6 +439,8 @@ def _lines(error: ValidationError, *parents: str) -> list[str]:
 
 
 def _line(location: tuple[int | str, ...], message: str, given: object) -> str:
+    if location[:1] == ("councils",) and len(location) > 2:
+        location = ("ensembles", location[1], *location[3:])  # without the kind, as it stands in the file
     where = ".".join(str(part) for part in location) or "(top level)"
     message = message.removeprefix("Value error, ")
     if isinstance(given, BaseModel | dict | list) or _SECRET in location:
@@ -412,7 +461,9 @@ def _resolve_paths(config: Config, folder: Path) -> Config:
         for name, member in config.members.items()
     }
     server = config.server.model_copy(update=_resolve_server_files(config.server, folder))
-    return config.model_copy(update={"matrices": matrices, "members": members, "server": server})
+    councils = {name: _resolve_council(council, folder) for name, council in config.councils.items()}
+    changes = {"matrices": matrices, "members": members, "server": server, "councils": councils}
+    return config.model_copy(update=changes)
 
 
 def _resolve_server_files(server: ServerConfig, folder: Path) -> dict[str, Path]:
@@ -432,6 +483,12 @@ def _resolve_host(host: HostConfig | None, folder: Path) -> HostConfig | None:
         return host
     ca_file = (folder / host.server.ca_file.expanduser()).resolve()
     return HostConfig(server=host.server.model_copy(update={"ca_file": ca_file}))
+
+
+def _resolve_council(council: CouncilConfig, folder: Path) -> CouncilConfig:
+    files = {name: getattr(council, name, None) for name in ("artefact", "examples")}
+    found = {name: (folder / file.expanduser()).resolve() for name, file in files.items() if file is not None}
+    return council.model_copy(update=found)
 
 
 def _resolve_template(template: str | None, folder: Path) -> str | None:

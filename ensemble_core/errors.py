@@ -91,6 +91,14 @@ class ConstraintError(UnisonoError):
         self.reason = reason
 
 
+class CouncilError(UnisonoError):
+    """A council cannot come to an answer: too few of its models answered, or a limit of the request was reached."""
+
+
+class ArtefactError(UnisonoError):
+    """What `unisono fit` has learnt is missing, damaged, or was learnt for other models."""
+
+
 class CheckpointError(UnisonoError):
     """Model files are missing, damaged, or could not be fetched."""
 

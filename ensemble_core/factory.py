@@ -20,6 +20,8 @@ from tqdm import tqdm
 
 from ensemble_core.admission import Admission, Speaker
 from ensemble_core.config import Config
+from ensemble_core.council_config import RouteConfig
+from ensemble_core.councils.book import CouncilBook, check_councils
 from ensemble_core.decoding.guidance import Grammars
 from ensemble_core.decoding.scheduler import Limits
 from ensemble_core.engine import Engine
@@ -53,11 +55,13 @@ class Loaded:
     engine: Engine
     admission: Admission
     models: list[ModelInfo]
+    councils: CouncilBook
 
 
 def check(config: Config) -> None:
     """Check what can be checked without loading anything. Raises ConfigError."""
     check_strategies(config)
+    check_councils(config)
     for name, member in config.members.items():
         read_template(name, member.chat_template)
 
@@ -70,13 +74,14 @@ def load(config: Config, record: Record) -> Loaded:
     grammars = {name: Grammars(vocabulary) for name, vocabulary in vocabularies.items()}
     spaces = Spaces(config, _spoken(vocabularies))
     RecipeBook(config, spaces.space).warm()  # before the models: a missing matrix is found in seconds
+    councils = CouncilBook(config)
     with ThreadPoolExecutor(1, "grammars") as pool:
         warmed = [pool.submit(each.warm) for each in grammars.values()]
         members = _load_members(config, vocabularies)
     try:
         for future in warmed:
             future.result()
-        return _assembled(config, members, spaces.placed(members), grammars, record)
+        return _assembled(config, members, spaces.placed(members), grammars, councils, record)
     except BaseException:
         for member in members.values():
             member.close()
@@ -84,7 +89,12 @@ def load(config: Config, record: Record) -> Loaded:
 
 
 def _assembled(
-    config: Config, members: Mapping[str, Member], spaces: Spaces, grammars: Mapping[str, Grammars], record: Record
+    config: Config,
+    members: Mapping[str, Member],
+    spaces: Spaces,
+    grammars: Mapping[str, Grammars],
+    councils: CouncilBook,
+    record: Record,
 ) -> Loaded:
     book = RecipeBook(config, spaces.space)
     book.warm()
@@ -92,7 +102,16 @@ def _assembled(
     max_len = {name: member.max_len for name, member in members.items()}
     admission = Admission(book, speakers)
     admission.check_ensembles(config.ensembles)
-    return Loaded(_engine(config, members, record), admission, list_models(config, max_len))
+    _check_likelihoods(config, admission)
+    return Loaded(_engine(config, members, record), admission, list_models(config, max_len), councils)
+
+
+def _check_likelihoods(config: Config, admission: Admission) -> None:
+    """Raise ConfigError where a router asks for the likelihood of prompts and a member cannot tell it."""
+    for name, council in config.councils.items():
+        if isinstance(council, RouteConfig) and council.by == "perplexity":
+            for model in council.models:
+                admission.check_scoring(model, f"ensembles.{name}.models")
 
 
 def load_recipes(config: Config) -> tuple[RecipeBook, dict[str, Vocabulary]]:

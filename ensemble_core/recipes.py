@@ -15,6 +15,7 @@ from functools import partial
 from typing import Any, Literal
 
 from ensemble_core.config import Config, EnsembleConfig, StrategyConfig
+from ensemble_core.council_config import CouncilConfig
 from ensemble_core.decoding.modes.base import MODES, choose_mode
 from ensemble_core.decoding.recipe import ModeChoice, Recipe
 from ensemble_core.decoding.requests import Overrides, Weighting
@@ -40,7 +41,7 @@ class ModelInfo:
     """A model that a client can request. recipe: None for a single member."""
 
     name: str
-    kind: Literal["ensemble", "member"]
+    kind: Literal["ensemble", "council", "member"]
     max_model_len: int
     recipe: dict[str, Any] | None
 
@@ -81,12 +82,30 @@ def _require_drafter(mode: ModeChoice, ensemble: EnsembleConfig, where: str) -> 
 
 
 def list_models(config: Config, max_len: Mapping[str, int]) -> list[ModelInfo]:
-    """All ensembles, then all members. max_len: member -> tokens per sequence."""
+    """All ensembles, then councils, then members. max_len: member -> tokens per sequence."""
     ensembles = [
         ModelInfo(name, "ensemble", max_len[ensemble.main], _described(ensemble))
         for name, ensemble in config.ensembles.items()
     ]
-    return ensembles + [ModelInfo(name, "member", max_len[name], None) for name in config.members]
+    lengths = {each.name: each.max_model_len for each in ensembles} | dict(max_len)
+    councils = [
+        ModelInfo(name, "council", _length_of(name, config, lengths), _council_described(council))
+        for name, council in config.councils.items()
+    ]
+    members = [ModelInfo(name, "member", max_len[name], None) for name in config.members]
+    return ensembles + councils + members
+
+
+def _length_of(model: str, config: Config, lengths: Mapping[str, int]) -> int:
+    """The context of a council's shortest model."""
+    if model in lengths:
+        return lengths[model]
+    return min(_length_of(called, config, lengths) for called in config.councils[model].called)
+
+
+def _council_described(council: CouncilConfig) -> dict[str, Any]:
+    shown: dict[str, Any] = council.model_dump(mode="json", exclude={"artefact", "examples"}, exclude_none=True)
+    return shown
 
 
 class RecipeBook:
@@ -99,11 +118,22 @@ class RecipeBook:
 
     def resolve(self, model: str, overrides: Overrides) -> Recipe:
         """The recipe of a request. Raises ModelNotFoundError, InvalidRequestError with `ensemble.*` as param."""
+        if overrides.bounds is not None and model not in self._config.councils:
+            raise InvalidRequestError(
+                f"ensemble.limits: model {model!r} is no council, and makes no calls to limit; leave it out",
+                "ensemble.limits",
+            )
         if model in self._config.members:
             return self._alone(model, overrides)
         ensemble = self._config.ensembles.get(model)
         if ensemble is None:
-            known = [*self._config.ensembles, *self._config.members]
+            if model in self._config.councils:
+                raise InvalidRequestError(
+                    f"model {model!r} is a council, whose models have different tokens; name one of "
+                    f"{list(self._config.councils[model].called)}",
+                    "model",
+                )
+            known = [*self._config.ensembles, *self._config.councils, *self._config.members]
             raise ModelNotFoundError(f"model {quoted(model)} does not exist; this server has {', '.join(known)}")
         weights = _weights(ensemble, overrides)
         members = tuple(weights)

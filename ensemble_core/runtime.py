@@ -15,11 +15,13 @@ import time
 from collections import abc
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from functools import partial
+from typing import Any, Literal, TypeVar
 
 from ensemble_core import factory
 from ensemble_core.config import Config
-from ensemble_core.decoding.requests import Conversation, GenerationRequest, Output
+from ensemble_core.councils.chamber import Chamber, EngineDoor
+from ensemble_core.decoding.requests import GenerationRequest, Output, Prompt
 from ensemble_core.decoding.sequence import Sequence
 from ensemble_core.engine import Engine, News
 from ensemble_core.errors import NotReadyError, UnisonoError
@@ -35,6 +37,7 @@ logger = logging.getLogger(__name__)
 State = Literal["loading", "ready", "draining", "dead"]
 Command = Callable[[Engine], list[News]]
 Listener = Callable[[Output], None]
+Found = TypeVar("Found")
 
 _IDLE_SECONDS = 1.0  # between cache reports while nothing runs
 _STOP_SECONDS = 10.0  # that `stop` waits for a step to end
@@ -56,6 +59,25 @@ class Tokenized:
     tokens: tuple[str, ...]
     max_model_len: int
 
+    @property
+    def room(self) -> int:
+        """Tokens that the context has left."""
+        return self.max_model_len - len(self.token_ids)
+
+
+@dataclass(slots=True)
+class Reservation:
+    """Places in the engine's queue."""
+
+    _give_back: Callable[[], None]
+    _held: bool = True
+
+    def release(self) -> None:
+        """Give them back; once is enough."""
+        if self._held:
+            self._held = False
+            self._give_back()
+
 
 class Runtime:
     """Loads a configuration and serves requests from one thread."""
@@ -71,6 +93,9 @@ class Runtime:
         self._settled = threading.Event()  # set once loading has succeeded or failed
         self._commands: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
         self._listeners: dict[int, Listener] = {}
+        self._chamber: Chamber | None = None  # where councils are run
+        self._num_reserved = 0  # places that councils hold
+        self._over = False  # councils may make no more calls
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._beat = time.monotonic()  # when the engine's loop last went round
         self._ended = threading.Event()
@@ -101,16 +126,53 @@ class Runtime:
         Raises NotReadyError, ModelNotFoundError, InvalidRequestError or QueueFullError before any output. Closing
         the stream aborts the unfinished requests.
         """
-        loaded = self._require_ready()
+        self._require_ready()
+        if self._chamber is not None and requests and requests[0].model in self._chamber:
+            return await self._chamber.submit(requests)
+        return await self._submit(requests)
+
+    async def _submit(self, requests: abc.Sequence[GenerationRequest]) -> OutputStream:
+        """Requests to members and token-level ensembles."""
+        loaded = self._require_ready(within=all(request.reserved for request in requests))
         for request in {each.group: each for each in requests}.values():  # choices of a prompt choose the same
             self._permissions.check(request.model, request.overrides)
         sequences = await asyncio.to_thread(loaded.admission.admit_all, requests)
-        limits = self._config.server.limits
-        stream = OutputStream(self._abort, limits.request_seconds, limits.stream_buffer)
+        stream = self._stream(self._abort)
         await self._enqueue(sequences, stream)
         return stream
 
-    async def tokenize(self, model: str, prompt: str | Conversation, add_special_tokens: bool = True) -> Tokenized:
+    def _stream(self, abort: Callable[[list[int]], None]) -> OutputStream:
+        limits = self._config.server.limits
+        return OutputStream(abort, limits.request_seconds, limits.stream_buffer)
+
+    async def tightest(self, model: str, prompt: Prompt) -> Tokenized:
+        """A prompt in the tokens of a model's main member; of a council's models, the one with least room for it.
+
+        Raises as `submit`.
+        """
+        speakers = {model} if self._chamber is None else self._chamber.speakers(model)
+        found = [await self.tokenize(name, prompt) for name in sorted(speakers)]
+        return min(found, key=lambda each: each.room)
+
+    async def _room(self, model: str, prompt: Prompt) -> int:
+        return (await self.tightest(model, prompt)).room
+
+    async def _reserve(self, places: int) -> Reservation:
+        """Places in the queue. Raises QueueFullError."""
+        await self._on_engine(lambda engine: engine.scheduler.reserve(places))
+        self._num_reserved += places
+        return Reservation(partial(self._release, places))
+
+    def _release(self, places: int) -> None:
+        self._num_reserved -= places
+
+        def command(engine: Engine) -> list[News]:
+            engine.scheduler.release(places)
+            return []
+
+        self._commands.put(command)
+
+    async def tokenize(self, model: str, prompt: Prompt, add_special_tokens: bool = True) -> Tokenized:
         """A prompt in the tokens of a model's main member. Raises as `submit`."""
         admission = self._require_ready().admission
         ids, main = await asyncio.to_thread(admission.tokenize, model, prompt, add_special_tokens)
@@ -141,8 +203,9 @@ class Runtime:
             return
         self._status = Status("draining", "the server is shutting down")
         deadline = asyncio.get_running_loop().time() + seconds
-        while self._listeners and asyncio.get_running_loop().time() < deadline:
+        while (self._listeners or self._num_reserved) and asyncio.get_running_loop().time() < deadline:
             await asyncio.sleep(0.05)
+        self._over = True
         left = list(self._listeners)
         if left:
             logger.warning("draining took longer than %.0f s; aborting %d requests", seconds, len(left))
@@ -152,6 +215,7 @@ class Runtime:
         """Refuse new requests and end open ones now."""
         if self._status.state == "ready":
             self._status = Status("draining", "the server is shutting down")
+        self._over = True
         self._abort(list(self._listeners))
 
     def stop(self, seconds: float = _STOP_SECONDS) -> bool:
@@ -161,40 +225,51 @@ class Runtime:
             self._thread.join(seconds)
         return not self._thread.is_alive()
 
-    def _require_ready(self) -> factory.Loaded:
-        if self._status.state != "ready" or self._loaded is None:
+    def _require_ready(self, within: bool = False) -> factory.Loaded:
+        """within: of a council that is at work; it may go on while the server drains."""
+        goes_on = within and self._status.state == "draining" and not self._over
+        if (self._status.state != "ready" and not goes_on) or self._loaded is None:
             raise NotReadyError(f"the server is {self._status.state}: {self._status.reason}; try again later")
         return self._loaded
 
     async def _enqueue(self, sequences: list[Sequence], stream: OutputStream) -> None:
         """Hand sequences to the engine's thread and wait until it has queued or refused them."""
         loop = asyncio.get_running_loop()
-        accepted: asyncio.Future[None] = loop.create_future()
 
         def listener(index: int) -> Listener:
             return lambda output: _call(loop, stream.put, index, output)
 
-        def command(engine: Engine) -> list[News]:
-            try:
-                engine.add(sequences)
-            except UnisonoError as error:
-                _call(loop, _settle, accepted, error)
-                return []
+        def add(engine: Engine) -> None:
+            engine.add(sequences)
             self._listeners.update((s.seq_id, listener(i)) for i, s in enumerate(sequences))
-            _call(loop, _settle, accepted, None)
-            return []
 
         stream.follow([sequence.seq_id for sequence in sequences])
-        self._commands.put(command)
         try:
-            while not accepted.done():
-                await asyncio.wait([accepted], timeout=1.0)
-                if self._status.state == "dead" and not accepted.done():  # died before it saw the command
-                    raise NotReadyError(self._status.reason)
+            await self._on_engine(add)
         except asyncio.CancelledError:
             self._abort([s.seq_id for s in sequences])
             raise
-        accepted.result()
+
+    async def _on_engine(self, work: Callable[[Engine], None]) -> None:
+        """Do something in the engine's thread and wait until it is done. Raises the UnisonoError that it raises."""
+        loop = asyncio.get_running_loop()
+        done: asyncio.Future[None] = loop.create_future()
+
+        def command(engine: Engine) -> list[News]:
+            try:
+                work(engine)
+            except UnisonoError as error:
+                _call(loop, _settle, done, error)
+                return []
+            _call(loop, _settle, done, None)
+            return []
+
+        self._commands.put(command)
+        while not done.done():
+            await asyncio.wait([done], timeout=1.0)
+            if self._status.state == "dead" and not done.done():  # died before it saw the command
+                raise NotReadyError(self._status.reason)
+        done.result()
 
     def _abort(self, seq_ids: list[int]) -> None:
         self._commands.put(lambda engine: engine.abort(seq_ids))
@@ -207,6 +282,8 @@ class Runtime:
             self._die(error, "loading failed")
             return
         self._beat = time.monotonic()
+        door = EngineDoor(self._submit, self._room, self._reserve, self._stream)
+        self._chamber = Chamber(loaded.councils, door, self._record) if loaded.councils else None
         self._loaded, self._status = loaded, Status("ready", "")
         self._settled.set()
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()

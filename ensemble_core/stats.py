@@ -149,6 +149,18 @@ class PreemptionStats:
 
 
 @dataclass(frozen=True, slots=True)
+class CouncilStats:
+    """One answer of a council, from its first call to its last token."""
+
+    model: str
+    served_by: str
+    rounds: int
+    agreement: float | None  # share of the votes that the answer has; None: nobody voted
+    seconds: float
+    calls: tuple[str, ...]  # the model of each call; those of a council within another count there
+
+
+@dataclass(frozen=True, slots=True)
 class QueueStats:
     """How many sequences run and wait."""
 
@@ -168,6 +180,7 @@ Stats = (
     | DraftStats
     | DrawStats
     | QueueStats
+    | CouncilStats
 )
 # Receives one record. Called from the engine's thread; must be quick and must not raise.
 Record = Callable[[Stats], None]

@@ -35,6 +35,7 @@ class OutputStream(AsyncIterator[tuple[int, Output]]):
         self._num_bytes = 0
         self._taken = 0.0  # when the reader last took an output, or found none
         self._overflown = False
+        self._error: Exception | None = None
         self._news = asyncio.Event()
 
     def follow(self, seq_ids: list[int]) -> None:
@@ -55,17 +56,28 @@ class OutputStream(AsyncIterator[tuple[int, Output]]):
         self._waiting.append((index, output, size))
         self._news.set()
 
+    def fail(self, error: Exception) -> None:
+        """End the stream: what waits is still read, then the reader gets `error`."""
+        if self._error is None:
+            self._error = error
+            self._end()
+            self._news.set()
+
     async def __anext__(self) -> tuple[int, Output]:
-        """The next output. Raises RequestTimeoutError or SlowReaderError; the stream is closed then."""
-        if not self._left and not self._overflown:
+        """The next output. Raises RequestTimeoutError, SlowReaderError or what `fail` was told; the stream is closed
+        then.
+        """
+        if not self._left and not self._overflown and self._error is None:
             raise StopAsyncIteration
-        if not self._waiting and not self._overflown:
+        if not self._waiting and not self._overflown and self._error is None:
             await self._wait()
         if self._overflown:
             raise SlowReaderError(
                 f"the client left more than {self._max_bytes:.0f} bytes of this answer unread (server.limits."
                 "stream_buffer), so it was ended"
             )
+        if self._error is not None and not self._waiting:
+            raise self._error
         index, output, size = self._waiting.popleft()
         self._num_bytes -= size
         self._taken = time.perf_counter()

@@ -159,6 +159,9 @@ class FakeRuntime:
             words = ["<s>", *words]
         return FakeTokenized(tuple(map(id_of, words)), tuple(words), self._model(model).max_model_len)
 
+    async def tightest(self, model: str, prompt: Any) -> FakeTokenized:
+        return await self.tokenize(model, prompt)
+
     async def detokenize(self, model: str, token_ids: Sequence[int]) -> str:
         self._model(model)
         self._check_ids(token_ids, "tokens")

@@ -10,6 +10,7 @@ import torch
 
 from ensemble_core.admission import Admission, Speaker
 from ensemble_core.config import Config
+from ensemble_core.councils.book import CouncilBook
 from ensemble_core.decoding.guidance import Grammars
 from ensemble_core.decoding.recipe import Recipe
 from ensemble_core.decoding.requests import GenerationRequest, Output
@@ -212,4 +213,4 @@ def fake_loaded(config: Config, members: Mapping[str, FakeMember], record: Recor
         for name, m in members.items()
     }
     max_len = {name: member.max_len for name, member in members.items()}
-    return Loaded(engine, Admission(book, speakers), list_models(config, max_len))
+    return Loaded(engine, Admission(book, speakers), list_models(config, max_len), CouncilBook(config))

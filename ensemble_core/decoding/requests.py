@@ -28,6 +28,15 @@ class Weighting:
 
 
 @dataclass(frozen=True, slots=True)
+class Bounds:
+    """Limits that a request sets to its council; None: as configured."""
+
+    max_calls: int | None = None
+    max_tokens: int | None = None
+    seconds: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Overrides:
     """What a request changes in its ensemble: the `ensemble` extension of the API. None: as configured."""
 
@@ -38,6 +47,7 @@ class Overrides:
     mode: str | None = None
     mode_options: Mapping[str, Any] | None = None
     weighting: Weighting | None = None
+    bounds: Bounds | None = None  # of a council
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +72,8 @@ class GenerationRequest:
     add_special_tokens: let tokenizers put their BOS before a text; has no effect on ids and conversations. trace:
     report what each member proposed for every token. group: requests of one group have the same prompt and share its
     prefill. owner: who shares the places of the engine fairly with others: a client, and one request of that client.
-    watched: somebody waits for each of its tokens, not for the whole answer.
+    watched: somebody waits for each of its tokens, not for the whole answer. reserved: its place in the queue was
+    taken before.
     """
 
     request_id: str
@@ -75,6 +86,7 @@ class GenerationRequest:
     group: str | None = None
     owner: tuple[str, str] = ("", "")
     watched: bool = True
+    reserved: bool = False
 
 
 class Alternative(NamedTuple):
@@ -143,13 +155,39 @@ class Trace:
 
 
 @dataclass(frozen=True, slots=True)
+class CallReport:
+    """One call that a council made. node: who spoke, with the nodes of the councils around it. outcome: the finish
+    reason, or why there is no answer. Tokens are the called model's.
+    """
+
+    node: str
+    model: str
+    round: int
+    sample: int
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+    seconds: float
+    outcome: str
+
+
+@dataclass(frozen=True, slots=True)
+class CouncilReport:
+    """How a council came to an answer. trace: council -> its votes, scores or rounds, ready for JSON."""
+
+    calls: tuple[CallReport, ...]
+    trace: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
 class Output:
     """One step's news of one request. The last output has a `finish_reason`.
 
     text: whole characters, without stop strings unless they were asked for; may be empty. token_ids, logprobs,
     traces: for main's tokens since the last output (logprobs and traces only on request). prompt_logprobs: with echo
     and logprobs, only in the first output. num_*: main's tokens so far. dropped: members that this request has lost
-    for good, and why.
+    for good, and why. served_by: the model whose text this is, where a council answers; report: of the council, in
+    the last output.
     """
 
     text: str
@@ -166,6 +204,8 @@ class Output:
     prompt_token_ids: tuple[int, ...] = ()  # only in the first output
     num_cached_tokens: int = 0  # prompt tokens that main had cached at the start
     dropped: Mapping[str, Reason] = field(default_factory=dict)
+    served_by: str = ""
+    report: CouncilReport | None = None
 
 
 def join(outputs: Sequence[Output]) -> Output:

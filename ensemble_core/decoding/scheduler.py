@@ -91,6 +91,7 @@ class Scheduler:
         self._fresh: set[Sequence] = set()  # running, but have not begun
         self._settled = False  # while no place is free: nothing has changed since the last round of admission
         self._passed_over = False  # the last round of admission left some waiting
+        self._reserved = 0  # places in the queue that councils have taken
         self._read: dict[str | None, Sequence] = {}  # group -> a sequence that has read the prompt, or failed
         self.pace = Pace(limits.max_stretch)
         self.rhythm = Rhythm()
@@ -108,18 +109,16 @@ class Scheduler:
 
     def add(self, sequences: list[Sequence]) -> None:
         """Queue sequences, all or none. Raises QueueFullError, or InvalidRequestError if they can never fit."""
+        if all(sequence.request.reserved for sequence in sequences):
+            self._enqueue(sequences)
+            return
         limits = self._limits
         if len(sequences) > limits.max_waiting:
             raise InvalidRequestError(
                 f"prompts x n must be at most {limits.max_waiting} (scheduler.max_waiting), got {len(sequences)}",
                 "n",
             )
-        room = self._room()
-        if len(sequences) > room:
-            raise QueueFullError(
-                f"the queue has room for {max(room, 0)} sequences, this request needs {len(sequences)}; try again "
-                f"later, or raise scheduler.max_waiting ({limits.max_waiting})"
-            )
+        self._require_room(len(sequences))
         queued = sum(len(s.main.prompt_ids) for s in self.waiting)
         new = sum(len(s.main.prompt_ids) for s in sequences)
         if queued and queued + new > limits.max_queued_tokens:
@@ -127,8 +126,29 @@ class Scheduler:
                 f"{queued} prompt tokens wait already, and this request has {new}; at most "
                 f"{limits.max_queued_tokens} may wait (scheduler.max_queued_tokens); try again later"
             )
+        self._enqueue(sequences)
+
+    def reserve(self, places: int) -> None:
+        """Take places in the queue for sequences that come later. Raises QueueFullError."""
+        self._require_room(places)
+        self._reserved += places
+
+    def release(self, places: int) -> None:
+        """Give back places that were reserved."""
+        assert self._reserved >= places
+        self._reserved -= places
+
+    def _enqueue(self, sequences: list[Sequence]) -> None:
         self.waiting.extend(sequences)
         self._settled = False
+
+    def _require_room(self, num: int) -> None:
+        room = self._room()
+        if num > room:
+            raise QueueFullError(
+                f"the queue has room for {max(room, 0)} sequences, this request needs {num}; try again "
+                f"later, or raise scheduler.max_waiting ({self._limits.max_waiting})"
+            )
 
     def _room(self) -> int:
         """Sequences that may still come: those that free places will take do not count as waiting.
@@ -137,7 +157,8 @@ class Scheduler:
         admission left nobody waiting: otherwise pages are short.
         """
         places = 0 if self._passed_over else self._limits.max_running - len(self.running)
-        return self._limits.max_waiting - len(self.waiting) + places
+        waiting = sum(not s.request.reserved for s in self.waiting) if self._reserved else len(self.waiting)
+        return self._limits.max_waiting - waiting - self._reserved + places
 
     def schedule(self) -> list[Share]:
         """The shares of the next step, to be called after `admit`: all decodes, then prefill as the budget allows."""

@@ -177,6 +177,8 @@ class ChatJob(Job):
             choice.token_ids = list(output.token_ids)
         if self._sends_trace:
             choice.trace = trace_steps(output.traces)
+            if output.report is not None:
+                choice.council = dict(output.report.trace)
 
     def _logprobs(self, output: Output) -> ChatLogprobs | None:
         if self._num_top is None:

@@ -86,6 +86,8 @@ class CompletionJob(Job):
                 choice.prompt_token_ids = list(output.prompt_token_ids)
         if self._sends_trace:
             choice.trace = trace_steps(output.traces)
+            if output.report is not None:
+                choice.council = dict(output.report.trace)
         return choice
 
 

@@ -16,11 +16,19 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel
 
-from ensemble_core.decoding.requests import LEAST_LOGPROB, Output, Trace, join
+from ensemble_core.decoding.requests import LEAST_LOGPROB, CouncilReport, Output, Trace, join
 from ensemble_core.errors import NotReadyError
 from server.api.tickets import Ticket
 from server.edge.errors import RequestFailedError
-from server.schema.replies import PromptTokensDetails, Reply, TracedDraft, TracedToken, TraceStep, Usage
+from server.schema.replies import (
+    CallUsage,
+    PromptTokensDetails,
+    Reply,
+    TracedDraft,
+    TracedToken,
+    TraceStep,
+    Usage,
+)
 
 if TYPE_CHECKING:
     from ensemble_core.runtime import OutputStream
@@ -31,7 +39,7 @@ class Tally:
     """Tokens so far, for each prompt and for each choice.
 
     dropped: members that some choice has lost. reasons: why each choice ended. first: when the first output came, by
-    time.perf_counter().
+    time.perf_counter(). served_by, reports: of choices that a council answers; then usage counts all its calls.
 
     Only the first choice of a prompt computes the prompt; the others find it cached. So a prompt's cached tokens are
     the fewest that any of its choices reports.
@@ -44,6 +52,8 @@ class Tally:
     dropped: dict[str, str] = field(default_factory=dict)
     reasons: dict[int, str] = field(default_factory=dict)
     first: float | None = None
+    served_by: dict[int, str] = field(default_factory=dict)
+    reports: dict[int, CouncilReport] = field(default_factory=dict)
 
     def add(self, index: int, output: Output) -> None:
         """Add the counts of one output."""
@@ -56,16 +66,33 @@ class Tally:
         self.completions[index] = output.num_completion_tokens
         self.cached[prompt] = min(output.num_cached_tokens, self.cached.get(prompt, output.num_cached_tokens))
         self.dropped |= output.dropped
+        if output.served_by:
+            self.served_by[index] = output.served_by
+        if output.report is not None:
+            self.reports[index] = output.report
+
+    @property
+    def servers(self) -> str | None:
+        """The models that answer for a council, each once; None: no council is asked."""
+        return ", ".join(dict.fromkeys(self.served_by.values())) or None
 
     def usage(self) -> Usage:
         """The counts in the API's form."""
         prompt, completion = sum(self.prompts.values()), sum(self.completions.values())
+        cached = sum(self.cached.values())
+        calls = [(index, call) for index, report in sorted(self.reports.items()) for call in report.calls]
+        if calls:
+            prompt = sum(call.prompt_tokens for _, call in calls)
+            completion = sum(call.completion_tokens for _, call in calls)
+            cached = sum(call.cached_tokens for _, call in calls)
         usage = Usage(
             prompt_tokens=prompt,
             completion_tokens=completion,
             total_tokens=prompt + completion,
-            prompt_tokens_details=PromptTokensDetails(cached_tokens=sum(self.cached.values())),
+            prompt_tokens_details=PromptTokensDetails(cached_tokens=cached),
         )
+        if calls:
+            usage.calls = [CallUsage(choice=index, **asdict(call)) for index, call in calls]
         if self.dropped:
             usage.dropped_members = dict(self.dropped)
         return usage
@@ -104,9 +131,11 @@ class Job(ABC):
                 if self.ticket.running_usage or self._says_something(output):
                     chunk = self.piece(index, output, first=index not in begun)
                     begun.add(index)
+                    if output.served_by:
+                        chunk.served_by = output.served_by
                     yield self._counted(chunk, tally.usage() if self.ticket.running_usage else None)
         if self.ticket.final_usage:
-            yield self._counted(self.usage_chunk(), tally.usage())
+            yield self._counted(self._served(self.usage_chunk()), tally.usage())
 
     async def answer(self, outputs: OutputStream) -> BaseModel:
         """The whole answer. Closes `outputs` and raises errors as `chunks` does."""
@@ -116,7 +145,17 @@ class Job(ABC):
             async for index, output in news:
                 tally.add(index, output)
                 parts[index].append(output)
-        return self._counted(self.whole([join(each) for each in parts]), tally.usage())
+        return self._counted(self._served(self.whole([join(each) for each in parts])), tally.usage())
+
+    def headers(self) -> dict[str, str]:
+        """Headers of the answer, by what is known of it now."""
+        servers = self.tally.servers
+        return {} if servers is None else {"X-Served-By": servers}
+
+    def _served(self, reply: Reply) -> Reply:
+        if self.tally.servers is not None:
+            reply.served_by = self.tally.servers
+        return reply
 
     def _counted(self, chunk: Reply, usage: Usage | None) -> Reply:
         """The chunk, with its `usage` set if any chunk of this stream carries one."""

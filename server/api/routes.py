@@ -11,7 +11,7 @@ from ensemble_core.errors import ModelNotFoundError, quoted
 from server.api import chat, completions
 from server.api.jobs import Job
 from server.api.services import REFUSALS, Services, ServicesOf
-from server.api.streams import EventStream, unless_gone
+from server.api.streams import begin, unless_gone
 from server.edge.auth import CLIENT
 from server.edge.bodies import BodyRoute
 from server.edge.exchange import Generation, accepted
@@ -52,24 +52,24 @@ async def create_chat_completion(body: ChatRequest, request: Request, services: 
     limit = chat.length_limit(body)
     with chat.chat_words(body):
         if limit is None:
-            found = await services.runtime.tokenize(body.model, prompt)
+            found = await services.runtime.tightest(body.model, prompt)
             limit = chat.room_left(len(found.token_ids), found.max_model_len)
         job = chat.plan(body, prompt, limit, services.config.max_choices)
         return await _run(job, bool(body.stream), request, services)
 
 
 async def _run(job: Job, stream: bool, request: Request, services: Services) -> Response:
-    """The whole answer, or a stream once its first chunk is there. Errors before that get real statuses."""
+    """The whole answer, or a stream once it has begun. Errors before that get real statuses."""
     client = str(request.scope.get(CLIENT, ""))
     requests = [replace(each, owner=(client, job.ticket.id)) for each in job.ticket.requests]
     outputs = await services.runtime.submit(requests)
     accepted(_generation(job, stream))
     try:
         if stream:
-            chunks = job.chunks(outputs)
-            return EventStream(await unless_gone(request.receive, anext(chunks)), chunks)
+            return await begin(job.chunks(outputs), request.receive, job.headers)
         answer = await unless_gone(request.receive, job.answer(outputs))
-        return Response(answer.model_dump_json(exclude_unset=True), media_type="application/json")
+        text = answer.model_dump_json(exclude_unset=True)
+        return Response(text, media_type="application/json", headers=job.headers())
     except BaseException:
         await outputs.aclose()
         raise

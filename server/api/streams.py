@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Coroutine
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapping
 from contextlib import aclosing
 from typing import Any, TypeVar
 
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from ensemble_core.errors import UnisonoError
 from server.edge.errors import ClientGoneError, to_api_error
@@ -25,6 +26,9 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 DONE = "data: [DONE]\n\n"
+FIRST_SECONDS = 5.0  # that a stream's status and headers wait for its first chunk
+KEEPALIVE_SECONDS = 10.0
+KEEPALIVE = b": keepalive\n\n"
 HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 # Legal inside JSON, but the line splitters of many clients treat them as line ends.
 _LINE_BREAKS = {ord(char): f"\\u{ord(char):04x}" for char in "\x85\u2028\u2029"}
@@ -53,30 +57,85 @@ async def _disconnected(receive: Receive) -> None:
         pass
 
 
-class EventStream(StreamingResponse):
-    """A running stream as a response. `first` exists already, so errors before it could still set the status."""
+async def begin(
+    chunks: AsyncGenerator[BaseModel], receive: Receive, headers: Callable[[], Mapping[str, str]]
+) -> EventStream:
+    """The stream as a response, once its first chunk is there or has kept us waiting for `FIRST_SECONDS`.
 
-    def __init__(self, first: BaseModel, rest: AsyncGenerator[BaseModel]) -> None:
+    An error before that is raised, so that it can still set the status; a later one becomes an event. headers: of
+    what is known by then.
+    """
+    first = asyncio.create_task(_next(chunks))
+    try:
+        await unless_gone(receive, asyncio.wait({first}, timeout=FIRST_SECONDS))
+        if first.done():
+            first.result()
+        return EventStream(first, chunks, headers())
+    except BaseException:
+        first.cancel()
+        await asyncio.gather(first, return_exceptions=True)
+        raise
+
+
+async def _next(chunks: AsyncGenerator[BaseModel]) -> BaseModel:
+    return await anext(chunks)
+
+
+class EventStream(StreamingResponse):
+    """A running stream as a response. While it has nothing to say it sends comments, so that no proxy gives it up."""
+
+    def __init__(
+        self, first: Awaitable[BaseModel], rest: AsyncGenerator[BaseModel], headers: Mapping[str, str]
+    ) -> None:
         self._rest = rest
         self._events = encode(first, rest)
-        super().__init__(self._events, headers=HEADERS, media_type="text/event-stream")
+        super().__init__(self._events, headers={**HEADERS, **headers}, media_type="text/event-stream")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send all events; stop when the client disconnects."""
+        pulse = _Pulse(send)
+        beating = asyncio.create_task(pulse.beat())
         try:
-            await unless_gone(receive, self.stream_response(send))
+            await unless_gone(receive, self.stream_response(pulse.send))
         except (ClientGoneError, OSError):
             logger.info("the client disconnected before its stream ended")
         finally:
+            beating.cancel()
             await self._events.aclose()
             await self._rest.aclose()
 
 
-async def encode(first: BaseModel, rest: AsyncGenerator[BaseModel]) -> AsyncGenerator[str]:
+class _Pulse:
+    """Sends what a stream sends, and a comment where it is silent for `KEEPALIVE_SECONDS`."""
+
+    def __init__(self, send: Send) -> None:
+        self._send = send
+        self._last = time.monotonic()
+        self._open = False
+
+    async def send(self, message: Message) -> None:
+        """Send a message of the stream."""
+        self._last = time.monotonic()
+        if message["type"] == "http.response.body" and not message.get("more_body", False):
+            self._open = False
+        await self._send(message)
+        if message["type"] == "http.response.start":
+            self._open = True
+
+    async def beat(self) -> None:
+        """Until it is cancelled."""
+        while True:
+            await asyncio.sleep(max(self._last + KEEPALIVE_SECONDS - time.monotonic(), 0.01))
+            if self._open and time.monotonic() - self._last >= KEEPALIVE_SECONDS:
+                self._last = time.monotonic()
+                await self._send({"type": "http.response.body", "body": KEEPALIVE, "more_body": True})
+
+
+async def encode(first: Awaitable[BaseModel], rest: AsyncGenerator[BaseModel]) -> AsyncGenerator[str]:
     """Events of `first` and the rest. A failure becomes an event too. `[DONE]` ends every stream."""
     async with aclosing(rest):
         try:
-            yield event(first.model_dump_json(exclude_unset=True))
+            yield event((await first).model_dump_json(exclude_unset=True))
             async for item in rest:
                 yield event(item.model_dump_json(exclude_unset=True))
         except UnisonoError as error:

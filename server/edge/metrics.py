@@ -19,6 +19,7 @@ from ensemble_core.stats import (
     MIXED,
     CacheStats,
     Cause,
+    CouncilStats,
     DraftStats,
     DrawStats,
     DropStats,
@@ -49,6 +50,8 @@ REASONS = (
     "invalid_request", "model_not_found", "unauthorized", "body_too_large", "body_too_slow", "busy", "queue_full",
     "not_ready", "timeout", "failed",
 )  # fmt: skip
+SHARE_BUCKETS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+ROUND_BUCKETS = (1.0, 2.0, 3.0, 4.0, 5.0, 8.0)
 MASS_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0)
 
 
@@ -61,6 +64,7 @@ class PrometheusMetrics:
         self._engine = _EngineMetrics(self._registry)
         self._members = _MemberMetrics(self._registry)
         self._ensembles = _EnsembleMetrics(self._registry)
+        self._councils = _CouncilMetrics(self._registry)
         self._down: frozenset[str] = frozenset()  # members whose last forward failed
 
     def record(self, stats: Stats) -> None:
@@ -88,6 +92,8 @@ class PrometheusMetrics:
                 self._ensembles.draft(stats)
             case DrawStats():
                 self._ensembles.draws(stats)
+            case CouncilStats():
+                self._councils.answered(stats)
             case _:
                 assert_never(stats)
 
@@ -118,6 +124,8 @@ class PrometheusMetrics:
         self._engine.ready.set(ready)
         self._engine.step_seconds.labels(MIXED)
         for model in models:
+            if model.kind == "council":  # its calls count as requests to the models that it calls
+                continue
             self._requests.begin(model.name)
             self._engine.preemptions.labels(model.name)
             if model.kind == "member":
@@ -271,6 +279,33 @@ class _MemberMetrics(_Family):
         self.kv_usage.labels(stats.member).set(stats.used_pages / max(stats.num_pages, 1))
         for device, num_bytes in stats.memory_bytes.items():
             self.memory.labels(stats.member, device).set(num_bytes)
+
+
+class _CouncilMetrics(_Family):
+    def __init__(self, registry: CollectorRegistry) -> None:
+        super().__init__(registry)
+        self.calls = self._counter("council_calls_total", "Calls that a council made.", "model", "called")
+        self.answers = self._counter(
+            "council_answers_total", "Answers of a council by the model that wrote them.", "model", "served_by"
+        )
+        self.agreement = self._histogram(
+            "council_agreement_ratio", "Share of the votes that the answer had.", SHARE_BUCKETS, "model"
+        )
+        self.rounds = self._histogram(
+            "council_rounds", "Rounds of calls before an answer.", ROUND_BUCKETS, "model"
+        )
+        self.seconds = self._histogram(
+            "council_seconds", "From a council's first call to its last token.", REQUEST_BUCKETS, "model"
+        )
+
+    def answered(self, stats: CouncilStats) -> None:
+        self.answers.labels(stats.model, stats.served_by).inc()
+        self.rounds.labels(stats.model).observe(stats.rounds)
+        self.seconds.labels(stats.model).observe(stats.seconds)
+        if stats.agreement is not None:
+            self.agreement.labels(stats.model).observe(stats.agreement)
+        for called in stats.calls:
+            self.calls.labels(stats.model, called).inc()
 
 
 class _EnsembleMetrics(_Family):

@@ -199,6 +199,9 @@ class _ChatBase(BaseModel):
     stop_reason: str | int | None
     token_ids: list[int] | None = Field(None, description="With return_token_ids.")
     trace: list[TraceStep] | None = Field(None, description="With ensemble.trace: one entry for each token.")
+    council: dict[str, Any] | None = Field(
+        None, description="With ensemble.trace: a council's votes, scores, rounds."
+    )
 
 
 class ChatChoice(_ChatBase):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -75,6 +75,9 @@ class TextChoice(BaseModel):
     prompt_token_ids: list[int] | None = Field(None, description="With return_token_ids.")
     token_ids: list[int] | None = Field(None, description="With return_token_ids.")
     trace: list[TraceStep] | None = Field(None, description="With ensemble.trace: one entry for each token.")
+    council: dict[str, Any] | None = Field(
+        None, description="With ensemble.trace: a council's votes, scores, rounds."
+    )
 
 
 class TextCompletion(Reply):

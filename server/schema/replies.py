@@ -14,13 +14,32 @@ class PromptTokensDetails(BaseModel):
     cached_tokens: int = Field(description="Found in the main member's cache of earlier prompts.")
 
 
+class CallUsage(BaseModel):
+    """One call that a council made. Tokens are the called model's."""
+
+    choice: int = Field(description="Index of the choice that it was made for.")
+    node: str = Field(description="Who was asked; within another council after that one's node and a slash.")
+    model: str
+    round: int
+    sample: int
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+    seconds: float
+    outcome: str = Field(description="stop, length, or why there is no answer: failed, timeout, ended early.")
+
+
 class Usage(BaseModel):
-    """Counts of the main member's tokens. Each prompt counts once, however many choices it has."""
+    """Counts of the main member's tokens. Each prompt counts once, however many choices it has.
+
+    Of a council they are the sums of its calls.
+    """
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
+    calls: list[CallUsage] | None = Field(None, description="Of a council; not sent for other models.")
     dropped_members: dict[str, str] | None = Field(
         None, description="Member -> why a choice went on without it; not sent if no member was lost."
     )
@@ -35,6 +54,7 @@ class Reply(BaseModel):
     model: str
     choices: Sequence[BaseModel]
     usage: Usage | None = None
+    served_by: str | None = Field(None, description="Of a council: the models that answered; not sent for others.")
 
 
 class TracedToken(BaseModel):
@@ -71,13 +91,13 @@ class TraceStep(BaseModel):
 
 
 class ModelCard(BaseModel):
-    """One servable model. An ensemble has a `recipe`: members with weights, main, fusion, mode."""
+    """One servable model. An ensemble has a `recipe`: members with weights, main, fusion, mode; a council its own."""
 
     id: str
     object: Literal["model"] = "model"
     created: int
     owned_by: str = "unisono"
-    kind: Literal["ensemble", "member"]
+    kind: Literal["ensemble", "council", "member"]
     max_model_len: int
     recipe: dict[str, Any] | None
 

@@ -73,6 +73,18 @@ class WeightingChoice(Strict):
     )
 
 
+class LimitsChoice(Strict):
+    """Limits of a council, for this request."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    max_calls: Annotated[int, Field(ge=1)] | None = Field(None, description="Calls to models.")
+    max_tokens: Annotated[int, Field(ge=1)] | None = Field(None, description="Tokens that all calls may generate.")
+    seconds: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] | None = Field(
+        None, description="From arrival to the last token."
+    )
+
+
 class EnsembleOptions(Strict):
     """Our extension: what this request changes in its ensemble. Sent through the SDK's `extra_body`."""
 
@@ -95,6 +107,9 @@ class EnsembleOptions(Strict):
     mode: Annotated[
         StrategyChoice | None, BeforeValidator(_strategy, json_schema_input_type=str | StrategyChoice | None)
     ] = Field(None, description="Name of a mode (lockstep), or {name, options}: how steps are taken.")
+    limits: LimitsChoice | None = Field(
+        None, description="Of a council: max_calls, max_tokens, seconds; lower than the configured ones."
+    )
     trace: bool | None = Field(
         None, description="Each choice reports what every member proposed for each of its tokens."
     )

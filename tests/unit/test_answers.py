@@ -6,7 +6,8 @@ from decimal import Decimal
 
 import pytest
 
-from ensemble_core.evaluation.answers import exact_match, last_number, normalised, same_number
+from ensemble_core.evaluation.answers import exact_match, same_number
+from ensemble_core.text.answers import last_number, normalised
 
 
 def test_normalisation_is_squads() -> None:

@@ -12,6 +12,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from ensemble_core.decoding.sampling_params import SamplingParams
 from ensemble_core.stats import (
     CacheStats,
+    CouncilStats,
     DraftStats,
     DrawStats,
     DropStats,
@@ -49,6 +50,7 @@ def fed() -> PrometheusMetrics:
         )
     )
     metrics.record(DrawStats("duo", {"a": 3, "b": 2}))
+    metrics.record(CouncilStats("poll", "a", 2, 0.75, 1.5, ("a", "a", "b")))
     metrics.rejected("queue_full")
     metrics.state(MODELS, True, True)
     return metrics
@@ -113,6 +115,11 @@ def samples(metrics: PrometheusMetrics) -> dict[tuple[str, ...], float]:
         (("consulted_steps_total", "false", "duo"), 6),
         (("unmapped_mass_count", "b", "duo"), 2),
         (("unmapped_mass_sum", "b", "duo"), 0.4),
+        (("council_calls_total", "a", "poll"), 2),
+        (("council_answers_total", "poll", "a"), 1),
+        (("council_agreement_ratio_sum", "poll"), 0.75),
+        (("council_rounds_sum", "poll"), 2),
+        (("council_seconds_sum", "poll"), 1.5),
     ],
 )
 def test_every_number_comes_out_under_its_name(key: tuple[str, ...], value: float) -> None:

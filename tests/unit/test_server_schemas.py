@@ -182,7 +182,7 @@ def test_the_openapi_schema_describes_every_parameter_and_ours(kind: type[BaseMo
     assert undescribed == []
     if kind is not TokenizeRequest:
         ours = schema["$defs"]["EnsembleOptions"]["properties"]
-        assert set(ours) == {"members", "weights", "weighting", "fusion", "mode", "trace"}
+        assert set(ours) == {"members", "weights", "weighting", "fusion", "mode", "limits", "trace"}
         assert schema["properties"]["temperature"]["maximum"] == 2
 
 

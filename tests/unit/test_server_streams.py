@@ -9,7 +9,8 @@ from pydantic import BaseModel
 from starlette.types import Message
 
 from ensemble_core.errors import MemberError
-from server.api.streams import DONE, EventStream, encode, event, unless_gone
+from server.api import streams
+from server.api.streams import DONE, EventStream, begin, encode, event, unless_gone
 from server.edge.errors import ClientGoneError
 
 
@@ -26,9 +27,13 @@ async def at_once() -> Message:
     return {"type": "http.disconnect"}
 
 
+async def there(piece: Piece) -> BaseModel:
+    return piece
+
+
 def collect(first: Piece, rest: AsyncGenerator[BaseModel]) -> list[str]:
     async def run() -> list[str]:
-        return [item async for item in encode(first, rest)]
+        return [item async for item in encode(there(first), rest)]
 
     return asyncio.run(run())
 
@@ -106,7 +111,7 @@ def test_a_stream_without_a_listener_closes_its_source(broken_pipe: bool) -> Non
 
     async def run() -> None:
         source = endless()
-        first = await anext(source)
+        first = asyncio.create_task(streams._next(source))
         num_sent = 0
 
         async def receive() -> Message:
@@ -120,7 +125,97 @@ def test_a_stream_without_a_listener_closes_its_source(broken_pipe: bool) -> Non
             if broken_pipe and num_sent == 5:
                 raise OSError("broken pipe")
 
-        await EventStream(first, source)({"type": "http"}, receive, send)
+        await EventStream(first, source, {})({"type": "http"}, receive, send)
+
+    asyncio.run(run())
+    assert closed == ["closed"]
+
+
+@pytest.fixture
+def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streams, "FIRST_SECONDS", 0.05)
+    monkeypatch.setattr(streams, "KEEPALIVE_SECONDS", 0.1)
+
+
+async def late(seconds: float, error: Exception | None = None) -> AsyncGenerator[BaseModel]:
+    await asyncio.sleep(seconds)
+    if error is not None:
+        raise error
+    yield Piece(text="a")
+    await asyncio.sleep(seconds)
+    yield Piece(text="b")
+
+
+async def sent(chunks: AsyncGenerator[BaseModel]) -> list[Message]:
+    messages: list[Message] = []
+
+    async def send(message: Message) -> None:
+        messages.append(message)
+
+    response = await begin(chunks, never, lambda: {"X-Served-By": "a"})
+    await response({"type": "http"}, never, send)
+    return messages
+
+
+@pytest.mark.usefixtures("hasty")
+def test_a_stream_that_keeps_us_waiting_begins_without_its_first_chunk() -> None:
+    messages = asyncio.run(sent(late(0.35)))
+    bodies = [message["body"] for message in messages[1:]]
+    assert bodies[0] == bodies[1] == b": keepalive\n\n"
+    data = [body for body in bodies if body.startswith(b"data")]
+    assert data == [b'data: {"text":"a"}\n\n', b'data: {"text":"b"}\n\n', DONE.encode()]
+    assert bodies[-1] == b"", "nothing comes after the end"
+    assert (b"x-served-by", b"a") in messages[0]["headers"]
+
+
+@pytest.mark.usefixtures("hasty")
+def test_an_early_error_sets_the_status_and_a_late_one_is_an_event() -> None:
+    with pytest.raises(MemberError):
+        asyncio.run(sent(late(0.0, MemberError("a", "broke"))))
+    messages = asyncio.run(sent(late(0.2, MemberError("a", "broke"))))
+    assert messages[0]["status"] == 200
+    assert any(b"broke" in message.get("body", b"") for message in messages)
+    assert messages[-2]["body"] == DONE.encode()
+
+
+def test_a_client_that_goes_before_the_first_chunk_ends_the_work() -> None:
+    closed: list[str] = []
+
+    async def silent() -> AsyncGenerator[BaseModel]:
+        try:
+            await asyncio.Event().wait()
+            yield Piece(text="a")
+        finally:
+            closed.append("closed")
+
+    with pytest.raises(ClientGoneError):
+        asyncio.run(begin(silent(), at_once, dict))
+    assert closed == ["closed"]
+
+
+@pytest.mark.usefixtures("hasty")
+def test_a_client_that_goes_while_nothing_comes_ends_the_work() -> None:
+    closed: list[str] = []
+
+    async def silent() -> AsyncGenerator[BaseModel]:
+        try:
+            await asyncio.Event().wait()
+            yield Piece(text="a")
+        finally:
+            closed.append("closed")
+
+    async def run() -> None:
+        gone = asyncio.Event()
+
+        async def receive() -> Message:
+            await gone.wait()
+            return {"type": "http.disconnect"}
+
+        async def send(_message: Message) -> None:
+            asyncio.get_running_loop().call_later(0.05, gone.set)
+
+        response = await begin(silent(), receive, dict)
+        await response({"type": "http"}, receive, send)
 
     asyncio.run(run())
     assert closed == ["closed"]

@@ -1,0 +1,1 @@
+"""Recipes that are whole conversations between models."""
