@@ -36,7 +36,7 @@ class CouncilLimits(Section):
     )
 
 
-class _Council(Section):
+class _CouncilSection(Section):
     """What all kinds share."""
 
     limits: CouncilLimits = Field(default_factory=lambda: CouncilLimits())
@@ -72,7 +72,7 @@ class CostConfig(Section):
     )
 
 
-class RouteConfig(_Council):
+class RouteConfig(_CouncilSection):
     """The model that is best for a question answers it."""
 
     kind: Literal["route"]
@@ -124,7 +124,7 @@ class RouteConfig(_Council):
         return self
 
 
-class VoteConfig(_Council):
+class VoteConfig(_CouncilSection):
     """Several answers, and the one that most agree on, or that a judge prefers."""
 
     kind: Literal["vote"]
@@ -164,7 +164,7 @@ class VoteConfig(_Council):
         return self
 
 
-class DiscussConfig(_Council):
+class DiscussConfig(_CouncilSection):
     """Models answer, read each other's reasons, and answer again; a vote weighted by confidence decides."""
 
     kind: Literal["discuss"]
@@ -196,7 +196,7 @@ class NodeConfig(Section):
         return {"model": value} if isinstance(value, str) else value
 
 
-class GraphConfig(_Council):
+class GraphConfig(_CouncilSection):
     """Answers flow along a graph; the node that nobody follows answers (Heterogeneous Swarms, Mixture-of-Agents)."""
 
     kind: Literal["graph"]

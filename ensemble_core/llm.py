@@ -20,6 +20,7 @@ from tqdm import tqdm
 from ensemble_core import factory
 from ensemble_core.config import Config, load_config
 from ensemble_core.decoding.requests import (
+    CouncilReport,
     FinishReason,
     GenerationRequest,
     Output,
@@ -32,6 +33,7 @@ from ensemble_core.decoding.sampling_params import SamplingParams
 from ensemble_core.decoding.sequence import Sequence
 from ensemble_core.errors import InvalidRequestError, QueueFullError, UnisonoError
 from ensemble_core.members.base import Member
+from ensemble_core.offline import OfflineCouncils
 from ensemble_core.recipes import ModelInfo
 from ensemble_core.stats import Reason, Record, discard
 
@@ -40,7 +42,8 @@ from ensemble_core.stats import Reason, Record, discard
 class Completion:
     """The answer to one prompt. token_ids and num_prompt_tokens are the main member's.
 
-    dropped: members that failed while the answer went on without them, with the reason.
+    dropped: members that failed while the answer went on without them, with the reason. served_by, report: of a
+    council's answer, the model that wrote it and all calls.
     """
 
     text: str
@@ -51,6 +54,8 @@ class Completion:
     logprobs: tuple[TokenLogprob, ...] = ()
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
     dropped: Mapping[str, Reason] = field(default_factory=dict)
+    served_by: str = ""
+    report: CouncilReport | None = None
 
 
 class LLM:
@@ -60,6 +65,7 @@ class LLM:
         self._config = config if isinstance(config, Config) else load_config(config)
         loaded = factory.load(self._config, record)
         self._engine, self._admission = loaded.engine, loaded.admission
+        self._councils = OfflineCouncils(loaded.engine, loaded.admission, loaded.councils, record)
         self.models: list[ModelInfo] = loaded.models
         self._inbox: dict[int, list[Output]] = {}  # seq_id -> unread outputs, for every open call
         self._names = itertools.count()
@@ -73,10 +79,15 @@ class LLM:
     ) -> list[Completion]:
         """Complete every prompt (a text, main's ids or a conversation). Answers keep the order of the prompts.
 
-        params: one for all, or one each. model: an ensemble or a member; None: the first ensemble, else the first
-        member. Raises InvalidRequestError, ModelNotFoundError before anything runs; UnisonoError if a request fails.
+        params: one for all, or one each. model: an ensemble, a council or a member; None: the first ensemble, else
+        the first member. Raises InvalidRequestError, ModelNotFoundError before anything runs; UnisonoError if a
+        request fails.
         """
         prompts = [prompts] if isinstance(prompts, str) else prompts
+        if model in self._councils.book:
+            asked = self._asked(prompts, params, model, overrides, watched=False)
+            found = self._councils.answers(asked, self._config.scheduler.max_running)
+            return [_completion([each]) for each in found]
         requests = self._requests(prompts, params, model, overrides, watched=False)
         outputs: dict[int, list[Output]] = {request.seq_id: [] for request in requests}
         with tqdm(total=len(requests), desc="generating", unit="prompt", disable=None) as bar:
@@ -122,6 +133,17 @@ class LLM:
         *,
         watched: bool = False,
     ) -> list[Sequence]:
+        return self._admission.admit_all(self._asked(prompts, params, model, overrides, watched=watched))
+
+    def _asked(
+        self,
+        prompts: abc.Sequence[Prompt],
+        params: SamplingParams | abc.Sequence[SamplingParams] | None,
+        model: str | None,
+        overrides: Overrides | None,
+        *,
+        watched: bool,
+    ) -> list[GenerationRequest]:
         if params is None or isinstance(params, SamplingParams):
             params = [params or SamplingParams()] * len(prompts)
         if len(params) != len(prompts):
@@ -129,19 +151,17 @@ class LLM:
                 f"params: {len(params)} are given for {len(prompts)} prompts; give one for all, or one each",
                 "params",
             )
-        return self._admission.admit_all(
-            [
-                GenerationRequest(
-                    request_id=f"offline-{next(self._names)}",
-                    model=model or self.models[0].name,
-                    prompt=prompt,
-                    params=own,
-                    overrides=overrides or Overrides(),
-                    watched=watched,
-                )
-                for prompt, own in zip(prompts, params, strict=True)
-            ]
-        )
+        return [
+            GenerationRequest(
+                request_id=f"offline-{next(self._names)}",
+                model=model or self.models[0].name,
+                prompt=prompt,
+                params=own,
+                overrides=overrides or Overrides(),
+                watched=watched,
+            )
+            for prompt, own in zip(prompts, params, strict=True)
+        ]
 
     def _run(self, requests: list[Sequence]) -> Iterator[tuple[int, Output]]:
         """Drive the engine until all requests have ended. More requests than the queue holds are added as room comes.
@@ -197,4 +217,6 @@ def _completion(outputs: list[Output]) -> Completion:
         logprobs=whole.logprobs,
         prompt_logprobs=whole.prompt_logprobs,
         dropped=whole.dropped,
+        served_by=whole.served_by,
+        report=whole.report,
     )

@@ -1,4 +1,4 @@
-"""The command line: `unisono serve | build | pull | generate | evaluate | tune | inspect`.
+"""The command line: `unisono serve | build | pull | generate | evaluate | tune | fit | inspect`.
 
 Heavy imports are inside the commands, so that `unisono --help` is instant and so that the switches for progress
 bars are set before the libraries read them. A UnisonoError becomes one line on stderr and exit code 1.
@@ -319,6 +319,39 @@ def tune(
 
         chosen = run.Chosen(task, split, limit, shots, cache, skip_bad)
         typer.echo(run.tune_ensemble(settings, chosen, ensemble, method, positions, config if write else None))
+
+
+@app.command()
+def fit(
+    council: Annotated[str, typer.Option(help="The council of kind route whose router to fit.")],
+    task: TaskSpecs,
+    config: ConfigPath = DEFAULT_CONFIG,
+    split: SplitChoice = "even",
+    limit: LimitOption = None,
+    shots: ShotsOption = 0,
+    strong: Annotated[
+        str | None, typer.Option(help="Calibrate: the model that --share of the questions go to.")
+    ] = None,
+    share: Annotated[
+        float | None, typer.Option(min=0.0, max=1.0, help="Share of the questions for --strong.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the artefact; by default the council's own.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Write it even if its gain may be chance.")] = False,
+    skip_bad: SkipBad = False,
+    cache: CacheFolder = None,
+) -> None:
+    """Learn a council's router on one half of the tasks, and report on the other half."""
+    with _one_line_errors():
+        if (strong is None) != (share is None):
+            raise ConfigError("--strong and --share go together; give both or neither")
+        settings = _load_quietly(config)
+
+        from ensemble_core.evaluation import run
+        from ensemble_core.fitting.fit import Calibration, fit_council
+
+        chosen = run.Chosen(task, split, limit, shots, cache, skip_bad)
+        calibration = None if strong is None or share is None else Calibration(strong, share)
+        typer.echo(fit_council(settings, chosen, council, calibration, out, force))
 
 
 @app.command()

@@ -81,9 +81,10 @@ def save_router(folder: Path, router: LinearRouter | ClusterRouter, about: About
 
 
 def _tensors(router: LinearRouter | ClusterRouter) -> dict[str, Tensor]:
+    preferred = {} if router.preference is None else {"preference": router.preference}
     if isinstance(router, LinearRouter):
-        return {"weights": router.weights, "bias": router.bias, "preference": router.preference}
-    return {"centres": router.centres, "accuracy": router.accuracy, "preference": router.preference}
+        return {"weights": router.weights, "bias": router.bias} | preferred
+    return {"centres": router.centres, "accuracy": router.accuracy} | preferred
 
 
 def load_router(name: str, council: RouteConfig, config: Config) -> Router:
@@ -122,10 +123,12 @@ def _read(folder: Path, where: str, again: str) -> tuple[dict[str, Any], dict[st
 def _router(raw: Mapping[str, Any], numbers: Mapping[str, Tensor], count: int, where: str) -> Router:
     shapes: dict[str, tuple[int, ...]]
     if raw["by"] == "linear":
-        shapes = {"weights": (NUM_FEATURES, count), "bias": (count,), "preference": (count,)}
+        shapes = {"weights": (NUM_FEATURES, count), "bias": (count,)}
     else:
         num = len(numbers["centres"]) if "centres" in numbers else 0
-        shapes = {"centres": (num, NUM_FEATURES), "accuracy": (num, count), "preference": (count,)}
+        shapes = {"centres": (num, NUM_FEATURES), "accuracy": (num, count)}
+    if "preference" in numbers:
+        shapes["preference"] = (count,)
     for name, shape in shapes.items():
         if name not in numbers or tuple(numbers[name].shape) != shape or not torch.isfinite(numbers[name]).all():
             raise ArtefactError(f"{where}: {name} must be finite numbers of shape {shape}")

@@ -83,7 +83,7 @@ class Speak:
 
 
 @dataclass(frozen=True, slots=True)
-class Said:
+class Settled:
     """The answer exists: an output, and the model that wrote it."""
 
     output: Output
@@ -91,12 +91,12 @@ class Said:
     notes: Notes = field(default_factory=Notes)
 
 
-Verdict = Speak | Said
+Verdict = Speak | Settled
 Plan = Generator[Round, Sequence[Answer], Verdict]
 
 
 @dataclass(frozen=True, slots=True)
-class Cost:
+class CallCost:
     """What one answer of a model needs at most.
 
     calls: to members and token-level ensembles. writers: those of them whose length the request sets; they share
@@ -108,26 +108,26 @@ class Cost:
     fixed: int = 0
     width: int = 1
 
-    def __add__(self, other: Cost) -> Cost:
+    def __add__(self, other: CallCost) -> CallCost:
         """One after the other."""
-        return Cost(
+        return CallCost(
             self.calls + other.calls,
             self.writers + other.writers,
             self.fixed + other.fixed,
             max(self.width, other.width),
         )
 
-    def beside(self, other: Cost) -> Cost:
+    def beside(self, other: CallCost) -> CallCost:
         """At the same time."""
         return replace(self + other, width=self.width + other.width)
 
-    def times(self, count: int) -> Cost:
+    def times(self, count: int) -> CallCost:
         """So many at the same time."""
-        return Cost(self.calls * count, self.writers * count, self.fixed * count, self.width * count)
+        return CallCost(self.calls * count, self.writers * count, self.fixed * count, self.width * count)
 
 
-NOTHING = Cost(0, 0, 0, 0)
-CostOf = Callable[[str], Cost]
+NOTHING = CallCost(0, 0, 0, 0)
+CostOf = Callable[[str], CallCost]
 
 
 def question_of(prompt: Prompt) -> str:

@@ -23,7 +23,7 @@ from ensemble_core.council_config import (
     VoteConfig,
 )
 from ensemble_core.councils.artefact import load_router
-from ensemble_core.councils.base import Cost, Plan
+from ensemble_core.councils.base import CallCost, Plan
 from ensemble_core.councils.discuss import Sample, discuss_cost, discuss_plan, spare_calls
 from ensemble_core.councils.graph import graph_cost, graph_plan
 from ensemble_core.councils.route import route_cost, route_plan
@@ -40,7 +40,7 @@ class Council:
 
     name: str
     config: CouncilConfig
-    cost: Cost
+    cost: CallCost
     plan: Planner
 
     @property
@@ -54,14 +54,14 @@ class CouncilBook:
 
     def __init__(self, config: Config) -> None:
         self._config = config
-        self._costs: dict[str, Cost] = {}
+        self._costs: dict[str, CallCost] = {}
         check_councils(config)
         self._councils = {
             name: Council(name, council, self._cost(name), _planner(name, council, config))
             for name, council in config.councils.items()
         }
 
-    def __contains__(self, model: str) -> bool:
+    def __contains__(self, model: object) -> bool:
         return model in self._councils
 
     def __bool__(self) -> bool:
@@ -79,17 +79,17 @@ class CouncilBook:
             return {model}
         return {name for called in self._councils[model].config.called for name in self.speakers(called)}
 
-    def _cost(self, model: str) -> Cost:
+    def _cost(self, model: str) -> CallCost:
         return cost_of(self._config, model)
 
 
-def cost_of(config: Config, model: str) -> Cost:
+def cost_of(config: Config, model: str) -> CallCost:
     """What one answer of a model needs at most."""
     council = config.councils.get(model)
     inner = partial(cost_of, config)
     match council:
         case None:
-            return Cost()
+            return CallCost()
         case RouteConfig():
             return route_cost(council, inner)
         case VoteConfig():

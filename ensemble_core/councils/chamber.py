@@ -16,11 +16,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from ensemble_core.council_config import CouncilLimits
-from ensemble_core.councils.base import Answer, Call, Round, Said, Speak, Verdict
+from ensemble_core.councils.base import Answer, Call, Round, Settled, Speak, Verdict
 from ensemble_core.councils.book import Council, CouncilBook
 from ensemble_core.decoding.requests import (
-    Bounds,
     CallReport,
+    CouncilBounds,
     CouncilReport,
     GenerationRequest,
     Output,
@@ -119,7 +119,7 @@ def _spares(council: Council, limits: CouncilLimits, choices: int) -> bool:
     return council.config.kind == "discuss" and council.cost.writers * choices <= limits.max_calls
 
 
-def lowered(limits: CouncilLimits, bounds: Bounds | None) -> CouncilLimits:
+def lowered(limits: CouncilLimits, bounds: CouncilBounds | None) -> CouncilLimits:
     """The limits that a request asks for. Raises InvalidRequestError for one that is higher than configured."""
     if bounds is None:
         return limits
@@ -207,7 +207,7 @@ class _Meeting:
     ) -> None:
         """One choice from its first call to its last output. An error ends the whole stream."""
         ledger = _Ledger()
-        run = _Run(self._chamber, self._council, limits, deadline, ledger)
+        run = _Deliberation(self._chamber, self._council, limits, deadline, ledger)
         try:
             await run.answer(request, lambda output: self._stream.put(index, output))
         except UnisonoError as error:
@@ -256,7 +256,7 @@ class _SilentError(Exception):
 
 
 @dataclass(slots=True)
-class _Run:
+class _Deliberation:
     """One answer of one council; councils within it have runs of their own."""
 
     chamber: Chamber
@@ -270,7 +270,7 @@ class _Run:
         """The council's answer; its outputs as they come. The last one has the report."""
         began = time.perf_counter()
         verdict = await self._deliberate(request)
-        if isinstance(verdict, Said):
+        if isinstance(verdict, Settled):
             said = replace(verdict.output, served_by=verdict.output.served_by or verdict.served_by)
             last = self._closed(said, verdict)
             emit(last)
@@ -409,7 +409,7 @@ class _Run:
         tokens = self._share() * council.cost.writers + council.cost.fixed
         limits = own.model_copy(update={"max_tokens": min(own.max_tokens, tokens)})
         deadline = min(self.deadline, time.perf_counter() + own.seconds)
-        run = _Run(self.chamber, council, limits, deadline, self.ledger, f"{node}/")
+        run = _Deliberation(self.chamber, council, limits, deadline, self.ledger, f"{node}/")
         inner = replace(request, model=call.model, prompt=call.prompt, params=call.params, watched=watched)
         await run.answer(replace(inner, overrides=call.overrides), hear)
 

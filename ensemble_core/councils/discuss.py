@@ -19,12 +19,12 @@ from ensemble_core.councils.base import (
     NOTHING,
     Answer,
     Call,
-    Cost,
+    CallCost,
     CostOf,
     Notes,
     Plan,
     Round,
-    Said,
+    Settled,
     as_conversation,
     asking,
     drafting,
@@ -82,7 +82,7 @@ def vote_weight(confidence: float) -> float:
     return 0.3 if confidence > 0.6 else 0.1
 
 
-def discuss_cost(config: DiscussConfig, cost_of: CostOf) -> Cost:
+def discuss_cost(config: DiscussConfig, cost_of: CostOf) -> CallCost:
     """Every model in every round; what calls are left may close answers that ran out of tokens."""
     once = NOTHING
     for model in config.models:
@@ -251,7 +251,7 @@ def tally(opinions: Sequence[Opinion]) -> dict[str, float]:
     return {key: weights[key] for key in sorted(keys, key=rank, reverse=True)}
 
 
-def _decided(opinions: Sequence[Opinion], history: Sequence[Sequence[Opinion]]) -> Said:
+def _decided(opinions: Sequence[Opinion], history: Sequence[Sequence[Opinion]]) -> Settled:
     """The winning answer in the words of its surest holder."""
     weights = tally(opinions)
     winner = next(iter(weights))
@@ -265,7 +265,7 @@ def _decided(opinions: Sequence[Opinion], history: Sequence[Sequence[Opinion]]) 
         agreement=sum(each.key == winner for each in opinions) / len(opinions),
     )
     said = replace(output, text=text, token_ids=(), logprobs=(), traces=(), finish_reason="stop", stop_reason=None)
-    return Said(said, voice.model, notes)
+    return Settled(said, voice.model, notes)
 
 
 def _shown(opinion: Opinion) -> Mapping[str, Any]:

@@ -14,7 +14,7 @@ from ensemble_core.councils.base import (
     NOTHING,
     Answer,
     Call,
-    Cost,
+    CallCost,
     CostOf,
     Notes,
     Plan,
@@ -40,7 +40,7 @@ def layers(config: GraphConfig) -> list[tuple[str, ...]]:
     return [layer for layer in found if layer] + [(config.end,)]
 
 
-def graph_cost(config: GraphConfig, cost_of: CostOf) -> Cost:
+def graph_cost(config: GraphConfig, cost_of: CostOf) -> CallCost:
     """Every node once, a layer at the same time."""
     whole = NOTHING
     for layer in layers(config):

@@ -19,7 +19,7 @@ from ensemble_core.councils.base import (
     NOTHING,
     Answer,
     Call,
-    Cost,
+    CallCost,
     CostOf,
     Notes,
     Plan,
@@ -35,21 +35,21 @@ from ensemble_core.errors import CouncilError
 _SCORING = SamplingParams(max_tokens=0, echo=True, logprobs=0, temperature=0.0)
 
 
-def route_cost(config: RouteConfig, cost_of: CostOf) -> Cost:
+def route_cost(config: RouteConfig, cost_of: CostOf) -> CallCost:
     """The dearest of its models, and the one that answers in its place where it fails."""
-    scoring = Cost(len(config.models), 0, 0, len(config.models)) if config.by == "perplexity" else NOTHING
+    scoring = CallCost(len(config.models), 0, 0, len(config.models)) if config.by == "perplexity" else NOTHING
     tried = [cost_of(model) for model in config.called]
     in_turn = NOTHING
     for cost in tried if config.by == "fixed" else _dearest(config, cost_of):
         in_turn = in_turn + cost
-    if all(cost == Cost() for cost in tried):
+    if all(cost == CallCost() for cost in tried):
         in_turn = replace(in_turn, writers=1)  # one that failed before its first text has written none
     return scoring + in_turn
 
 
-def _dearest(config: RouteConfig, cost_of: CostOf) -> list[Cost]:
+def _dearest(config: RouteConfig, cost_of: CostOf) -> list[CallCost]:
     others = [cost_of(model) for model in config.called if model != config.fallback]
-    found = [max(others, key=lambda cost: (cost.calls, cost.writers), default=Cost())]
+    found = [max(others, key=lambda cost: (cost.calls, cost.writers), default=CallCost())]
     return found if config.fallback is None else [*found, cost_of(config.fallback)]
 
 

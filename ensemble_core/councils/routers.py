@@ -47,28 +47,31 @@ class LinearRouter:
 
     weights: Tensor
     bias: Tensor
-    preference: Tensor
+    preference: Tensor | None = None
 
     def scores(self, question: str, balance: Balance | None) -> Tensor:
         """See `Router`."""
         indices, values = features(question)
         quality = values @ self.weights[indices] + self.bias
-        return (quality if balance is None else balance.of(quality)) + self.preference
+        if balance is not None:
+            quality = balance.of(quality)
+        return quality if self.preference is None else quality + self.preference
 
 
 @dataclass(frozen=True, slots=True)
 class ClusterRouter:
     """Avengers' rule (arXiv 2505.19797): models ranked by their accuracy on the questions near this one.
 
-    centres: (C, F) unit vectors; accuracy: (C, M); float32. near: clusters that count; beta: how fast farther ones
-    lose weight.
+    centres: (C, F) means of unit vectors; accuracy: (C, M); float32. near: clusters that count; beta: how fast
+    farther ones lose weight. preference: as of `LinearRouter`. One that is calibrated compares expected accuracies:
+    ranks are often equal, and no threshold can part them.
     """
 
     centres: Tensor
     accuracy: Tensor
     near: int
     beta: float
-    preference: Tensor
+    preference: Tensor | None = None
 
     def scores(self, question: str, balance: Balance | None) -> Tensor:
         """sum over the nearest clusters of p_c / (rank_c + 0.1), p = softmax(-beta d), d_c = 1 - centre . q."""
@@ -77,8 +80,11 @@ class ClusterRouter:
         nearest = distance.topk(min(self.near, len(distance)), largest=False, sorted=True)
         shares = torch.softmax(-self.beta * nearest.values, 0)
         quality = self.accuracy[nearest.indices]
-        ranks = ranked(quality if balance is None else balance.of(quality))
-        return shares @ (1 / (ranks + 0.1)) + self.preference
+        if balance is not None:
+            quality = balance.of(quality)
+        if self.preference is not None:
+            return shares @ quality + self.preference
+        return shares @ (1 / (ranked(quality) + 0.1))
 
 
 def ranked(quality: Tensor) -> Tensor:

@@ -18,12 +18,12 @@ from ensemble_core.councils.base import (
     NOTHING,
     Answer,
     Call,
-    Cost,
+    CallCost,
     CostOf,
     Notes,
     Plan,
     Round,
-    Said,
+    Settled,
     question_of,
     seeded,
 )
@@ -35,7 +35,7 @@ from ensemble_core.errors import CouncilError
 _JUDGING = SamplingParams(max_tokens=1, temperature=0.0, logprobs=20)
 
 
-def vote_cost(config: VoteConfig, cost_of: CostOf) -> Cost:
+def vote_cost(config: VoteConfig, cost_of: CostOf) -> CallCost:
     """All samples at once, then, for a judge, every ordered pair of them at once, a token each."""
     samples = NOTHING
     for model, count in config.models.items():
@@ -43,7 +43,7 @@ def vote_cost(config: VoteConfig, cost_of: CostOf) -> Cost:
     if config.judge is None:
         return samples
     pairs = _num_samples(config) * (_num_samples(config) - 1)
-    return samples + Cost(calls=pairs, writers=0, fixed=pairs, width=pairs)
+    return samples + CallCost(calls=pairs, writers=0, fixed=pairs, width=pairs)
 
 
 def _num_samples(config: VoteConfig) -> int:
@@ -108,7 +108,7 @@ class Ballot:
         return [answer for answer, ranks in self.votes.items() if len(ranks) == most]
 
 
-def _majority(config: VoteConfig, answers: Sequence[Answer]) -> Said:
+def _majority(config: VoteConfig, answers: Sequence[Answer]) -> Settled:
     ballot = Ballot.of(answers, _form(config))
     leaders = ballot.leaders()
     if not leaders:  # nobody's text has an answer of that form: the first text is as good as any
@@ -140,14 +140,14 @@ def _likelihood(answer: Answer) -> float:
 
 def _said(
     config: VoteConfig, answers: Sequence[Answer], chosen: Answer, ballot: Ballot, winner: str | None
-) -> Said:
+) -> Settled:
     assert chosen.output is not None
     share = len(ballot.votes[winner]) / ballot.num_votes if winner is not None else 0.0
     who = {
         answer: [f"{answers[rank].call.model}#{answers[rank].call.sample}" for rank in ranks]
         for answer, ranks in ballot.votes.items()
     }
-    return Said(chosen.output, chosen.call.model, Notes({"votes": who, "winner": winner}, agreement=share))
+    return Settled(chosen.output, chosen.call.model, Notes({"votes": who, "winner": winner}, agreement=share))
 
 
 def _judged(config: VoteConfig, judge: str, request: GenerationRequest, answers: Sequence[Answer]) -> Plan:
@@ -175,7 +175,7 @@ def _judged(config: VoteConfig, judge: str, request: GenerationRequest, answers:
     output = there[best].output
     assert output is not None
     named = {f"{each.call.model}#{each.call.sample}": score for each, score in zip(there, scores, strict=True)}
-    return Said(output, there[best].call.model, Notes({"scores": named}))
+    return Settled(output, there[best].call.model, Notes({"scores": named}))
 
 
 def _comparison(question: str, first: str, second: str) -> Conversation:

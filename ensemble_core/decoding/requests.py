@@ -28,7 +28,7 @@ class Weighting:
 
 
 @dataclass(frozen=True, slots=True)
-class Bounds:
+class CouncilBounds:
     """Limits that a request sets to its council; None: as configured."""
 
     max_calls: int | None = None
@@ -47,7 +47,7 @@ class Overrides:
     mode: str | None = None
     mode_options: Mapping[str, Any] | None = None
     weighting: Weighting | None = None
-    bounds: Bounds | None = None  # of a council
+    bounds: CouncilBounds | None = None  # of a council
 
 
 @dataclass(frozen=True, slots=True)

@@ -53,14 +53,19 @@ def evaluate(bench: Workbench, scope: Scope, destination: Destination) -> Report
     recipes = {variant.label: bench.recipe(variant) for variant in scope.variants}
     journal = Journal(destination.folder, made_from(bench.config, scope), destination.resume)
     run = _Evaluation(bench, scope, recipes, journal)
-    for task in scope.tasks:
-        for measure in scope.measures:
-            if not (measure == "score" and task.kind == "text"):
-                run.measure(task, measure)
+    run.measure_all()
     report = summarise(run.items(), [v.label for v in scope.variants if len(recipes[v.label].members) == 1])
     if destination.folder is not None:
         _write(destination, bench.config, scope, report)
     return report
+
+
+def evaluated_items(bench: Workbench, scope: Scope) -> dict[str, dict[str, dict[int, Values]]]:
+    """Every item's values, unsummarised: model -> task -> index -> values. Raises as `evaluate`."""
+    recipes = {variant.label: bench.recipe(variant) for variant in scope.variants}
+    run = _Evaluation(bench, scope, recipes, Journal(None, {}, resume=False))
+    run.measure_all()
+    return run.items()
 
 
 def made_from(config: Config, scope: Scope) -> dict[str, Any]:
@@ -90,6 +95,13 @@ class _Evaluation:
     scope: Scope
     recipes: Mapping[str, Recipe]
     journal: Journal
+
+    def measure_all(self) -> None:
+        """Whatever is missing, of all tasks and measures."""
+        for task in self.scope.tasks:
+            for measure in self.scope.measures:
+                if not (measure == "score" and task.kind == "text"):
+                    self.measure(task, measure)
 
     def measure(self, task: Task, measure: Measure) -> None:
         """Whatever of a task is missing, for every model."""

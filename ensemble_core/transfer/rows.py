@@ -81,7 +81,7 @@ def build_matrix(
     recipe: RowRecipe,
     *,
     device: torch.device | str = "cpu",
-    block_dtype: torch.dtype = torch.bfloat16,
+    block_dtype: torch.dtype | None = None,
     block_rows: int | None = None,
     value_dtype: torch.dtype = torch.float16,
     progress: bool = True,
@@ -90,14 +90,15 @@ def build_matrix(
     """A member's relative representation over `anchors`, on the CPU, and how much of it pruning kept.
 
     embeddings: (V, d) input embeddings, any float dtype; rows past the vocabulary must be finite but are not
-    used. block_dtype: for the search over all anchors and the normaliser; kept entries are scored again in
-    float32. block_rows: rows per block; None: as many as fit in 64 MiB, at most 1,024. `top_k` >= A - 1 gives
-    the dense matrix. label: names the progress bar, which is shown only if stderr is a terminal. Raises
-    TransferMatrixError for embeddings that do not fit.
+    used. block_dtype: for the search over all anchors and the normaliser, None: what this device multiplies fastest;
+    kept entries are scored again in float32. block_rows: rows per block; None: as many as fit in 64 MiB, at most
+    1,024. `top_k` >= A - 1 gives the dense matrix. label: names the progress bar, which is shown only if stderr is a
+    terminal. Raises TransferMatrixError for embeddings that do not fit.
     """
     _check_embeddings(vocabulary, embeddings, anchors)
     anchor_ids = anchors.ids(vocabulary)
-    space = _AnchorSpace(embeddings, anchor_ids[:-1], recipe, torch.device(device), block_dtype)
+    coarse = block_dtype or _fastest(torch.device(device))
+    space = _AnchorSpace(embeddings, anchor_ids[:-1], recipe, torch.device(device), coarse)
     ids = _ordinary_ids(vocabulary)
     columns = torch.zeros(len(vocabulary), space.top_k, dtype=torch.int32)
     values = torch.zeros(len(vocabulary), space.top_k, dtype=value_dtype)
@@ -109,6 +110,13 @@ def build_matrix(
         columns[stop, 0], values[stop, 0] = len(anchors) - 1, 1.0
     quality = Quality(_quantiles(retained[ids]), _quantiles(retained[anchor_ids[:-1]]))
     return TransferMatrix(*_ordered(columns, values, len(anchors)), anchor_ids), quality
+
+
+def _fastest(device: torch.device) -> torch.dtype:
+    """A processor without instructions for bfloat16 multiplies it a number at a time."""
+    if device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return torch.float32
+    return torch.bfloat16
 
 
 def require_retained(member: str, quality: Quality, recipe: RowRecipe, minimum: float) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ensemble_core.decoding.requests import Bounds, GenerationRequest, Overrides, Prompt, Weighting
+from ensemble_core.decoding.requests import CouncilBounds, GenerationRequest, Overrides, Prompt, Weighting
 from ensemble_core.decoding.sampling_params import MAX_SEED, PARAMETERS, SamplingParams
 from ensemble_core.errors import InvalidRequestError
 from server.schema.sampling import EnsembleOptions, SamplingFields, WeightingChoice
@@ -130,7 +130,7 @@ def to_overrides(options: EnsembleOptions | None) -> Overrides:
         fusion_options=None if fusion is None else fusion.options,
         mode=None if options.mode is None else options.mode.name,
         mode_options=None if options.mode is None else options.mode.options,
-        bounds=None if options.limits is None else Bounds(**options.limits.model_dump()),
+        bounds=None if options.limits is None else CouncilBounds(**options.limits.model_dump()),
     )
 
 

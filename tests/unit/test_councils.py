@@ -13,7 +13,7 @@ from fakes import fake_config
 from scripted_engine import Failure, Script, ScriptedEngine, as_json, asked, council, text_of, whole
 
 from ensemble_core.config import Config
-from ensemble_core.decoding.requests import Bounds, Conversation, GenerationRequest, Output, Overrides
+from ensemble_core.decoding.requests import Conversation, CouncilBounds, GenerationRequest, Output, Overrides
 from ensemble_core.errors import (
     CouncilError,
     InvalidRequestError,
@@ -283,7 +283,7 @@ def test_a_request_lowers_limits_and_never_raises_them() -> None:
     engine = ScriptedEngine(lambda _request: "a b c d e")
 
     def bounded(**bounds: Any) -> list[GenerationRequest]:
-        return [replace(each, overrides=Overrides(bounds=Bounds(**bounds))) for each in asked("poll")]
+        return [replace(each, overrides=Overrides(bounds=CouncilBounds(**bounds))) for each in asked("poll")]
 
     (found,) = run(engine, settings, bounded(max_tokens=3))
     assert found.text == "a"

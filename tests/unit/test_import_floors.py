@@ -39,8 +39,10 @@ FLOORS = (
     ("ensemble_core.engine",),
     ("ensemble_core.factory",),
     ("ensemble_core.runtime",),
+    ("ensemble_core.offline",),
     ("ensemble_core.llm",),
     ("ensemble_core.evaluation",),
+    ("ensemble_core.fitting",),
 )
 EDGE_MAY_IMPORT = {
     "ensemble_core.runtime",
@@ -57,6 +59,7 @@ CLI_MAY_IMPORT = EDGE_MAY_IMPORT | {
     "ensemble_core.members.loading.checkpoints",
     "ensemble_core.transfer.report",
     "ensemble_core.evaluation.run",
+    "ensemble_core.fitting.fit",
     "ensemble_core.llm",
 }
 TORCHLESS = (

@@ -14,11 +14,13 @@ from ensemble_core.members.cache.rows import KVCache
 from ensemble_core.members.kernels.base import Chunk
 from ensemble_core.members.kernels.choice import choose
 from ensemble_core.members.kernels.compiled.prompts import attend_chunk, serves
-from ensemble_core.members.kernels.compiled.tiles import has_instruction
+from ensemble_core.members.kernels.compiled.tiles import can_multiply
 
 CPU = torch.device("cpu")
 SLOTS, FIRST = 1500, 70
-needs_instruction = pytest.mark.skipif(not has_instruction(), reason="this processor has no avx512_bf16")
+needs_instruction = pytest.mark.skipif(
+    not can_multiply(), reason="this processor has neither AVX512-BF16 nor AVX2"
+)
 
 
 def inputs(heads: int, kv_heads: int, size: int, num: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -111,7 +113,7 @@ def test_scores_that_are_far_apart_stay_finite() -> None:
 
 
 def test_it_is_for_bfloat16_and_heads_of_whole_tiles_alone() -> None:
-    assert serves(torch.bfloat16, {64, 256}) == has_instruction()
+    assert serves(torch.bfloat16, {64, 256}) == can_multiply()
     assert not serves(torch.bfloat16, {64, 80})
     assert not serves(torch.float32, {64})
     assert choose([CPU], torch.float16).chunk_attention(torch.float16, {64}) is None

@@ -17,7 +17,7 @@ from numba import carray
 from torch import Tensor
 
 from ensemble_core.members.kernels.compiled.base import Frame, inlined, narrow, numbers, run, thread, wide, word
-from ensemble_core.members.kernels.compiled.tiles import COLUMNS, ROWS, has_instruction, product
+from ensemble_core.members.kernels.compiled.tiles import COLUMNS, ROWS, can_multiply, product
 
 _BLOCK = 48  # rows that a thread takes of a panel, if there are so many
 
@@ -27,7 +27,7 @@ _one, _two, _three, _four, _five, _six = (product(rows) for rows in range(1, ROW
 def serves(weight: Tensor) -> bool:
     """Whether there is such a product for this weight (out, in) on this processor."""
     fits = weight.dim() == 2 and weight.shape[0] % COLUMNS == 0 and weight.shape[1] % 2 == 0
-    return fits and weight.dtype is torch.bfloat16 and weight.device.type == "cpu" and has_instruction()
+    return fits and weight.dtype is torch.bfloat16 and weight.device.type == "cpu" and can_multiply()
 
 
 class PackedProduct:

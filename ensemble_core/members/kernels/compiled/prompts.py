@@ -33,7 +33,7 @@ from ensemble_core.members.kernels.compiled.base import (
     thread,
     word,
 )
-from ensemble_core.members.kernels.compiled.tiles import COLUMNS, ROWS, has_instruction, multiply, multiply_and_add
+from ensemble_core.members.kernels.compiled.tiles import COLUMNS, ROWS, can_multiply, multiply, multiply_and_add
 
 _BLOCK = 256  # keys whose scores are kept at once
 _TILE = 48  # rows
@@ -41,7 +41,7 @@ _TILE = 48  # rows
 
 def serves(dtype: torch.dtype, sizes: Collection[int]) -> bool:
     """Whether there is such an attention on this processor, for heads of these sizes."""
-    return dtype is torch.bfloat16 and has_instruction() and all(size % COLUMNS == 0 for size in sizes)
+    return dtype is torch.bfloat16 and can_multiply() and all(size % COLUMNS == 0 for size in sizes)
 
 
 def attend_chunk(

@@ -1,0 +1,1 @@
+"""What is learned offline: graphs of models, found by a swarm."""

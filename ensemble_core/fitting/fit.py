@@ -1,0 +1,230 @@
+"""Fits a council on one half of the tasks and reports on the other: what `unisono fit` does.
+
+The fitted council is compared with its best model, with a random and with the best choice for each item, by paired
+bootstrap over items. Nothing is written where the gain over the best model may be chance, unless that is asked for.
+Does not know the command line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ensemble_core.config import Config
+from ensemble_core.council_config import RouteConfig
+from ensemble_core.councils.artefact import About, fingerprints, save_router
+from ensemble_core.councils.route import gate
+from ensemble_core.councils.routers import Balance, ClusterRouter, LinearRouter, balance_of
+from ensemble_core.decoding.requests import Overrides
+from ensemble_core.errors import EvaluationError
+from ensemble_core.evaluation.bootstrap import Interval, Ratio, draws, interval, paired_interval
+from ensemble_core.evaluation.evaluate import Scope, evaluated_items
+from ensemble_core.evaluation.measures import Measure, Selection
+from ensemble_core.evaluation.report import aligned
+from ensemble_core.evaluation.run import Chosen
+from ensemble_core.evaluation.tasks import Item, Split, Task
+from ensemble_core.evaluation.variants import Variant
+from ensemble_core.evaluation.workbench import Workbench
+from ensemble_core.fitting.routers import Learnt, fit_clusters, fit_linear, prefer
+
+_OTHER: dict[Split, Split] = {"even": "odd", "odd": "even", "all": "all"}
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """Send this share of the questions to one model."""
+
+    model: str
+    share: float
+
+
+@dataclass(frozen=True, slots=True)
+class Labels:
+    """How well each model did on each item: gains over weights; the larger the better.
+
+    gains, weights: (N, M) float64; for a text minus its bits and its bytes, for the others right answers and 1.
+    """
+
+    questions: list[str]
+    gains: Tensor
+    weights: Tensor
+
+    @property
+    def quality(self) -> Tensor:
+        """(N, M) gain per weight."""
+        return self.gains / self.weights
+
+    def of(self, choice: Tensor) -> Ratio:
+        """The metric where item i is answered by model choice[i]."""
+        index = choice.unsqueeze(1)
+        return Ratio(self.gains.gather(1, index).squeeze(1), self.weights.gather(1, index).squeeze(1))
+
+
+@dataclass(frozen=True, slots=True)
+class Compared:
+    """One way of choosing, on the items that are reported, and its difference from the best model."""
+
+    name: str
+    value: Interval
+    difference: Interval | None
+
+
+@dataclass(frozen=True, slots=True)
+class Fitted:
+    """What came of a fit."""
+
+    router: LinearRouter | ClusterRouter
+    compared: list[Compared]
+    shares: dict[str, float]  # model -> share of the reported items that it was chosen for
+    agreement: float  # share of the reported items for which one of the best models was chosen
+    gain: Interval
+
+    @property
+    def is_sure(self) -> bool:
+        """Whether the whole interval of the gain over the best model is above 0."""
+        return self.gain.low > 0
+
+
+def fit_router(
+    bench: Workbench, name: str, tasks: Sequence[Task], selection: Selection, calibration: Calibration | None
+) -> Fitted:
+    """Fit the router of a council. Raises EvaluationError where the council has nothing to fit."""
+    council = bench.config.councils.get(name)
+    if not isinstance(council, RouteConfig) or council.by not in ("linear", "clusters"):
+        raise EvaluationError(
+            f"--council {name!r}: only councils of kind route, by linear or clusters, are fitted; known are "
+            f"{sorted(bench.config.councils)}"
+        )
+    told = labels(bench, council.models, tasks, selection)
+    balance = None if council.cost is None else balance_of(council.models, council.cost.alpha, council.cost.prices)
+    router = _fitted(council, told, calibration, balance)
+    other = replace(selection, split=_OTHER[selection.split])
+    return judged(council, router, balance, labels(bench, council.models, tasks, other))
+
+
+def _fitted(
+    council: RouteConfig, told: Labels, calibration: Calibration | None, balance: Balance | None
+) -> LinearRouter | ClusterRouter:
+    fit: Any = fit_linear if council.by == "linear" else fit_clusters
+    learnt: Learnt[Any] = fit(told.questions, told.quality)
+    if calibration is None:
+        plain: LinearRouter | ClusterRouter = learnt.router
+        return plain
+    if calibration.model not in council.models:
+        raise EvaluationError(f"--strong {calibration.model!r}: models are {list(council.models)}")
+    strong = council.models.index(calibration.model)
+    calibrated: LinearRouter | ClusterRouter = prefer(learnt, strong, calibration.share, balance)
+    return calibrated
+
+
+def judged(
+    council: RouteConfig, router: LinearRouter | ClusterRouter, balance: Balance | None, told: Labels
+) -> Fitted:
+    """The router on items that it was not fitted on, beside the best model, a random and the best choice."""
+    num_models = len(council.models)
+    one = replace_select(council)
+    names = [next(iter(gate(router.scores(question, balance), one))) for question in told.questions]
+    choice = torch.tensor([council.models.index(name) for name in names])
+    counts = draws(len(choice))
+    singles = [told.of(torch.full_like(choice, model)) for model in range(num_models)]
+    best = max(range(num_models), key=lambda model: singles[model].value)
+    ways = {f"{council.models[best]} (the best model)": singles[best], "routed": told.of(choice)}
+    ways["best choice"] = told.of(told.quality.argmax(1))
+    ways["random"] = Ratio(told.gains.mean(1), told.weights.mean(1))
+    compared = [
+        Compared(name, interval(way, counts), paired_interval(way, singles[best], counts) if rank else None)
+        for rank, (name, way) in enumerate(ways.items())
+    ]
+    shares = {model: names.count(model) / len(names) for model in council.models}
+    agreed = told.quality.gather(1, choice.unsqueeze(1)).squeeze(1) == told.quality.amax(1)
+    return Fitted(
+        router,
+        compared,
+        shares,
+        float(agreed.to(torch.float64).mean()),
+        paired_interval(ways["routed"], singles[best], counts),
+    )
+
+
+def replace_select(council: RouteConfig) -> RouteConfig:
+    """The council where one model alone is selected."""
+    return council.model_copy(update={"select": council.select.model_copy(update={"max": 1, "threshold": 0.0})})
+
+
+def labels(bench: Workbench, models: Sequence[str], tasks: Sequence[Task], selection: Selection) -> Labels:
+    """What each model makes of each item, measured or read from stored scores. Raises EvaluationError."""
+    variants = [Variant(name, name, Overrides()) for name in models]
+    questions: list[str] = []
+    rows: list[tuple[list[float], list[float]]] = []
+    for task in tasks:
+        measure: Measure = "bits" if task.kind == "text" else "score"
+        found = evaluated_items(bench, Scope([task], variants, selection, (measure,)))
+        for item in selection.items(task):
+            values = [found[name][task.name].get(item.index) for name in models]
+            if all(values):
+                questions.append(_question(item))
+                rows.append(_row(values, measure))
+    if len(rows) < 2:
+        raise EvaluationError("the tasks have too few items to fit on; give at least two to each half")
+    gains, weights = zip(*rows, strict=True)
+    return Labels(questions, torch.tensor(gains, dtype=torch.float64), torch.tensor(weights, dtype=torch.float64))
+
+
+def _question(item: Item) -> str:
+    """What a client would ask: of a text its first half."""
+    return item.question or item.text[: max(len(item.text) // 2, 1)]
+
+
+def _row(values: Sequence[Any], measure: Measure) -> tuple[list[float], list[float]]:
+    if measure == "bits":
+        return [-each["bits"] for each in values], [each["num_bytes"] for each in values]
+    return [float(each["correct"]) for each in values], [1.0] * len(values)
+
+
+def fit_council(
+    config: Config, chosen: Chosen, name: str, calibration: Calibration | None, out: Path | None, force: bool
+) -> str:
+    """Fit a council, write its artefact where the gain is sure, and tell what came of it."""
+    tasks = chosen.parsed_tasks()
+    with Workbench(config, chosen.cache) as bench:
+        fitted = fit_router(bench, name, tasks, chosen.selection, calibration)
+    council = config.councils[name]
+    assert isinstance(council, RouteConfig)
+    folder = out or council.artefact
+    assert folder is not None
+    if not fitted.is_sure and not force and calibration is None:
+        return f"{told(fitted)}\n\nnot written: the gain may be chance; pass --force to write it all the same"
+    save_router(folder, fitted.router, _about(config, council, tasks, fitted))
+    return f"{told(fitted)}\n\nwritten to {folder}"
+
+
+def _about(config: Config, council: RouteConfig, tasks: Sequence[Task], fitted: Fitted) -> About:
+    router = fitted.router
+    options = {"near": router.near, "beta": router.beta} if isinstance(router, ClusterRouter) else {}
+    report = {each.name: each.value.value for each in fitted.compared}
+    return About(
+        council.by,
+        fingerprints(config, council.models),
+        {task.name: task.digest for task in tasks},
+        options=options,
+        report=report | {"shares": fitted.shares},
+    )
+
+
+def told(fitted: Fitted) -> str:
+    """The comparison as a table."""
+    lines = [("chosen by", "value", "95 % interval", "difference", "95 % interval")]
+    for each in fitted.compared:
+        value, other = each.value, each.difference
+        shown = ("", "") if other is None else (f"{other.value:+.4f}", f"{other.low:+.4f} .. {other.high:+.4f}")
+        lines.append((each.name, f"{value.value:.4f}", f"{value.low:.4f} .. {value.high:.4f}", *shown))
+    shares = ", ".join(f"{model} {share:.0%}" for model, share in fitted.shares.items())
+    return (
+        f"on items that were not fitted on (right answers; of texts minus bits per byte):\n{aligned(lines)}\n\n"
+        f"chosen: {shares}; one of the best for {fitted.agreement:.1%} of the items"
+    )
