@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from ensemble_core import factory
 from ensemble_core.config import Config, load_config
+from ensemble_core.councils.book import CouncilBook
 from ensemble_core.decoding.requests import (
     CouncilReport,
     FinishReason,
@@ -119,6 +120,10 @@ class LLM:
     def encode(self, model: str, text: str) -> list[int]:
         """A prompt's ids in a model's main member. Raises ModelNotFoundError, InvalidRequestError."""
         return self._admission.tokenize(model, text, add_special_tokens=True)[0]
+
+    def use_councils(self, config: Config) -> None:
+        """The councils of another configuration over the same members and ensembles, from the next call on."""
+        self._councils.book = CouncilBook(config)
 
     def close(self) -> None:
         """Stop the engine's threads."""

@@ -19,6 +19,7 @@ from functools import partial
 from typing import Any, Literal, TypeVar
 
 from ensemble_core import factory
+from ensemble_core.admission import Admission
 from ensemble_core.config import Config
 from ensemble_core.councils.chamber import Chamber, EngineDoor
 from ensemble_core.decoding.requests import GenerationRequest, Output, Prompt
@@ -150,12 +151,16 @@ class Runtime:
 
         Raises as `submit`.
         """
+        admission = self._require_ready().admission
         speakers = {model} if self._chamber is None else self._chamber.speakers(model)
-        found = [await self.tokenize(name, prompt) for name in sorted(speakers)]
+        found = [await _tokenized(admission, name, prompt) for name in sorted(speakers)]
         return min(found, key=lambda each: each.room)
 
     async def _room(self, model: str, prompt: Prompt) -> int:
-        return (await self.tightest(model, prompt)).room
+        """Tokens that contexts have left behind a prompt, for a call of a council."""
+        admission = self._require_ready(within=True).admission
+        speakers = {model} if self._chamber is None else self._chamber.speakers(model)
+        return min([(await _tokenized(admission, name, prompt)).room for name in sorted(speakers)])
 
     async def _reserve(self, places: int) -> Reservation:
         """Places in the queue. Raises QueueFullError."""
@@ -174,10 +179,7 @@ class Runtime:
 
     async def tokenize(self, model: str, prompt: Prompt, add_special_tokens: bool = True) -> Tokenized:
         """A prompt in the tokens of a model's main member. Raises as `submit`."""
-        admission = self._require_ready().admission
-        ids, main = await asyncio.to_thread(admission.tokenize, model, prompt, add_special_tokens)
-        names = tuple(main.vocabulary.name_of(token_id) for token_id in ids)
-        return Tokenized(tuple(ids), names, main.max_len)
+        return await _tokenized(self._require_ready().admission, model, prompt, add_special_tokens)
 
     async def detokenize(self, model: str, token_ids: abc.Sequence[int]) -> str:
         """The text of the main member's ids, with control tokens by name. Raises as `submit`."""
@@ -350,6 +352,14 @@ class Runtime:
         """Send each open request its last output, since the engine is gone."""
         lost = Output("", (), 0, 0, "error", error=f"the engine is gone: {self._status.reason}")
         self._publish([(seq_id, lost) for seq_id in list(self._listeners)])
+
+
+async def _tokenized(
+    admission: Admission, model: str, prompt: Prompt, add_special_tokens: bool = True
+) -> Tokenized:
+    ids, main = await asyncio.to_thread(admission.tokenize, model, prompt, add_special_tokens)
+    names = tuple(main.vocabulary.name_of(token_id) for token_id in ids)
+    return Tokenized(tuple(ids), names, main.max_len)
 
 
 def _call(loop: asyncio.AbstractEventLoop, function: Callable[..., object], *args: object) -> None:

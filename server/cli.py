@@ -323,7 +323,7 @@ def tune(
 
 @app.command()
 def fit(
-    council: Annotated[str, typer.Option(help="The council of kind route whose router to fit.")],
+    council: Annotated[str, typer.Option(help="A council of kind route (by linear or clusters) or graph.")],
     task: TaskSpecs,
     config: ConfigPath = DEFAULT_CONFIG,
     split: SplitChoice = "even",
@@ -335,23 +335,28 @@ def fit(
     share: Annotated[
         float | None, typer.Option(min=0.0, max=1.0, help="Share of the questions for --strong.")
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder of the artefact; by default the council's own.")] = None,
+    budget: Annotated[int, typer.Option(min=1, help="Of a graph of five nodes or more: graphs to try.")] = 100,
+    seed: Annotated[int, typer.Option(help="Of the search for a graph.")] = 0,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of a router; by default the council's artefact.")
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Write it even if its gain may be chance.")] = False,
     skip_bad: SkipBad = False,
     cache: CacheFolder = None,
 ) -> None:
-    """Learn a council's router on one half of the tasks, and report on the other half."""
+    """Learn a council's router or edges on one half of the tasks, and report on the other half."""
     with _one_line_errors():
         if (strong is None) != (share is None):
             raise ConfigError("--strong and --share go together; give both or neither")
         settings = _load_quietly(config)
 
         from ensemble_core.evaluation import run
-        from ensemble_core.fitting.fit import Calibration, fit_council
+        from ensemble_core.fitting.fit import Calibration, GraphSearch, fit_council
 
         chosen = run.Chosen(task, split, limit, shots, cache, skip_bad)
         calibration = None if strong is None or share is None else Calibration(strong, share)
-        typer.echo(fit_council(settings, chosen, council, calibration, out, force))
+        search = GraphSearch(budget, seed)
+        typer.echo(fit_council(settings, chosen, council, calibration, search, out, force))
 
 
 @app.command()

@@ -65,6 +65,13 @@ def mixed_documents(corpora: Sequence[Corpus], num: int, num_bytes: int, seed: i
     return documents
 
 
+def shuffled(num: int, seed: int) -> list[int]:
+    """The numbers below `num` in a random order."""
+    order = list(range(num))
+    random.Random(seed).shuffle(order)
+    return order
+
+
 def _modules(seed: int) -> Iterator[ast.Module]:
     """The standard library, parsed, in an order of the seed's."""
     root = Path(sysconfig.get_paths()["stdlib"])

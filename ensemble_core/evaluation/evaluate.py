@@ -15,6 +15,7 @@ from typing import Any
 
 from ensemble_core.config import Config
 from ensemble_core.decoding.recipe import Recipe
+from ensemble_core.errors import EvaluationError
 from ensemble_core.evaluation import measures
 from ensemble_core.evaluation.journal import Journal, Values
 from ensemble_core.evaluation.measures import Measure, Selection
@@ -50,11 +51,11 @@ def evaluate(bench: Workbench, scope: Scope, destination: Destination) -> Report
     """Measure everything that is not there yet, and summarise. Raises a UnisonoError; what is finished stays."""
     if destination.folder is not None and destination.draw:
         require_matplotlib()
-    recipes = {variant.label: bench.recipe(variant) for variant in scope.variants}
+    recipes = _recipes(bench, scope)
     journal = Journal(destination.folder, made_from(bench.config, scope), destination.resume)
     run = _Evaluation(bench, scope, recipes, journal)
     run.measure_all()
-    report = summarise(run.items(), [v.label for v in scope.variants if len(recipes[v.label].members) == 1])
+    report = summarise(run.items(), [label for label, recipe in recipes.items() if len(recipe.members) == 1])
     if destination.folder is not None:
         _write(destination, bench.config, scope, report)
     return report
@@ -62,10 +63,29 @@ def evaluate(bench: Workbench, scope: Scope, destination: Destination) -> Report
 
 def evaluated_items(bench: Workbench, scope: Scope) -> dict[str, dict[str, dict[int, Values]]]:
     """Every item's values, unsummarised: model -> task -> index -> values. Raises as `evaluate`."""
-    recipes = {variant.label: bench.recipe(variant) for variant in scope.variants}
-    run = _Evaluation(bench, scope, recipes, Journal(None, {}, resume=False))
+    run = _Evaluation(bench, scope, _recipes(bench, scope), Journal(None, {}, resume=False))
     run.measure_all()
     return run.items()
+
+
+def _recipes(bench: Workbench, scope: Scope) -> dict[str, Recipe]:
+    """Of all but councils, which have none: they answer questions, and no text has a likelihood under them.
+
+    Raises EvaluationError where a council is to be measured by nothing that it has.
+    """
+    councils = [variant for variant in scope.variants if variant.model in bench.config.councils]
+    if councils and not any(
+        _answers_in_words(task, measure) for task in scope.tasks for measure in scope.measures
+    ):
+        raise EvaluationError(
+            f"--model {councils[0].label!r} is a council, which is measured by the answers that it writes; give it a "
+            "task of kind number or answer, with --measure score"
+        )
+    return {each.label: bench.recipe(each) for each in scope.variants if each not in councils}
+
+
+def _answers_in_words(task: Task, measure: Measure) -> bool:
+    return measure == "score" and task.kind in ("number", "answer")
 
 
 def made_from(config: Config, scope: Scope) -> dict[str, Any]:
@@ -77,7 +97,8 @@ def made_from(config: Config, scope: Scope) -> dict[str, Any]:
         "matrices": config.matrices.model_dump(mode="json"),
     }
     parts |= {f"members.{name}": member.model_dump(mode="json") for name, member in config.members.items()}
-    parts |= {f"ensembles.{name}": each.model_dump(mode="json") for name, each in config.ensembles.items()}
+    recipes = {**config.ensembles, **config.councils}
+    parts |= {f"ensembles.{name}": each.model_dump(mode="json") for name, each in recipes.items()}
     return parts | {f"task {task.name}": [task.kind, task.digest] for task in scope.tasks}
 
 
@@ -109,6 +130,7 @@ class _Evaluation:
         missing = {
             variant.label: [item for item in chosen if item.index not in self._done(variant, task, measure)]
             for variant in self.scope.variants
+            if variant.label in self.recipes or _answers_in_words(task, measure)
         }
         if measure == "score" and task.kind != "choice":
             self._generate(task, missing)

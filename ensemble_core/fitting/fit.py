@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ensemble_core.config import Config
-from ensemble_core.council_config import RouteConfig
+from ensemble_core.council_config import GraphConfig, RouteConfig
 from ensemble_core.councils.artefact import About, fingerprints, save_router
 from ensemble_core.councils.route import gate
 from ensemble_core.councils.routers import Balance, ClusterRouter, LinearRouter, balance_of
@@ -30,6 +30,7 @@ from ensemble_core.evaluation.run import Chosen
 from ensemble_core.evaluation.tasks import Item, Split, Task
 from ensemble_core.evaluation.variants import Variant
 from ensemble_core.evaluation.workbench import Workbench
+from ensemble_core.fitting.fit_graph import fit_graph, told_graph
 from ensemble_core.fitting.routers import Learnt, fit_clusters, fit_linear, prefer
 
 _OTHER: dict[Split, Split] = {"even": "odd", "odd": "even", "all": "all"}
@@ -97,7 +98,7 @@ def fit_router(
     council = bench.config.councils.get(name)
     if not isinstance(council, RouteConfig) or council.by not in ("linear", "clusters"):
         raise EvaluationError(
-            f"--council {name!r}: only councils of kind route, by linear or clusters, are fitted; known are "
+            f"--council {name!r}: councils of kind graph, and route by linear or clusters, are fitted; known are "
             f"{sorted(bench.config.councils)}"
         )
     told = labels(bench, council.models, tasks, selection)
@@ -186,12 +187,28 @@ def _row(values: Sequence[Any], measure: Measure) -> tuple[list[float], list[flo
     return [float(each["correct"]) for each in values], [1.0] * len(values)
 
 
+@dataclass(frozen=True, slots=True)
+class GraphSearch:
+    """How many graphs are tried where there are too many for all, and the seed of the swarm."""
+
+    budget: int = 100
+    seed: int = 0
+
+
 def fit_council(
-    config: Config, chosen: Chosen, name: str, calibration: Calibration | None, out: Path | None, force: bool
+    config: Config,
+    chosen: Chosen,
+    name: str,
+    calibration: Calibration | None,
+    search: GraphSearch,
+    out: Path | None,
+    force: bool,
 ) -> str:
-    """Fit a council, write its artefact where the gain is sure, and tell what came of it."""
+    """Fit a council and tell what came of it. A router's artefact is written where its gain is sure."""
     tasks = chosen.parsed_tasks()
     with Workbench(config, chosen.cache) as bench:
+        if isinstance(config.councils.get(name), GraphConfig):
+            return told_graph(fit_graph(bench, name, tasks, chosen.selection, search.budget, search.seed))
         fitted = fit_router(bench, name, tasks, chosen.selection, calibration)
     council = config.councils[name]
     assert isinstance(council, RouteConfig)

@@ -358,3 +358,93 @@ def test_a_request_may_not_choose_what_makes_others_wait(
         costly = replace(request(), overrides=Overrides(fusion="relative", fusion_options={"steps": 100}))
         with pytest.raises(InvalidRequestError, match="allow_overrides"):
             asyncio.run(read(runtime, costly))
+
+
+DUO = {"members": {"alpha": 0.5, "beta": 0.5}, "main": "alpha"}
+POLL = {"kind": "vote", "models": {"duo": 2, "beta": 1}, "answer": "exact"}
+MOA = {"kind": "graph", "nodes": {"a": "alpha", "end": "duo"}, "edges": [["a", "end"]]}
+
+
+@contextmanager
+def councils(members: Members, monkeypatch: pytest.MonkeyPatch, **scheduler: int) -> Iterator[Runtime]:
+    recipes = {"duo": DUO, "poll": POLL, "moa": MOA}
+    with started(members, monkeypatch, ensembles=recipes, scheduler=scheduler) as runtime:
+        runtime.wait_ready()
+        yield runtime
+
+
+def test_a_council_answers_over_the_engine(members: Members, monkeypatch: pytest.MonkeyPatch) -> None:
+    with councils(members, monkeypatch) as runtime:
+        (outputs,) = asyncio.run(read(runtime, request(6, model="poll"))).values()
+        own = asyncio.run(read(runtime, request(6, model="duo")))[0]
+        assert outputs[-1].served_by == "duo"
+        assert outputs[-1].report is not None
+        assert [call.model for call in outputs[-1].report.calls] == ["beta", "duo", "duo"]
+        assert "".join(each.text for each in outputs) == "".join(each.text for each in own)
+        wait_empty(members)
+        assert runtime._num_reserved == 0
+
+
+def test_a_council_goes_on_while_the_server_drains(members: Members, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def drained(runtime: Runtime) -> list[str | None]:
+        stream = await runtime.submit([request(4, model="moa")])
+        draining = asyncio.create_task(runtime.drain(5.0))
+        found = [output.finish_reason async for _, output in stream]
+        with pytest.raises(NotReadyError):
+            await runtime.submit([request(4, model="moa")])
+        await draining
+        return found
+
+    with councils(members, monkeypatch) as runtime:
+        assert asyncio.run(drained(runtime))[-1] == "length"
+
+
+def test_the_places_of_a_council_are_taken_at_once_and_given_back(
+    members: Members, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def crowded(runtime: Runtime) -> None:
+        members["alpha"].gate.clear()
+        stream = await runtime.submit([request(4, model="poll")])
+        with pytest.raises(QueueFullError):
+            await runtime.submit([request(4, model="poll")])
+        members["alpha"].gate.set()
+        async for _ in stream:
+            pass
+        await asyncio.sleep(0.05)
+        async for _ in await runtime.submit([request(4, model="poll")]):
+            pass
+
+    with councils(members, monkeypatch, max_running=1, max_waiting=4) as runtime:
+        asyncio.run(crowded(runtime))
+
+
+def test_a_client_of_a_council_that_leaves_frees_everything(
+    members: Members, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def leave(runtime: Runtime) -> None:
+        stream = await runtime.submit([request(200, model="poll"), request(200, model="moa")][:1])
+        await asyncio.sleep(0.05)
+        await stream.aclose()
+        await asyncio.sleep(0.05)
+
+    with councils(members, monkeypatch) as runtime:
+        asyncio.run(leave(runtime))
+        wait_empty(members)
+        wait(lambda: runtime._num_reserved == 0)
+
+
+def test_a_failed_member_is_left_out_of_a_vote(members: Members, monkeypatch: pytest.MonkeyPatch) -> None:
+    with councils(members, monkeypatch) as runtime:
+        members["alpha"].fails_on = set(range(100))
+        (outputs,) = asyncio.run(read(runtime, request(6, model="poll"))).values()
+        assert outputs[-1].served_by == "beta"
+        assert outputs[-1].report is not None
+        assert [call.outcome for call in outputs[-1].report.calls] == ["length", "failed", "failed"]
+
+
+def test_tokens_of_a_council_are_refused_by_name(members: Members, monkeypatch: pytest.MonkeyPatch) -> None:
+    with councils(members, monkeypatch) as runtime:
+        with pytest.raises(InvalidRequestError, match=r"council.*name one of \['duo', 'beta'\]"):
+            asyncio.run(runtime.tokenize("poll", "abc"))
+        tightest = asyncio.run(runtime.tightest("poll", "abc"))
+        assert tightest.room == min(asyncio.run(runtime.tokenize(name, "abc")).room for name in ("duo", "beta"))

@@ -199,6 +199,8 @@ def test_the_document_of_studies_has_a_place_for_every_table() -> None:
         "trained_pair": ["models"],
         "repetition_penalty": ["members", "constants", "rules", "mean"],
         "positions": list(PARTS),
+        "routing": ["routers", "bits"],
+        "votes": ["arc", "gsm8k"],
     }
     rows = [{"what": "a", "figure": 12.25}]
     records = {name: Findings(name, dict.fromkeys(found, rows)).record() for name, found in titles.items()}
