@@ -84,15 +84,15 @@ def route(folder: Path, documents: Path) -> list[Routed]:
     task = load_task("single", documents)
     found = []
     for by in _WAYS:
-        with Workbench(load_config(_with_council(folder, by)), folder / "scores") as bench:
+        with Workbench(load_config(with_council(folder, by)), folder / "scores") as bench:
             fitted = fit_router(bench, "smart", [task], Selection("even"), None)
         texts = [item.text[: len(item.text) // 2] for item in Selection("odd").items(task)]
         found.append(Routed(by, fitted, _milliseconds(fitted, texts)))
     return found
 
 
-def _with_council(folder: Path, by: str) -> Path:
-    """The pair's configuration with a council over its members."""
+def with_council(folder: Path, by: str) -> Path:
+    """The pair's configuration with a council over its members, which no artefact has yet."""
     raw = yaml.safe_load((folder / "pair.yaml").read_text())
     models = list(raw["members"])
     raw["ensembles"]["smart"] = {"kind": "route", "models": models, "by": by, "artefact": f"./router-{by}"}

@@ -109,6 +109,17 @@ ROWS: dict[str, list[Panel]] = {
         ("Unmapped mass", "Of a member's distribution: what maps to no token of main.", "percentunit", [
             (mean("unmapped_mass", MODEL, "model, member"), "{{member}} in {{model}}")]),
     ],
+    "Councils": [
+        ("A council's answers", "From the first call to the last token.", "s", [
+            (quantile(q, "council_seconds", ON, "model"), f"p{q * 100:g} {{{{model}}}}") for q in (0.5, 0.95)]),
+        ("Calls of councils", "By the model that was called.", "reqps", [
+            (rate("council_calls_total", ON, "model, called"), "{{called}} by {{model}}")]),
+        ("Who answers for a council", "The model whose text was sent.", "reqps", [
+            (rate("council_answers_total", ON, "model, served_by"), "{{served_by}} for {{model}}")]),
+        ("Agreement of votes", "Share of the votes that the answer had.", "percentunit", [
+            (mean("council_agreement_ratio", ON, "model"), "{{model}}")]),
+        ("Rounds", "Of calls before an answer.", "short", [(mean("council_rounds", ON, "model"), "{{model}}")]),
+    ],
     "Health": [
         ("Members up", "0: the member's last forward failed.", "short", [
             (f"min by (member) (unisono_member_up{{{MEMBER}}})", "{{member}}")]),

@@ -129,7 +129,16 @@ class Scheduler:
         self._enqueue(sequences)
 
     def reserve(self, places: int) -> None:
-        """Take places in the queue for sequences that come later. Raises QueueFullError."""
+        """Take places in the queue for sequences that come later.
+
+        Raises QueueFullError, or InvalidRequestError where there will never be so many.
+        """
+        if places > self._limits.max_waiting:
+            raise InvalidRequestError(
+                f"prompts x n: this council asks {places} models at the same time for them, and at most "
+                f"{self._limits.max_waiting} may wait (scheduler.max_waiting); send fewer",
+                "n",
+            )
         self._require_room(places)
         self._reserved += places
 

@@ -87,6 +87,10 @@ def loaded(server_url: str, prometheus: str) -> str:
         body = {"model": "duet-verify", "prompt": "one two three, " * 6, "max_tokens": 40, "temperature": 0}
         httpx.post(f"{server_url}/v1/completions", json=body | {"ignore_eos": True}, timeout=60)
 
+    def vote() -> None:
+        body = {"model": "poll", "prompt": "6 + 7 =", "max_tokens": 6}
+        httpx.post(f"{server_url}/v1/completions", json=body, timeout=60)
+
     def go_away() -> None:
         body = {"model": "duet", "prompt": "Once", "max_tokens": 200, "stream": True}
         with httpx.stream("POST", f"{server_url}/v1/completions", json=body, timeout=60) as answer:
@@ -94,7 +98,7 @@ def loaded(server_url: str, prometheus: str) -> str:
 
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         work = [pool.submit(ask, number) for number in range(20)]
-        work += [pool.submit(go_away), pool.submit(draft)]
+        work += [pool.submit(go_away), pool.submit(draft), pool.submit(vote)]
         httpx.post(f"{server_url}/v1/completions", json={"model": "nobody", "prompt": "x"})
         for each in work:
             each.result()

@@ -413,6 +413,8 @@ def test_the_places_of_a_council_are_taken_at_once_and_given_back(
         await asyncio.sleep(0.05)
         async for _ in await runtime.submit([request(4, model="poll")]):
             pass
+        with pytest.raises(InvalidRequestError, match="asks 6 models at the same time"):
+            await runtime.submit([request(4, model="poll")] * 2)
 
     with councils(members, monkeypatch, max_running=1, max_waiting=4) as runtime:
         asyncio.run(crowded(runtime))

@@ -6,15 +6,22 @@ bits per byte on the other.
 
 from __future__ import annotations
 
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
 from ensemble_core.config import load_config
+from ensemble_core.decoding.sampling_params import SamplingParams
+from ensemble_core.errors import ArtefactError
+from ensemble_core.evaluation.run import Chosen
+from ensemble_core.fitting.fit import GraphSearch, fit_council
+from ensemble_core.llm import LLM
 from studies import domains, routing, trained_pair
 from studies.trained_pair import GAIN, SMALL, Measured
 
 SEED = 0
+PROSE = "The method returns the number of elements that were found in the sequence, and raises an error when"
 FUSED = [f"{fusion}-code" for fusion in SMALL.fusions]
 
 
@@ -61,6 +68,27 @@ def test_a_router_picks_the_better_member(folder: Path) -> None:
     assert linear.gap >= routing.GAP
     assert linear.fitted.is_sure
     assert clusters.fitted.is_sure
+
+
+def test_a_fitted_router_is_written_loaded_and_asked(folder: Path) -> None:
+    """`unisono fit`, then the council answers: with the better member, as that member alone would."""
+    documents = routing.write_documents(folder, SMALL, SEED)
+    path = routing.with_council(folder, "linear")
+    config = load_config(path)
+    chosen = Chosen([f"single={documents}"], "even", None, 0, folder / "scores")
+    said = fit_council(config, chosen, "smart", None, GraphSearch(), None, force=False)
+    assert "written to" in said
+    with closing(LLM(path)) as llm:
+        params = SamplingParams(max_tokens=6, temperature=0.0)
+        for prompt, expected in (("def __init__(self, name):\n    self.name =", "code"), (PROSE, "prose")):
+            (routed,) = llm.generate(prompt, params, "smart")
+            (own,) = llm.generate(prompt, params, expected)
+            assert routed.served_by == expected
+            assert routed.text == own.text
+    about = folder / "router-linear" / "about.json"
+    about.write_text(about.read_text().replace('"by": "linear"', '"by": "clusters"'))
+    with pytest.raises(ArtefactError, match="fitted for by: clusters"):
+        LLM(path)
 
 
 def test_what_is_held_out_is_in_no_training_text() -> None:
