@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 
 from ensemble_core.admission import Admission
 from ensemble_core.councils.book import CouncilBook
-from ensemble_core.councils.chamber import Chamber, EngineDoor
+from ensemble_core.councils.chamber import Chamber
+from ensemble_core.councils.door import EngineDoor
 from ensemble_core.decoding.requests import GenerationRequest, Output, Prompt, join
 from ensemble_core.engine import Engine
 from ensemble_core.stats import Record

@@ -21,7 +21,8 @@ from typing import Any, Literal, TypeVar
 from ensemble_core import factory
 from ensemble_core.admission import Admission
 from ensemble_core.config import Config
-from ensemble_core.councils.chamber import Chamber, EngineDoor
+from ensemble_core.councils.chamber import Chamber
+from ensemble_core.councils.door import EngineDoor
 from ensemble_core.decoding.requests import GenerationRequest, Output, Prompt
 from ensemble_core.decoding.sequence import Sequence
 from ensemble_core.engine import Engine, News

@@ -14,7 +14,8 @@ from typing import Any
 
 from ensemble_core.config import Config
 from ensemble_core.councils.book import CouncilBook
-from ensemble_core.councils.chamber import Chamber, EngineDoor
+from ensemble_core.councils.chamber import Chamber
+from ensemble_core.councils.door import EngineDoor
 from ensemble_core.decoding.requests import (
     Alternative,
     Conversation,
