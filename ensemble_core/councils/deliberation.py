@@ -72,7 +72,7 @@ class _Heard:
 class _SilentError(Exception):
     """A call that failed before its first text."""
 
-    def __init__(self, error: Exception) -> None:
+    def __init__(self, error: UnisonoError) -> None:
         super().__init__(str(error))
         self.error = error
 
@@ -167,7 +167,7 @@ class Deliberation:
             return Answer(call, await self._call(call, request, _nobody, watched=False))
         except (UnisonoError, _SilentError) as error:
             reason = error.error if isinstance(error, _SilentError) else error
-            if isinstance(reason, NotReadyError) or not isinstance(reason, UnisonoError):
+            if isinstance(reason, NotReadyError):
                 raise reason from error
             return Answer(call, None, reason)
 
@@ -210,7 +210,7 @@ class Deliberation:
         except BaseException as error:
             if call.model not in self.hall.book:
                 self.ledger.calls.append(heard.report(_outcome(error), node))
-            if isinstance(error, Exception) and not any(output.text for output in outputs):
+            if isinstance(error, UnisonoError) and not any(output.text or output.token_ids for output in outputs):
                 raise _SilentError(error) from error
             raise
         whole = join(outputs)

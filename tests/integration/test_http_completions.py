@@ -226,7 +226,7 @@ BAD = [
         {"ensemble": {"colour": 1}},
         400,
         "ensemble.colour",
-        "takes fusion, members, mode, trace, weighting, weights",
+        "takes fusion, limits, members, mode, trace, weighting, weights",
     ),
     ({"ensemble": {"trace": "yes"}}, 400, "ensemble.trace", "boolean"),
     ({"ensemble": {"members": "a"}}, 400, "ensemble.members", "list"),

@@ -121,7 +121,7 @@ def test_the_documentation_describes_the_api(client: TestClient) -> None:
     assert {"/tokenize", "/detokenize", "/tokenizer_info"} <= set(api["paths"])
     schemas = api["components"]["schemas"]
     assert {"CompletionRequest", "ChatRequest", "EnsembleOptions", "StreamOptions", "ErrorBody"} <= set(schemas)
-    assert {"members", "weights", "weighting", "fusion", "mode", "trace"} == set(
+    assert {"members", "weights", "weighting", "fusion", "mode", "limits", "trace"} == set(
         schemas["EnsembleOptions"]["properties"]
     )
     assert "securitySchemes" not in api["components"]
