@@ -65,6 +65,11 @@ def mixed_documents(corpora: Sequence[Corpus], num: int, num_bytes: int, seed: i
     return documents
 
 
+def documents(corpus: Corpus, num_bytes: int, seed: int) -> list[str]:
+    """What is held out, in pieces of `num_bytes` bytes or somewhat more, in a random order."""
+    return list(_pieces(corpus.held_out, num_bytes, random.Random(seed)))
+
+
 def shuffled(num: int, seed: int) -> list[int]:
     """The numbers below `num` in a random order."""
     order = list(range(num))

@@ -26,7 +26,7 @@ from ensemble_core.config import load_config
 from ensemble_core.evaluation.measures import Selection
 from ensemble_core.evaluation.tasks import load_task
 from ensemble_core.evaluation.workbench import Workbench
-from ensemble_core.fitting.fit import Fitted, fit_router
+from ensemble_core.fitting.fit import Fitted, fit_router, router_of, without
 from studies import domains, trained_pair
 from studies.trained_pair import FULL, SMALL, TrainingPlan
 
@@ -34,6 +34,7 @@ AGREEMENT = GAP = 0.95
 MILLISECONDS = 2.0
 _WAYS = ("linear", "clusters")
 _REPEATS = 5
+_MOST = 200  # documents of one kind
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +44,7 @@ class Routed:
     by: str
     fitted: Fitted
     ms: float
+    num_documents: int  # that it was judged on
 
     @property
     def gap(self) -> float:
@@ -70,9 +72,8 @@ class Routed:
 def write_documents(folder: Path, plan: TrainingPlan, seed: int) -> Path:
     """Documents of one kind each, in a random order of the seed's, so that neither half has one kind alone."""
     corpora = domains.read_domains(seed, plan.num_modules)
-    num = plan.num_documents // len(plan.sizes)
-    kinds = [domains.mixed_documents([corpora[name]], num, plan.document_bytes, seed) for name in plan.sizes]
-    texts = [text for pair in zip(*kinds, strict=True) for text in pair]
+    kinds = [domains.documents(corpora[name], plan.document_bytes // 2, seed)[:_MOST] for name in plan.sizes]
+    texts = [text for pair in zip(*kinds, strict=False) for text in pair]  # as many of each
     texts = [texts[rank] for rank in domains.shuffled(len(texts), seed)]
     path = folder / "single.jsonl"
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
@@ -84,10 +85,11 @@ def route(folder: Path, documents: Path) -> list[Routed]:
     task = load_task("single", documents)
     found = []
     for by in _WAYS:
-        with Workbench(load_config(with_council(folder, by)), folder / "scores") as bench:
-            fitted = fit_router(bench, "smart", [task], Selection("even"), None)
+        config = load_config(with_council(folder, by))
+        with Workbench(without(config, "smart"), folder / "scores") as bench:
+            fitted = fit_router(bench, router_of(config, "smart"), [task], Selection("even"), None)
         texts = [item.text[: len(item.text) // 2] for item in Selection("odd").items(task)]
-        found.append(Routed(by, fitted, _milliseconds(fitted, texts)))
+        found.append(Routed(by, fitted, _milliseconds(fitted, texts), len(texts)))
     return found
 
 
@@ -143,7 +145,7 @@ def main() -> None:
         folder = Path(scratch)
         trained_pair.prepare(plan, folder, args.seed)
         found = route(folder, write_documents(folder, plan, args.seed))
-    report(found, {"seed": args.seed, "documents": plan.num_documents // 2, "quick": args.quick}).print()
+    report(found, {"seed": args.seed, "documents": found[0].num_documents, "quick": args.quick}).print()
 
 
 if __name__ == "__main__":

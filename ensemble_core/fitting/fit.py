@@ -91,16 +91,33 @@ class Fitted:
         return self.gain.low > 0
 
 
-def fit_router(
-    bench: Workbench, name: str, tasks: Sequence[Task], selection: Selection, calibration: Calibration | None
-) -> Fitted:
-    """Fit the router of a council. Raises EvaluationError where the council has nothing to fit."""
-    council = bench.config.councils.get(name)
+def without(config: Config, name: str) -> Config:
+    """The configuration without a council that has no artefact yet, and without those that call it."""
+    gone = {name}
+    while more := {other for other, each in config.councils.items() if gone & set(each.called)} - gone:
+        gone |= more
+    return config.model_copy(update={"councils": {n: c for n, c in config.councils.items() if n not in gone}})
+
+
+def router_of(config: Config, name: str) -> RouteConfig:
+    """The council of that name. Raises EvaluationError where it has nothing to fit."""
+    council = config.councils.get(name)
     if not isinstance(council, RouteConfig) or council.by not in ("linear", "clusters"):
         raise EvaluationError(
             f"--council {name!r}: councils of kind graph, and route by linear or clusters, are fitted; known are "
-            f"{sorted(bench.config.councils)}"
+            f"{sorted(config.councils)}"
         )
+    return council
+
+
+def fit_router(
+    bench: Workbench,
+    council: RouteConfig,
+    tasks: Sequence[Task],
+    selection: Selection,
+    calibration: Calibration | None,
+) -> Fitted:
+    """Fit the router of a council. bench: of a configuration that need not have it. Raises EvaluationError."""
     told = labels(bench, council.models, tasks, selection)
     balance = None if council.cost is None else balance_of(council.models, council.cost.alpha, council.cost.prices)
     router = _fitted(council, told, calibration, balance)
@@ -206,12 +223,12 @@ def fit_council(
 ) -> str:
     """Fit a council and tell what came of it. A router's artefact is written where its gain is sure."""
     tasks = chosen.parsed_tasks()
-    with Workbench(config, chosen.cache) as bench:
-        if isinstance(config.councils.get(name), GraphConfig):
+    if isinstance(config.councils.get(name), GraphConfig):
+        with Workbench(config, chosen.cache) as bench:
             return told_graph(fit_graph(bench, name, tasks, chosen.selection, search.budget, search.seed))
-        fitted = fit_router(bench, name, tasks, chosen.selection, calibration)
-    council = config.councils[name]
-    assert isinstance(council, RouteConfig)
+    council = router_of(config, name)
+    with Workbench(without(config, name), chosen.cache) as bench:
+        fitted = fit_router(bench, council, tasks, chosen.selection, calibration)
     folder = out or council.artefact
     assert folder is not None
     if not fitted.is_sure and not force and calibration is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -110,6 +111,17 @@ def own_logprobs(original: Any, ids: list[int]) -> Tensor:
     """(T, V): the model's own, uncached."""
     logits = original(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
     return logits.float().log_softmax(dim=1)  # type: ignore[no-any-return]
+
+
+def assert_own(found: Tensor, original: Any, ids: list[int]) -> None:
+    """The last positions of a text, (N, V), are the model's own in float64, up to float32's rounding.
+
+    What that does to this model and text is measured on its own float32 forward: on processors with narrow vectors,
+    whose long sums round otherwise, it is up to 7e-5 for some texts and 1e-6 for most.
+    """
+    exact = own_logprobs(copy.deepcopy(original).double(), ids)[-len(found) :]
+    rounding = float((own_logprobs(original, ids)[-len(found) :] - exact).abs().max())
+    torch.testing.assert_close(found, exact, rtol=EXACT["rtol"], atol=EXACT["atol"] + 2 * rounding)
 
 
 def whole(member: LocalMember, feeds: list[Feed]) -> Tensor:
@@ -225,10 +237,9 @@ def test_rollback_is_a_fresh_prefill(member: LocalMember, original: Any, kept: i
     """Far past Gemma 3's window of 8, back to before it and within it, then other tokens."""
     ids, other = random_ids(member, 60, seed=4), random_ids(member, 30, seed=5)
     ask(member, [Feed(1, ids, 0), Feed(2, ids[:50], 0)], 1)
-    expected = own_logprobs(original, ids[:kept] + other)[kept:]
     first = whole(member, [Feed(1, other[:9], 9, keep=kept), Feed(2, [5])])[:9]
     rest = whole(member, [Feed(1, other[9:], 21)])
-    torch.testing.assert_close(torch.cat([first, rest]), expected, **EXACT)
+    assert_own(torch.cat([first, rest]), original, ids[:kept] + other)
     member.check_cache()
 
 

@@ -63,7 +63,7 @@ def test_the_wheel_holds_the_packages_alone(dist: Path) -> None:
     assert version is not None
     assert names == {"server", "ensemble_core", f"unisono-{version[1]}.dist-info"}
     kinds = {Path(name).suffix for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
-    assert kinds == {".py", ".typed"}
+    assert kinds == {".py", ".typed", ".jinja"}
 
 
 @pytest.fixture(scope="module")
