@@ -40,7 +40,7 @@ class Router(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class LinearRouter:
-    """A ridge head: expected quality = features x weights + bias. weights: (F, M), bias: (M,), float32.
+    """A ridge head: expected lead over the other models = features x weights + bias. weights: (F, M), bias: (M,).
 
     preference: (M,) added to the scores by a calibration (RouteLLM, arXiv 2406.18665).
     """

@@ -52,19 +52,29 @@ class Learnt(Generic[Kind]):
 
 
 def fit_linear(questions: Sequence[str], quality: Tensor) -> Learnt[LinearRouter]:
-    """Expected quality of each model for a question. quality: (N, M) of each question and model; larger is better.
+    """How much better than the others each model is for a question. quality: (N, M), larger is better.
 
     The strength of the ridge is the one whose left-out predictions choose best; of equals the strongest.
     """
-    points, target = _points(questions), quality.to(torch.float64)
+    points, target = _points(questions), leads(quality)
     bias = target.mean(0)
     values, vectors = torch.linalg.eigh(points @ points.T)
     fits = {ridge: _dual(values, vectors, target - bias, ridge) for ridge in RIDGES}
-    chosen = max(RIDGES, key=lambda ridge: (_gain(target - fits[ridge].residuals, target), ridge))
+    chosen = max(RIDGES, key=lambda ridge: (_gain(target - fits[ridge].residuals, quality), ridge))
     weights = (points.T @ fits[chosen].duals).to(torch.float32)
     left_out = (target - fits[chosen].residuals).unsqueeze(1)
     router = LinearRouter(weights, bias.to(torch.float32))
     return Learnt(router, LeftOut(left_out, torch.ones(len(target), 1, dtype=torch.float64)))
+
+
+def leads(quality: Tensor) -> Tensor:
+    """(N, M) float64: each model's quality less the mean of all for that question, clipped at the median size.
+
+    A least-squares fit of bits would be steered by the few questions whose difference is largest.
+    """
+    lead = quality.to(torch.float64) - quality.to(torch.float64).mean(1, keepdim=True)
+    sizes = lead.abs()[lead != 0]
+    return lead if not len(sizes) else lead.clamp(-float(sizes.median()), float(sizes.median()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,9 +92,9 @@ def _dual(values: Tensor, vectors: Tensor, target: Tensor, ridge: float) -> _Dua
     return _DualFit(duals, duals / (vectors.square() * inverse).sum(1, keepdim=True))
 
 
-def _gain(predicted: Tensor, target: Tensor) -> float:
+def _gain(predicted: Tensor, quality: Tensor) -> float:
     """Mean quality of the models that the predictions choose, rounded."""
-    return round(float(target.gather(1, predicted.argmax(1, keepdim=True)).mean()), 9)
+    return round(float(quality.gather(1, predicted.argmax(1, keepdim=True)).mean()), 9)
 
 
 def _points(questions: Sequence[str]) -> Tensor:

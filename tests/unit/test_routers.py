@@ -22,7 +22,7 @@ from ensemble_core.councils.route import gate
 from ensemble_core.councils.routers import Balance, ClusterRouter, LinearRouter, balance_of, ranked
 from ensemble_core.errors import ArtefactError
 from ensemble_core.fitting.fit import Labels, judged
-from ensemble_core.fitting.routers import RIDGES, fit_clusters, fit_linear, lloyd, plus_plus, prefer
+from ensemble_core.fitting.routers import RIDGES, fit_clusters, fit_linear, leads, lloyd, plus_plus, prefer
 
 NAMES = ["river", "stone", "bridge", "harbour", "mountain", "valley", "forest", "meadow"]
 TERMS = ["lambda", "import", "yield", "async", "return", "class", "raise", "global"]
@@ -71,15 +71,22 @@ def test_the_linear_router_is_a_ridge_regression() -> None:
     texts, quality = questions(60)
     router = fit_linear(texts, quality).router
     points = torch.stack([dense(text) for text in texts]).double().numpy()
-    means = quality.mean(0)
+    target = leads(quality)
+    means = target.mean(0)
     fits = {
-        alpha: Ridge(alpha=alpha, fit_intercept=False).fit(points, (quality - means).numpy()) for alpha in RIDGES
+        alpha: Ridge(alpha=alpha, fit_intercept=False).fit(points, (target - means).numpy()) for alpha in RIDGES
     }
     mine = torch.stack([router.scores(text, None) for text in texts]).double()
     nearest = min(
         float((torch.from_numpy(fit.predict(points)) + means - mine).abs().max()) for fit in fits.values()
     )
     assert nearest < 1e-5
+
+
+def test_leads_are_centred_and_clipped_at_their_median() -> None:
+    found = leads(torch.tensor([[1.0, 3.0], [1.0, 2.0], [0.0, 8.0], [5.0, 5.0]]))
+    assert found.tolist() == [[-1.0, 1.0], [-0.5, 0.5], [-1.0, 1.0], [0.0, 0.0]]
+    assert torch.equal(leads(torch.ones(3, 2)), torch.zeros(3, 2, dtype=torch.float64))
 
 
 def test_the_linear_router_finds_who_is_good_at_what() -> None:
@@ -94,16 +101,15 @@ def test_left_out_predictions_are_those_of_fits_without_the_question() -> None:
     texts, quality = questions(24)
     learnt = fit_linear(texts, quality)
     points = torch.stack([dense(text) for text in texts]).double()
-    centred = quality - quality.mean(0)
+    target = leads(quality)
+    centred = target - target.mean(0)
     errors = []
     for alpha in RIDGES:
         rows = []
         for rank in range(24):
             rest = [other for other in range(24) if other != rank]
             kernel = points[rest] @ points[rest].T + alpha * torch.eye(23, dtype=torch.float64)
-            rows.append(
-                points[rank] @ points[rest].T @ torch.linalg.solve(kernel, centred[rest]) + quality.mean(0)
-            )
+            rows.append(points[rank] @ points[rest].T @ torch.linalg.solve(kernel, centred[rest]) + target.mean(0))
         errors.append(float((torch.stack(rows) - learnt.left_out.parts.squeeze(1)).abs().max()))
     assert min(errors) < 1e-9
 
