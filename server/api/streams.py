@@ -10,7 +10,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapping
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from typing import Any, TypeVar
 
 from fastapi.responses import StreamingResponse
@@ -123,12 +123,13 @@ class _Pulse:
             self._open = True
 
     async def beat(self) -> None:
-        """Until it is cancelled."""
-        while True:
-            await asyncio.sleep(max(self._last + KEEPALIVE_SECONDS - time.monotonic(), 0.01))
-            if self._open and time.monotonic() - self._last >= KEEPALIVE_SECONDS:
-                self._last = time.monotonic()
-                await self._send({"type": "http.response.body", "body": KEEPALIVE, "more_body": True})
+        """Until it is cancelled, or the connection is gone, which the stream itself notices, too."""
+        with suppress(OSError):
+            while True:
+                await asyncio.sleep(max(self._last + KEEPALIVE_SECONDS - time.monotonic(), 0.01))
+                if self._open and time.monotonic() - self._last >= KEEPALIVE_SECONDS:
+                    self._last = time.monotonic()
+                    await self._send({"type": "http.response.body", "body": KEEPALIVE, "more_body": True})
 
 
 async def encode(first: Awaitable[BaseModel], rest: AsyncGenerator[BaseModel]) -> AsyncGenerator[str]:
