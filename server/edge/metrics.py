@@ -125,6 +125,7 @@ class PrometheusMetrics:
         self._engine.step_seconds.labels(MIXED)
         for model in models:
             if model.kind == "council":  # its calls count as requests to the models that it calls
+                self._councils.begin(model.name)
                 continue
             self._requests.begin(model.name)
             self._engine.preemptions.labels(model.name)
@@ -297,6 +298,10 @@ class _CouncilMetrics(_Family):
         self.seconds = self._histogram(
             "council_seconds", "From a council's first call to its last token.", REQUEST_BUCKETS, "model"
         )
+
+    def begin(self, model: str) -> None:
+        for histogram in (self.agreement, self.rounds, self.seconds):
+            histogram.labels(model)
 
     def answered(self, stats: CouncilStats) -> None:
         self.answers.labels(stats.model, stats.served_by).inc()
