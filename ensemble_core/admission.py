@@ -97,11 +97,10 @@ class Admission:
             except InvalidRequestError as error:
                 raise ConfigError(f"ensembles.{name}: {error}") from error
 
-    def check_scoring(self, model: str, where: str) -> None:
-        """Raise ConfigError where a model cannot say how likely a prompt is."""
-        scoring = SamplingParams(max_tokens=0, echo=True, logprobs=0)
+    def check_calls(self, model: str, params: SamplingParams, where: str) -> None:
+        """Raise ConfigError where a model cannot serve calls with these parameters."""
         try:
-            self._check(GenerationRequest("", model, "", scoring), self._book.resolve(model, Overrides()))
+            self._check(GenerationRequest("", model, "", params), self._book.resolve(model, Overrides()))
         except InvalidRequestError as error:
             raise ConfigError(f"{where}: {model}: {error}") from error
 

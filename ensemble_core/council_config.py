@@ -209,17 +209,29 @@ class GraphConfig(_CouncilSection):
         return tuple(dict.fromkeys(node.model for node in self.nodes.values()))
 
     @property
-    def order(self) -> tuple[str, ...]:
-        """The nodes so that each follows all that it reads, the end last. Of nodes that are free, the first named."""
-        before = {name: {a for a, b in self.edges if b == name} for name in self.nodes}
+    def reads(self) -> dict[str, tuple[str, ...]]:
+        """Node -> the nodes whose answers it reads. All follow what they read, the end is last; of nodes that are
+        free, the first named comes first.
+        """
+        read: dict[str, set[str]] = {name: set() for name in self.nodes}
+        for source, target in self.edges:
+            read[target].add(source)
         order: list[str] = []
-        while len(order) < len(before):
-            ready = [name for name in before if name not in order and before[name] <= set(order)]
+        placed: set[str] = set()
+        end = self.end
+        while len(order) < len(read):
+            ready = [name for name in read if name not in placed and read[name] <= placed]
             if not ready:
-                left = [name for name in before if name not in order]
+                left = [name for name in read if name not in placed]
                 raise ValueError(f"edges: {left} wait for each other in a circle; take an edge out")
-            order.append(next((name for name in ready if name != self.end), ready[0]))
-        return tuple(order)
+            order.append(next((name for name in ready if name != end), ready[0]))
+            placed.add(order[-1])
+        return {name: tuple(other for other in order if other in read[name]) for name in order}
+
+    @property
+    def order(self) -> tuple[str, ...]:
+        """The nodes so that each follows all that it reads, the end last."""
+        return tuple(self.reads)
 
     @property
     def end(self) -> str:
@@ -230,8 +242,7 @@ class GraphConfig(_CouncilSection):
 
     def before(self, node: str) -> tuple[str, ...]:
         """The nodes whose answers a node reads, in their order."""
-        read = {a for a, b in self.edges if b == node}
-        return tuple(name for name in self.order if name in read)
+        return self.reads[node]
 
     @model_validator(mode="after")
     def _one_end(self) -> Self:
@@ -244,7 +255,7 @@ class GraphConfig(_CouncilSection):
         if len(ends) > 1:
             raise ValueError(f"edges: the answer must come from one node, but nobody reads {ends}; add edges")
         if ends:
-            _ = self.order
+            _ = self.reads
         else:
             raise ValueError(f"edges: {list(self.nodes)} wait for each other in a circle; take an edge out")
         return self

@@ -22,6 +22,7 @@ from ensemble_core.admission import Admission, Speaker
 from ensemble_core.config import Config
 from ensemble_core.council_config import RouteConfig
 from ensemble_core.councils.book import CouncilBook, check_councils
+from ensemble_core.councils.route import SCORING
 from ensemble_core.decoding.guidance import Grammars
 from ensemble_core.decoding.scheduler import Limits
 from ensemble_core.engine import Engine
@@ -111,7 +112,7 @@ def _check_likelihoods(config: Config, admission: Admission) -> None:
     for name, council in config.councils.items():
         if isinstance(council, RouteConfig) and council.by == "perplexity":
             for model in council.models:
-                admission.check_scoring(model, f"ensembles.{name}.models")
+                admission.check_calls(model, SCORING, f"ensembles.{name}.models")
 
 
 def load_recipes(config: Config) -> tuple[RecipeBook, dict[str, Vocabulary]]:

@@ -95,8 +95,8 @@ class OfflineCouncils:
             self._streams.pop(seq_id, None)
 
     async def _room(self, model: str, prompt: Prompt) -> int:
-        found = [self.admission.tokenize(name, prompt, True) for name in self.book.speakers(model)]
-        return min(main.max_len - len(ids) for ids, main in found)
+        ids, main = self.admission.tokenize(model, prompt, add_special_tokens=True)
+        return main.max_len - len(ids)
 
     async def _reserve(self, _places: int) -> Unbounded:
         return Unbounded()

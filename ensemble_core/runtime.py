@@ -158,10 +158,8 @@ class Runtime:
         return min(found, key=lambda each: each.room)
 
     async def _room(self, model: str, prompt: Prompt) -> int:
-        """Tokens that contexts have left behind a prompt, for a call of a council."""
-        admission = self._require_ready(within=True).admission
-        speakers = {model} if self._chamber is None else self._chamber.speakers(model)
-        return min([(await _tokenized(admission, name, prompt)).room for name in sorted(speakers)])
+        """Tokens that a context has left behind a prompt, for a call of a council to a member or an ensemble."""
+        return (await _tokenized(self._require_ready(within=True).admission, model, prompt)).room
 
     async def _reserve(self, places: int) -> Reservation:
         """Places in the queue. Raises QueueFullError."""

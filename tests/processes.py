@@ -8,10 +8,14 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
 import pytest
+
+ROOT = Path(__file__).parents[1]
 
 
 def tool(name: str) -> str:
@@ -46,3 +50,22 @@ def wait_until_ready(
             pass
         time.sleep(0.2)
     pytest.fail(f"the server was not ready within {seconds:.0f} s:\n{log.read_text()}")
+
+
+@contextmanager
+def served(config: Path, log: Path) -> Iterator[str]:
+    """The address of `unisono serve --config FILE`, a path from the root of the project; it must end cleanly."""
+    port = free_port()
+    command = [str(Path(sys.executable).parent / "unisono"), "serve", "--config", str(config)]
+    with log.open("wb") as output:
+        process = subprocess.Popen([*command, "--port", str(port)], cwd=ROOT, stdout=output, stderr=output)
+    url = f"http://127.0.0.1:{port}"
+    try:
+        wait_until_ready(process, url, log)
+        yield url
+        process.terminate()
+        assert process.wait(timeout=60) in (0, -15), log.read_text()
+        assert "Traceback" not in log.read_text()
+    finally:
+        process.kill()
+        process.wait()

@@ -53,11 +53,9 @@ class CouncilBook:
     """The councils by name. Raises ConfigError or ArtefactError for one that cannot work."""
 
     def __init__(self, config: Config) -> None:
-        self._config = config
-        self._costs: dict[str, CallCost] = {}
         check_councils(config)
         self._councils = {
-            name: Council(name, council, self._cost(name), _planner(name, council, config))
+            name: Council(name, council, cost_of(config, name), _planner(name, council, config))
             for name, council in config.councils.items()
         }
 
@@ -78,9 +76,6 @@ class CouncilBook:
         if model not in self._councils:
             return {model}
         return {name for called in self._councils[model].config.called for name in self.speakers(called)}
-
-    def _cost(self, model: str) -> CallCost:
-        return cost_of(self._config, model)
 
 
 def cost_of(config: Config, model: str) -> CallCost:
@@ -150,8 +145,7 @@ def _planner(name: str, council: CouncilConfig, config: Config) -> Planner:
             return lambda request, _limits: graph_plan(council, request)
         case DiscussConfig():
             samples = _samples(name, council.examples)
-            inner = cost_of(config, name)
-            needed = inner.writers
+            needed = cost_of(config, name).writers
 
             def plan(request: GenerationRequest, limits: CouncilLimits) -> Plan:
                 return discuss_plan(council, samples, spare_calls(council, needed, limits.max_calls), request)

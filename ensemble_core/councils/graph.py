@@ -32,12 +32,13 @@ from ensemble_core.decoding.requests import GenerationRequest
 def layers(config: GraphConfig) -> list[tuple[str, ...]]:
     """Nodes that can speak at the same time, in order; the end alone in the last."""
     depth: dict[str, int] = {}
-    for node in config.order:
-        depth[node] = 1 + max((depth[name] for name in config.before(node)), default=-1)
-    found = [
-        tuple(n for n in config.order if depth[n] == level and n != config.end) for level in range(len(depth))
-    ]
-    return [layer for layer in found if layer] + [(config.end,)]
+    for node, read in config.reads.items():
+        depth[node] = 1 + max((depth[name] for name in read), default=-1)
+    found: dict[int, list[str]] = {}
+    for node, level in depth.items():
+        if node != config.end:
+            found.setdefault(level, []).append(node)
+    return [*(tuple(found[level]) for level in sorted(found)), (config.end,)]
 
 
 def graph_cost(config: GraphConfig, cost_of: CostOf) -> CallCost:
@@ -54,24 +55,37 @@ def graph_cost(config: GraphConfig, cost_of: CostOf) -> CallCost:
 def graph_plan(config: GraphConfig, request: GenerationRequest) -> Plan:
     """Layer by layer; a node that failed is as if it were not there."""
     said: dict[str, str] = {}
-    levels = layers(config)
+    levels, reads, end = layers(config), config.reads, config.end
     for rank, layer in enumerate(levels[:-1]):
-        answers = yield Round(tuple(_call(config, node, request, said, rank) for node in layer))
+        answers = yield Round(
+            tuple(_call(config, node, request, _heard(reads[node], said), rank) for node in layer)
+        )
         said |= _texts(answers)
-    notes = Notes({"responses": dict(said), "order": list(config.order)}, rounds=len(levels))
-    return Speak((_call(config, config.end, request, said, len(levels) - 1),), notes)
+    notes = Notes({"responses": dict(said), "order": list(reads)}, rounds=len(levels))
+    last = _call(config, end, request, _heard(reads[end], said), len(levels) - 1, is_end=True)
+    return Speak((last,), notes)
+
+
+def _heard(read: Sequence[str], said: Mapping[str, str]) -> list[str]:
+    return [said[name] for name in read if name in said]
 
 
 def _texts(answers: Sequence[Answer]) -> Mapping[str, str]:
     return {each.call.node: each.text for each in answers if each.output is not None}
 
 
-def _call(config: GraphConfig, node: str, request: GenerationRequest, said: Mapping[str, str], rank: int) -> Call:
+def _call(
+    config: GraphConfig,
+    node: str,
+    request: GenerationRequest,
+    read: Sequence[str],
+    rank: int,
+    is_end: bool = False,
+) -> Call:
+    """read: the responses that the node reads. is_end: its text is the answer, so the client's parameters hold."""
     own = config.nodes[node]
-    read = [said[name] for name in config.before(node) if name in said]
     question = question_of(request.prompt)
     text = worded("graph_node", question=question, responses=read) if read else question
-    is_end = node == config.end
     params = seeded(request.params if is_end else drafting(request.params), node, rank)
     changed = bool(read or own.role)
     prompt = asking(request.prompt, text, own.role) if changed else request.prompt

@@ -32,7 +32,7 @@ from ensemble_core.decoding.requests import GenerationRequest, Output, Overrides
 from ensemble_core.decoding.sampling_params import SamplingParams
 from ensemble_core.errors import CouncilError
 
-_SCORING = SamplingParams(max_tokens=0, echo=True, logprobs=0, temperature=0.0)
+SCORING = SamplingParams(max_tokens=0, echo=True, logprobs=0, temperature=0.0)  # how likely is this prompt?
 
 
 def route_cost(config: RouteConfig, cost_of: CostOf) -> CallCost:
@@ -81,7 +81,7 @@ def _asked(model: str, request: GenerationRequest, overrides: Overrides | None =
 def _by_likelihood(config: RouteConfig, request: GenerationRequest) -> Generator[Round, Sequence[Answer], Tensor]:
     """(M,) exp(-NLL / tau) of the question, NLL in nats per byte; 0 for a model that could not say."""
     question = question_of(request.prompt)
-    answers = yield Round(tuple(Call(model, model, question, _SCORING) for model in config.models))
+    answers = yield Round(tuple(Call(model, model, question, SCORING) for model in config.models))
     costs = [math.inf if each.output is None else nats_per_byte(each.output, question) for each in answers]
     if all(math.isinf(cost) for cost in costs):
         raise CouncilError(

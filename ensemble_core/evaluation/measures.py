@@ -7,7 +7,7 @@ a record to plain values, ready for JSON. Does not know files or intervals.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 import torch
@@ -27,6 +27,7 @@ from ensemble_core.llm import Completion
 
 Measure = Literal["bits", "score"]
 
+_OTHER: dict[Split, Split] = {"even": "odd", "odd": "even", "all": "all"}
 _BATCH = 32  # prompts generated before their results are saved
 _PARAMS = {
     "answer": SamplingParams(max_tokens=32, temperature=0.0, stop=("\n",)),
@@ -53,8 +54,11 @@ class Selection:
 
     def examples(self, task: Task) -> str:
         """The text before every prompt."""
-        other: dict[Split, Split] = {"even": "odd", "odd": "even", "all": "all"}
-        return "".join(f"{item.document}\n\n" for item in task.chosen(other[self.split], self.shots))
+        return "".join(f"{item.document}\n\n" for item in task.chosen(_OTHER[self.split], self.shots))
+
+    def other(self) -> Selection:
+        """The same of the other half, to report on; of `all` the same items."""
+        return replace(self, split=_OTHER[self.split])
 
 
 def documents(task: Task, items: Sequence[Item]) -> list[Document]:

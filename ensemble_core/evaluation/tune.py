@@ -23,7 +23,7 @@ from ensemble_core.evaluation.measures import Selection
 from ensemble_core.evaluation.offline import DocumentSums, shared_positions
 from ensemble_core.evaluation.report import Result, summarise
 from ensemble_core.evaluation.scores import Scores, join_scores
-from ensemble_core.evaluation.tasks import Split, Task
+from ensemble_core.evaluation.tasks import Task
 from ensemble_core.evaluation.variants import Variant
 from ensemble_core.evaluation.weights import Weights, in_proportion
 from ensemble_core.evaluation.workbench import Workbench
@@ -31,7 +31,6 @@ from ensemble_core.evaluation.workbench import Workbench
 Method = Literal["nll", "score"]
 NUM_POSITIONS = 5000  # enough to determine a weight: the optimum is flat
 BEFORE, AFTER = "before", "after"
-_OTHER: dict[Split, Split] = {"even": "odd", "odd": "even", "all": "all"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,8 +64,7 @@ def tune(
     else:
         after = _by_score(bench, recipe, tasks, selection)
     after = rounded(after)
-    other = replace(selection, split=_OTHER[selection.split])
-    results = _judged(bench, recipe, after, tasks, other)
+    results = _judged(bench, recipe, after, tasks, selection.other())
     return Tuned(recipe.members, recipe.weights, after, results, held_out=selection.split != "all")
 
 

@@ -8,7 +8,7 @@ Does not know the command line.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +27,11 @@ from ensemble_core.evaluation.evaluate import Scope, evaluated_items
 from ensemble_core.evaluation.measures import Measure, Selection
 from ensemble_core.evaluation.report import aligned
 from ensemble_core.evaluation.run import Chosen
-from ensemble_core.evaluation.tasks import Item, Split, Task
+from ensemble_core.evaluation.tasks import Item, Task
 from ensemble_core.evaluation.variants import Variant
 from ensemble_core.evaluation.workbench import Workbench
 from ensemble_core.fitting.fit_graph import fit_graph, told_graph
 from ensemble_core.fitting.routers import Learnt, fit_clusters, fit_linear, prefer
-
-_OTHER: dict[Split, Split] = {"even": "odd", "odd": "even", "all": "all"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,8 +119,7 @@ def fit_router(
     told = labels(bench, council.models, tasks, selection)
     balance = None if council.cost is None else balance_of(council.models, council.cost.alpha, council.cost.prices)
     router = _fitted(council, told, calibration, balance)
-    other = replace(selection, split=_OTHER[selection.split])
-    return judged(council, router, balance, labels(bench, council.models, tasks, other))
+    return judged(council, router, balance, labels(bench, council.models, tasks, selection.other()))
 
 
 def _fitted(

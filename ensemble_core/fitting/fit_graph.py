@@ -8,7 +8,7 @@ searched.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from tqdm import tqdm
@@ -19,12 +19,10 @@ from ensemble_core.errors import EvaluationError
 from ensemble_core.evaluation import measures
 from ensemble_core.evaluation.bootstrap import Interval, Ratio, draws, interval, paired_interval
 from ensemble_core.evaluation.measures import Selection
-from ensemble_core.evaluation.tasks import Split, Task
+from ensemble_core.evaluation.tasks import Task
 from ensemble_core.evaluation.variants import Variant
 from ensemble_core.evaluation.workbench import Workbench
 from ensemble_core.fitting.graphs import Dag, Found, find_graph
-
-_OTHER: dict[Split, Split] = {"even": "odd", "odd": "even", "all": "all"}
 
 Edges = tuple[tuple[str, str], ...]
 
@@ -101,7 +99,7 @@ def fit_graph(
             return float(at_work.right(name, selection).mean())
 
         found = find_graph(utility, len(council.nodes), budget, seed)
-    return _judged(at_work, found, replace(selection, split=_OTHER[selection.split]))
+    return _judged(at_work, found, selection.other())
 
 
 def _judged(at_work: _Bench, found: Found, selection: Selection) -> FittedGraph:

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
 import pytest
 import yaml
-from processes import free_port, wait_until_ready
+from processes import ROOT, served
 
-ROOT = Path(__file__).parents[2]
 QUESTION: Any = [{"role": "user", "content": "What is 6 + 7? Answer with the number alone."}]
 
 
@@ -24,23 +20,12 @@ QUESTION: Any = [{"role": "user", "content": "What is 6 + 7? Answer with the num
 def url(demo_config: object, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The demo's councils, with answers that do not depend on what else runs."""
     folder = tmp_path_factory.mktemp("councils")
-    port, log, config = free_port(), folder / "server.log", folder / "councils.yaml"
+    config = folder / "councils.yaml"
     raw = yaml.safe_load((ROOT / "configs" / "councils.yaml").read_text())
     raw["matrices"]["folder"] = str(ROOT / "matrices")
     config.write_text(yaml.safe_dump(raw | {"deterministic": True}))
-    command = [str(Path(sys.executable).parent / "unisono"), "serve", "--config", str(config)]
-    with log.open("wb") as output:
-        process = subprocess.Popen([*command, "--port", str(port)], cwd=ROOT, stdout=output, stderr=output)
-    address = f"http://127.0.0.1:{port}"
-    try:
-        wait_until_ready(process, address, log)
-        yield address
-        process.terminate()
-        assert process.wait(timeout=60) in (0, -15), log.read_text()
-        assert "Traceback" not in log.read_text()
-    finally:
-        process.kill()
-        process.wait()
+    with served(config, folder / "server.log") as url:
+        yield url
 
 
 @pytest.fixture

@@ -178,31 +178,25 @@ def test_an_early_error_sets_the_status_and_a_late_one_is_an_event() -> None:
     assert messages[-2]["body"] == DONE.encode()
 
 
+async def silent(closed: list[str]) -> AsyncGenerator[BaseModel]:
+    """Chunks that never come; closed: tells when it was closed."""
+    try:
+        await asyncio.Event().wait()
+        yield Piece(text="a")
+    finally:
+        closed.append("closed")
+
+
 def test_a_client_that_goes_before_the_first_chunk_ends_the_work() -> None:
     closed: list[str] = []
-
-    async def silent() -> AsyncGenerator[BaseModel]:
-        try:
-            await asyncio.Event().wait()
-            yield Piece(text="a")
-        finally:
-            closed.append("closed")
-
     with pytest.raises(ClientGoneError):
-        asyncio.run(begin(silent(), at_once, dict))
+        asyncio.run(begin(silent(closed), at_once, dict))
     assert closed == ["closed"]
 
 
 @pytest.mark.usefixtures("hasty")
 def test_a_client_that_goes_while_nothing_comes_ends_the_work() -> None:
     closed: list[str] = []
-
-    async def silent() -> AsyncGenerator[BaseModel]:
-        try:
-            await asyncio.Event().wait()
-            yield Piece(text="a")
-        finally:
-            closed.append("closed")
 
     async def run() -> None:
         gone = asyncio.Event()
@@ -214,7 +208,7 @@ def test_a_client_that_goes_while_nothing_comes_ends_the_work() -> None:
         async def send(_message: Message) -> None:
             asyncio.get_running_loop().call_later(0.05, gone.set)
 
-        response = await begin(silent(), receive, dict)
+        response = await begin(silent(closed), receive, dict)
         await response({"type": "http"}, receive, send)
 
     asyncio.run(run())
