@@ -5,6 +5,7 @@ Does not know how a council is run.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -17,8 +18,7 @@ from ensemble_core.errors import InvalidRequestError
 def agreed(council: Council, requests: Sequence[GenerationRequest]) -> CouncilLimits:
     """The limits of each choice; the choices of one prompt share the request's."""
     limits = lowered(council.limits, requests[0].overrides.bounds)
-    groups = [request.group or request.request_id for request in requests]
-    choices = max(map(groups.count, set(groups)))
+    choices = max(Counter(request.group or request.request_id for request in requests).values())
     if council.cost.calls * choices > limits.max_calls and not _spares(council, limits, choices):
         raise InvalidRequestError(
             f"{'n' if choices > 1 else 'ensemble.limits'}: each choice of {council.name!r} needs up to "

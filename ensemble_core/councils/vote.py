@@ -53,14 +53,24 @@ def _num_samples(config: VoteConfig) -> int:
 def vote_plan(config: VoteConfig, request: GenerationRequest) -> Plan:
     """Sample, then decide. Raises CouncilError where no sample has an answer at all."""
     calls = tuple(_samples(config, request))
-    enough = None
-    if config.stop_early:
-        form = _form(config)
-        enough = lambda answers: Ballot.of(answers, form).is_decided(len(calls) - len(answers))  # noqa: E731
-    answers = yield Round(calls, enough)
-    if config.judge is None:
-        return _majority(config, answers)
-    return (yield from _judged(config, config.judge, request, answers))
+    if config.judge is not None:
+        answers = yield Round(calls)
+        return (yield from _judged(config.judge, request, answers))
+    form = _form(config)
+    votes: list[str | None] = []  # of the samples so far; each text is read once
+
+    def enough(answers: Sequence[Answer]) -> bool:
+        votes.extend(_vote(answer, form) for answer in answers[len(votes) :])
+        return Ballot.of(votes).is_decided(len(calls) - len(votes))
+
+    answers = yield Round(calls, enough if config.stop_early else None)
+    votes.extend(_vote(answer, form) for answer in answers[len(votes) :])
+    return _majority(config, answers, Ballot.of(votes))
+
+
+def _vote(answer: Answer, form: AnswerForm) -> str | None:
+    """Samples that failed, or have no answer of this form, do not vote."""
+    return None if answer.output is None else answer_in(answer.text, form)
 
 
 def _samples(config: VoteConfig, request: GenerationRequest) -> list[Call]:
@@ -83,13 +93,12 @@ class Ballot:
     votes: dict[str, list[int]] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, answers: Sequence[Answer], form: AnswerForm) -> Ballot:
-        """Samples that failed, or have no answer of this form, do not vote."""
+    def of(cls, votes: Sequence[str | None]) -> Ballot:
+        """From each sample's answer; None did not vote."""
         ballot = cls()
-        for rank, answer in enumerate(answers):
-            found = None if answer.output is None else answer_in(answer.text, form)
-            if found is not None:
-                ballot.votes.setdefault(found, []).append(rank)
+        for rank, answer in enumerate(votes):
+            if answer is not None:
+                ballot.votes.setdefault(answer, []).append(rank)
         return ballot
 
     @property
@@ -108,16 +117,15 @@ class Ballot:
         return [answer for answer, ranks in self.votes.items() if len(ranks) == most]
 
 
-def _majority(config: VoteConfig, answers: Sequence[Answer]) -> Settled:
-    ballot = Ballot.of(answers, _form(config))
+def _majority(config: VoteConfig, answers: Sequence[Answer], ballot: Ballot) -> Settled:
     leaders = ballot.leaders()
     if not leaders:  # nobody's text has an answer of that form: the first text is as good as any
-        return _said(config, answers, _first(answers), ballot, None)
+        return _said(answers, _first(answers), ballot, None)
     if config.tie == "likeliest":
         winner = max(leaders, key=lambda each: max(_likelihood(answers[rank]) for rank in ballot.votes[each]))
     else:
         winner = leaders[0]
-    return _said(config, answers, answers[ballot.votes[winner][0]], ballot, winner)
+    return _said(answers, answers[ballot.votes[winner][0]], ballot, winner)
 
 
 def _form(config: VoteConfig) -> AnswerForm:
@@ -138,9 +146,7 @@ def _likelihood(answer: Answer) -> float:
     return sum(known) / len(known) if known else -math.inf
 
 
-def _said(
-    config: VoteConfig, answers: Sequence[Answer], chosen: Answer, ballot: Ballot, winner: str | None
-) -> Settled:
+def _said(answers: Sequence[Answer], chosen: Answer, ballot: Ballot, winner: str | None) -> Settled:
     assert chosen.output is not None
     share = len(ballot.votes[winner]) / ballot.num_votes if winner is not None else 0.0
     who = {
@@ -150,7 +156,7 @@ def _said(
     return Settled(chosen.output, chosen.call.model, Notes({"votes": who, "winner": winner}, agreement=share))
 
 
-def _judged(config: VoteConfig, judge: str, request: GenerationRequest, answers: Sequence[Answer]) -> Plan:
+def _judged(judge: str, request: GenerationRequest, answers: Sequence[Answer]) -> Plan:
     """The answer with the largest s_i = sum_j (L_ij - L_ji), L_ij: log-odds of i against j where i stands first."""
     there = [answer for answer in answers if answer.output is not None]
     pairs = [(i, j) for i in range(len(there)) for j in range(len(there)) if i != j]

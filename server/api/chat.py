@@ -74,7 +74,7 @@ def room_left(num_prompt_tokens: int, max_model_len: int) -> int:
 
 
 def plan(body: ChatRequest, prompt: Conversation, max_tokens: int, max_choices: int) -> ChatJob:
-    """The job that a body asks for. Raises InvalidRequestError. CouncilBounds n before it allocates anything."""
+    """The job that a body asks for. Raises InvalidRequestError. Bounds n before it allocates anything."""
     num_choices = check_count("n", 1 if body.n is None else body.n, 1, max_choices)
     params = _params(body, max_tokens)
     return ChatJob(make_ticket(body, "chatcmpl", [prompt], params, (num_choices, num_choices)), body)

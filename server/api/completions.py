@@ -14,7 +14,7 @@ from server.schema.completions import CompletionRequest, Logprobs, TextChoice, T
 
 
 def plan(body: CompletionRequest, max_choices: int) -> CompletionJob:
-    """The job that a body asks for. Raises InvalidRequestError. CouncilBounds prompts x n before it allocates."""
+    """The job that a body asks for. Raises InvalidRequestError. Bounds prompts x n before it allocates."""
     prompts = body.prompts
     counts = _counts(body, len(prompts), max_choices)
     params = _params(body, ranked=counts[0] < counts[1])

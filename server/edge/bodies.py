@@ -28,7 +28,7 @@ _MAX_FIELDS = 256
 
 
 class BodyLimit:
-    """CouncilBounds every body's size (413), its time (408), and the memory of all that are being received (503).
+    """Bounds every body's size (413), its time (408), and the memory of all that are being received (503).
 
     `receive` raises the refusal when the route reads the body, so the usual error handlers answer it. A route that
     does not read the body is not limited; the connection throws the body away.
