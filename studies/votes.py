@@ -20,7 +20,7 @@ import yaml
 
 from benchmarks.ledger import DEMO, ROOT, Findings, TableRow, arguments
 from ensemble_core.config import Config
-from ensemble_core.councils.answers import AnswerForm, answer_in
+from ensemble_core.councils.answers import PlainForm, answer_in
 from ensemble_core.decoding.sampling_params import SamplingParams
 from ensemble_core.evaluation.bootstrap import Ratio, draws, interval, paired_interval
 from ensemble_core.evaluation.tasks import Item, Task, load_task
@@ -44,7 +44,7 @@ class Setting:
 
     task: str
     file: str
-    form: AnswerForm
+    form: PlainForm
     shots: int
     params: SamplingParams
 
@@ -73,7 +73,7 @@ class Answered:
     seconds: float
 
 
-def configuration(forms: Sequence[AnswerForm]) -> Config:
+def configuration(forms: Sequence[PlainForm]) -> Config:
     """The demo's members and `duet`, with a council for every vote and form of answer."""
     raw = yaml.safe_load(DEMO.read_text(encoding="utf-8"))
     votes = {
@@ -95,11 +95,11 @@ def configuration(forms: Sequence[AnswerForm]) -> Config:
     return Config.model_validate(sections)
 
 
-def _name(label: str, form: AnswerForm) -> str:
+def _name(label: str, form: PlainForm) -> str:
     return f"{label.replace(' ', '').replace(',', '-')}-{form}"
 
 
-def asked(item: Item, form: AnswerForm) -> str:
+def asked(item: Item, form: PlainForm) -> str:
     """A question as models read it."""
     if form == "number":
         return f"Question: {item.question}\nAnswer:"
@@ -107,7 +107,7 @@ def asked(item: Item, form: AnswerForm) -> str:
     return f"Question: {item.question}\n{options}\nAnswer:"
 
 
-def gold(item: Item, form: AnswerForm) -> str | None:
+def gold(item: Item, form: PlainForm) -> str | None:
     """The right answer in the form in which answers are compared."""
     return "ABCDEFGH"[item.right] if form == "choice" else answer_in(item.answers[0], form)
 

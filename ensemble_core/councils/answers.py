@@ -11,7 +11,8 @@ from typing import Literal
 
 from ensemble_core.text.answers import last_number, normalised
 
-AnswerForm = Literal["choice", "number", "exact"]
+PlainForm = Literal["choice", "number", "exact"]
+AnswerForm = PlainForm | Literal["math"]
 
 # Where a text announces its answer, the last announcement counts; what stands before may discuss other options.
 _ANNOUNCED = re.compile(
@@ -25,7 +26,7 @@ _LONE_LABEL = re.compile(r"(?<![\w'])(?:\(([A-H])\)|([A-H])(?=[.):]|\s*$))", re.
 _MARKED = re.compile(r"####\s*(?P<found>[^\n]{1,64})")
 
 
-def answer_in(text: str, kind: AnswerForm) -> str | None:
+def answer_in(text: str, kind: PlainForm) -> str | None:
     """The answer of a text in the form in which answers are compared; None: there is none."""
     match kind:
         case "choice":

@@ -13,6 +13,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from ensemble_core.councils.answers import AnswerForm
 from ensemble_core.decoding.requests import Conversation, Output, Overrides, Prompt
 from ensemble_core.decoding.sampling_params import SamplingParams
 
@@ -38,11 +39,15 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What became of a call. output: joined, None where the call failed. error: why it failed."""
+    """What became of a call. output: joined, None where the call failed. error: why it failed.
+
+    vote: the answer that its text ends up with, where the round asked for that; None: it has none.
+    """
 
     call: Call
     output: Output | None
     error: Exception | None = None
+    vote: str | None = None
 
     @property
     def text(self) -> str:
@@ -58,11 +63,13 @@ class Round:
     """Calls that are made at the same time.
 
     enough: whether the answers to the first so many calls make the others needless. It is asked of the longest run of
-    finished calls from the first on, so what it decides does not depend on which call ends sooner.
+    finished calls from the first on, so what it decides does not depend on which call ends sooner. form: of the votes
+    that are read in the answers; None: none are.
     """
 
     calls: tuple[Call, ...]
     enough: Enough | None = None
+    form: AnswerForm | None = None
 
 
 @dataclass(frozen=True, slots=True)

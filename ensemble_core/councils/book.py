@@ -26,6 +26,7 @@ from ensemble_core.councils.artefact import load_router
 from ensemble_core.councils.base import CallCost, Plan
 from ensemble_core.councils.discuss import Sample, discuss_cost, discuss_plan, spare_calls
 from ensemble_core.councils.graph import graph_cost, graph_plan
+from ensemble_core.councils.mathematics import is_installed
 from ensemble_core.councils.route import route_cost, route_plan
 from ensemble_core.councils.vote import vote_cost, vote_plan
 from ensemble_core.decoding.requests import GenerationRequest
@@ -124,8 +125,8 @@ def _check_kind(name: str, council: CouncilConfig, config: Config) -> None:
         _require_leaves(f"{where}.models", council.models, config, "say how likely a prompt is")
     if isinstance(council, VoteConfig) and council.judge is not None:
         _require_leaves(f"{where}.judge", (council.judge,), config, "say how likely a letter is")
-    if isinstance(council, VoteConfig) and council.answer == "math":
-        raise ConfigError(f"{where}.answer: math is not available in this version; use number or exact")
+    if isinstance(council, VoteConfig) and council.answer == "math" and not is_installed():
+        raise ConfigError(f"{where}.answer: math needs a package; run pip install 'unisono[math]'")
 
 
 def _require_leaves(where: str, models: tuple[str, ...], config: Config, what: str) -> None:

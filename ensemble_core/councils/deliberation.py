@@ -13,10 +13,13 @@ from collections.abc import Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 
+from anyio import CapacityLimiter
+
 from ensemble_core.council_config import CouncilLimits
 from ensemble_core.councils.base import Answer, Call, Round, Settled, Speak, Verdict
 from ensemble_core.councils.book import Council, CouncilBook
 from ensemble_core.councils.door import EngineDoor
+from ensemble_core.councils.reading import NUM_PROCESSES, Reader
 from ensemble_core.decoding.requests import CallReport, CouncilReport, GenerationRequest, Output, join
 from ensemble_core.errors import (
     CouncilError,
@@ -37,6 +40,7 @@ class Hall:
     book: CouncilBook
     door: EngineDoor
     record: Record
+    readers: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(NUM_PROCESSES))
 
 
 @dataclass(slots=True)
@@ -138,11 +142,15 @@ class Deliberation:
 
     async def _gathered(self, tasks: list[asyncio.Task[Answer]], wanted: Round) -> list[Answer]:
         found: list[Answer] = []
+        reader = None if wanted.form is None else Reader(wanted.form, self.hall.readers, self.deadline)
         pending = set(tasks)
         while pending:
             _, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
             while len(found) < len(tasks) and tasks[len(found)].done():
-                found.append(tasks[len(found)].result())
+                answer = tasks[len(found)].result()
+                if reader is not None and answer.output is not None:
+                    answer = replace(answer, vote=await reader.vote(answer.text))
+                found.append(answer)
                 if wanted.enough is not None and wanted.enough(found):
                     return found
         return found

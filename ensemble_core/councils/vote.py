@@ -13,7 +13,6 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from ensemble_core.council_config import VoteConfig
-from ensemble_core.councils.answers import AnswerForm, answer_in
 from ensemble_core.councils.base import (
     NOTHING,
     Answer,
@@ -56,21 +55,12 @@ def vote_plan(config: VoteConfig, request: GenerationRequest) -> Plan:
     if config.judge is not None:
         answers = yield Round(calls)
         return (yield from _judged(config.judge, request, answers))
-    form = _form(config)
-    votes: list[str | None] = []  # of the samples so far; each text is read once
 
     def enough(answers: Sequence[Answer]) -> bool:
-        votes.extend(_vote(answer, form) for answer in answers[len(votes) :])
-        return Ballot.of(votes).is_decided(len(calls) - len(votes))
+        return Ballot.of(answers).is_decided(len(calls) - len(answers))
 
-    answers = yield Round(calls, enough if config.stop_early else None)
-    votes.extend(_vote(answer, form) for answer in answers[len(votes) :])
-    return _majority(config, answers, Ballot.of(votes))
-
-
-def _vote(answer: Answer, form: AnswerForm) -> str | None:
-    """Samples that failed, or have no answer of this form, do not vote."""
-    return None if answer.output is None else answer_in(answer.text, form)
+    answers = yield Round(calls, enough if config.stop_early else None, config.answer)
+    return _majority(config, answers, Ballot.of(answers))
 
 
 def _samples(config: VoteConfig, request: GenerationRequest) -> list[Call]:
@@ -93,12 +83,12 @@ class Ballot:
     votes: dict[str, list[int]] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, votes: Sequence[str | None]) -> Ballot:
-        """From each sample's answer; None did not vote."""
+    def of(cls, answers: Sequence[Answer]) -> Ballot:
+        """Samples that failed, or have no answer of the wanted form, do not vote."""
         ballot = cls()
-        for rank, answer in enumerate(votes):
-            if answer is not None:
-                ballot.votes.setdefault(answer, []).append(rank)
+        for rank, answer in enumerate(answers):
+            if answer.vote is not None:
+                ballot.votes.setdefault(answer.vote, []).append(rank)
         return ballot
 
     @property
@@ -126,11 +116,6 @@ def _majority(config: VoteConfig, answers: Sequence[Answer], ballot: Ballot) -> 
     else:
         winner = leaders[0]
     return _said(answers, answers[ballot.votes[winner][0]], ballot, winner)
-
-
-def _form(config: VoteConfig) -> AnswerForm:
-    assert config.answer != "math", "refused at load"
-    return config.answer
 
 
 def _first(answers: Sequence[Answer]) -> Answer:

@@ -126,7 +126,6 @@ def test_names_and_circles(tmp_path: Path) -> None:
         ),
         (ROUTE | {"models": ["d"]}, "models: ['d'] are councils, which cannot say how likely a prompt is"),
         ({"kind": "vote", "models": ["a"], "by": "judge", "judge": "d"}, "judge: ['d'] are councils"),
-        ({"kind": "vote", "models": ["a"], "answer": "math"}, "answer: math is not available"),
     ],
 )
 def test_what_a_council_cannot_do_is_found_at_start(tmp_path: Path, council: dict[str, Any], words: str) -> None:
@@ -134,6 +133,16 @@ def test_what_a_council_cannot_do_is_found_at_start(tmp_path: Path, council: dic
     with pytest.raises(ConfigError) as caught:
         CouncilBook(config)
     assert f"ensembles.c.{words}" in str(caught.value)
+
+
+def test_mathematical_answers_want_their_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = loaded(tmp_path, {"kind": "vote", "models": ["a"], "answer": "math"})
+    CouncilBook(config)
+    monkeypatch.setattr("ensemble_core.councils.book.is_installed", lambda: False)
+    with pytest.raises(
+        ConfigError, match=r"ensembles.c.answer: math needs a package; run pip install 'unisono\[math\]'"
+    ):
+        CouncilBook(config)
 
 
 def test_paths_are_relative_to_the_file_and_a_list_of_models_means_one_of_each(tmp_path: Path) -> None:
