@@ -58,6 +58,13 @@ class Completion:
     served_by: str = ""
     report: CouncilReport | None = None
 
+    @property
+    def num_generated(self) -> int:
+        """Tokens that were generated for it; those of all calls where a council answered."""
+        if self.report is None:
+            return len(self.token_ids)
+        return sum(call.completion_tokens for call in self.report.calls)
+
 
 class LLM:
     """All models of a configuration, loaded in this process. Raises a UnisonoError if that fails."""

@@ -298,12 +298,21 @@ def tune(
     task: TaskSpecs,
     config: ConfigPath = DEFAULT_CONFIG,
     method: Annotated[
-        Literal["nll", "score"],
-        typer.Option(help="nll: minimise the negative log-likelihood. score: weights in proportion to accuracy."),
+        Literal["nll", "score", "swarm"],
+        typer.Option(
+            help="nll: minimise the negative log-likelihood. score: weights in proportion to accuracy. "
+            "swarm: weights and fusion options (--vary) by particle swarm, for the same likelihood."
+        ),
     ] = "nll",
     positions: Annotated[
         int, typer.Option(min=100, help="Number of shared positions that nll uses, spread over the documents.")
     ] = 5000,
+    vary: Annotated[
+        list[str] | None,
+        typer.Option(show_default=False, help="With swarm: a fusion option and its range, as alpha=0.2..3.0."),
+    ] = None,
+    budget: Annotated[int, typer.Option(min=1, help="With swarm: points to try.")] = 100,
+    seed: Annotated[int, typer.Option(help="Of the swarm.")] = 0,
     split: SplitChoice = "even",
     limit: LimitOption = None,
     shots: ShotsOption = 0,
@@ -318,12 +327,21 @@ def tune(
         from ensemble_core.evaluation import run
 
         chosen = run.Chosen(task, split, limit, shots, cache, skip_bad)
-        typer.echo(run.tune_ensemble(settings, chosen, ensemble, method, positions, config if write else None))
+        if method != "swarm" and vary:
+            raise ConfigError(f"--vary only acts with --method swarm, not {method}")
+        goal = config if write else None
+        if method == "swarm":
+            from ensemble_core.fitting.tune_swarm import SwarmSearch, tune_options
+
+            search = SwarmSearch(tuple(vary or ()), positions, budget, seed)
+            typer.echo(tune_options(settings, chosen, ensemble, search, goal))
+        else:
+            typer.echo(run.tune_ensemble(settings, chosen, ensemble, method, positions, goal))
 
 
 @app.command()
 def fit(
-    council: Annotated[str, typer.Option(help="A council of kind route (by linear or clusters) or graph.")],
+    council: Annotated[str, typer.Option(help="A council of kind route (by linear or clusters), vote or graph.")],
     task: TaskSpecs,
     config: ConfigPath = DEFAULT_CONFIG,
     split: SplitChoice = "even",
@@ -335,8 +353,11 @@ def fit(
     share: Annotated[
         float | None, typer.Option(min=0.0, max=1.0, help="Share of the questions for --strong.")
     ] = None,
-    budget: Annotated[int, typer.Option(min=1, help="Of a graph of five nodes or more: graphs to try.")] = 100,
-    seed: Annotated[int, typer.Option(help="Of the search for a graph.")] = 0,
+    budget: Annotated[int, typer.Option(min=1, help="Of a large graph or vote: ways to try.")] = 100,
+    seed: Annotated[int, typer.Option(help="Of the search for a graph or counts.")] = 0,
+    parts: Annotated[
+        int, typer.Option(min=0, help="Of a graph: random assignments of the models, to report each one's part.")
+    ] = 0,
     out: Annotated[
         Path | None, typer.Option(help="Folder of a router; by default the council's artefact.")
     ] = None,
@@ -344,18 +365,18 @@ def fit(
     skip_bad: SkipBad = False,
     cache: CacheFolder = None,
 ) -> None:
-    """Learn a council's router or edges on one half of the tasks, and report on the other half."""
+    """Learn a council's router, counts or edges on one half of the tasks, and report on the other half."""
     with _one_line_errors():
         if (strong is None) != (share is None):
             raise ConfigError("--strong and --share go together; give both or neither")
         settings = _load_quietly(config)
 
         from ensemble_core.evaluation import run
-        from ensemble_core.fitting.fit import Calibration, GraphSearch, fit_council
+        from ensemble_core.fitting.fit import Calibration, Search, fit_council
 
         chosen = run.Chosen(task, split, limit, shots, cache, skip_bad)
         calibration = None if strong is None or share is None else Calibration(strong, share)
-        search = GraphSearch(budget, seed)
+        search = Search(budget, seed, parts)
         typer.echo(fit_council(settings, chosen, council, calibration, search, out, force))
 
 

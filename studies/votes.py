@@ -24,7 +24,7 @@ from ensemble_core.councils.answers import PlainForm, answer_in
 from ensemble_core.decoding.sampling_params import SamplingParams
 from ensemble_core.evaluation.bootstrap import Ratio, draws, interval, paired_interval
 from ensemble_core.evaluation.tasks import Item, Task, load_task
-from ensemble_core.llm import LLM, Completion
+from ensemble_core.llm import LLM
 
 DATA = ROOT.parent / "shared" / "data"
 _LIMITS = {"max_calls": 64, "max_tokens": 100_000, "seconds": 36_000}
@@ -140,13 +140,9 @@ def answer(llm: LLM, model: str, label: str, setting: Setting, num: int) -> Answ
     done = llm.generate(texts, params, model)
     seconds = time.perf_counter() - start
     hits = [answer_in(each.text, setting.form) == wanted for each, wanted in zip(done, right, strict=True)]
-    return Answered(label, torch.tensor(hits, dtype=torch.float64), sum(map(_num_tokens, done)), seconds)
-
-
-def _num_tokens(done: Completion) -> int:
-    if done.report is None:
-        return len(done.token_ids)
-    return sum(call.completion_tokens for call in done.report.calls)
+    return Answered(
+        label, torch.tensor(hits, dtype=torch.float64), sum(each.num_generated for each in done), seconds
+    )
 
 
 def rows(task: str, found: Sequence[Answered]) -> list[TableRow]:

@@ -28,7 +28,7 @@ from ensemble_core.llm import Completion
 Measure = Literal["bits", "score"]
 
 _OTHER: dict[Split, Split] = {"even": "odd", "odd": "even", "all": "all"}
-_BATCH = 32  # prompts generated before their results are saved
+BATCH = 32  # prompts generated before their results are saved
 _PARAMS = {
     "answer": SamplingParams(max_tokens=32, temperature=0.0, stop=("\n",)),
     "number": SamplingParams(max_tokens=320, temperature=0.0, stop=("\n\n", "Question:")),
@@ -103,15 +103,23 @@ def choices(sums: DocumentSums, items: Sequence[Item]) -> dict[int, Values]:
     return found
 
 
+def completion_params(task: Task) -> SamplingParams:
+    """How the questions of a task are answered: greedily, up to where an answer of its kind ends."""
+    return _PARAMS[task.kind]
+
+
 def completions(
     bench: Workbench, variant: Variant, task: Task, items: Sequence[Item], examples: str
 ) -> Iterator[dict[int, Values]]:
     """Greedy completions and whether they are right, batch by batch."""
     with tqdm(total=len(items), desc=f"{variant.label}: {task.name}", unit="item", disable=None) as bar:
-        for start in range(0, len(items), _BATCH):
-            batch = items[start : start + _BATCH]
+        for start in range(0, len(items), BATCH):
+            batch = items[start : start + BATCH]
             done = bench.llm().generate(
-                [examples + item.prompt for item in batch], _PARAMS[task.kind], variant.model, variant.overrides
+                [examples + item.prompt for item in batch],
+                completion_params(task),
+                variant.model,
+                variant.overrides,
             )
             _require_whole(variant, done)
             texts = {item.index: answer.text.strip() for item, answer in zip(batch, done, strict=True)}

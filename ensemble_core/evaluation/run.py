@@ -15,7 +15,7 @@ from ensemble_core.evaluation.measures import Measure, Selection
 from ensemble_core.evaluation.report import aligned, tables
 from ensemble_core.evaluation.tasks import Split, Task, parse_task
 from ensemble_core.evaluation.tune import Method, Tuned, tune
-from ensemble_core.evaluation.variants import parse_variant
+from ensemble_core.evaluation.variants import Variant, parse_variant
 from ensemble_core.evaluation.workbench import Workbench
 from ensemble_core.evaluation.yaml_weights import write_weights
 
@@ -96,12 +96,18 @@ def tune_ensemble(
         raise EvaluationError(f"--write: {ensemble!r} is a variant; the file's ensemble is another one")
     with Workbench(config, chosen.cache) as bench:
         tuned = tune(bench, variant, chosen.parsed_tasks(), method, chosen.selection, num_positions)
-    if write_to is not None:
-        write_weights(write_to, variant.model, dict(zip(tuned.members, tuned.after, strict=True)))
-    return _told(tuned, write_to)
+    return told(tuned, write_tuned(tuned, variant, write_to))
 
 
-def _told(tuned: Tuned, written: Path | None) -> str:
+def write_tuned(tuned: Tuned, variant: Variant, path: Path | None) -> Path | None:
+    """Write the weights into a configuration file, where one is given."""
+    if path is not None:
+        write_weights(path, variant.model, dict(zip(tuned.members, tuned.after, strict=True)))
+    return path
+
+
+def told(tuned: Tuned, written: Path | None) -> str:
+    """What came of tuning, as tables."""
     pairs = zip(tuned.members, tuned.before, tuned.after, strict=True)
     weights = aligned([("member", "before", "after"), *((m, f"{a:.3f}", f"{b:.3f}") for m, a, b in pairs)])
     where = "on the half that was not tuned on" if tuned.held_out else "in sample: on all that was tuned on"

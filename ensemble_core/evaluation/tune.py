@@ -64,7 +64,7 @@ def tune(
     else:
         after = _by_score(bench, recipe, tasks, selection)
     after = rounded(after)
-    results = _judged(bench, recipe, after, tasks, selection.other())
+    results = judged(bench, recipe, replace(recipe, weights=after), tasks, selection.other())
     return Tuned(recipe.members, recipe.weights, after, results, held_out=selection.split != "all")
 
 
@@ -79,7 +79,7 @@ def _least_nats(
     bench: Workbench, recipe: Recipe, tasks: Sequence[Task], selection: Selection, num_positions: int
 ) -> Weights:
     """Weights only matter at shared positions; elsewhere main predicts alone."""
-    scores = _documents(bench, recipe, tasks, selection)
+    scores = stored(bench, recipe, tasks, selection)
     shared = shared_positions(scores, recipe.members).spread(num_positions)
     if not len(shared.rows):
         raise EvaluationError(
@@ -100,13 +100,13 @@ def _by_score(bench: Workbench, recipe: Recipe, tasks: Sequence[Task], selection
     return in_proportion({name: last[name] for name in recipe.members})
 
 
-def _judged(
-    bench: Workbench, recipe: Recipe, after: Weights, tasks: Sequence[Task], selection: Selection
+def judged(
+    bench: Workbench, recipe: Recipe, after: Recipe, tasks: Sequence[Task], selection: Selection
 ) -> list[Result]:
     """Bits per byte of every member and of the ensemble before and after, against the best member."""
-    scores = _documents(bench, recipe, tasks, selection)
+    scores = stored(bench, recipe, tasks, selection)
     models = {name: Recipe(name, (name,), (1.0,), None, "single") for name in recipe.members}
-    models |= {BEFORE: recipe, AFTER: replace(recipe, weights=after)}
+    models |= {BEFORE: recipe, AFTER: after}
     items = {label: {"tuning": _rows(bench.sums(scores, model))} for label, model in models.items()}
     report = summarise(items, recipe.members)
     return [result for result in report.results if result.metric == "bits_per_byte"]
@@ -117,7 +117,8 @@ def _rows(sums: DocumentSums) -> dict[int, dict[str, float]]:
     return {index: {"bits": bits, "num_bytes": size} for index, (bits, size) in enumerate(pairs) if size > 0}
 
 
-def _documents(bench: Workbench, recipe: Recipe, tasks: Sequence[Task], selection: Selection) -> Scores:
+def stored(bench: Workbench, recipe: Recipe, tasks: Sequence[Task], selection: Selection) -> Scores:
+    """All members' scores of the tasks' documents; collected where they are not stored yet."""
     return join_scores(
         [
             bench.scores(measures.documents(task, selection.items(task)), recipe.members, f"{task.name}: bits")

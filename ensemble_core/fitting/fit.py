@@ -1,7 +1,7 @@
 """Fits a council on one half of the tasks and reports on the other: what `unisono fit` does.
 
-The fitted council is compared with its best model, with a random and with the best choice for each item, by paired
-bootstrap over items. Nothing is written where the gain over the best model may be chance, unless that is asked for.
+A fitted router is compared with its best model, with a random and with the best choice for each item. Nothing is
+written where the gain over the best model may be chance, unless that is asked for.
 Does not know the command line.
 """
 
@@ -16,21 +16,22 @@ import torch
 from torch import Tensor
 
 from ensemble_core.config import Config
-from ensemble_core.council_config import GraphConfig, RouteConfig
+from ensemble_core.council_config import GraphConfig, RouteConfig, VoteConfig
 from ensemble_core.councils.artefact import About, fingerprints, save_router
 from ensemble_core.councils.route import gate
 from ensemble_core.councils.routers import Balance, ClusterRouter, LinearRouter, balance_of
 from ensemble_core.decoding.requests import Overrides
 from ensemble_core.errors import EvaluationError
-from ensemble_core.evaluation.bootstrap import Interval, Ratio, draws, interval, paired_interval
+from ensemble_core.evaluation.bootstrap import Interval, Ratio
 from ensemble_core.evaluation.evaluate import Scope, evaluated_items
 from ensemble_core.evaluation.measures import Measure, Selection
-from ensemble_core.evaluation.report import aligned
 from ensemble_core.evaluation.run import Chosen
 from ensemble_core.evaluation.tasks import Item, Task
 from ensemble_core.evaluation.variants import Variant
 from ensemble_core.evaluation.workbench import Workbench
+from ensemble_core.fitting.compared import Compared, compare, gain_of, table_of
 from ensemble_core.fitting.fit_graph import fit_graph, told_graph
+from ensemble_core.fitting.fit_votes import fit_votes, told_votes
 from ensemble_core.fitting.routers import Learnt, fit_clusters, fit_linear, prefer
 
 
@@ -65,15 +66,6 @@ class Labels:
 
 
 @dataclass(frozen=True, slots=True)
-class Compared:
-    """One way of choosing, on the items that are reported, and its difference from the best model."""
-
-    name: str
-    value: Interval
-    difference: Interval | None
-
-
-@dataclass(frozen=True, slots=True)
 class Fitted:
     """What came of a fit."""
 
@@ -102,8 +94,8 @@ def router_of(config: Config, name: str) -> RouteConfig:
     council = config.councils.get(name)
     if not isinstance(council, RouteConfig) or council.by not in ("linear", "clusters"):
         raise EvaluationError(
-            f"--council {name!r}: councils of kind graph, and route by linear or clusters, are fitted; known are "
-            f"{sorted(config.councils)}"
+            f"--council {name!r}: councils of kind graph, vote by majority, and route by linear or clusters, are "
+            f"fitted; known are {sorted(config.councils)}"
         )
     return council
 
@@ -141,20 +133,16 @@ def judged(
     council: RouteConfig, router: LinearRouter | ClusterRouter, balance: Balance | None, told: Labels
 ) -> Fitted:
     """The router on items that it was not fitted on, beside the best model, a random and the best choice."""
-    num_models = len(council.models)
     one = replace_select(council)
     names = [next(iter(gate(router.scores(question, balance), one))) for question in told.questions]
     choice = torch.tensor([council.models.index(name) for name in names])
-    counts = draws(len(choice))
-    singles = [told.of(torch.full_like(choice, model)) for model in range(num_models)]
-    best = max(range(num_models), key=lambda model: singles[model].value)
-    ways = {f"{council.models[best]} (the best model)": singles[best], "routed": told.of(choice)}
-    ways["best choice"] = told.of(told.quality.argmax(1))
-    ways["random"] = Ratio(told.gains.mean(1), told.weights.mean(1))
-    compared = [
-        Compared(name, interval(way, counts), paired_interval(way, singles[best], counts) if rank else None)
-        for rank, (name, way) in enumerate(ways.items())
-    ]
+    singles = {name: told.of(torch.full_like(choice, model)) for model, name in enumerate(council.models)}
+    ways = {
+        "routed": told.of(choice),
+        "best choice": told.of(told.quality.argmax(1)),
+        "random": Ratio(told.gains.mean(1), told.weights.mean(1)),
+    }
+    compared = compare(singles, ways)
     shares = {model: names.count(model) / len(names) for model in council.models}
     agreed = told.quality.gather(1, choice.unsqueeze(1)).squeeze(1) == told.quality.amax(1)
     return Fitted(
@@ -162,7 +150,7 @@ def judged(
         compared,
         shares,
         float(agreed.to(torch.float64).mean()),
-        paired_interval(ways["routed"], singles[best], counts),
+        gain_of(compared, "routed"),
     )
 
 
@@ -202,11 +190,15 @@ def _row(values: Sequence[Any], measure: Measure) -> tuple[list[float], list[flo
 
 
 @dataclass(frozen=True, slots=True)
-class GraphSearch:
-    """How many graphs are tried where there are too many for all, and the seed of the swarm."""
+class Search:
+    """How many graphs, or counts of votes, are tried where there are too many for all, and the seed of the swarm.
+
+    num_draws: assignments of models to a graph's nodes over which each model's part is reported; 0: it is not.
+    """
 
     budget: int = 100
     seed: int = 0
+    num_draws: int = 0
 
 
 def fit_council(
@@ -214,15 +206,20 @@ def fit_council(
     chosen: Chosen,
     name: str,
     calibration: Calibration | None,
-    search: GraphSearch,
+    search: Search,
     out: Path | None,
     force: bool,
 ) -> str:
     """Fit a council and tell what came of it. A router's artefact is written where its gain is sure."""
     tasks = chosen.parsed_tasks()
-    if isinstance(config.councils.get(name), GraphConfig):
+    found = config.councils.get(name)
+    if isinstance(found, GraphConfig):
         with Workbench(config, chosen.cache) as bench:
-            return told_graph(fit_graph(bench, name, tasks, chosen.selection, search.budget, search.seed))
+            graph = fit_graph(bench, name, tasks, chosen.selection, search.budget, search.seed, search.num_draws)
+        return told_graph(graph)
+    if isinstance(found, VoteConfig) and found.judge is None:
+        with Workbench(config, chosen.cache) as bench:
+            return told_votes(fit_votes(bench, found, tasks, chosen.selection, search.budget, search.seed))
     council = router_of(config, name)
     with Workbench(without(config, name), chosen.cache) as bench:
         fitted = fit_router(bench, council, tasks, chosen.selection, calibration)
@@ -249,13 +246,9 @@ def _about(config: Config, council: RouteConfig, tasks: Sequence[Task], fitted: 
 
 def told(fitted: Fitted) -> str:
     """The comparison as a table."""
-    lines = [("chosen by", "value", "95 % interval", "difference", "95 % interval")]
-    for each in fitted.compared:
-        value, other = each.value, each.difference
-        shown = ("", "") if other is None else (f"{other.value:+.4f}", f"{other.low:+.4f} .. {other.high:+.4f}")
-        lines.append((each.name, f"{value.value:.4f}", f"{value.low:.4f} .. {value.high:.4f}", *shown))
     shares = ", ".join(f"{model} {share:.0%}" for model, share in fitted.shares.items())
     return (
-        f"on items that were not fitted on (right answers; of texts minus bits per byte):\n{aligned(lines)}\n\n"
+        "on items that were not fitted on (right answers; of texts minus bits per byte):\n"
+        f"{table_of(fitted.compared)}\n\n"
         f"chosen: {shares}; one of the best for {fitted.agreement:.1%} of the items"
     )

@@ -7,43 +7,44 @@ searched.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from tqdm import tqdm
 
-from ensemble_core.council_config import GraphConfig
+from ensemble_core.council_config import GraphConfig, NodeConfig
 from ensemble_core.decoding.requests import Overrides
 from ensemble_core.errors import EvaluationError
 from ensemble_core.evaluation import measures
-from ensemble_core.evaluation.bootstrap import Interval, Ratio, draws, interval, paired_interval
+from ensemble_core.evaluation.bootstrap import Interval, Ratio
 from ensemble_core.evaluation.measures import Selection
 from ensemble_core.evaluation.tasks import Task
 from ensemble_core.evaluation.variants import Variant
 from ensemble_core.evaluation.workbench import Workbench
-from ensemble_core.fitting.graphs import Dag, Found, find_graph
+from ensemble_core.fitting.compared import Compared, compare, gain_of, table_of
+from ensemble_core.fitting.graphs import Dag, Found, find_graph, importance
 
 Edges = tuple[tuple[str, str], ...]
 
 
 @dataclass(frozen=True, slots=True)
 class FittedGraph:
-    """found: on the items it was searched on. The others are of items that were not: right answers.
+    """found: on the items it was searched on. compared: right answers on items that were not.
 
-    difference: from the best single model of the nodes.
+    parts: model -> its JFK-score on the items of the search; empty: not asked for.
     """
 
     edges: Edges
     found: Found
-    values: dict[str, Interval]
-    best: str
-    difference: Interval
+    compared: list[Compared]
+    gain: Interval
+    parts: Mapping[str, float]
 
     @property
     def is_sure(self) -> bool:
         """Whether the whole interval of the gain over the best single model is above 0."""
-        return self.difference.low > 0
+        return self.gain.low > 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,9 +60,10 @@ class _Bench:
         nodes = list(self.council.nodes)
         return tuple((nodes[source], nodes[target]) for source, target in sorted(dag.edges))
 
-    def with_edges(self, edges: Edges) -> None:
+    def with_edges(self, edges: Edges, nodes: Mapping[str, NodeConfig] | None = None) -> None:
+        """nodes: None: as configured."""
         config = self.bench.config
-        changed = self.council.model_copy(update={"edges": edges})
+        changed = self.council.model_copy(update={"edges": edges, "nodes": nodes or self.council.nodes})
         councils = config.councils | {self.name: changed}
         self.bench.llm().use_councils(config.model_copy(update={"councils": councils}))
 
@@ -77,10 +79,17 @@ class _Bench:
 
 
 def fit_graph(
-    bench: Workbench, name: str, tasks: Sequence[Task], selection: Selection, budget: int, seed: int
+    bench: Workbench,
+    name: str,
+    tasks: Sequence[Task],
+    selection: Selection,
+    budget: int,
+    seed: int,
+    num_draws: int = 0,
 ) -> FittedGraph:
     """Search for the best edges. budget: graphs that are tried where there are too many for all.
 
+    num_draws: assignments of the models to the nodes of the best graph, for each model's part in it.
     Raises EvaluationError for a council of another kind, and for tasks that are not answered in words.
     """
     council = bench.config.councils.get(name)
@@ -99,22 +108,49 @@ def fit_graph(
             return float(at_work.right(name, selection).mean())
 
         found = find_graph(utility, len(council.nodes), budget, seed)
-    return _judged(at_work, found, selection.other())
+    parts = _parts(at_work, at_work.edges(found.dag), selection, num_draws, seed)
+    return _judged(at_work, found, selection.other(), parts)
 
 
-def _judged(at_work: _Bench, found: Found, selection: Selection) -> FittedGraph:
+def _parts(at_work: _Bench, edges: Edges, selection: Selection, num_draws: int, seed: int) -> dict[str, float]:
+    """Model -> JFK-score over random assignments of the models to the nodes."""
+    if not num_draws:
+        return {}
+    council = at_work.council
+    models = council.called
+    with tqdm(desc="parts", unit="graph", disable=None) as bar:
+
+        def utility(assigned: Sequence[int]) -> float:
+            pairs = zip(council.nodes.items(), assigned, strict=True)
+            nodes = {node: each.model_copy(update={"model": models[rank]}) for (node, each), rank in pairs}
+            at_work.with_edges(edges, nodes)
+            bar.update()
+            return float(at_work.right(at_work.name, selection).mean())
+
+        scores = importance(utility, len(models), len(council.nodes), num_draws, seed)
+    return dict(zip(models, scores.tolist(), strict=True))
+
+
+def _judged(at_work: _Bench, found: Found, selection: Selection, parts: Mapping[str, float]) -> FittedGraph:
     council, name = at_work.council, at_work.name
-    ways = {model: at_work.right(model, selection) for model in council.called}
+    alone = torch.stack([at_work.right(model, selection) for model in council.called])  # (M, N)
+    singles = dict(zip(council.called, map(_ratio, alone), strict=True))
     at_work.with_edges(council.edges)
-    ways["as configured"] = at_work.right(name, selection)
+    before = at_work.right(name, selection)
     edges = at_work.edges(found.dag)
     at_work.with_edges(edges)
-    ways["found"] = at_work.right(name, selection)
-    counts = draws(len(ways["found"]))
-    ratios = {way: Ratio(right, torch.ones_like(right)) for way, right in ways.items()}
-    best = max(council.called, key=lambda model: ratios[model].value)
-    values = {way: interval(ratio, counts) for way, ratio in ratios.items()}
-    return FittedGraph(edges, found, values, best, paired_interval(ratios["found"], ratios[best], counts))
+    ways = {
+        "found": _ratio(at_work.right(name, selection)),
+        "as configured": _ratio(before),
+        "best choice of a model": _ratio(alone.amax(0)),
+        "random": _ratio(alone.mean(0)),
+    }
+    compared = compare(singles, ways)
+    return FittedGraph(edges, found, compared, gain_of(compared, "found"), parts)
+
+
+def _ratio(right: torch.Tensor) -> Ratio:
+    return Ratio(right, torch.ones_like(right))
 
 
 def told_graph(fitted: FittedGraph) -> str:
@@ -128,12 +164,10 @@ def told_graph(fitted: FittedGraph) -> str:
     )
     chance = "" if found.random_value is None else f"; random search over as many: {found.random_value:.4f}"
     lines = [f"edges: [{edges}]", "", f"{how}: {found.value:.4f} of the answers it was fitted on{chance}", ""]
-    lines.append("on items that were not fitted on:")
-    lines += [
-        f"  {way}: {each.value:.4f} ({each.low:.4f} .. {each.high:.4f})" for way, each in fitted.values.items()
-    ]
-    gain = fitted.difference
-    lines.append(f"  found against {fitted.best}: {gain.value:+.4f} ({gain.low:+.4f} .. {gain.high:+.4f})")
+    lines.append(f"right answers on items that were not fitted on:\n{table_of(fitted.compared)}")
+    if fitted.parts:
+        shown = ", ".join(f"{model} {score:.4f}" for model, score in fitted.parts.items())
+        lines += ["", f"part of each model (JFK-score over random assignments): {shown}"]
     if not fitted.is_sure:
         lines += ["", "the gain over the best single model may be chance"]
     return "\n".join(lines)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -278,3 +279,50 @@ def test_tune_by_score_takes_members_accuracies(config: Path, tmp_path: Path) ->
     found = invoke("tune", *options, "--method", "score", "--split", "all")
     assert found.exit_code == 0, found.output
     assert [line.split()[-1] for line in found.stdout.splitlines()[1:3]] == ["0.500", "0.500"]
+
+
+def test_tune_by_swarm_finds_weights_and_options(config: Path, tmp_path: Path) -> None:
+    """No worse than configured where it was fitted, and not far from the search along the weights alone."""
+    path = tmp_path / "config.yaml"
+    path.write_text(config.read_text())
+    records = tmp_path / "texts.jsonl"
+    records.write_text("\n".join(json.dumps({"text": text}) for text in TEXTS))
+    options = ["--config", str(path), "--task", f"texts={records}", "--cache", str(tmp_path), "--split", "all"]
+    swarm = ["tune", *options, "--method", "swarm", "--budget", "40"]
+    plain = invoke(*swarm, "--ensemble", "duet?fusion=gac&options.threshold=1")
+    assert plain.exit_code == 0, plain.output
+    exact = invoke("tune", *options, "--ensemble", "duet?fusion=gac&options.threshold=1")
+    values = [_bits(each.stdout, "after") for each in (plain, exact)]
+    assert values[0] == pytest.approx(values[1], rel=2e-3)
+
+    both = invoke(*swarm, "--ensemble", "duet?fusion=contrastive", "--vary", "alpha=0.0..3.0")
+    assert both.exit_code == 0, both.output
+    before, found, chance = map(float, re.findall(r"(\d\.\d{5}) (?:as|by)", both.stdout))
+    assert min(found, chance) < before
+    assert re.search(r"fusion options: \{alpha: [0-3]", both.stdout)
+    assert _bits(both.stdout, "after") <= _bits(both.stdout, "before")
+
+
+@pytest.mark.parametrize(
+    ("extra", "words"),
+    [
+        (["--vary", "alpha"], "write NAME=LOW..HIGH"),
+        (["--vary", "alpha=3..1"], "write NAME=LOW..HIGH"),
+        (["--vary", "beat=1..3"], "beat"),
+        (["--vary", "support=1..3"], "support"),
+        (["--vary", "alpha=0.1..0.2", "--write"], "sets weights alone"),
+        (["--vary", "alpha=0.1..0.2", "--method", "nll"], "--vary only acts with --method swarm"),
+    ],
+)
+def test_what_a_swarm_cannot_vary_is_refused(config: Path, tmp_path: Path, extra: list[str], words: str) -> None:
+    records = tmp_path / "texts.jsonl"
+    records.write_text("\n".join(json.dumps({"text": text}) for text in TEXTS))
+    command = ["tune", "--config", str(config), "--task", f"t={records}", "--cache", str(tmp_path)]
+    found = invoke(*command, "--ensemble", "duet?fusion=contrastive", "--method", "swarm", *extra)
+    assert found.exit_code == 1
+    assert words in found.output
+
+
+def _bits(output: str, model: str) -> float:
+    (line,) = (line for line in output.splitlines() if line.split()[:1] == [model] and " .. " in line)
+    return float(line.split()[1])

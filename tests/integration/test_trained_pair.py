@@ -15,7 +15,7 @@ from ensemble_core.config import load_config
 from ensemble_core.decoding.sampling_params import SamplingParams
 from ensemble_core.errors import ArtefactError
 from ensemble_core.evaluation.run import Chosen
-from ensemble_core.fitting.fit import GraphSearch, fit_council
+from ensemble_core.fitting.fit import Search, fit_council
 from ensemble_core.llm import LLM
 from studies import domains, routing, trained_pair
 from studies.trained_pair import GAIN, SMALL, Measured
@@ -76,7 +76,7 @@ def test_a_fitted_router_is_written_loaded_and_asked(folder: Path) -> None:
     path = routing.with_council(folder, "linear")
     config = load_config(path)
     chosen = Chosen([f"single={documents}"], "even", None, 0, folder / "scores")
-    said = fit_council(config, chosen, "smart", None, GraphSearch(), None, force=False)
+    said = fit_council(config, chosen, "smart", None, Search(), None, force=False)
     assert "written to" in said
     with closing(LLM(path)) as llm:
         params = SamplingParams(max_tokens=6, temperature=0.0)
