@@ -331,7 +331,7 @@ def tune(
             raise ConfigError(f"--vary only acts with --method swarm, not {method}")
         goal = config if write else None
         if method == "swarm":
-            from ensemble_core.fitting.tune_swarm import SwarmSearch, tune_options
+            from ensemble_core.fitting.run import SwarmSearch, tune_options
 
             search = SwarmSearch(tuple(vary or ()), positions, budget, seed)
             typer.echo(tune_options(settings, chosen, ensemble, search, goal))
@@ -372,7 +372,7 @@ def fit(
         settings = _load_quietly(config)
 
         from ensemble_core.evaluation import run
-        from ensemble_core.fitting.fit import Calibration, Search, fit_council
+        from ensemble_core.fitting.run import Calibration, Search, fit_council
 
         chosen = run.Chosen(task, split, limit, shots, cache, skip_bad)
         calibration = None if strong is None or share is None else Calibration(strong, share)

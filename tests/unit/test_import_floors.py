@@ -59,7 +59,7 @@ CLI_MAY_IMPORT = EDGE_MAY_IMPORT | {
     "ensemble_core.members.loading.checkpoints",
     "ensemble_core.transfer.report",
     "ensemble_core.evaluation.run",
-    "ensemble_core.fitting.fit",
+    "ensemble_core.fitting.run",
     "ensemble_core.llm",
 }
 TORCHLESS = (
