@@ -24,7 +24,7 @@ from ensemble_core.config import Config, SchedulerConfig, ServerConfig
 from ensemble_core.errors import ConfigError
 from ensemble_core.runtime import Runtime
 from server.batches.calls import InnerClient, batch_urls
-from server.batches.flow import Flow, FlowCounts, Window
+from server.batches.flow import FlightWindow, Flow, FlowCounts
 from server.batches.lines import CustomIds, Intake, raw_lines, taken_lines
 from server.batches.results import LineResult, ResultFile, kept_answers
 from server.edge.app import create_app
@@ -112,7 +112,7 @@ def run_batch(config: Config, source: Path, files: BatchFiles, say: Callable[[st
     answered = files.answered()
     num_lines = sum(1 for _ in raw_lines(files.requests, config.server.max_body_bytes))
     ending = Ending(num_lines, len(answered))
-    asyncio.run(_Run(config, files, answered, ending, say).run())
+    asyncio.run(_BatchRun(config, files, answered, ending, say).run())
     say(ending.summary())
     if ending.failure is not None:
         say(f"batch: ended early: {ending.failure}")
@@ -139,7 +139,7 @@ def without_a_socket(server: ServerConfig) -> ServerConfig:
 
 
 @dataclass(slots=True)
-class _Run:
+class _BatchRun:
     config: Config
     files: BatchFiles
     answered: CustomIds
@@ -173,7 +173,7 @@ class _Run:
         with closing(ResultFile(self.files.output, self.files.errors)) as file, self._bar() as bar:
             async with aclosing(lines), InnerClient(app) as client:
                 deliver = partial(self._deliver, file, bar)
-                window = Window(most_in_flight(self.config.scheduler))
+                window = FlightWindow(most_in_flight(self.config.scheduler))
                 self.flow = Flow(client, partial(_gone, runtime), deliver, window, self.ending.counts)
                 started = time.perf_counter()
                 guard = asyncio.create_task(self._drop_in_time(server.drain_seconds))

@@ -9,9 +9,9 @@ files, endpoints or signals.
 from __future__ import annotations
 
 import asyncio
-from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
+from heapq import heapify, heappop, heappush
 
 from server.batches.lines import BatchItem, LineFault
 from server.batches.results import BatchReply, LineResult
@@ -21,7 +21,7 @@ _PATIENCE = 1.0  # seconds that a refused request waits for another one to end
 Call = Callable[[BatchItem], Awaitable[BatchReply]]
 
 
-class Window:
+class FlightWindow:
     """The places of the requests in flight."""
 
     def __init__(self, places: int, patience: float = _PATIENCE) -> None:
@@ -29,7 +29,8 @@ class Window:
         self._patience = patience
         self._inside = 0
         self._closed = False
-        self._refused: deque[asyncio.Future[None]] = deque()  # the first waits the longest
+        self._refused: list[tuple[int, asyncio.Future[None]]] = []  # a heap by line
+        self._num_back = 0  # refused ones that are about to try again
         self._changed = asyncio.Event()
 
     async def enter(self) -> bool:
@@ -37,7 +38,7 @@ class Window:
 
         One task at a time may wait here.
         """
-        while not self._closed and (self._inside >= self._places or self._refused):
+        while not self._closed and (self._inside >= self._places or self._refused or self._num_back):
             self._changed.clear()
             await self._changed.wait()
         if not self._closed:
@@ -45,21 +46,25 @@ class Window:
         return not self._closed
 
     def leave(self) -> None:
-        """Give a place back; the first refused request may try again."""
+        """Give a place back; the refused request of the first line may try again."""
         self._inside -= 1
         if self._refused:
-            self._refused.popleft().set_result(None)
+            heappop(self._refused)[1].set_result(None)
+            self._num_back += 1
         self._changed.set()
 
-    async def again(self) -> None:
+    async def again(self, line: int) -> None:
         """Wait, after a refusal, until another request has ended, or for `patience` seconds."""
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._refused.append(turn)
+        heappush(self._refused, (line, turn))
         try:
             await asyncio.wait([turn], timeout=self._patience)
         finally:
-            if turn in self._refused:
-                self._refused.remove(turn)
+            if turn.done():
+                self._num_back -= 1
+            else:
+                self._refused.remove((line, turn))
+                heapify(self._refused)
             self._changed.set()
 
     @property
@@ -102,7 +107,7 @@ class Flow:
     call: Call
     gone: Callable[[], str | None]
     deliver: Callable[[LineResult], None]
-    window: Window
+    window: FlightWindow
     counts: FlowCounts = field(default_factory=FlowCounts)
     failure: str | None = None
     _tasks: set[asyncio.Task[None]] = field(default_factory=set)
@@ -157,7 +162,7 @@ class Flow:
                 return
             if reply.status != 429:
                 break
-            await self.window.again()
+            await self.window.again(item.line)
         self._deliver(LineResult(item.custom_id, reply))
 
     def _deliver(self, result: LineResult) -> None:
