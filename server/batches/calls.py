@@ -13,12 +13,15 @@ from typing import Any, Self
 
 import httpx
 from fastapi import FastAPI
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from server.batches.lines import BatchItem
 from server.batches.results import BatchReply
+from server.edge.auth import CLIENT
 
 logger = logging.getLogger(__name__)
 
+_BASE = "http://127.0.0.1"  # an address is served whatever server.allowed_hosts says
 _JSON = "application/json"
 _NEVER = ("/v1/admin", "/v1/batches", "/v1/files")  # what they do concerns the server, not a model
 
@@ -37,9 +40,14 @@ def batch_urls(app: FastAPI) -> frozenset[str]:
 class InnerClient:
     """Sends requests to an app of this process. The app's lifespan is its owner's."""
 
-    def __init__(self, app: FastAPI) -> None:
+    def __init__(self, app: ASGIApp, client: str) -> None:
+        """client: whose requests these are, as the gate would have found by the key."""
+
+        async def inside(scope: Scope, receive: Receive, send: Send) -> None:
+            await app({**scope, CLIENT: client}, receive, send)
+
         self._client = httpx.AsyncClient(
-            transport=httpx.ASGITransport(app), base_url="http://localhost", timeout=None, trust_env=False
+            transport=httpx.ASGITransport(inside), base_url=_BASE, timeout=None, trust_env=False
         )
 
     async def __aenter__(self) -> Self:

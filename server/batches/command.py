@@ -135,7 +135,7 @@ def most_in_flight(scheduler: SchedulerConfig) -> int:
 def without_a_socket(server: ServerConfig) -> ServerConfig:
     """The server's section for an app that only this process calls."""
     no_keys = {"api_keys": (), "api_key_env": None, "api_key_file": None}
-    return server.replaced(**no_keys, cors_origins=(), allowed_hosts=("*",), root_path="", access_log=False)
+    return server.replaced(**no_keys, cors_origins=(), root_path="", files_folder=None, access_log=False)
 
 
 @dataclass(slots=True)
@@ -171,7 +171,7 @@ class _BatchRun:
         intake = Intake(batch_urls(app), server.max_body_bytes, server.limits.body_values, self.answered)
         lines = taken_lines(self.files.requests, server.max_body_bytes, intake)
         with closing(ResultFile(self.files.output, self.files.errors)) as file, self._bar() as bar:
-            async with aclosing(lines), InnerClient(app) as client:
+            async with aclosing(lines), InnerClient(app, "") as client:
                 deliver = partial(self._deliver, file, bar)
                 window = FlightWindow(most_in_flight(self.config.scheduler))
                 self.flow = Flow(client, partial(_gone, runtime), deliver, window, self.ending.counts)

@@ -132,6 +132,18 @@ def kept_answers(path: Path) -> CustomIds:
     return answered
 
 
+def result_ids(*paths: Path) -> CustomIds:
+    """The ids of all whole lines of some files of results."""
+    found = CustomIds()
+    for path in paths:
+        with path.open("rb") as lines:
+            for line in lines:
+                result = _parsed_result(line)
+                if result is not None and isinstance(result["custom_id"], str):
+                    found.add(result["custom_id"])
+    return found
+
+
 def _answers(path: Path, lines: BinaryIO) -> Iterator[tuple[str, bytes]]:
     for number, line in enumerate(lines, 1):
         if not line.endswith(b"\n"):
