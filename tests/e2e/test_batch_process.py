@@ -15,6 +15,8 @@ from processes import ROOT
 
 from ensemble_core.config import Config
 
+pytestmark = pytest.mark.slow  # three processes load the models
+
 WORDS = ("a boat", "the sea", "中国", "😀", "fn main()")
 WRONG = {"wrong-model": 404, "too-hot": 400}
 
