@@ -270,6 +270,9 @@ class ServerConfig(Section):
         description="Host names that requests may address, or * for any. None: any, but on loopback without keys "
         "only localhost and IP addresses, so that no web page can reach the server under its own name.",
     )
+    files_folder: Path | None = Field(
+        None, description="Where /v1/files and /v1/batches keep what they are given; None: both are off."
+    )
     limits: LimitsConfig = Field(default_factory=lambda: LimitsConfig())
     allow_overrides: OverridesConfig = Field(default_factory=lambda: OverridesConfig())
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Of our loggers.")
@@ -467,7 +470,8 @@ def _resolve_paths(config: Config, folder: Path) -> Config:
 
 
 def _resolve_server_files(server: ServerConfig, folder: Path) -> dict[str, Path]:
-    files = {name: getattr(server, name) for name in ("api_key_file", "tls_cert_file", "tls_key_file")}
+    names = ("api_key_file", "tls_cert_file", "tls_key_file", "files_folder")
+    files = {name: getattr(server, name) for name in names}
     return {name: (folder / file.expanduser()).resolve() for name, file in files.items() if file is not None}
 
 

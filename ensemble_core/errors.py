@@ -43,6 +43,10 @@ class ModelNotFoundError(UnisonoError):
     """The request names a model that is neither an ensemble nor a member."""
 
 
+class NotStoredError(UnisonoError):
+    """The request names a file or a batch that its client does not have."""
+
+
 class QueueFullError(UnisonoError):
     """The bounded queue of waiting sequences is full; the client should try again later."""
 

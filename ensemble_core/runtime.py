@@ -116,6 +116,16 @@ class Runtime:
         """Safe from any thread."""
         return self._status
 
+    @property
+    def num_places(self) -> int:
+        """Sequences that run at the same time, at most."""
+        return self._config.scheduler.max_running
+
+    @property
+    def num_open(self) -> int:
+        """Sequences that run or wait. Safe from any thread."""
+        return len(self._listeners)
+
     def models(self) -> list[ModelInfo]:
         """All ensembles and members. Until everything is loaded, lengths are the configured ones."""
         if self._loaded is not None:

@@ -129,6 +129,7 @@ class FakeRuntime:
     seen: list[GenerationRequest] = field(default_factory=list)
     aborted: list[str] = field(default_factory=list)
     log: list[str] = field(default_factory=list)
+    num_places: int = 32
     num_open: int = 0  # submitted and not over
     aborting: bool = False
 

@@ -5,16 +5,18 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-from fastapi import FastAPI
+from fastapi import APIRouter, FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
 from ensemble_core.config import ServerConfig
-from server.api import probes, routes, tokenizers
+from server.api import files, probes, routes, tokenizers
 from server.api.services import Services
+from server.batches.calls import InnerClient
+from server.batches.desk import BatchDesk, Caller
 from server.edge import errors
 from server.edge.access import log_access
 from server.edge.auth import Gate, KeyRing, load_keys
@@ -41,12 +43,14 @@ def create_app(runtime: Runtime, config: ServerConfig, metrics: PrometheusMetric
     """
     keys = load_keys(config)
     traces = open_traces() if config.traces else None
+    desk = _desk(runtime, config, lambda owner: InnerClient(app, owner))
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncGenerator[None]:
         runtime.start()
         try:
-            yield
+            async with nullcontext() if desk is None else desk.open():
+                yield
             await runtime.drain(config.drain_seconds)
         finally:
             await asyncio.to_thread(runtime.stop)
@@ -62,12 +66,22 @@ def create_app(runtime: Runtime, config: ServerConfig, metrics: PrometheusMetric
         redirect_slashes=False,
         **_WITHOUT_TELEMETRY,
     )
-    app.state.services = Services(runtime, config, metrics, created=int(time.time()), keyed=bool(keys))
-    for module in (routes, tokenizers, probes):
-        app.include_router(module.router)
+    app.state.services = Services(runtime, config, metrics, int(time.time()), bool(keys), desk)
+    for router in (routes.router, tokenizers.router, probes.router, *_routers(desk)):
+        app.include_router(router)
     _add_middleware(app, config, keys, metrics, _observers(config, traces))
     errors.install(app, metrics)
     return app
+
+
+def _desk(runtime: Runtime, config: ServerConfig, caller: Caller) -> BatchDesk | None:
+    """Who works on batches, if the server keeps files. Raises ConfigError for their folder."""
+    folder = config.files_folder
+    return None if folder is None else BatchDesk(folder, config, runtime, caller)
+
+
+def _routers(desk: BatchDesk | None) -> tuple[APIRouter, ...]:
+    return () if desk is None else (files.files, files.batches)
 
 
 def _observers(config: ServerConfig, traces: Traces | None) -> list[Callable[[Exchange], None]]:
@@ -84,7 +98,8 @@ def _add_middleware(
     observers: Sequence[Callable[[Exchange], None]],
 ) -> None:
     """Add the innermost first. CORS is outside the gate: a preflight has no key, and web pages can read a 401."""
-    app.add_middleware(BodyLimit, max_bytes=config.max_body_bytes, limits=config.limits)
+    uploads = frozenset[str]() if config.files_folder is None else frozenset({files.UPLOAD_PATH})
+    app.add_middleware(BodyLimit, max_bytes=config.max_body_bytes, limits=config.limits, uploads=uploads)
     if keys:
         app.add_middleware(Gate, keys=keys, protect_metrics=config.protect_metrics, metrics=metrics)
         require_key(app)

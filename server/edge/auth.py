@@ -25,7 +25,8 @@ from server.edge.metrics import PrometheusMetrics
 logger = logging.getLogger(__name__)
 
 OPEN_PATHS = frozenset({"/health", "/ready", "/version"})
-CLIENT = "unisono.client"  # in the scope: whose key it was, so that places are shared among clients
+# In the scope: whose key it was, so that places are shared among clients. Calls from inside the process come with it.
+CLIENT = "unisono.client"
 _METRICS = "/metrics"
 _KEY = re.compile(r"[\x21-\x7e]+")
 
@@ -102,7 +103,7 @@ class Gate:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection."""
-        if scope["type"] != "http" or route_path(scope) in self._open:
+        if scope["type"] != "http" or CLIENT in scope or route_path(scope) in self._open:
             await self._app(scope, receive, send)
             return
         key = _bearer(scope)

@@ -21,10 +21,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ensemble_core.config import ServerConfig
 from ensemble_core.limits import LimitsConfig
+from server.edge.auth import route_path
 from server.edge.errors import RefusedBodyError
 
 _SMALL = 64 * 2**10  # bytes that are parsed at once, without a thread
 _MAX_FIELDS = 256
+_ENVELOPE = 2**16  # bytes that an upload may have around its file
 
 
 class BodyLimit:
@@ -34,10 +36,14 @@ class BodyLimit:
     does not read the body is not limited; the connection throws the body away.
     """
 
-    def __init__(self, app: ASGIApp, max_bytes: int, limits: LimitsConfig) -> None:
+    def __init__(
+        self, app: ASGIApp, max_bytes: int, limits: LimitsConfig, uploads: frozenset[str] = frozenset()
+    ) -> None:
+        """uploads: paths whose bodies hold a file; the route writes it to the disk as it comes."""
         self._app = app
         self._max_bytes = max_bytes
         self._limits = limits
+        self._uploads = uploads
         self._held = 0  # bytes of all bodies that are not whole yet
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -45,17 +51,19 @@ class BodyLimit:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        body = _Arriving(self, _declared(scope), receive)
+        is_upload = route_path(scope) in self._uploads
+        body = _Arriving(self, _declared(scope), receive, is_upload)
         try:
             await self._app(scope, body.receive, send)
         finally:
             body.release()
 
-    def check_size(self, num_bytes: int) -> None:
+    def check_size(self, num_bytes: int, is_upload: bool) -> None:
         """Raise a 413 for a body that is too large."""
-        if num_bytes > self._max_bytes:
-            message = f"the body is over the limit of {self._max_bytes} bytes (server.max_body_bytes)"
-            raise HTTPException(413, message)
+        most = self._limits.file_bytes + _ENVELOPE if is_upload else self._max_bytes
+        if num_bytes > most:
+            where = "server.limits.file_bytes" if is_upload else "server.max_body_bytes"
+            raise HTTPException(413, f"the body is over the limit of {most} bytes ({where})")
 
     def hold(self, num_bytes: int) -> None:
         """Count bytes as held; a negative number releases them. Raises a 503 for too many."""
@@ -63,19 +71,20 @@ class BodyLimit:
         if num_bytes > 0 and self._held > self._limits.body_memory:
             raise HTTPException(503, "too many bodies arrive at once (server.limits.body_memory); try again later")
 
-    @property
-    def seconds(self) -> float:
-        """How long a body may take."""
-        return self._limits.body_seconds
+    def bound(self, is_upload: bool) -> tuple[float, str]:
+        """How long a body may take, and the field that says so."""
+        limits = self._limits
+        return (limits.file_seconds, "file_seconds") if is_upload else (limits.body_seconds, "body_seconds")
 
 
 class _Arriving:
     """One body while it is received."""
 
-    def __init__(self, limit: BodyLimit, declared: int, receive: Receive) -> None:
+    def __init__(self, limit: BodyLimit, declared: int, receive: Receive, is_upload: bool) -> None:
         self._limit = limit
         self._declared = declared
         self._receive = receive
+        self._is_upload = is_upload
         self._deadline: float | None = None
         self._num_bytes = 0
         self._held = 0
@@ -85,15 +94,15 @@ class _Arriving:
         """The next message. Once the body is whole, there is no bound: the next message is the disconnect."""
         if self._whole:
             return await self._receive()
-        self._limit.check_size(self._declared)
+        self._limit.check_size(self._declared, self._is_upload)
         message = await self._in_time()
         chunk = len(message.get("body", b""))
         self._num_bytes += chunk
-        self._limit.check_size(self._num_bytes)
+        self._limit.check_size(self._num_bytes, self._is_upload)
         self._whole = not message.get("more_body", False)
         if self._whole:
             self.release()
-        else:
+        elif not self._is_upload:
             self._held += chunk
             self._limit.hold(chunk)
         return message
@@ -104,14 +113,15 @@ class _Arriving:
         self._held = 0
 
     async def _in_time(self) -> Message:
+        seconds, field = self._limit.bound(self._is_upload)
         if self._deadline is None:
-            self._deadline = asyncio.get_running_loop().time() + self._limit.seconds
+            self._deadline = asyncio.get_running_loop().time() + seconds
         try:
             async with asyncio.timeout_at(self._deadline):
                 return await self._receive()
         except TimeoutError:
-            seconds = f"{self._limit.seconds:g} s (server.limits.body_seconds)"
-            raise HTTPException(408, f"the body took longer than {seconds}") from None
+            message = f"the body took longer than {seconds:g} s (server.limits.{field})"
+            raise HTTPException(408, message) from None
 
 
 def _declared(scope: Scope) -> int:

@@ -20,6 +20,7 @@ from ensemble_core.errors import (
     InvalidRequestError,
     ModelNotFoundError,
     NotReadyError,
+    NotStoredError,
     QueueFullError,
     RequestTimeoutError,
     UnisonoError,
@@ -91,6 +92,8 @@ def to_api_error(error: Exception) -> ApiError:
             return ApiError(400, str(error), param=param, reason="invalid_request")
         case ModelNotFoundError():
             return ApiError(404, str(error), param="model", code="model_not_found", reason="model_not_found")
+        case NotStoredError():
+            return ApiError(404, str(error), code="not_found", reason="invalid_request")
         case QueueFullError():
             return _come_back(429, "rate_limit_error", "queue_full", str(error), seconds=1)
         case NotReadyError():

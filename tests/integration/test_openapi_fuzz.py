@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,6 +24,7 @@ from schemathesis.specs.openapi.checks import (
 from starlette.testclient import TestClient
 
 from ensemble_core.config import ServerConfig
+from ensemble_core.limits import LimitsConfig
 from server.edge.app import create_app
 from server.edge.metrics import PrometheusMetrics
 from server.schema.chat import ChatRequest
@@ -35,7 +38,10 @@ BOUNDS = settings(
     deadline=None,
     derandomize=True,
     database=None,
-    phases=[Phase.generate],  # shrinking a failure could take minutes
+    phases=[
+        Phase.explicit,
+        Phase.generate,
+    ],  # the examples of the document, too; shrinking a failure could take minutes
     suppress_health_check=list(HealthCheck),
 )
 CHECKS = [not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]
@@ -161,3 +167,22 @@ def test_any_messages(client: TestClient, content: object, role: object, more: o
 def test_any_response_format(client: TestClient, schema: object, kind: str) -> None:
     wanted = {"type": kind, "json_schema": {"name": "x", "schema": schema}}
     check(client, "/v1/chat/completions", {"model": "duo", "messages": MESSAGES, "response_format": wanted})
+
+
+@cache
+def app_with_files() -> Any:
+    config = ServerConfig(
+        allowed_hosts=("*",), files_folder=Path(tempfile.mkdtemp()), limits=LimitsConfig(files=5)
+    )
+    return create_app(runtime(), config, PrometheusMetrics())  # type: ignore[arg-type]
+
+
+of_files = schemathesis.openapi.from_asgi("/openapi.json", app_with_files()).include(
+    path_regex="^/v1/(files|batches)"
+)
+
+
+@of_files.parametrize()
+@BOUNDS
+def test_every_route_of_files_keeps_its_word(case: Any) -> None:
+    case.validate_response(case.call(), checks=CHECKS)
