@@ -96,8 +96,13 @@ def test_free_text_until_a_marker_and_json_behind_it() -> None:
     """What tools need: prose with no calls, or calls between prose, each in the form of its schema."""
     vocabulary = chat_vocabulary()
     end = vocabulary.tokens.index(b"[TOOL]")
-    schema = '{"type": "object", "properties": {"n": {"enum": [1, 2]}}, "required": ["n"]}'
-    rules = (f"start: TEXT (<tool_call> call <[{end}]> TEXT)*", f"call: %json {schema}", "TEXT: /[^<]{0,20}/")
+    fields = {"n": {"enum": [1, 2]}}
+    schema = {"type": "object", "properties": fields, "required": ["n"], "additionalProperties": False}
+    rules = (
+        f"start: TEXT (<tool_call> call <[{end}]> TEXT)*",
+        f"call: %json {json.dumps(schema)}",
+        "TEXT: /[^<]{0,20}/",
+    )
     form = TextForm("grammar", "\n".join(rules))
     seen = set()
     for seed in range(40):
