@@ -9,6 +9,7 @@ import itertools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
+from ensemble_core.decoding.bans import Bans
 from ensemble_core.decoding.guidance import Grammars
 from ensemble_core.decoding.perplexity import PromptLikelihood
 from ensemble_core.decoding.recipe import Recipe
@@ -46,6 +47,14 @@ class _Reading:
     recipe: Recipe
     text: str | None = None
     ids: dict[str, list[int]] = field(default_factory=dict)  # tracks share these lists and never change them
+    banned: dict[tuple[tuple[int, ...], tuple[str, ...]], Bans] = field(default_factory=dict)
+
+    def bans(self, params: SamplingParams, vocabulary: Vocabulary) -> Bans | None:
+        """What a choice must not write, spelt once for all choices that ban the same."""
+        asked = (params.allowed_token_ids, params.bad_words)
+        if any(asked) and asked not in self.banned:
+            self.banned[asked] = Bans(*asked, vocabulary.encode)
+        return self.banned.get(asked)
 
     def serves(self, other: GenerationRequest) -> bool:
         """Whether another request of the group can use this reading. Shared objects make the comparison cheap."""
@@ -118,6 +127,7 @@ class Admission:
         """Raise for what can be refused before the prompt is encoded."""
         params, main = request.params, self._speakers[recipe.main]
         _check_ids("logit_bias", [token_id for token_id, _ in params.logit_bias], main.vocabulary)
+        _check_ids("allowed_token_ids", params.allowed_token_ids, main.vocabulary)
         _check_ids("stop_token_ids", params.stop_token_ids, main.vocabulary)
         scored = _is_scored(params)
         if scored and recipe.fusion is not None and recipe.fusion.full_vocabulary:
@@ -157,12 +167,13 @@ class Admission:
                     "alone; leave it out",
                     param,
                 )
-        most_also, num = self._speakers[recipe.main].abilities.max_also, sum(b > 0 for _, b in params.logit_bias)
+        most_also, num = self._speakers[recipe.main].abilities.max_also, len(params.pinned_ids)
         if most_also is not None and num > most_also:
+            param = "allowed_token_ids" if params.allowed_token_ids else "logit_bias"
             raise InvalidRequestError(
-                f"logit_bias: {num} ids are raised, and member {recipe.main!r} can be asked for {most_also} at most; "
-                "send fewer",
-                "logit_bias",
+                f"{param}: {num} ids must be among the candidates, and member {recipe.main!r} can be asked for "
+                f"{most_also} at most; send fewer",
+                param,
             )
 
     def _sequence(self, request: GenerationRequest, reading: _Reading) -> Sequence:
@@ -176,6 +187,7 @@ class Admission:
             tracks=tracks,
             prompt_text=self._text(reading),
             constraint=None if form is None else main.grammars.compile(form, request.group),
+            bans=reading.bans(params, main.vocabulary),
             scores=PromptScores(params.logprobs or 0) if _is_scored(params) else None,
             likelihood=PromptLikelihood() if recipe.tau is not None else None,
         )
