@@ -9,7 +9,7 @@ import itertools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from ensemble_core.decoding.bans import Bans
+from ensemble_core.decoding.bans import Bans, bans_of
 from ensemble_core.decoding.guidance import Grammars
 from ensemble_core.decoding.perplexity import PromptLikelihood
 from ensemble_core.decoding.recipe import Recipe
@@ -47,14 +47,14 @@ class _Reading:
     recipe: Recipe
     text: str | None = None
     ids: dict[str, list[int]] = field(default_factory=dict)  # tracks share these lists and never change them
-    banned: dict[tuple[tuple[int, ...], tuple[str, ...]], Bans] = field(default_factory=dict)
+    banned: dict[tuple[tuple[int, ...], tuple[str, ...]], Bans | None] = field(default_factory=dict)
 
     def bans(self, params: SamplingParams, vocabulary: Vocabulary) -> Bans | None:
         """What a choice must not write, spelt once for all choices that ban the same."""
         asked = (params.allowed_token_ids, params.bad_words)
-        if any(asked) and asked not in self.banned:
-            self.banned[asked] = Bans(*asked, vocabulary.encode)
-        return self.banned.get(asked)
+        if asked not in self.banned:
+            self.banned[asked] = bans_of(params, vocabulary)
+        return self.banned[asked]
 
     def serves(self, other: GenerationRequest) -> bool:
         """Whether another request of the group can use this reading. Shared objects make the comparison cheap."""
