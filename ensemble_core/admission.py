@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from ensemble_core.decoding.bans import Bans, bans_of
+from ensemble_core.decoding.forms import TextForm
 from ensemble_core.decoding.guidance import Grammars
 from ensemble_core.decoding.perplexity import PromptLikelihood
 from ensemble_core.decoding.recipe import Recipe
@@ -95,6 +96,16 @@ class Admission:
             self._check(request, reading.recipe)
             made.append(self._sequence(request, reading))
         return made
+
+    def forms(self, requests: Iterable[GenerationRequest]) -> list[tuple[Grammars, TextForm]]:
+        """What `admit_all` will compile: it is faster where that is known by then. Raises as it does."""
+        found = {}
+        for request in requests:
+            if (form := request.params.form) is not None:
+                recipe = self._book.resolve(request.model, request.overrides)
+                self._check(request, recipe)
+                found[recipe.main, form] = (self._speakers[recipe.main].grammars, form)
+        return list(found.values())
 
     def check_ensembles(self, names: Iterable[str]) -> None:
         """Raise ConfigError where an ensemble, as it is configured, needs more than a member can do."""
@@ -186,7 +197,7 @@ class Admission:
             recipe=recipe,
             tracks=tracks,
             prompt_text=self._text(reading),
-            constraint=None if form is None else main.grammars.compile(form, request.group),
+            constraint=None if form is None else main.grammars.compile(form),
             bans=reading.bans(params, main.vocabulary),
             scores=PromptScores(params.logprobs or 0) if _is_scored(params) else None,
             likelihood=PromptLikelihood() if recipe.tau is not None else None,
