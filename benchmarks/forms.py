@@ -1,4 +1,4 @@
-"""What a form costs: tokens per second with a JSON schema over without, and a stream's gaps while costly forms arrive.
+"""What a form costs: tokens/s with a JSON schema over without, and a stream's gaps while costly forms arrive.
 
     python -m benchmarks.forms [--config configs/demo.yaml] [--ensemble duet] [--rounds 3] [--quick]
 
