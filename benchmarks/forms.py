@@ -108,9 +108,9 @@ def rates(config: Config, model: str, places: int, num_tokens: int, rounds: int)
     }
 
 
-async def gaps(runtime: Runtime, model: str, num_bombs: int) -> Iterator[TableRow]:
+async def gaps(runtime: Runtime, model: str, num_bombs: int) -> list[TableRow]:
     """A row for each kind of costly form: a stream's gaps before and meanwhile."""
-    rows, serial = [], itertools.count()
+    rows, serial = list[TableRow](), itertools.count()
     for name, make in BOMBS.items():
         attack: asyncio.Task[int] | None = None
         params = SamplingParams(max_tokens=1500, temperature=0.7, ignore_eos=True, seed=1)
@@ -139,7 +139,7 @@ async def gaps(runtime: Runtime, model: str, num_bombs: int) -> Iterator[TableRo
                 "refused": f"{refused} of {num_bombs}",
             }
         )
-    return iter(rows)
+    return rows
 
 
 async def _attack(
@@ -163,7 +163,7 @@ def beside_bombs(config: Config, model: str, num_bombs: int) -> list[TableRow]:
     runtime.start()
     runtime.wait_ready()
     try:
-        return list(asyncio.run(gaps(runtime, model, num_bombs)))
+        return asyncio.run(gaps(runtime, model, num_bombs))
     finally:
         runtime.stop()
 
@@ -184,7 +184,7 @@ def main() -> None:
     ]
     beside = beside_bombs(config, args.ensemble, bombs)
     worst = max(float(str(row["over median before"])) for row in beside)
-    checks.append(Check("longest gap beside costly forms / median", worst, "<", GAP_BOUND))
+    checks.append(Check("longest gap beside costly forms / median", worst, "<=", GAP_BOUND))
     settings = {"model": args.ensemble, "tokens": num_tokens, "rounds": rounds, "quick": args.quick}
     Findings("forms", {"rates": rows, "gaps": beside}, checks, settings).print()
 
