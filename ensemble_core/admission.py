@@ -9,6 +9,8 @@ import itertools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
+from ensemble_core.decoding.bans import Bans, bans_of
+from ensemble_core.decoding.forms import TextForm
 from ensemble_core.decoding.guidance import Grammars
 from ensemble_core.decoding.perplexity import PromptLikelihood
 from ensemble_core.decoding.recipe import Recipe
@@ -46,6 +48,14 @@ class _Reading:
     recipe: Recipe
     text: str | None = None
     ids: dict[str, list[int]] = field(default_factory=dict)  # tracks share these lists and never change them
+    banned: dict[tuple[tuple[int, ...], tuple[str, ...]], Bans | None] = field(default_factory=dict)
+
+    def bans(self, params: SamplingParams, vocabulary: Vocabulary) -> Bans | None:
+        """What a choice must not write, spelt once for all choices that ban the same."""
+        asked = (params.allowed_token_ids, params.bad_words)
+        if asked not in self.banned:
+            self.banned[asked] = bans_of(params, vocabulary)
+        return self.banned[asked]
 
     def serves(self, other: GenerationRequest) -> bool:
         """Whether another request of the group can use this reading. Shared objects make the comparison cheap."""
@@ -87,6 +97,16 @@ class Admission:
             made.append(self._sequence(request, reading))
         return made
 
+    def forms(self, requests: Iterable[GenerationRequest]) -> list[tuple[Grammars, TextForm]]:
+        """What `admit_all` will compile: it is faster where that is known by then. Raises as it does."""
+        found = {}
+        for request in requests:
+            if (form := request.params.form) is not None:
+                recipe = self._book.resolve(request.model, request.overrides)
+                self._check(request, recipe)
+                found[recipe.main, form] = (self._speakers[recipe.main].grammars, form)
+        return list(found.values())
+
     def check_ensembles(self, names: Iterable[str]) -> None:
         """Raise ConfigError where an ensemble, as it is configured, needs more than a member can do."""
         for name in names:
@@ -118,6 +138,7 @@ class Admission:
         """Raise for what can be refused before the prompt is encoded."""
         params, main = request.params, self._speakers[recipe.main]
         _check_ids("logit_bias", [token_id for token_id, _ in params.logit_bias], main.vocabulary)
+        _check_ids("allowed_token_ids", params.allowed_token_ids, main.vocabulary)
         _check_ids("stop_token_ids", params.stop_token_ids, main.vocabulary)
         scored = _is_scored(params)
         if scored and recipe.fusion is not None and recipe.fusion.full_vocabulary:
@@ -139,9 +160,9 @@ class Admission:
         """
         params = request.params
         whole = recipe.members if recipe.fusion is not None and recipe.fusion.full_vocabulary else ()
-        if params.json_schema is not None:
+        if params.form is not None:
             whole = (*whole, recipe.main)
-        param = "ensemble.fusion" if params.json_schema is None else "response_format"
+        param = "ensemble.fusion" if params.form is None else params.form.field
         for member in whole:
             if (most := self._speakers[member].abilities.max_k) is not None:
                 raise InvalidRequestError(
@@ -157,17 +178,18 @@ class Admission:
                     "alone; leave it out",
                     param,
                 )
-        most_also, num = self._speakers[recipe.main].abilities.max_also, sum(b > 0 for _, b in params.logit_bias)
+        most_also, num = self._speakers[recipe.main].abilities.max_also, len(params.pinned_ids)
         if most_also is not None and num > most_also:
+            param = "allowed_token_ids" if params.allowed_token_ids else "logit_bias"
             raise InvalidRequestError(
-                f"logit_bias: {num} ids are raised, and member {recipe.main!r} can be asked for {most_also} at most; "
-                "send fewer",
-                "logit_bias",
+                f"{param}: {num} ids must be among the candidates, and member {recipe.main!r} can be asked for "
+                f"{most_also} at most; send fewer",
+                param,
             )
 
     def _sequence(self, request: GenerationRequest, reading: _Reading) -> Sequence:
         recipe, params = reading.recipe, request.params
-        main, schema = self._speakers[recipe.main], params.json_schema
+        main, form = self._speakers[recipe.main], params.form
         tracks = {member: self._track(member, request, reading) for member in recipe.members}
         return Sequence(
             seq_id=next(self._ids),
@@ -175,7 +197,8 @@ class Admission:
             recipe=recipe,
             tracks=tracks,
             prompt_text=self._text(reading),
-            constraint=None if schema is None else main.grammars.compile(schema, request.group),
+            constraint=None if form is None else main.grammars.compile(form),
+            bans=reading.bans(params, main.vocabulary),
             scores=PromptScores(params.logprobs or 0) if _is_scored(params) else None,
             likelihood=PromptLikelihood() if recipe.tau is not None else None,
         )

@@ -63,6 +63,7 @@ def check(request: GenerationRequest, council: Council) -> None:
     one = f"{name!r} is a council, whose models have different tokens; send it to one of its models"
     for param, given in (
         ("logit_bias", params.logit_bias),
+        ("allowed_token_ids", params.allowed_token_ids),
         ("stop_token_ids", params.stop_token_ids),
         ("prompt", isinstance(request.prompt, tuple)),
     ):
@@ -87,10 +88,10 @@ def _check_discussion(request: GenerationRequest, name: str) -> None:
             f"logprobs: the answer of {name!r} is put together from a discussion, so its tokens have none",
             "logprobs",
         )
-    if params.json_schema is not None:
+    if params.form is not None:
         raise InvalidRequestError(
-            f"response_format: the answer of {name!r} has the form of its discussion; leave it out",
-            "response_format",
+            f"{params.form.field}: the answer of {name!r} has the form of its discussion; leave it out",
+            params.form.field,
         )
     if getattr(request.prompt, "continue_final", False):
         raise InvalidRequestError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 
@@ -22,7 +21,6 @@ from server.schema.chat import (
     ChatRequest,
     ChatToken,
     Delta,
-    ResponseFormat,
     to_conversation,
 )
 
@@ -30,7 +28,7 @@ from server.schema.chat import (
 @contextmanager
 def chat_words(body: ChatRequest) -> Generator[None]:
     """Rename the fields in the engine's InvalidRequestError to the names that this endpoint uses."""
-    names = {"prompt": "messages", "json_schema": "response_format"}
+    names = {"prompt": "messages"}
     if body.max_completion_tokens is not None:
         names["max_tokens"] = "max_completion_tokens"
     try:
@@ -81,8 +79,7 @@ def plan(body: ChatRequest, prompt: Conversation, max_tokens: int, max_choices: 
 
 
 def _params(body: ChatRequest, max_tokens: int) -> SamplingParams:
-    schema = json_schema(body.response_format)
-    return sampling_params(body, max_tokens=max_tokens, logprobs=_num_logprobs(body), json_schema=schema)
+    return sampling_params(body, max_tokens=max_tokens, logprobs=_num_logprobs(body))
 
 
 def _num_logprobs(body: ChatRequest) -> int | None:
@@ -91,21 +88,6 @@ def _num_logprobs(body: ChatRequest) -> int | None:
     if wanted and not body.logprobs:
         raise InvalidRequestError("top_logprobs is only allowed with logprobs: true", "top_logprobs")
     return wanted if body.logprobs else None
-
-
-def json_schema(wanted: ResponseFormat | None) -> str | None:
-    """The schema as text; "" for any JSON object, None for free text. Raises InvalidRequestError."""
-    if wanted is None or wanted.type == "text":
-        return None
-    if wanted.json_schema is None:
-        return ""
-    schema = wanted.json_schema.schema_
-    try:
-        return json.dumps(schema, allow_nan=False, separators=(",", ":"))
-    except (ValueError, RecursionError) as error:
-        raise InvalidRequestError(
-            f"response_format: json_schema.schema cannot be read: {error}", "response_format"
-        ) from error
 
 
 class ChatJob(Job):
