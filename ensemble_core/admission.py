@@ -139,9 +139,9 @@ class Admission:
         """
         params = request.params
         whole = recipe.members if recipe.fusion is not None and recipe.fusion.full_vocabulary else ()
-        if params.json_schema is not None:
+        if params.form is not None:
             whole = (*whole, recipe.main)
-        param = "ensemble.fusion" if params.json_schema is None else "response_format"
+        param = "ensemble.fusion" if params.form is None else params.form.field
         for member in whole:
             if (most := self._speakers[member].abilities.max_k) is not None:
                 raise InvalidRequestError(
@@ -167,7 +167,7 @@ class Admission:
 
     def _sequence(self, request: GenerationRequest, reading: _Reading) -> Sequence:
         recipe, params = reading.recipe, request.params
-        main, schema = self._speakers[recipe.main], params.json_schema
+        main, form = self._speakers[recipe.main], params.form
         tracks = {member: self._track(member, request, reading) for member in recipe.members}
         return Sequence(
             seq_id=next(self._ids),
@@ -175,7 +175,7 @@ class Admission:
             recipe=recipe,
             tracks=tracks,
             prompt_text=self._text(reading),
-            constraint=None if schema is None else main.grammars.compile(schema, request.group),
+            constraint=None if form is None else main.grammars.compile(form, request.group),
             scores=PromptScores(params.logprobs or 0) if _is_scored(params) else None,
             likelihood=PromptLikelihood() if recipe.tau is not None else None,
         )

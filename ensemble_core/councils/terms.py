@@ -87,10 +87,10 @@ def _check_discussion(request: GenerationRequest, name: str) -> None:
             f"logprobs: the answer of {name!r} is put together from a discussion, so its tokens have none",
             "logprobs",
         )
-    if params.json_schema is not None:
+    if params.form is not None:
         raise InvalidRequestError(
-            f"response_format: the answer of {name!r} has the form of its discussion; leave it out",
-            "response_format",
+            f"{params.form.field}: the answer of {name!r} has the form of its discussion; leave it out",
+            params.form.field,
         )
     if getattr(request.prompt, "continue_final", False):
         raise InvalidRequestError(

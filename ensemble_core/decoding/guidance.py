@@ -1,4 +1,4 @@
-"""Constrained decoding: which of main's tokens may come next, so that the text is JSON that follows a schema.
+"""Constrained decoding: which of main's tokens may come next, so that the text has the form that was asked for.
 
 The grammar engine is llguidance. It gets our own vocabulary, so every kind of tokenizer works the same way.
 Invariants: main's stop tokens are allowed exactly where the text is complete; a grammar that fails raises and never
@@ -11,17 +11,24 @@ from __future__ import annotations
 import json
 import threading
 from functools import cached_property, lru_cache
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
+from llguidance.gbnf_to_lark import any_to_lark
 from torch import Tensor
 
+from ensemble_core.decoding.forms import TextForm
 from ensemble_core.decoding.schemas import endless
 from ensemble_core.errors import ConstraintError, InvalidRequestError
 from ensemble_core.text.vocabulary import Vocabulary
 
-ANY_OBJECT = json.dumps({"type": "object"})
+if TYPE_CHECKING:
+    from llguidance._lib import JsonCompileOptions
+
+ANY_OBJECT = TextForm("json")
+_ANY_OBJECT = json.dumps({"type": "object"})
 # Between the parts of a value: a space, or a new line with its indentation. With free white space a model might write
 # nothing else until its tokens are used up. A schema's own `x-guidance` can override this.
 _LAYOUT = r" |\n {0,16}"
@@ -60,40 +67,37 @@ class Grammars:
     def __init__(self, vocabulary: Vocabulary) -> None:
         self._vocabulary = vocabulary
         self._lock = threading.Lock()
-        self._of_group = lru_cache(_NUM_GROUPS)(lambda schema, _group: self._compiled(schema))
+        self._of_group = lru_cache(_NUM_GROUPS)(lambda form, _group: self._compiled(form))
 
-    def compile(self, schema: str, group: str | None = None) -> Constraint:
-        """A constraint for JSON text that follows a schema; "" allows any object. group: the request's group, if any.
+    def compile(self, form: TextForm, group: str | None = None) -> Constraint:
+        """A constraint for text of a form. group: the request's group, if any.
 
-        Raises InvalidRequestError for an invalid schema, one that no value can satisfy, and one that costs too much.
+        Raises InvalidRequestError for a form that is invalid, that no text can have, and that costs too much.
         """
-        schema = schema or ANY_OBJECT
-        return self._compiled(schema) if group is None else self._of_group(schema, group).copy()
+        return self._compiled(form) if group is None else self._of_group(form, group).copy()
 
     def warm(self) -> None:
         """Build the costly parts now: a second or two for a large vocabulary."""
         if self._vocabulary.stop_ids:
             self._compiled(ANY_OBJECT)
 
-    def _compiled(self, schema: str) -> Constraint:
+    def _compiled(self, form: TextForm) -> Constraint:
         if not self._vocabulary.stop_ids:
             raise InvalidRequestError(
-                "response_format: this model has no stop token, so constrained text could not end",
-                "response_format",
+                f"{form.field}: this model has no stop token, so constrained text could not end", form.field
             )
         with self._lock:
             tokenizer, lengths = self._tokenizer, self._lengths
         try:
-            grammar = LLMatcher.grammar_from_json_schema(schema, defaults={"whitespace_pattern": _LAYOUT})
-            matcher = LLMatcher(tokenizer, grammar, log_level=0, limits=_LIMITS)
-            constraint = Constraint(matcher, self._vocabulary)
+            matcher = LLMatcher(tokenizer, _grammar(form), log_level=0, limits=_LIMITS)
+            constraint = Constraint(matcher, self._vocabulary, form)
             constraint.probe(lengths)
         except ConstraintError as error:
-            raise _refusal(error.reason) from error
-        except ValueError as error:
-            raise _refusal(str(error)) from error
-        if (ref := endless(schema)) is not None:
-            raise _refusal(f"no finite value can satisfy it, since $ref {ref!r} always needs itself again")
+            raise _refusal(form, error.reason) from error
+        except (ValueError, RecursionError) as error:
+            raise _refusal(form, str(error)) from error
+        if form.kind == "json" and form.source and (ref := endless(form.source)) is not None:
+            raise _refusal(form, f"no finite value can satisfy it, since $ref {ref!r} always needs itself again")
         return constraint
 
     @cached_property
@@ -109,8 +113,8 @@ class Grammars:
 class Constraint:
     """The position of one sequence in its grammar. Once the grammar has failed, methods raise ConstraintError."""
 
-    def __init__(self, matcher: LLMatcher, vocabulary: Vocabulary) -> None:
-        self._matcher, self._vocabulary = matcher, vocabulary
+    def __init__(self, matcher: LLMatcher, vocabulary: Vocabulary, form: TextForm) -> None:
+        self._matcher, self._vocabulary, self._form = matcher, vocabulary, form
         self._stop_ids = sorted(vocabulary.stop_ids)
 
     def allowed(self) -> Tensor:
@@ -120,7 +124,7 @@ class Constraint:
         allowed = torch.from_numpy(bits[: len(self._vocabulary)] > 0)
         allowed[self._stop_ids] = self._matcher.is_accepting()
         if not allowed.any():
-            raise ConstraintError("no token of this model can go on with the text")
+            raise self._error("no token of this model can go on with the text")
         return allowed
 
     def accept(self, token_id: int) -> None:
@@ -131,7 +135,7 @@ class Constraint:
 
     def copy(self) -> Constraint:
         """A copy at the same position."""
-        return Constraint(self._matcher.deep_copy(), self._vocabulary)
+        return Constraint(self._matcher.deep_copy(), self._vocabulary, self._form)
 
     def probe(self, lengths: Tensor) -> None:
         """Try the first few tokens of a text, always the longest that is allowed. Does not advance.
@@ -145,11 +149,41 @@ class Constraint:
     def _check(self) -> None:
         if self._matcher.is_error():
             reason = self._matcher.get_error().removesuffix("<non-verbose/>").strip()
-            raise ConstraintError(_CONTRADICTION if reason == "NoExtensionBias" else reason)
+            raise self._error(_CONTRADICTION if reason == "NoExtensionBias" else reason)
+
+    def _error(self, reason: str) -> ConstraintError:
+        return ConstraintError(self._form.field, self._form.noun, reason)
 
 
-def _refusal(reason: str) -> InvalidRequestError:
+def _grammar(form: TextForm) -> str:
+    """A form in llguidance's own terms. Raises ValueError where its text cannot be read."""
+    match form.kind:
+        case "json":
+            layout = _LAYOUT if form.layout is None else form.layout
+            spaces: JsonCompileOptions = (
+                {"whitespace_pattern": layout} if layout else {"whitespace_flexible": False}
+            )
+            return LLMatcher.grammar_from_json_schema(form.source or _ANY_OBJECT, defaults=spaces)
+        case "regex":
+            return LLMatcher.grammar_from_regex(form.source)
+        case "choice":  # one lexeme: choices as rules of their own would each be an item of the parser
+            return LLMatcher.grammar_from_lark(
+                "start: CHOICE\nCHOICE: " + " | ".join(map(json.dumps, form.choices))
+            )
+        case "grammar":
+            return LLMatcher.grammar_from_lark(_lark(form.source))
+
+
+def _lark(source: str) -> str:
+    """A grammar in Lark's form; one without a rule `start` is read as GBNF. Raises ValueError."""
+    try:
+        return any_to_lark(source)
+    except Exception as error:  # its errors have no class of their own
+        raise ValueError(
+            f"it has no rule `start:`, as Lark has, and as GBNF it cannot be read: {error}"
+        ) from error
+
+
+def _refusal(form: TextForm, reason: str) -> InvalidRequestError:
     reason = " ".join(reason.split())[:300]
-    return InvalidRequestError(
-        f"response_format: the JSON schema cannot be used: {reason}; correct the schema", "response_format"
-    )
+    return InvalidRequestError(f"{form.field}: the {form.noun} cannot be used: {reason}; correct it", form.field)

@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
+from ensemble_core.decoding.forms import TextForm
 from ensemble_core.decoding.parameters import Parameter, declared
 
 MAX_SEED = 2**63 - 1
-MAX_GRAMMAR_LENGTH = 65_536
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,8 +22,8 @@ class SamplingParams:
     Defaults from there on change nothing, and temperature 1 samples as fused. Token ids are the main member's.
     temperature: 0 is greedy. top_k: 0 is off. logprobs: number of alternatives to report per token, from the fused
     distribution before penalties, bias and temperature; None: no log-probabilities. echo: also report the prompt
-    (with logprobs: its teacher-forced fused log-probabilities); only then may max_tokens be 0. json_schema: the text
-    must be JSON that follows this schema ("" allows any JSON object); None: free text.
+    (with logprobs: its teacher-forced fused log-probabilities); only then may max_tokens be 0. form: what the
+    text must be; None: free text.
     """
 
     max_tokens: int = declared("integer", 16, "maximum number of tokens of each choice", 5, low=1)
@@ -46,9 +46,7 @@ class SamplingParams:
         "integer", None, "send each token's fused log-probability and those of this many alternatives", 3, high=20
     )
     echo: bool = declared("boolean", False, "the prompt comes first in `text`, and in `logprobs`", True)
-    json_schema: str | None = declared(
-        "text", None, "the text is JSON of this schema", "", high=MAX_GRAMMAR_LENGTH
-    )
+    form: TextForm | None = declared("form", None, "what the text must be", None)  # noqa: RUF009, as the others
     repetition_penalty: float = declared(
         "number", 1.0, "over 1 makes tokens of prompt and completion less likely", 1.2, low=0.01, high=10
     )
@@ -81,7 +79,6 @@ class SamplingParams:
                 parameter.check(name, getattr(self, name))
         PARAMETERS["max_tokens"].check("max_tokens", self.max_tokens, low=0 if self.echo else None)
         PARAMETERS["min_tokens"].check("min_tokens", self.min_tokens, high=self.max_tokens)
-        PARAMETERS["json_schema"].check("response_format", self.json_schema)
 
     @property
     def greedy(self) -> bool:
@@ -100,7 +97,7 @@ class SamplingParams:
 
 
 PARAMETERS: Mapping[str, Parameter] = {each.name: each.metadata["parameter"] for each in fields(SamplingParams)}
-_OWN_CHECKS = ("max_tokens", "min_tokens", "json_schema")  # they depend on other fields, or have other names
+_OWN_CHECKS = ("max_tokens", "min_tokens")  # they depend on other fields
 _NEUTRAL = tuple(
     PARAMETERS[name].default for name in ("repetition_penalty", "presence_penalty", "frequency_penalty")
 )

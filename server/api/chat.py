@@ -6,6 +6,7 @@ import json
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 
+from ensemble_core.decoding.forms import TextForm
 from ensemble_core.decoding.requests import Alternative, Conversation, Output, TokenLogprob
 from ensemble_core.decoding.sampling_params import PARAMETERS, SamplingParams
 from ensemble_core.errors import InvalidRequestError
@@ -32,7 +33,7 @@ from server.schema.tools import FunctionReply, ToolCallDelta, ToolCallReply, to_
 @contextmanager
 def chat_words(body: ChatRequest) -> Generator[None]:
     """Rename the fields in the engine's InvalidRequestError to the names that this endpoint uses."""
-    names = {"prompt": "messages", "json_schema": "response_format"}
+    names = {"prompt": "messages"}
     if body.max_completion_tokens is not None:
         names["max_tokens"] = "max_completion_tokens"
     try:
@@ -84,8 +85,8 @@ def plan(body: ChatRequest, prompt: Conversation, max_tokens: int, max_choices: 
 
 
 def _params(body: ChatRequest, max_tokens: int) -> SamplingParams:
-    schema = json_schema(body.response_format)
-    return sampling_params(body, max_tokens=max_tokens, logprobs=_num_logprobs(body), json_schema=schema)
+    form = response_form(body.response_format)
+    return sampling_params(body, max_tokens=max_tokens, logprobs=_num_logprobs(body), form=form)
 
 
 def _num_logprobs(body: ChatRequest) -> int | None:
@@ -96,19 +97,20 @@ def _num_logprobs(body: ChatRequest) -> int | None:
     return wanted if body.logprobs else None
 
 
-def json_schema(wanted: ResponseFormat | None) -> str | None:
-    """The schema as text; "" for any JSON object, None for free text. Raises InvalidRequestError."""
+def response_form(wanted: ResponseFormat | None) -> TextForm | None:
+    """What `response_format` asks for; None for free text. Raises InvalidRequestError."""
     if wanted is None or wanted.type == "text":
         return None
     if wanted.json_schema is None:
-        return ""
+        return TextForm("json", field="response_format")
     schema = wanted.json_schema.schema_
     try:
-        return json.dumps(schema, allow_nan=False, separators=(",", ":"))
+        text = json.dumps(schema, allow_nan=False, separators=(",", ":"))
     except (ValueError, RecursionError) as error:
         raise InvalidRequestError(
             f"response_format: json_schema.schema cannot be read: {error}", "response_format"
         ) from error
+    return TextForm("json", text, field="response_format")
 
 
 class ChatJob(Job):

@@ -100,7 +100,9 @@ def test_json_schemas_reach_the_engine_as_text(client: TestClient, runtime: Fake
     schema = {"type": "object", "properties": {"a": {"type": "integer"}}}
     wanted = {"type": "json_schema", "json_schema": {"name": "x", "strict": True, "schema": schema}}
     assert post(client, response_format=wanted).status_code == 200
-    assert json.loads(runtime.seen[0].params.json_schema or "") == schema
+    form = runtime.seen[0].params.form
+    assert form is not None
+    assert (form.kind, json.loads(form.source), form.field) == ("json", schema, "response_format")
 
 
 IMAGE = [{"type": "image_url", "image_url": {"url": "data:,x"}}]

@@ -10,6 +10,7 @@ import pytest
 from fakes import FakeMember, FakeTokenizer, byte_vocabulary, fake_config, fake_loaded, pair_vocabulary
 
 from ensemble_core.admission import Admission
+from ensemble_core.decoding.forms import TextForm
 from ensemble_core.decoding.requests import Conversation, GenerationRequest, Overrides, Weighting
 from ensemble_core.decoding.sampling_params import SamplingParams
 from ensemble_core.decoding.sequence import Choice, Phase
@@ -119,7 +120,7 @@ SIZE = len(pair_vocabulary())
         (with_params(()), "prompt"),
         (with_params(logit_bias=((SIZE, 1.0),)), "logit_bias"),
         (with_params(stop_token_ids=(SIZE,)), "stop_token_ids"),
-        (with_params(json_schema="{"), "response_format"),
+        (with_params(form=TextForm("json", "{", field="response_format")), "response_format"),
     ],
 )
 def test_ids_and_schemas_are_checked_against_main(wrong: GenerationRequest, param: str) -> None:
@@ -269,7 +270,7 @@ def test_each_choice_is_checked() -> None:
     for wrong, param in [
         (with_params(max_tokens=MAIN_LEN), "max_tokens"),
         (with_params(logit_bias=((SIZE, 1.0),)), "logit_bias"),
-        (with_params(json_schema="{"), "response_format"),
+        (with_params(form=TextForm("json", "{", field="response_format")), "response_format"),
     ]:
         with pytest.raises(InvalidRequestError) as caught:
             shared.admit_all([*choices("ab", 2), replace(wrong, group="g")])

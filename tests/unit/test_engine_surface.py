@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from fakes import Bench, FakeMember, byte_vocabulary, fake_config, fake_loaded, mid_character, pair_vocabulary
 
+from ensemble_core.decoding.forms import TextForm
 from ensemble_core.decoding.requests import GenerationRequest, Output, Prompt, TokenLogprob
 from ensemble_core.decoding.sampling_params import SamplingParams
 from ensemble_core.decoding.sequence import Phase, Sequence
@@ -114,7 +115,7 @@ def test_constrained_text_fits_and_changes_nothing_beside_it(model: str, tempera
     bench = Pair()
     schema = json.dumps({"type": "array", "items": {"enum": ["cat", 7]}, "minItems": 2, "maxItems": 4})
     params = {"max_tokens": 200, "temperature": temperature, "seed": 4}
-    bound = bench.add("abc", model, json_schema=schema, **params)
+    bound = bench.add("abc", model, form=TextForm("json", schema), **params)
     beside = [bench.add("abc", each, **params) for each in ("duo", "alpha", "beta")]
     bench.run()
     value = json.loads(text(bench.of(bound)))
@@ -124,16 +125,16 @@ def test_constrained_text_fits_and_changes_nothing_beside_it(model: str, tempera
     assert tokens(bench.of(bound))[-1] in bench.members["alpha"].vocabulary.stop_ids
     for sequence in beside:
         assert tokens(bench.of(sequence)) == tokens(alone("abc", sequence.request.model, **params))
-    assert tokens(bench.of(bound)) == tokens(alone("abc", model, json_schema=schema, **params))
+    assert tokens(bench.of(bound)) == tokens(alone("abc", model, form=TextForm("json", schema), **params))
 
 
 def test_constrained_text_that_is_cut_has_its_length() -> None:
-    done = alone("abc", max_tokens=5, json_schema='{"enum": ["a long text"]}', **GREEDY)
+    done = alone("abc", max_tokens=5, form=TextForm("json", '{"enum": ["a long text"]}'), **GREEDY)
     assert (text(done), done[-1].finish_reason) == ('"a lo', "length")
 
 
 def test_a_complete_text_ends_though_min_tokens_wants_more() -> None:
-    done = alone("abc", max_tokens=40, min_tokens=30, json_schema='{"enum": ["ab"]}', **GREEDY)
+    done = alone("abc", max_tokens=40, min_tokens=30, form=TextForm("json", '{"enum": ["ab"]}'), **GREEDY)
     assert json.loads(text(done)) == "ab"
     assert done[-1].finish_reason in ("stop", "length")
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 
-from ensemble_core.decoding import sampling_params as module
 from ensemble_core.decoding.sampling_params import SamplingParams
 from ensemble_core.errors import InvalidRequestError
 
@@ -51,15 +50,14 @@ def test_what_is_without_is_refused_by_name(name: str, value: object) -> None:
 
 
 def test_every_field_has_its_bounds_here() -> None:
-    fields = set(SamplingParams.__dataclass_fields__) - {"json_schema"}
+    fields = set(SamplingParams.__dataclass_fields__) - {"form"}
     assert {name for name, _, _ in BOUNDS} == fields
 
 
-def test_a_long_schema_is_refused() -> None:
-    assert SamplingParams(json_schema="x" * module.MAX_GRAMMAR_LENGTH).json_schema
-    with pytest.raises(InvalidRequestError, match="65537") as caught:
-        SamplingParams(json_schema="x" * (module.MAX_GRAMMAR_LENGTH + 1))
-    assert caught.value.param == "response_format"
+def test_a_form_is_a_form() -> None:
+    with pytest.raises(InvalidRequestError, match="TextForm") as caught:
+        SamplingParams(form="{}")  # type: ignore[arg-type]
+    assert caught.value.param == "form"
 
 
 def test_nothing_is_generated_only_where_the_prompt_is_echoed() -> None:

@@ -10,6 +10,7 @@ from fake_runtime import FakeRuntime
 from fakes import byte_vocabulary
 from tiny_models import byte_level, metaspace
 
+from ensemble_core.decoding.forms import TextForm
 from ensemble_core.decoding.logprobs import Scored, describe_token
 from ensemble_core.decoding.requests import Alternative, Conversation, TokenLogprob
 from ensemble_core.decoding.sampling_params import SamplingParams
@@ -20,9 +21,9 @@ from server.api.chat import (
     ChatJob,
     chat_words,
     conversation,
-    json_schema,
     length_limit,
     plan,
+    response_form,
     room_left,
     to_chat_token,
 )
@@ -77,7 +78,7 @@ def test_every_parameter_reaches_the_engine() -> None:
     }
     first, second = job_of(n=2, **fields).ticket.requests
     assert first.params == SamplingParams(
-        max_tokens=7, logprobs=5, json_schema="", stop=("x",), seed=4, top_k=3, logit_bias=((9, 1.0),)
+        max_tokens=7, logprobs=5, form=TextForm("json"), stop=("x",), seed=4, top_k=3, logit_bias=((9, 1.0),)
     )
     assert (first.trace, first.overrides.members) == (True, ("a",))
     assert (second.params.seed, second.group) == (5, first.group)
@@ -134,7 +135,6 @@ def test_without_a_limit_the_context_is_it() -> None:
         ({}, "prompt", "messages"),
         ({"max_completion_tokens": 5}, "max_tokens", "max_completion_tokens"),
         ({"max_tokens": 5}, "max_tokens", "max_tokens"),
-        ({}, "json_schema", "response_format"),
         ({}, "stop", "stop"),
     ],
 )
@@ -182,7 +182,9 @@ def test_out_of_bounds(fields: dict[str, Any], param: str) -> None:
     ],
 )
 def test_response_formats(value: object, text: str | None) -> None:
-    assert json_schema(body_of(response_format=value).response_format) == text
+    form = response_form(body_of(response_format=value).response_format)
+    assert form == (None if text is None else TextForm("json", text))
+    assert form is None or form.field == "response_format"
 
 
 @pytest.mark.parametrize("schema", [{"minimum": float("nan")}, {"enum": ["x" * 70_000]}])
