@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from enum import Enum, auto
 from typing import TYPE_CHECKING
@@ -91,13 +91,13 @@ class Sequence:
     """One request in flight.
 
     prompt_text: the prompt's text, for echo and for the offsets of a scored prompt. constraint: its position in its
-    grammar. call_form: of the calls that its text may have; marks: main's control tokens that they are written with,
-    id -> name, which are part of the text. scores: log-probabilities of the prompt, if they are asked for. likelihood: of the prompt in every
-    member, if the weights depend on it. dropped: members that it has lost; recipe and tracks no longer hold them.
-    num_reused: prompt tokens that main had cached at the start. drafted: the tokens at the end of main's track that
-    are not final; no client has seen them. habits: what its mode has learnt of its drafts; guess_habits: of
-    guesses. lookup: of main's final tokens. cramped: an assistant has no room for a draft of more than one token.
-    ends: what its mode wants to remember of the end of the final text. ahead: what an assistant has drafted behind.
+    grammar. call_form: of the calls that its text may have. scores: log-probabilities of the prompt, if they are
+    asked for. likelihood: of the prompt in every member, if the weights depend on it. dropped: members that it has
+    lost; recipe and tracks no longer hold them. num_reused: prompt tokens that main had cached at the start. drafted:
+    the tokens at the end of main's track that are not final; no client has seen them. habits: what its mode has
+    learnt of its drafts; guess_habits: of guesses. lookup: of main's final tokens. cramped: an assistant has no room
+    for a draft of more than one token. ends: what its mode wants to remember of the end of the final text. ahead:
+    what an assistant has drafted behind.
     """
 
     seq_id: int
@@ -107,7 +107,6 @@ class Sequence:
     prompt_text: str = ""
     constraint: Constraint | None = None
     call_form: CallForm | None = None
-    marks: Mapping[int, bytes] = field(default_factory=dict)
     scores: PromptScores | None = None
     likelihood: PromptLikelihood | None = None
     dropped: dict[str, Reason] = field(default_factory=dict)
@@ -145,8 +144,7 @@ class Sequence:
         self.biased = tuple(token_id for token_id, bias in params.logit_bias if bias > 0)
         self.counts = TokenCounts(self.main)
         self.shown = shown_text(self.call_form, params.stop, include_stop=params.include_stop_str_in_output)
-        plain = params.skip_special_tokens and self.call_form is None
-        self.spelt = self.shown if plain else Detokenizer()
+        self.spelt = self.shown if params.skip_special_tokens else Detokenizer()
 
     @property
     def main(self) -> Track:
@@ -171,8 +169,9 @@ class Sequence:
 
     def spelling_of(self, num_drafted: int, more: tuple[int, ...] = ()) -> tuple[str, bool]:
         """The same for the final text with so many drafted tokens and `more` of main's tokens behind it."""
+        spell = self.main.vocabulary.text_bytes
         ids = (*(each.token_id for each in self.drafted[:num_drafted]), *more)
-        return self.spelt.foresee(b"".join(map(self._plain, ids)))
+        return self.spelt.foresee(b"".join(map(spell, ids)))
 
     @property
     def num_spelt(self) -> int:
@@ -320,8 +319,6 @@ class Sequence:
 
     def finish(self, reason: FinishReason, stop: str | int | None = None, error: str | None = None) -> None:
         """End the sequence. The scheduler removes it from its lists at the next `retire`."""
-        if reason == "stop" and self.shown.called:
-            reason = "tool_calls"
         self.phase, self.finish_reason, self.stop_reason, self.error = Phase.FINISHED, reason, stop, error
 
     def settle(self) -> None:
@@ -371,17 +368,13 @@ class Sequence:
     def _spell(self, token_id: int) -> None:
         """Add a token's bytes to both texts."""
         params, vocabulary = self.request.params, self.main.vocabulary
-        plain = self._plain(token_id)
+        plain = vocabulary.text_bytes(token_id)
         named = plain if params.skip_special_tokens else vocabulary.tokens[token_id]
         if self.stops_at(token_id):
             named = vocabulary.tokens[token_id] if params.include_stop_str_in_output else b""
         self._pending.text += self.shown.feed(named, armed=self.num_completion_tokens >= params.min_tokens)
         if self.spelt is not self.shown:
             self.spelt.feed(plain)
-
-    def _plain(self, token_id: int) -> bytes:
-        """What a token of main adds to the text that assistants spell."""
-        return self.marks.get(token_id) or self.main.vocabulary.text_bytes(token_id)
 
     def stops_at(self, token_id: int) -> bool:
         """Whether this token of main ends the text."""
@@ -394,7 +387,8 @@ class Sequence:
         if self.shown.stop is not None:
             self.finish("stop", stop=self.shown.stop)
         elif self.stops_at(token_id):
-            self.finish("stop", stop=token_id if token_id in params.stop_token_ids else None)
+            reason: FinishReason = "tool_calls" if self.shown.called else "stop"
+            self.finish(reason, stop=token_id if token_id in params.stop_token_ids else None)
         elif self.num_completion_tokens >= params.max_tokens:
             self.finish("length")
 

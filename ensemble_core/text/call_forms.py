@@ -51,16 +51,18 @@ class CallForm:
         )
         return f"{self.opening}{self.first}{written}{self.last}"
 
-    def marks(self, specials: Mapping[str, int]) -> dict[int, bytes]:
-        """The control tokens that are part of this form: id -> name. specials: a vocabulary's, name -> id."""
+    def marks(self, specials: Mapping[str, int]) -> dict[str, int]:
+        """The control tokens that are part of this form. specials: a vocabulary's, name -> id."""
         whole = self.write([("", {}), ("", {})])
-        return {token_id: name.encode() for name, token_id in specials.items() if name and name in whole}
+        return {name: token_id for name, token_id in specials.items() if name in whole}
 
-    def grammar(self, use: ToolUse, specials: Mapping[str, int]) -> str:
+    def grammar(self, use: ToolUse, specials: Mapping[str, int], content: str | None = None) -> str:
         """Lark for llguidance: calls of the tools that may be called, with text before them where it is allowed.
 
-        Text that holds no opening is free; a call's arguments follow its tool's schema.
+        Text that holds no opening is free; a call's arguments follow its tool's schema. content: Lark of what an
+        answer without calls must be; then no text comes before calls.
         """
+        specials = self.marks(specials)
         tools = use.callable
         several = use.parallel and self.between is not None
         more = f"({_literal(self.between or '', specials)} call)*" if several else ""
@@ -72,12 +74,14 @@ class CallForm:
         for rank, tool in tools:
             schema = json.dumps({"x-guidance": _LAYOUT} | tool.arguments())
             rules.append(f"tool_{rank}: {_literal(tool.name + self.middle, specials)} %json {schema}")
-        return "\n".join([*self._beginning(use, specials), *rules])
+        return "\n".join([*self._beginning(use, specials, content), *rules])
 
-    def _beginning(self, use: ToolUse, specials: Mapping[str, int]) -> list[str]:
+    def _beginning(self, use: ToolUse, specials: Mapping[str, int], content: str | None) -> list[str]:
         opening = _literal(self.opening, specials)
         if use.choice == "required":
             return [f"start: {opening} calls"]
+        if content is not None:
+            return [f"start: content | {opening} calls", f"content: {content}"]
         mark = _escaped(self.opening)
         if self.at_start:
             return [f"start: TEXT | {opening} calls", f"TEXT: /{_ANY}/ & ~/{mark}{_ANY}/"]
@@ -145,7 +149,7 @@ def spelt(arguments: Mapping[str, Any]) -> str:
 
 def _literal(text: str, specials: Mapping[str, int]) -> str:
     """A text in Lark; control tokens by their ids."""
-    names = [name for name in specials if name and name in text]
+    names = [name for name in specials if name in text]
     if not names:
         return json.dumps(text) if text else ""
     names.sort(key=len, reverse=True)

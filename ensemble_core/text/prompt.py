@@ -21,7 +21,9 @@ from ensemble_core.text.plain_tools import plain_messages
 from ensemble_core.text.tools import Message, Tool, ToolUse
 
 # A conversation that shows what a template makes of tools: each text must come through.
-_TRIED = Tool("tried_tool", "tried description", '{"type": "object", "properties": {"tried": {"type": "integer"}}}')
+_TRIED = Tool(
+    "tried_tool", "tried description", '{"type": "object", "properties": {"tried": {"type": "integer"}}}'
+)
 _TRIED_ARGUMENTS = {"tried": 1}
 _TRIED_RESULT = "tried result"
 _TRIAL: tuple[Message, ...] = (
@@ -68,6 +70,8 @@ class PromptEncoder:
         template refuses.
         """
         has_tools = tools is not None or any(m.get("tool_calls") or m.get("role") == "tool" for m in messages)
+        if has_tools:
+            _check_messages(messages)
         if has_tools and self._own_form is None:
             messages, tools = plain_messages(messages, tools, system=self._takes_system), None
         elif has_tools:
@@ -94,7 +98,7 @@ class PromptEncoder:
 
     @cached_property
     def _own_form(self) -> CallForm | None:
-        """The form of calls in this member's template; None if it knows no tools, or writes calls in no known form."""
+        """The form of calls in this member's template; None if it knows no tools, or no form that we know."""
         if not self._has_template:
             return None
         try:
@@ -166,14 +170,18 @@ def plain_chat(messages: Sequence[Message], continue_final: bool = False) -> str
 
     Raises InvalidRequestError for a message without a role or content.
     """
+    _check_messages(messages)
+    lines = [f"{message['role']}: {message['content']}" for message in messages]
+    return "\n".join(lines if continue_final else [*lines, "assistant:"])
+
+
+def _check_messages(messages: Sequence[Message]) -> None:
     for index, message in enumerate(messages):
         if missing := {"role", "content"} - message.keys():
             raise InvalidRequestError(
                 f"messages: message {index} has no {' and no '.join(sorted(missing))}; give every message both",
                 "messages",
             )
-    lines = [f"{message['role']}: {message['content']}" for message in messages]
-    return "\n".join(lines if continue_final else [*lines, "assistant:"])
 
 
 def read_template(member: str, template: str | None) -> str | None:

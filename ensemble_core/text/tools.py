@@ -7,13 +7,17 @@ Invariant: these are values; they are checked where they are made. Does not know
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-Message = Mapping[str, Any]
-"""One message as templates take it: role and content; an assistant's `tool_calls`; a tool's `tool_call_id`, `name`."""
+from ensemble_core.errors import InvalidRequestError, quoted
 
+Message = Mapping[str, Any]
+"""A message as templates take it: role, content; an assistant's `tool_calls`; a tool's `tool_call_id` and `name`."""
+
+NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
 NO_PARAMETERS = '{"type": "object", "properties": {}}'
 # Keywords that may name further properties, so that an object with one of them is not closed.
 _OPENING = frozenset(
@@ -29,6 +33,18 @@ class Tool:
     name: str
     description: str = ""
     parameters: str = NO_PARAMETERS
+
+    def __post_init__(self) -> None:
+        try:
+            schema = json.loads(self.parameters)
+        except (ValueError, RecursionError):
+            schema = None
+        if not NAME.fullmatch(self.name) or not isinstance(schema, dict):
+            raise InvalidRequestError(
+                f"tools: a tool has a name of 1 to 64 letters, digits, _ and -, and the JSON text of a schema, got "
+                f"{quoted(self.name)} and {quoted(self.parameters)}",
+                "tools",
+            )
 
     def described(self) -> dict[str, Any]:
         """The tool as templates take it."""

@@ -228,8 +228,8 @@ class ChatRequest(SamplingFields):
     )
     tool_choice: ToolChoiceField = Field(
         None,
-        description="`auto` if not sent; `none`, `required`, a function by name, or `allowed_tools`; a grammar binds, so "
-        "a call always follows its schema",
+        description="`auto` if not sent; `none`, `required`, a function by name, or `allowed_tools`; a grammar "
+        "binds, so a call always follows its schema",
         examples=["auto"],
     )
     parallel_tool_calls: bool | None = Field(

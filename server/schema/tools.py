@@ -6,24 +6,22 @@ Bounds are checked here, before anything is compiled. Does not know how models w
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, Field, PlainValidator, model_validator
 
 from ensemble_core.errors import InvalidRequestError, quoted, shortened
-from ensemble_core.text.tools import NO_PARAMETERS, Tool, ToolUse
+from ensemble_core.text.tools import NAME, NO_PARAMETERS, Tool, ToolUse
 from server.schema.json_values import Strict, Text, optional, text
 
 MAX_TOOLS = 128
 MAX_TOOL_TEXT = 262_144  # characters of all parameters together
 MAX_DEPTH = 64
-_NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
 
 
 def _name(value: object) -> str:
-    if not isinstance(value, str) or not _NAME.fullmatch(value):
+    if not isinstance(value, str) or not NAME.fullmatch(value):
         raise ValueError("must be 1 to 64 letters, digits, _ and -")
     return value
 
