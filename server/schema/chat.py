@@ -83,7 +83,7 @@ class Message(Strict):
         str | None, PlainValidator(_call_id, json_schema_input_type=str | None), Field(validate_default=True)
     ] = Field(None, description="Of a message of role tool: the earlier call that it answers.")
     content: Annotated[str, PlainValidator(_content, json_schema_input_type=str | list[TextPart] | None)] = Field(
-        cast(str, _MISSING),
+        default_factory=lambda: cast(str, _MISSING),
         validate_default=True,
         description="Text, or text parts; parts are joined by line breaks. May be null beside `tool_calls`.",
     )
@@ -230,7 +230,7 @@ class ChatRequest(SamplingFields):
         None,
         description="`auto` if not sent; `none`, `required`, a function by name, or `allowed_tools`; a grammar "
         "binds, so a call always follows its schema",
-        examples=["auto"],
+        examples=["none"],
     )
     parallel_tool_calls: bool | None = Field(
         None, description="true if not sent; false: one call in an answer at most", examples=[False]
