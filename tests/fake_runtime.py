@@ -211,6 +211,7 @@ class FakeRuntime:
             self._check_ids(request.prompt, "prompt")
         self._check_ids(request.params.stop_token_ids, "stop_token_ids")
         self._check_ids([token_id for token_id, _ in request.params.logit_bias], "logit_bias")
+        self._check_ids(list(request.params.allowed_token_ids), "allowed_token_ids")
         if room < request.params.max_tokens:
             param = "prompt" if room < 1 else "max_tokens"
             raise InvalidRequestError(f"{param}: the context has room for {room} tokens", param)

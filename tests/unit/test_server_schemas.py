@@ -49,7 +49,7 @@ def test_unsupported_parameters_pass_only_with_neutral_values(kind: type[Samplin
         ("prompt_logprobs", 0),
         ("use_beam_search", 0),  # JSON's 0 is no false
         ("length_penalty", True),
-        ("response_format", {"type": "json_object"}),
+        ("guided_whitespace_pattern", " "),
     ],
 )
 def test_values_that_would_change_the_answer_are_refused(name: str, value: object) -> None:
