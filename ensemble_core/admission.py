@@ -8,10 +8,12 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from ensemble_core.decoding.bans import Bans, bans_of
+from ensemble_core.decoding.calling import calls_form, constraint_of
 from ensemble_core.decoding.forms import TextForm
-from ensemble_core.decoding.guidance import Grammars
+from ensemble_core.decoding.guidance import Constraint, Grammars
 from ensemble_core.decoding.perplexity import PromptLikelihood
 from ensemble_core.decoding.recipe import Recipe
 from ensemble_core.decoding.requests import Conversation, GenerationRequest, Overrides, Prompt
@@ -23,13 +25,14 @@ from ensemble_core.members.base import ALL_ABILITIES, Abilities
 from ensemble_core.recipes import RecipeBook
 from ensemble_core.text.alignment import Track
 from ensemble_core.text.prompt import PromptEncoder
+from ensemble_core.text.tools import ToolUse
 from ensemble_core.text.vocabulary import Vocabulary
 
 # No known token spells more characters than this. A prompt with more per token cannot fit and is not tokenised.
 _MAX_CHARS_PER_TOKEN = 256
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Speaker:
     """What admission needs to know of a member."""
 
@@ -38,6 +41,12 @@ class Speaker:
     max_len: int
     grammars: Grammars
     abilities: Abilities = ALL_ABILITIES
+
+    @cached_property
+    def calling(self) -> Vocabulary:
+        """The vocabulary of answers that may call tools: the control tokens that mark calls are part of the text."""
+        marks = self.prompts.call_form.marks(self.vocabulary.special_names)
+        return self.vocabulary.with_text(marks.values()) if marks else self.vocabulary
 
 
 @dataclass(slots=True)
@@ -48,6 +57,7 @@ class _Reading:
     recipe: Recipe
     text: str | None = None
     ids: dict[str, list[int]] = field(default_factory=dict)  # tracks share these lists and never change them
+    form: TextForm | None = None  # of its answers
     banned: dict[tuple[tuple[int, ...], tuple[str, ...]], Bans | None] = field(default_factory=dict)
 
     def bans(self, params: SamplingParams, vocabulary: Vocabulary) -> Bans | None:
@@ -101,10 +111,11 @@ class Admission:
         """What `admit_all` will compile: it is faster where that is known by then. Raises as it does."""
         found = {}
         for request in requests:
-            if (form := request.params.form) is not None:
+            if request.params.form is not None or _tools_of(request) is not None:
                 recipe = self._book.resolve(request.model, request.overrides)
                 self._check(request, recipe)
-                found[recipe.main, form] = (self._speakers[recipe.main].grammars, form)
+                if (form := self._form(request, recipe)) is not None:
+                    found[recipe.main, form] = (self._speakers[recipe.main].grammars, form)
         return list(found.values())
 
     def check_ensembles(self, names: Iterable[str]) -> None:
@@ -160,9 +171,10 @@ class Admission:
         """
         params = request.params
         whole = recipe.members if recipe.fusion is not None and recipe.fusion.full_vocabulary else ()
-        if params.form is not None:
+        param = "ensemble.fusion"
+        if _tools_of(request) is not None or params.form is not None:
             whole = (*whole, recipe.main)
-        param = "ensemble.fusion" if params.form is None else params.form.field
+            param = "tools" if params.form is None else params.form.field
         for member in whole:
             if (most := self._speakers[member].abilities.max_k) is not None:
                 raise InvalidRequestError(
@@ -189,7 +201,7 @@ class Admission:
 
     def _sequence(self, request: GenerationRequest, reading: _Reading) -> Sequence:
         recipe, params = reading.recipe, request.params
-        main, form = self._speakers[recipe.main], params.form
+        main, use = self._speakers[recipe.main], _tools_of(request)
         tracks = {member: self._track(member, request, reading) for member in recipe.members}
         return Sequence(
             seq_id=next(self._ids),
@@ -197,11 +209,25 @@ class Admission:
             recipe=recipe,
             tracks=tracks,
             prompt_text=self._text(reading),
-            constraint=None if form is None else main.grammars.compile(form),
+            constraint=self._constraint(request, reading),
+            call_form=None if use is None else main.prompts.call_form,
             bans=reading.bans(params, main.vocabulary),
             scores=PromptScores(params.logprobs or 0) if _is_scored(params) else None,
             likelihood=PromptLikelihood() if recipe.tau is not None else None,
         )
+
+    def _form(self, request: GenerationRequest, recipe: Recipe) -> TextForm | None:
+        """What the text of an answer must be, its calls included."""
+        main, use = self._speakers[recipe.main], _tools_of(request)
+        if use is None:
+            return request.params.form
+        return calls_form(use, main.prompts.call_form, main.vocabulary, request.params.form)
+
+    def _constraint(self, request: GenerationRequest, reading: _Reading) -> Constraint | None:
+        if reading.form is None:
+            reading.form = self._form(request, reading.recipe)
+        grammars = self._speakers[reading.recipe.main].grammars
+        return None if reading.form is None else constraint_of(grammars, reading.form)
 
     def _track(self, member: str, request: GenerationRequest, reading: _Reading) -> Track:
         speaker, is_main = self._speakers[member], member == reading.recipe.main
@@ -214,7 +240,7 @@ class Admission:
                 f"{len(ids)} and max_tokens is {request.params.max_tokens}; shorten the prompt or lower it",
                 "prompt" if room < 1 else "max_tokens",
             )
-        return Track(speaker.vocabulary, ids)
+        return Track(speaker.calling if is_main and _tools_of(request) is not None else speaker.vocabulary, ids)
 
     def _prompt_ids(self, member: str, reading: _Reading) -> list[int]:
         """A member's prompt ids, encoded once. Where the request sends ids, assistants encode their text."""
@@ -229,7 +255,7 @@ class Admission:
 
     def _encode(self, speaker: Speaker, prompt: Prompt, add_special_tokens: bool, *, is_main: bool) -> list[int]:
         if isinstance(prompt, Conversation):
-            return speaker.prompts.encode_chat([dict(m) for m in prompt.messages], prompt.continue_final)
+            return speaker.prompts.encode_chat(prompt.messages, prompt.continue_final, prompt.tools)
         if isinstance(prompt, tuple):
             _check_ids("prompt", prompt, speaker.vocabulary)
             if not prompt:
@@ -257,6 +283,12 @@ def _spelt(prompt: Prompt, main: Vocabulary) -> str:
     if isinstance(prompt, Conversation):
         return ""
     return b"".join(main.text_bytes(token_id) for token_id in prompt).decode("utf-8", "replace")
+
+
+def _tools_of(request: GenerationRequest) -> ToolUse | None:
+    """The tools that the answer may call."""
+    tools = request.prompt.tools if isinstance(request.prompt, Conversation) else None
+    return tools if tools is not None and tools.binds else None
 
 
 def _is_scored(params: SamplingParams) -> bool:

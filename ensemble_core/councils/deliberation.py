@@ -269,7 +269,7 @@ class Deliberation:
                     f"{self.council.name!r} took longer than {self.limits.seconds:g} s (limits.seconds); ask for "
                     "fewer tokens, or try again later"
                 ) from None
-            empty = replace(last, text="", token_ids=(), logprobs=(), traces=(), prompt_token_ids=())
+            empty = replace(last, text="", calls=(), token_ids=(), logprobs=(), traces=(), prompt_token_ids=())
             hear(replace(empty, finish_reason="length"))
 
     async def _request(self, call: Call, request: GenerationRequest, *, watched: bool) -> GenerationRequest:

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from ensemble_core.council_config import CouncilLimits
 from ensemble_core.councils.book import Council
-from ensemble_core.decoding.requests import CouncilBounds, GenerationRequest, Overrides
+from ensemble_core.decoding.requests import Conversation, CouncilBounds, GenerationRequest, Overrides
 from ensemble_core.errors import InvalidRequestError
 
 
@@ -76,6 +76,13 @@ def check(request: GenerationRequest, council: Council) -> None:
     if replace(request.overrides, bounds=None) != Overrides():
         raise InvalidRequestError(
             f"ensemble: {name!r} is a council, for which a request may set limits and trace alone", "ensemble"
+        )
+    tools = request.prompt.tools if isinstance(request.prompt, Conversation) else None
+    if tools is not None and tools.binds and not council.calls_tools:
+        raise InvalidRequestError(
+            f"tools: the answer of {name!r} comes of several texts, so it can call none; send tool_choice: none, or "
+            "ask one of its models",
+            "tools",
         )
     if council.config.kind == "discuss":
         _check_discussion(request, name)

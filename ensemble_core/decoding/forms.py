@@ -34,12 +34,13 @@ class TextForm:
     and control tokens: `<[5]>` by main's id, or `<|name|>` by name. A token that ends texts has no effect there: it
     is allowed where the text is complete, and nowhere else. layout: of "json", the regular expression of white space
     between the parts of a value; "": none; None: a space, or a new line with its indentation. field: what the client
-    calls this form, for messages; two forms that differ in it alone are equal.
+    calls this form, for messages; two forms that differ in it alone are equal. most: characters of its source.
     """
 
     kind: FormKind
     source: str = ""
     layout: str | None = None
+    most: int = field(default=MAX_FORM_LENGTH, compare=False, kw_only=True)
     field: str = field(default="form", compare=False)
 
     def __post_init__(self) -> None:
@@ -47,8 +48,8 @@ class TextForm:
         if self.kind not in kinds:
             raise self._wrong(f"kind must be one of {', '.join(kinds)}, got {quoted(self.kind)}")
         for text in (self.source, self.layout or ""):
-            if len(text) > MAX_FORM_LENGTH:
-                raise self._wrong(f"takes up to {MAX_FORM_LENGTH} characters, got {len(text)}")
+            if len(text) > self.most:
+                raise self._wrong(f"takes up to {self.most} characters, got {len(text)}")
         if self.kind in ("regex", "grammar") and not self.source:
             raise self._wrong(f"must not be empty; send a {self.noun}, or leave it out")
         if self.kind == "choice":

@@ -6,7 +6,8 @@ Imported by the server's process and by the one that tries forms out. Does not k
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Sequence
+import re
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from llguidance._lib import JsonCompileOptions
 
 _ANY_OBJECT = json.dumps({"type": "object"})
+_JSON_RULE = re.compile(r"%json\s*(?=\{)")
 # Between the parts of a value: a space, or a new line with its indentation. With free white space a model might write
 # nothing else until its tokens are used up. A schema's own `x-guidance` can override this.
 _LAYOUT = r" |\n {0,16}"
@@ -38,11 +40,7 @@ def grammar_of(form: TextForm) -> str:
     """A form as llguidance reads it. Raises ValueError where its text cannot be read."""
     match form.kind:
         case "json":
-            layout = _LAYOUT if form.layout is None else form.layout
-            spaces: JsonCompileOptions = (
-                {"whitespace_pattern": layout} if layout else {"whitespace_flexible": False}
-            )
-            return LLMatcher.grammar_from_json_schema(form.source or _ANY_OBJECT, defaults=spaces)
+            return LLMatcher.grammar_from_json_schema(form.source or _ANY_OBJECT, defaults=spaces_of(form))
         case "regex":
             return LLMatcher.grammar_from_regex(form.source)
         case "choice":  # one lexeme: choices as rules of their own would each be an item of the parser
@@ -53,10 +51,38 @@ def grammar_of(form: TextForm) -> str:
             return LLMatcher.grammar_from_lark(_lark(form.source))
 
 
+def spaces_of(form: TextForm) -> JsonCompileOptions:
+    """The white space between the parts of a form's JSON."""
+    layout = _LAYOUT if form.layout is None else form.layout
+    return {"whitespace_pattern": layout} if layout else {"whitespace_flexible": False}
+
+
 def check_finite(form: TextForm) -> None:
-    """Raise ValueError where no finite text has a form that the grammar engine has accepted."""
-    if form.kind == "json" and form.source and (ref := endless(form.source)) is not None:
-        raise ValueError(f"no finite value can satisfy it, since $ref {ref!r} always needs itself again")
+    """Raise ValueError where no finite text has a form that the grammar engine has accepted.
+
+    In a grammar this concerns its JSON schemas, each by itself; the message begins with the line, as the engine's do.
+    """
+    if form.kind == "json" and form.source:
+        _check_schema(form.source)
+    for line, schema in _schemas_in(form.source) if form.kind == "grammar" else ():
+        _check_schema(schema, f"at {line}(1): ")
+
+
+def _check_schema(schema: str, where: str = "") -> None:
+    if (ref := endless(schema)) is not None:
+        raise ValueError(f"{where}no finite value can satisfy it, since $ref {ref!r} always needs itself again")
+
+
+def _schemas_in(grammar: str) -> Iterator[tuple[int, str]]:
+    """The JSON schemas of a Lark grammar, with their lines."""
+    decoder, end = json.JSONDecoder(), 0
+    while (found := _JSON_RULE.search(grammar, end)) is not None:
+        try:
+            _, end = decoder.raw_decode(grammar, found.end())
+        except ValueError:  # not a schema: the text of something else
+            end = found.end()
+            continue
+        yield grammar.count("\n", 0, found.end()) + 1, grammar[found.end() : end]
 
 
 def _lark(source: str) -> str:

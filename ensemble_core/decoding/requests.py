@@ -13,9 +13,10 @@ from typing import Any, Literal, NamedTuple
 from ensemble_core.config import DEFAULT_TAU
 from ensemble_core.decoding.sampling_params import SamplingParams
 from ensemble_core.stats import Reason
+from ensemble_core.text.tools import CallPiece, Message, ToolUse, merged
 from ensemble_core.text.vocabulary import readable
 
-FinishReason = Literal["stop", "length", "abort", "error"]
+FinishReason = Literal["stop", "length", "tool_calls", "abort", "error"]
 LEAST_LOGPROB = -9999.0  # of a token without mass, as in vLLM, since JSON has no infinity
 
 
@@ -54,12 +55,13 @@ class Overrides:
 class Conversation:
     """Messages for each member's own chat template.
 
-    messages: role and content. continue_final: the answer continues the last message; otherwise the template opens a
-    new turn of the assistant.
+    messages: role and content, and what belongs to calls of tools. continue_final: the answer continues the last
+    message; otherwise the template opens a new turn of the assistant. tools: what the answer may call.
     """
 
-    messages: tuple[Mapping[str, str], ...]
+    messages: tuple[Message, ...]
     continue_final: bool = False
+    tools: ToolUse | None = None
 
 
 Prompt = str | tuple[int, ...] | Conversation  # ids are the main member's, taken as they are
@@ -183,11 +185,11 @@ class CouncilReport:
 class Output:
     """One step's news of one request. The last output has a `finish_reason`.
 
-    text: whole characters, without stop strings unless they were asked for; may be empty. token_ids, logprobs,
-    traces: for main's tokens since the last output (logprobs and traces only on request). prompt_logprobs: with echo
-    and logprobs, only in the first output. num_*: main's tokens so far. dropped: members that this request has lost
-    for good, and why. served_by: the model whose text this is, where a council answers; report: of the council, in
-    the last output.
+    text: whole characters, without stop strings unless they were asked for; may be empty. calls: news of calls of
+    tools, which are no part of the text. token_ids, logprobs, traces: for main's tokens since the last output
+    (logprobs and traces only on request). prompt_logprobs: with echo and logprobs, only in the first output. num_*:
+    main's tokens so far. dropped: members that this request has lost for good, and why. served_by: the model whose
+    text this is, where a council answers; report: of the council, in the last output.
     """
 
     text: str
@@ -204,6 +206,7 @@ class Output:
     prompt_token_ids: tuple[int, ...] = ()  # only in the first output
     num_cached_tokens: int = 0  # prompt tokens that main had cached at the start
     dropped: Mapping[str, Reason] = field(default_factory=dict)
+    calls: tuple[CallPiece, ...] = ()
     served_by: str = ""
     report: CouncilReport | None = None
 
@@ -219,4 +222,5 @@ def join(outputs: Sequence[Output]) -> Output:
         prompt_logprobs=tuple(chain.from_iterable(each.prompt_logprobs for each in outputs)),
         prompt_text="".join(each.prompt_text for each in outputs),
         prompt_token_ids=tuple(chain.from_iterable(each.prompt_token_ids for each in outputs)),
+        calls=tuple(merged(chain.from_iterable(each.calls for each in outputs))),
     )

@@ -22,6 +22,7 @@ from ensemble_core.decoding.recipe import Recipe
 from ensemble_core.decoding.requests import FinishReason, GenerationRequest, Output, TokenLogprob, Trace
 from ensemble_core.stats import Reason
 from ensemble_core.text.alignment import Track
+from ensemble_core.text.calls import shown_text
 from ensemble_core.text.detokenizer import Detokenizer
 from ensemble_core.text.lookup import Lookup
 
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from ensemble_core.decoding.guidance import Constraint
     from ensemble_core.decoding.perplexity import PromptLikelihood
     from ensemble_core.decoding.scoring import PromptScores
+    from ensemble_core.text.call_forms import CallForm
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,13 +92,13 @@ class Sequence:
     """One request in flight.
 
     prompt_text: the prompt's text, for echo and for the offsets of a scored prompt. constraint: its position in its
-    grammar. bans: tokens that it must not write. scores: log-probabilities of the prompt, if they are asked for.
-    likelihood: of the prompt in every member, if the weights depend on it. dropped: members that it has lost; recipe
-    and tracks no longer hold them. num_reused: prompt tokens that main had cached at the start. drafted: the tokens
-    at the end of main's track that are not final; no client has seen them. habits: what its mode has learnt of its
-    drafts; guess_habits: of guesses. lookup: of main's final tokens. cramped: an assistant has no room for a draft
-    of more than one token. ends: what its mode wants to remember of the end of the final text. ahead: what an
-    assistant has drafted behind.
+    grammar. call_form: of the calls that its text may have. bans: tokens that it must not write. scores:
+    log-probabilities of the prompt, if they are asked for. likelihood: of the prompt in every member, if the weights
+    depend on it. dropped: members that it has lost; recipe and tracks no longer hold them. num_reused: prompt tokens
+    that main had cached at the start. drafted: the tokens at the end of main's track that are not final; no client
+    has seen them. habits: what its mode has learnt of its drafts; guess_habits: of guesses. lookup: of main's final
+    tokens. cramped: an assistant has no room for a draft of more than one token. ends: what its mode wants to
+    remember of the end of the final text. ahead: what an assistant has drafted behind.
     """
 
     seq_id: int
@@ -105,6 +107,7 @@ class Sequence:
     tracks: dict[str, Track]  # main first
     prompt_text: str = ""
     constraint: Constraint | None = None
+    call_form: CallForm | None = None
     bans: Bans | None = None
     scores: PromptScores | None = None
     likelihood: PromptLikelihood | None = None
@@ -144,7 +147,7 @@ class Sequence:
         self.pinned = params.pinned_ids
         self.num_extra = len(self.pinned) + (0 if self.bans is None else self.bans.most)
         self.counts = TokenCounts(self.main)
-        self.shown = Detokenizer(params.stop, include_stop=params.include_stop_str_in_output)
+        self.shown = shown_text(self.call_form, params.stop, include_stop=params.include_stop_str_in_output)
         self.spelt = self.shown if params.skip_special_tokens else Detokenizer()
 
     @property
@@ -315,6 +318,7 @@ class Sequence:
             prompt_token_ids=tuple(prompt_ids) if first else (),
             num_cached_tokens=self.num_reused,
             dropped=dict(self.dropped),
+            calls=self.shown.take_calls(),
         )
 
     def finish(self, reason: FinishReason, stop: str | int | None = None, error: str | None = None) -> None:
@@ -387,7 +391,8 @@ class Sequence:
         if self.shown.stop is not None:
             self.finish("stop", stop=self.shown.stop)
         elif self.stops_at(token_id):
-            self.finish("stop", stop=token_id if token_id in params.stop_token_ids else None)
+            reason: FinishReason = "tool_calls" if self.shown.called else "stop"
+            self.finish(reason, stop=token_id if token_id in params.stop_token_ids else None)
         elif self.num_completion_tokens >= params.max_tokens:
             self.finish("length")
 

@@ -68,7 +68,7 @@ class _Trial:
 
     def ask(self, grammars: Grammars, form: TextForm) -> dict[str, str]:
         """`grammar` or `refusal`."""
-        asked = {"kind": form.kind, "source": form.source, "layout": form.layout}
+        asked = {"kind": form.kind, "source": form.source, "layout": form.layout, "most": form.most}
         try:
             process = self._started()
             if id(grammars) not in self._known:

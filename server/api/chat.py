@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from ensemble_core.decoding.requests import Alternative, Conversation, Output, TokenLogprob
 from ensemble_core.decoding.sampling_params import PARAMETERS, SamplingParams
 from ensemble_core.errors import InvalidRequestError
+from ensemble_core.text.tools import CallPiece, folded
 from server.api.jobs import Job, end_of, finite, trace_steps
 from server.api.tickets import Ticket, check_count, make_ticket, sampling_params
 from server.schema.chat import (
@@ -23,6 +24,7 @@ from server.schema.chat import (
     Delta,
     to_conversation,
 )
+from server.schema.tools import FunctionReply, ToolCallDelta, ToolCallReply, to_tool_use
 
 
 @contextmanager
@@ -46,7 +48,8 @@ def chat_words(body: ChatRequest) -> Generator[None]:
 def conversation(body: ChatRequest) -> Conversation:
     """The messages in the engine's form. Raises InvalidRequestError."""
     opens_turn = body.add_generation_prompt is not False
-    return to_conversation(body.messages, bool(body.continue_final_message), opens_turn)
+    tools = to_tool_use(body.tools or (), body.tool_choice, body.parallel_tool_calls is not False)
+    return to_conversation(body.messages, bool(body.continue_final_message), opens_turn, tools)
 
 
 def length_limit(body: ChatRequest) -> int | None:
@@ -100,10 +103,9 @@ class ChatJob(Job):
 
     def piece(self, index: int, output: Output, *, first: bool) -> ChatChunk:
         """A chunk with one choice; the first chunk of each choice has the role."""
-        delta = Delta(role="assistant", content=output.text) if first else Delta(content=output.text)
         piece = ChatPiece(
             index=index,
-            delta=delta,
+            delta=to_delta(output, first=first),
             logprobs=self._logprobs(output),
             finish_reason=end_of(output),
             stop_reason=output.stop_reason,
@@ -145,7 +147,7 @@ class ChatJob(Job):
     def _choice(self, index: int, output: Output) -> ChatChoice:
         choice = ChatChoice(
             index=index,
-            message=AssistantMessage(role="assistant", content=output.text),
+            message=to_message(output),
             logprobs=self._logprobs(output),
             finish_reason=end_of(output),
             stop_reason=output.stop_reason,
@@ -166,6 +168,39 @@ class ChatJob(Job):
         if self._num_top is None:
             return None
         return ChatLogprobs(content=[to_chat_token(token, self._num_top) for token in output.logprobs])
+
+
+def to_delta(output: Output, *, first: bool) -> Delta:
+    """The news of one output: text, or pieces of calls, or both. first: of the choice, which says the role."""
+    delta = Delta(role="assistant") if first else Delta()
+    if output.text or not output.calls:
+        delta.content = output.text
+    if output.calls:
+        delta.tool_calls = [_call_delta(piece) for piece in output.calls]
+    return delta
+
+
+def _call_delta(piece: CallPiece) -> ToolCallDelta:
+    if piece.name is None:
+        return ToolCallDelta(index=piece.index, function=FunctionReply(arguments=piece.arguments))
+    function = FunctionReply(name=piece.name, arguments=piece.arguments)
+    return ToolCallDelta(index=piece.index, id=piece.call_id, type="function", function=function)
+
+
+def to_message(output: Output) -> AssistantMessage:
+    """The whole answer of one choice."""
+    calls = folded(output.calls)
+    message = AssistantMessage(role="assistant", content=output.text if output.text or not calls else None)
+    if calls:
+        message.tool_calls = [
+            ToolCallReply(
+                id=call.call_id,
+                type="function",
+                function=FunctionReply(name=call.name, arguments=call.arguments),
+            )
+            for call in calls
+        ]
+    return message
 
 
 def to_chat_token(token: TokenLogprob, num_top: int) -> ChatToken:

@@ -73,11 +73,13 @@ class CompletionJob(Job):
         )
 
     def _choice(self, index: int, output: Output, first: bool) -> TextChoice:
+        reason = end_of(output)
+        assert reason != "tool_calls"  # a prompt has no tools
         choice = TextChoice(
             index=index,
             text=output.prompt_text + output.text,
             logprobs=to_logprobs(output.prompt_logprobs + output.logprobs) if self._sends_logprobs else None,
-            finish_reason=end_of(output),
+            finish_reason=reason,
             stop_reason=output.stop_reason,
         )
         if self._sends_ids:

@@ -164,7 +164,7 @@ class Job(ABC):
         return chunk
 
     def _says_something(self, output: Output) -> bool:
-        news = (output.text, output.finish_reason, output.logprobs, output.traces)
+        news = (output.text, output.calls, output.finish_reason, output.logprobs, output.traces)
         prompt = (output.prompt_text, output.prompt_logprobs)
         ids = self._sends_ids and (output.token_ids or output.prompt_token_ids)
         return any(news) or any(prompt) or bool(ids)
@@ -186,9 +186,9 @@ async def _checked(ticket: Ticket, outputs: OutputStream) -> AsyncGenerator[tupl
         raise RequestFailedError("the engine stopped before all choices were done; try again")
 
 
-def end_of(output: Output) -> Literal["stop", "length"] | None:
+def end_of(output: Output) -> Literal["stop", "length", "tool_calls"] | None:
     """The finish reason that a choice reports. Errors and aborts were raised before."""
-    assert output.finish_reason in ("stop", "length", None)
+    assert output.finish_reason in ("stop", "length", "tool_calls", None)
     return output.finish_reason
 
 

@@ -50,10 +50,8 @@ COMPLETION_REFUSED: dict[str, Refused] = _REFUSED | {
     "prompt_embeds": Refused("AAAA", why="members have different embeddings"),
 }
 CHAT_REFUSED: dict[str, Refused] = _REFUSED | {
-    "tools": Refused([{"type": "function"}], ([],)),
-    "tool_choice": Refused("required", ("none", "auto")),
-    "functions": Refused([{"name": "f"}], ([],)),
-    "function_call": Refused({"name": "f"}, ("none", "auto")),
+    "functions": Refused([{"name": "f"}], ([],), "older form of `tools`"),
+    "function_call": Refused({"name": "f"}, ("none", "auto"), "older form of `tool_choice`"),
     "modalities": Refused(["audio"], (["text"],)),
     "audio": Refused({"voice": "x"}),
     "prediction": Refused({"type": "content"}),
@@ -81,7 +79,6 @@ COMPLETION_IGNORED: dict[str, Ignored] = {
     "vllm_xargs": Ignored({"x": 1}, "there are no such extensions"),
 }
 CHAT_IGNORED: dict[str, Ignored] = COMPLETION_IGNORED | {
-    "parallel_tool_calls": Ignored(False, "there are no tools"),
     "metadata": Ignored({"a": "b"}, "nothing is stored"),
     "store": Ignored(True, "nothing is stored"),
     "service_tier": Ignored("flex", "there is one tier"),

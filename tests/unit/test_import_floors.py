@@ -54,6 +54,7 @@ EDGE_MAY_IMPORT = {
     "ensemble_core.decoding.parameters",
     "ensemble_core.decoding.sampling_params",
     "ensemble_core.decoding.requests",
+    "ensemble_core.text.tools",
 }
 CLI_MAY_IMPORT = EDGE_MAY_IMPORT | {
     "ensemble_core.transfer.build",
@@ -70,6 +71,8 @@ TORCHLESS = (
     "ensemble_core/council_config.py",
     "ensemble_core/stats.py",
     "ensemble_core/decoding/forms.py",
+    "ensemble_core/text/tools.py",
+    "ensemble_core/text/calls.py",
     "ensemble_core/decoding/parameters.py",
     "ensemble_core/decoding/sampling_params.py",
     "ensemble_core/decoding/requests.py",
