@@ -6,6 +6,7 @@ Thread-safe: it only reads shared state. Knows recipes, prompts and lengths; doe
 from __future__ import annotations
 
 import itertools
+from collections import abc
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
@@ -105,9 +106,17 @@ class Admission:
             raise ConfigError(f"{where}: {model}: {error}") from error
 
     def tokenize(self, model: str, prompt: Prompt, add_special_tokens: bool) -> tuple[list[int], Speaker]:
-        """A prompt's ids in a model's main member, and that member. Raises as `admit`."""
-        main = self._speakers[self._book.resolve(model, Overrides()).main]
+        """A prompt's ids in a model's main member (an empty text may have none), and that member. Raises as `admit`."""
+        _, main = self.main_of(model)
+        if prompt == "":
+            return main.prompts.tokenize(prompt, add_special_tokens), main
         return self._encode(main, prompt, add_special_tokens, is_main=True), main
+
+    def spell(self, model: str, token_ids: abc.Sequence[int]) -> str:
+        """The text of main's ids, with control tokens by name. Raises InvalidRequestError, ModelNotFoundError."""
+        vocabulary = self.main_of(model)[1].vocabulary
+        _check_ids("tokens", token_ids, vocabulary)
+        return b"".join(vocabulary.tokens[token_id] for token_id in token_ids).decode("utf-8", "replace")
 
     def main_of(self, model: str) -> tuple[str, Speaker]:
         """The name of a model's main member, and that member. Raises ModelNotFoundError."""

@@ -177,6 +177,9 @@ class FakeTokenizer:
     def __call__(self, text: str, **_: object) -> dict[str, list[int]]:
         return {"input_ids": self._vocabulary.encode(text)}
 
+    def convert_ids_to_tokens(self, token_ids: list[int]) -> list[str]:
+        return [self._vocabulary.name_of(token_id) for token_id in token_ids]
+
 
 def fake_config(members: abc.Sequence[str] = ("alpha", "beta"), **sections: Any) -> Config:
     """A configuration of fake members; an ensemble `duo` of the first two, and what `sections` say."""

@@ -128,8 +128,8 @@ class ChatJob(Job):
         )
         self._extend(piece, output)
         chunk = self._chunk([piece])
-        if self._sends_ids and first:
-            chunk.prompt_token_ids = list(output.prompt_token_ids)
+        if first:
+            chunk.prompt_token_ids = list(output.prompt_token_ids) if self._sends_ids else None
         return chunk
 
     def usage_chunk(self) -> ChatChunk:
@@ -145,9 +145,9 @@ class ChatJob(Job):
             created=ticket.created,
             model=ticket.model,
             choices=[self._choice(index, output) for index, output in enumerate(outputs)],
+            prompt_logprobs=None,
         )
-        if self._sends_ids:
-            answer.prompt_token_ids = list(outputs[0].prompt_token_ids)
+        answer.prompt_token_ids = list(outputs[0].prompt_token_ids) if self._sends_ids else None
         return answer
 
     def _chunk(self, pieces: list[ChatPiece]) -> ChatChunk:

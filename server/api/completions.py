@@ -64,7 +64,10 @@ class CompletionJob(Job):
             for start in range(0, len(outputs), size)
             for output in best(outputs[start : start + size], self.ticket.num_choices)
         ]
-        return self._completion([self._choice(index, output, True) for index, output in enumerate(kept)])
+        choices = [self._choice(index, output, True) for index, output in enumerate(kept)]
+        for choice in choices:
+            choice.prompt_logprobs = None
+        return self._completion(choices)
 
     def _completion(self, choices: list[TextChoice]) -> TextCompletion:
         ticket = self.ticket

@@ -145,7 +145,9 @@ class Job(ABC):
             async for index, output in news:
                 tally.add(index, output)
                 parts[index].append(output)
-        return self._counted(self._served(self.whole([join(each) for each in parts])), tally.usage())
+        reply = self.whole([join(each) for each in parts])
+        reply.close()
+        return self._counted(self._served(reply), tally.usage())
 
     def headers(self) -> dict[str, str]:
         """Headers of the answer, by what is known of it now."""

@@ -80,7 +80,7 @@ def check_count(name: str, count: int, num_prompts: int, max_choices: int) -> in
 
 
 def stream_options(body: SamplingFields) -> tuple[bool, bool]:
-    """(usage at the end, usage in each chunk). A whole answer has usage at the end."""
+    """(usage at the end, usage in each chunk, only with the former). A whole answer has usage at the end."""
     options = body.stream_options
     if not body.stream:
         if options is not None:
@@ -88,7 +88,8 @@ def stream_options(body: SamplingFields) -> tuple[bool, bool]:
         return True, False
     if options is None:
         return False, False
-    return bool(options.include_usage), bool(options.continuous_usage_stats)
+    final = bool(options.include_usage)
+    return final, final and bool(options.continuous_usage_stats)
 
 
 def sampling_params(body: SamplingFields, **own: Any) -> SamplingParams:

@@ -12,8 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field, PlainValidator, model_validat
 
 from ensemble_core.decoding.requests import Conversation
 from ensemble_core.errors import InvalidRequestError
-from server.schema.json_values import Strict, Text, text
-from server.schema.replies import Reply, TraceStep
+from server.schema.json_values import Integer, Strict, Text, text
+from server.schema.replies import Reply, Sent, TraceStep
 from server.schema.sampling import SamplingFields, parameter
 from server.schema.unsupported import CHAT_IGNORED, CHAT_REFUSED, Ignored, Refused
 
@@ -127,19 +127,19 @@ class ChatRequest(SamplingFields):
         description="text or a list of text parts; other parts, `tool_calls`, `audio`: 400; `name` changes nothing",
         examples=[[{"role": "user", "content": [{"type": "text", "text": "Bye!"}]}]],
     )
-    max_completion_tokens: int | None = Field(
+    max_completion_tokens: Integer | None = Field(
         None,
         description="maximum number of tokens of each choice; the rest of the context if not sent",
         examples=[5],
         json_schema_extra={"minimum": 1},
     )
-    max_tokens: int | None = Field(
+    max_tokens: Integer | None = Field(
         None, description="older name of `max_completion_tokens`", examples=[5], json_schema_extra={"minimum": 1}
     )
     logprobs: bool | None = Field(
         None, description="`{content: [{token, logprob, bytes, top_logprobs}]}`", examples=[True]
     )
-    top_logprobs: int | None = parameter("logprobs", "alternatives for each token; only with `logprobs`")
+    top_logprobs: Integer | None = parameter("logprobs", "alternatives for each token; only with `logprobs`")
     response_format: ResponseFormat | None = Field(
         None,
         description="`text`, `json_object`, `json_schema`; a mask over the fused distribution, so the schema always "
@@ -178,11 +178,21 @@ class ChatLogprobs(BaseModel):
     content: list[ChatToken]
 
 
-class AssistantMessage(BaseModel):
+class AssistantMessage(Sent):
     """The answer."""
+
+    always: ClassVar[tuple[str, ...]] = (
+        "refusal", "annotations", "audio", "function_call", "reasoning", "reasoning_content",
+    )  # fmt: skip
 
     role: Literal["assistant"]
     content: str
+    refusal: None = Field(None, description="Always null, as the next ones.")
+    annotations: None = None
+    audio: None = None
+    function_call: None = None
+    reasoning: None = None
+    reasoning_content: None = None
 
 
 class Delta(BaseModel):
@@ -192,7 +202,9 @@ class Delta(BaseModel):
     content: str
 
 
-class _ChatBase(BaseModel):
+class _ChatBase(Sent):
+    always: ClassVar[tuple[str, ...]] = ("token_ids",)
+
     index: int
     logprobs: ChatLogprobs | None
     finish_reason: Literal["stop", "length"] | None
@@ -221,6 +233,7 @@ class ChatCompletion(Reply):
 
     object: Literal["chat.completion"]
     choices: list[ChatChoice]
+    prompt_logprobs: None = Field(None, description="Null.")
     prompt_token_ids: list[int] | None = Field(None, description="With return_token_ids.")
 
 

@@ -7,8 +7,8 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from server.schema.json_values import Prompts
-from server.schema.replies import Reply, TraceStep
+from server.schema.json_values import Integer, Prompts
+from server.schema.replies import Reply, Sent, TraceStep
 from server.schema.sampling import SamplingFields, parameter
 from server.schema.unsupported import COMPLETION_IGNORED, COMPLETION_REFUSED, Ignored, Refused
 
@@ -26,10 +26,10 @@ class CompletionRequest(SamplingFields):
         description="a text, token ids of the main member, or a list of either; none may be empty",
         examples=[[[1, 2], [3]]],
     )
-    max_tokens: int | None = parameter(
+    max_tokens: Integer | None = parameter(
         "max_tokens", "maximum number of tokens of each choice; 0 only with `echo`", minimum=0
     )
-    best_of: int | None = Field(
+    best_of: Integer | None = Field(
         None,
         description="sample this many, send the n with the highest mean log-probability, best first; `usage` counts "
         "all; at least n, and with `stream` not more than n",
@@ -37,7 +37,7 @@ class CompletionRequest(SamplingFields):
         json_schema_extra={"minimum": 1},
     )
     echo: bool | None = parameter("echo")
-    logprobs: int | None = parameter("logprobs")
+    logprobs: Integer | None = parameter("logprobs")
     add_special_tokens: bool | None = Field(
         None,
         description="true if not sent; tokenizers add their own tokens in front of a text prompt",
@@ -64,14 +64,17 @@ class Logprobs(BaseModel):
     text_offset: list[int]
 
 
-class TextChoice(BaseModel):
+class TextChoice(Sent):
     """One choice, or a piece of it. index = prompt index * n + i."""
+
+    always: ClassVar[tuple[str, ...]] = ("prompt_token_ids", "token_ids")
 
     index: int
     text: str
     logprobs: Logprobs | None
     finish_reason: Literal["stop", "length"] | None
     stop_reason: str | int | None
+    prompt_logprobs: None = Field(None, description="Null in whole answers.")
     prompt_token_ids: list[int] | None = Field(None, description="With return_token_ids.")
     token_ids: list[int] | None = Field(None, description="With return_token_ids.")
     trace: list[TraceStep] | None = Field(None, description="With ensemble.trace: one entry for each token.")

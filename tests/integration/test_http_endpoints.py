@@ -36,6 +36,9 @@ def test_models(client: TestClient) -> None:
     assert answer["data"][0]["recipe"] == RECIPE
     assert answer["data"][2] == client.get("/v1/models/b").json()
     assert (answer["data"][2]["max_model_len"], answer["data"][2]["kind"]) == (1024, "member")
+    assert all(model["root"] == model["id"] and model["parent"] is None for model in answer["data"])
+    (permission,) = answer["data"][0]["permission"]
+    assert (permission["object"], permission["allow_sampling"]) == ("model_permission", True)
 
 
 @pytest.mark.parametrize("name", ["nope", "org/nope"])

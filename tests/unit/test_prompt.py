@@ -29,6 +29,7 @@ def test_a_plain_prompt_is_the_tokenizers_own(tokenizer: object, text: str) -> N
 def test_an_empty_prompt_is_refused_by_name() -> None:
     with pytest.raises(InvalidRequestError, match="'m'") as caught:
         PromptEncoder("m", BYTE_LEVEL).encode("")
+    assert PromptEncoder("m", BYTE_LEVEL).tokenize("") == []
     assert caught.value.param == "prompt"
 
 
@@ -101,3 +102,11 @@ def test_the_last_message_can_be_left_open() -> None:
     assert plain_chat(MESSAGES, continue_final=True) == "system: be short\nuser: hi 😀"
     ids = PromptEncoder("m", BYTE_LEVEL, CHATML).encode_chat(MESSAGES, continue_final=True)
     assert BYTE_LEVEL.decode(ids) == "<|im_start|>system\nbe short<|im_end|>\n<|im_start|>user\nhi 😀"
+
+
+def test_pieces_are_what_the_vocabulary_writes() -> None:
+    encoder = PromptEncoder("m", BYTE_LEVEL)
+    ids = encoder.encode("a b é")
+    assert encoder.pieces(ids) == BYTE_LEVEL.convert_ids_to_tokens(ids)
+    assert "Ġ" in "".join(encoder.pieces(ids))
+    assert encoder.pieces([10_000]) == [""]

@@ -234,12 +234,13 @@ def test_usage_chunks() -> None:
     assert last.usage.completion_tokens == 4
 
 
-def test_what_was_not_asked_for_is_left_out() -> None:
+def test_what_was_not_asked_for_is_left_out_or_null() -> None:
     whole = answer(job_of(), FakeRuntime())
     (choice,) = whole.choices
-    assert choice.logprobs is None
-    assert choice.model_fields_set == {"index", "message", "logprobs", "finish_reason", "stop_reason"}
-    assert "prompt_token_ids" not in whole.model_fields_set
+    assert choice.logprobs is choice.token_ids is None
+    assert choice.model_fields_set == {"index", "message", "logprobs", "finish_reason", "stop_reason", "token_ids"}
+    assert whole.prompt_token_ids is whole.prompt_logprobs is None
+    assert {"prompt_token_ids", "prompt_logprobs"} <= whole.model_fields_set
 
 
 def test_a_token_has_its_bytes_and_the_likeliest_alternatives() -> None:

@@ -152,15 +152,25 @@ def test_chunks_have_a_usage_field_only_where_it_was_asked_for() -> None:
     assert [chunk.usage is None for chunk in final] == [True, True, True, True, False]
     assert [len(chunk.choices) for chunk in final] == [1, 1, 1, 1, 0]
     assert all("usage" in chunk.model_fields_set for chunk in final)
-    running = run(job_of(stream=True, stream_options={"continuous_usage_stats": True}), FakeRuntime())
-    assert [chunk.usage and chunk.usage.completion_tokens for chunk in running] == [1, 2, 3, 4]
+    both = {"include_usage": True, "continuous_usage_stats": True}
+    running = run(job_of(stream=True, stream_options=both), FakeRuntime())
+    assert [chunk.usage and chunk.usage.completion_tokens for chunk in running] == [1, 2, 3, 4, 4]
+
+
+@pytest.mark.parametrize("final", [{}, {"include_usage": False}, {"include_usage": None}])
+def test_running_usage_comes_only_with_final_usage(final: dict[str, Any]) -> None:
+    """As in vLLM."""
+    options = final | {"continuous_usage_stats": True}
+    chunks = run(job_of(stream=True, stream_options=options), FakeRuntime())
+    assert len(chunks) == 4
+    assert all("usage" not in chunk.model_fields_set for chunk in chunks)
 
 
 def test_outputs_that_say_nothing_are_not_sent() -> None:
     runtime = FakeRuntime(script=["", "a", "", "b", ""])
     assert [chunk.choices[0].text for chunk in run(job_of(stream=True), runtime)] == ["a", "b", ""]
-    options = {"continuous_usage_stats": True}
-    assert len(run(job_of(stream=True, stream_options=options), runtime)) == 5
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    assert len(run(job_of(stream=True, stream_options=options), runtime)) == 6
 
 
 def test_the_stop_string_is_told() -> None:
@@ -318,7 +328,7 @@ def test_a_stream_and_the_whole_answer_tell_the_same() -> None:
         pieces = [piece for chunk in streamed for piece in chunk.choices if piece.index == choice.index]
         assert "".join(piece.text for piece in pieces) == choice.text
         assert pieces[0].prompt_token_ids == choice.prompt_token_ids
-        assert all("prompt_token_ids" not in piece.model_fields_set for piece in pieces[1:])
+        assert all(piece.prompt_token_ids is None for piece in pieces[1:])
         assert joined(piece.token_ids for piece in pieces) == choice.token_ids == [0, 1, 2, 3]
         assert joined(piece.trace for piece in pieces) == choice.trace
         assert choice.logprobs is not None
@@ -333,10 +343,13 @@ def test_tokens_whose_text_is_held_back_still_tell_their_logprobs() -> None:
     assert [len(chunk.choices[0].logprobs.tokens) for chunk in streamed if chunk.choices[0].logprobs] == [1, 1, 1]
 
 
-def test_what_was_not_asked_for_is_left_out() -> None:
+def test_what_was_not_asked_for_is_left_out_or_null() -> None:
     (choice,) = answer(job_of(), FakeRuntime()).choices
-    assert choice.model_fields_set == {"index", "text", "logprobs", "finish_reason", "stop_reason"}
+    told = {"index", "text", "logprobs", "finish_reason", "stop_reason"}
+    nulls = {"token_ids", "prompt_token_ids", "prompt_logprobs"}
+    assert choice.model_fields_set == told | nulls
     assert choice.logprobs is None
+    assert all(getattr(choice, name) is None for name in nulls)
 
 
 def test_a_trace_tells_what_the_members_proposed() -> None:
