@@ -106,7 +106,7 @@ class Admission:
             raise ConfigError(f"{where}: {model}: {error}") from error
 
     def tokenize(self, model: str, prompt: Prompt, add_special_tokens: bool) -> tuple[list[int], Speaker]:
-        """A prompt's ids in a model's main member (an empty text may have none), and that member. Raises as `admit`."""
+        """A prompt's ids in a model's main member (none for an empty text), and that member. Raises as `admit`."""
         _, main = self.main_of(model)
         if prompt == "":
             return main.prompts.tokenize(prompt, add_special_tokens), main

@@ -163,8 +163,8 @@ def test_the_document_says_that_no_prompt_may_be_empty() -> None:
     kinds = CompletionRequest.model_json_schema()["properties"]["prompt"]["anyOf"]
     assert all(kind.get("minLength", kind.get("minItems")) == 1 for kind in kinds)
     nested = [kind["items"] for kind in kinds if "items" in kind]
-    assert [kind for kind in nested if kind["type"] == "array"][0]["minItems"] == 1
-    assert [kind for kind in nested if kind["type"] == "string"][0]["minLength"] == 1
+    assert next(kind for kind in nested if kind["type"] == "array")["minItems"] == 1
+    assert next(kind for kind in nested if kind["type"] == "string")["minLength"] == 1
 
 
 def test_null_means_the_default() -> None:
