@@ -22,7 +22,7 @@ from server.edge.bodies import BodyLimit
 from server.edge.door import Door
 from server.edge.exchange import Exchange
 from server.edge.metrics import PrometheusMetrics
-from server.edge.middleware import RequestContext, RootPath
+from server.edge.middleware import Lenient, RequestContext, RootPath
 from server.edge.openapi import require_key
 from server.edge.traces import Traces, open_traces
 
@@ -97,6 +97,7 @@ def _add_middleware(
             expose_headers=["X-Request-Id", "Retry-After"],
         )
     app.add_middleware(Door, config=config, keyed=bool(keys), metrics=metrics)
+    app.add_middleware(Lenient)
     app.add_middleware(RequestContext, observers=observers)
     if config.root_path:
         app.add_middleware(RootPath, root_path=config.root_path)
