@@ -15,7 +15,7 @@ from starlette.middleware.cors import CORSMiddleware
 from ensemble_core.config import ServerConfig
 from server.api import probes, routes, tokenizers
 from server.api.services import Services
-from server.edge import errors
+from server.edge import docs, errors
 from server.edge.access import log_access
 from server.edge.auth import Gate, KeyRing, load_keys
 from server.edge.bodies import BodyLimit
@@ -58,12 +58,13 @@ def create_app(runtime: Runtime, config: ServerConfig, metrics: PrometheusMetric
         summary="Several language models answer as one.",
         version=version("unisono"),
         lifespan=lifespan,
+        docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
         **_WITHOUT_TELEMETRY,
     )
     app.state.services = Services(runtime, config, metrics, created=int(time.time()), keyed=bool(keys))
-    for module in (routes, tokenizers, probes):
+    for module in (routes, tokenizers, probes, docs):
         app.include_router(module.router)
     _add_middleware(app, config, keys, metrics, _observers(config, traces))
     errors.install(app, metrics)
