@@ -66,14 +66,23 @@ def create_app(runtime: Runtime, config: ServerConfig, metrics: PrometheusMetric
     app.state.services = Services(runtime, config, metrics, created=int(time.time()), keyed=bool(keys))
     for module in (routes, tokenizers, probes, docs):
         app.include_router(module.router)
-    _add_middleware(app, config, keys, metrics, _observers(config, traces))
+    _add_middleware(app, config, keys, metrics, _observers(config, metrics, traces))
     errors.install(app, metrics)
     return app
 
 
-def _observers(config: ServerConfig, traces: Traces | None) -> list[Callable[[Exchange], None]]:
+def _observers(
+    config: ServerConfig, metrics: PrometheusMetrics, traces: Traces | None
+) -> list[Callable[[Exchange], None]]:
     """What learns of each exchange when it has ended."""
-    observers: list[Callable[[Exchange], None]] = [log_access] if config.access_log else []
+
+    def count(exchange: Exchange) -> None:
+        taken = exchange.generation
+        metrics.answered(exchange.route, exchange.status, None if taken is None else taken.model)
+
+    observers: list[Callable[[Exchange], None]] = [count]
+    if config.access_log:
+        observers.append(log_access)
     return observers if traces is None else [*observers, traces.record]
 
 

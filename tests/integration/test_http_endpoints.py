@@ -81,6 +81,25 @@ def test_promtool_accepts_what_a_fresh_server_says(client: TestClient) -> None:
     assert (done.returncode, done.stderr) == (0, b"")
 
 
+def test_openmetrics_on_request(client: TestClient) -> None:
+    answer = client.get("/metrics", headers={"Accept": "application/openmetrics-text; version=1.0.0"})
+    assert answer.headers["content-type"].startswith("application/openmetrics-text")
+    assert answer.text.endswith("# EOF\n")
+    assert answer.headers["vary"] == "Accept"
+
+
+def test_requests_and_choices_are_counted_apart(client: TestClient) -> None:
+    client.post("/v1/completions", json={"model": "duo", "prompt": ["a", "b"], "n": 2})
+    client.post("/v1/completions/", json={"model": "nope", "prompt": "a"})
+    client.get("/nope")
+    text = client.get("/metrics").text
+    assert 'unisono_accepted_requests_total{model="duo"} 1.0' in text
+    assert 'unisono_http_requests_total{route="/v1/completions",status="200"} 1.0' in text
+    assert 'unisono_http_requests_total{route="/v1/completions",status="404"} 1.0' in text
+    assert 'unisono_http_requests_total{route="none",status="404"} 1.0' in text
+    assert "process_cpu_seconds_total" in text
+
+
 def test_version(client: TestClient) -> None:
     assert client.get("/version").json()["version"]
 
