@@ -306,9 +306,7 @@ class _CouncilMetrics(_Family):
         self.agreement = self._histogram(
             "council_agreement_ratio", "Share of the votes that the answer had.", buckets.SHARE, "model"
         )
-        self.rounds = self._histogram(
-            "council_rounds", "Rounds of calls before an answer.", buckets.ROUND, "model"
-        )
+        self.rounds = self._histogram("council_rounds", "Rounds before an answer.", buckets.ROUND, "model")
         self.seconds = self._histogram(
             "council_seconds", "From a council's first call to its last token.", buckets.REQUEST, "model"
         )
@@ -334,9 +332,7 @@ class _EnsembleMetrics(_Family):
             "agreement_total", "Steps by whether a member's likeliest token is the chosen one.",
             "model", "member", "agrees",
         )  # fmt: skip
-        self.overruled = self._counter(
-            "main_overruled_total", "Steps whose token is not main's likeliest.", "model"
-        )
+        self.overruled = self._counter("main_overruled_total", "Steps whose token was not main's first.", "model")
         self.unmapped = self._histogram(
             "unmapped_mass", "Mass that maps to no token of main's vocabulary.", buckets.MASS, "model", "member"
         )
