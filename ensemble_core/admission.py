@@ -110,7 +110,7 @@ class Admission:
         _, main = self.main_of(model)
         if prompt == "":
             return main.prompts.tokenize(prompt, add_special_tokens), main
-        return self._encode(main, prompt, add_special_tokens, is_main=True), main
+        return self._encode(main, prompt, add_special_tokens), main
 
     def spell(self, model: str, token_ids: abc.Sequence[int]) -> str:
         """The text of main's ids, with control tokens by name. Raises InvalidRequestError, ModelNotFoundError."""
@@ -205,15 +205,20 @@ class Admission:
     def _prompt_ids(self, member: str, reading: _Reading) -> list[int]:
         """A member's prompt ids, encoded once. Where the request sends ids, assistants encode their text."""
         if member not in reading.ids:
-            request, is_main = reading.request, member == reading.recipe.main
-            prompt = request.prompt
-            if isinstance(prompt, tuple) and not is_main:
-                prompt = self._text(reading)
-            speaker = self._speakers[member]
-            reading.ids[member] = self._encode(speaker, prompt, request.add_special_tokens, is_main=is_main)
+            reading.ids[member] = self._read(member, reading)
         return reading.ids[member]
 
-    def _encode(self, speaker: Speaker, prompt: Prompt, add_special_tokens: bool, *, is_main: bool) -> list[int]:
+    def _read(self, member: str, reading: _Reading) -> list[int]:
+        request, speaker = reading.request, self._speakers[member]
+        if member == reading.recipe.main or not isinstance(request.prompt, tuple):
+            return self._encode(speaker, request.prompt, request.add_special_tokens)
+        if text := self._text(reading):
+            return self._encode(speaker, text, request.add_special_tokens)
+        # Control tokens alone: there is no text to read, so the assistant begins as it begins any text.
+        ids = speaker.prompts.tokenize("", request.add_special_tokens) or speaker.prompts.start()
+        return ids or self._encode(speaker, "", request.add_special_tokens)
+
+    def _encode(self, speaker: Speaker, prompt: Prompt, add_special_tokens: bool) -> list[int]:
         if isinstance(prompt, Conversation):
             return speaker.prompts.encode_chat([dict(m) for m in prompt.messages], prompt.continue_final)
         if isinstance(prompt, tuple):

@@ -36,6 +36,13 @@ class PromptEncoder:
         ids: list[int] = self._tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
         return ids
 
+    def start(self) -> list[int]:
+        """Ids of a text of which nothing is written yet: BOS, without one end of text, without both none."""
+        start = self._tokenizer.bos_token_id
+        if start is None:
+            start = self._tokenizer.eos_token_id
+        return [] if start is None else [int(start)]
+
     def pieces(self, token_ids: Sequence[int]) -> list[str]:
         """Tokens as the tokenizer's own vocabulary writes them; "" for ids that it does not know."""
         return [piece or "" for piece in self._tokenizer.convert_ids_to_tokens(list(token_ids))]

@@ -15,6 +15,7 @@ from ensemble_core.decoding.sampling_params import SamplingParams
 from ensemble_core.decoding.sequence import Choice, Phase
 from ensemble_core.errors import InvalidRequestError, ModelNotFoundError
 from ensemble_core.members.base import Abilities
+from ensemble_core.text.prompt import PromptEncoder
 
 MAIN_LEN, ASSISTANT_LEN = 64, 24
 
@@ -141,6 +142,23 @@ def test_assistants_read_the_text_of_ids_without_control_tokens() -> None:
     assert made.main.prompt_ids == list(ids)
     assert bytes(made.tracks["beta"].prompt_ids) == "abc é".encode()
     assert made.prompt_text == "abc é"
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("special", [True, False])
+def test_for_control_tokens_alone_assistants_begin_a_text(count: int, special: bool) -> None:
+    """There is no text to read. The fake has no BOS, so it begins behind an end of text."""
+    (end,) = pair_vocabulary().stop_ids
+    made = admission().admit(replace(with_params((end,) * count), add_special_tokens=special))
+    assert made.main.prompt_ids == [end] * count
+    assert made.tracks["beta"].prompt_ids == [*byte_vocabulary().stop_ids]
+    assert made.prompt_text == ""
+
+
+def test_a_member_that_cannot_begin_a_text_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PromptEncoder, "start", lambda _self: [])
+    (end,) = pair_vocabulary().stop_ids
+    assert "'beta'" in str(refused(with_params((end,))))
 
 
 def test_a_conversation_can_go_on_from_its_last_message() -> None:

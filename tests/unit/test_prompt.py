@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from tiny_models import byte_level, metaspace
@@ -110,3 +111,9 @@ def test_pieces_are_what_the_vocabulary_writes() -> None:
     assert encoder.pieces(ids) == BYTE_LEVEL.convert_ids_to_tokens(ids)
     assert "Ġ" in "".join(encoder.pieces(ids))
     assert encoder.pieces([10_000]) == [""]
+
+
+@pytest.mark.parametrize(("bos", "eos", "start"), [(5, 7, [5]), (0, 7, [0]), (None, 7, [7]), (None, None, [])])
+def test_a_text_begins_with_bos_or_behind_an_end(bos: int | None, eos: int | None, start: list[int]) -> None:
+    tokenizer = SimpleNamespace(bos_token_id=bos, eos_token_id=eos)
+    assert PromptEncoder("m", tokenizer).start() == start
