@@ -20,6 +20,7 @@ from ensemble_core.decoding.sequence import Sequence
 from ensemble_core.errors import ConfigError, InvalidRequestError
 from ensemble_core.members.base import ALL_ABILITIES, Abilities
 from ensemble_core.recipes import RecipeBook
+from ensemble_core.stats import Reason
 from ensemble_core.text.alignment import Track
 from ensemble_core.text.prompt import PromptEncoder
 from ensemble_core.text.vocabulary import Vocabulary
@@ -41,11 +42,15 @@ class Speaker:
 
 @dataclass(slots=True)
 class _Reading:
-    """What all choices of one prompt share: the recipe, the text and each member's ids, computed on first use."""
+    """What all choices of one prompt share: the recipe, the text and each member's ids, computed on first use.
+
+    dropped: assistants of the ensemble whose context cannot hold the prompt, and why; the recipe is without them.
+    """
 
     request: GenerationRequest
     recipe: Recipe
     text: str | None = None
+    dropped: dict[str, Reason] | None = None
     ids: dict[str, list[int]] = field(default_factory=dict)  # tracks share these lists and never change them
 
     def serves(self, other: GenerationRequest) -> bool:
@@ -175,6 +180,7 @@ class Admission:
             )
 
     def _sequence(self, request: GenerationRequest, reading: _Reading) -> Sequence:
+        self._drop_full(reading)
         recipe, params = reading.recipe, request.params
         main, schema = self._speakers[recipe.main], params.json_schema
         tracks = {member: self._track(member, request, reading) for member in recipe.members}
@@ -187,7 +193,26 @@ class Admission:
             constraint=None if schema is None else main.grammars.compile(schema, request.group),
             scores=PromptScores(params.logprobs or 0) if _is_scored(params) else None,
             likelihood=PromptLikelihood() if recipe.tau is not None else None,
+            dropped=dict(reading.dropped or {}),
         )
+
+    def _drop_full(self, reading: _Reading) -> None:
+        """Leave out assistants that have no room for the prompt, once for all choices; see `Recipe.on_full`."""
+        if reading.dropped is not None:
+            return
+        reading.dropped, whole = {}, reading.recipe
+        if whole.on_full == "drop":
+            full = [member for member in whole.members[1:] if not self._holds(member, reading)]
+            reading.recipe = whole.without(full)
+            gone = [member for member in whole.members if member not in reading.recipe.members]
+            reading.dropped = {member: "full" if member in full else "idle" for member in gone}
+
+    def _holds(self, assistant: str, reading: _Reading) -> bool:
+        speaker, prompt = self._speakers[assistant], reading.request.prompt
+        if not isinstance(prompt, Conversation) and _is_hopeless(self._text(reading), speaker):
+            return False
+        room = speaker.max_len - len(self._prompt_ids(assistant, reading))
+        return room >= min(1, reading.request.params.max_tokens)
 
     def _track(self, member: str, request: GenerationRequest, reading: _Reading) -> Track:
         speaker, is_main = self._speakers[member], member == reading.recipe.main
@@ -200,7 +225,7 @@ class Admission:
                 f"{len(ids)} and max_tokens is {request.params.max_tokens}; shorten the prompt or lower it",
                 "prompt" if room < 1 else "max_tokens",
             )
-        return Track(speaker.vocabulary, ids)
+        return Track(speaker.vocabulary, ids, max_len=speaker.max_len)
 
     def _prompt_ids(self, member: str, reading: _Reading) -> list[int]:
         """A member's prompt ids, encoded once. Where the request sends ids, assistants encode their text."""
@@ -226,7 +251,7 @@ class Admission:
             if not prompt:
                 raise InvalidRequestError("prompt is an empty list of ids; send at least one", "prompt")
             return list(prompt)
-        if len(prompt) > speaker.max_len * _MAX_CHARS_PER_TOKEN:
+        if _is_hopeless(prompt, speaker):
             raise InvalidRequestError(
                 f"the prompt has {len(prompt)} characters, which cannot fit a context of {speaker.max_len} tokens; "
                 "shorten it",
@@ -248,6 +273,11 @@ def _spelt(prompt: Prompt, main: Vocabulary) -> str:
     if isinstance(prompt, Conversation):
         return ""
     return b"".join(main.text_bytes(token_id) for token_id in prompt).decode("utf-8", "replace")
+
+
+def _is_hopeless(text: str, speaker: Speaker) -> bool:
+    """Whether a text cannot fit, whatever its tokens are."""
+    return len(text) > speaker.max_len * _MAX_CHARS_PER_TOKEN
 
 
 def _is_scored(params: SamplingParams) -> bool:

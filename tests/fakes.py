@@ -77,7 +77,10 @@ def sequence(
 ) -> Sequence:
     """A request in flight, its prompt spelt by each member's own vocabulary."""
     request = GenerationRequest(f"request-{seq_id}", recipe.model, prompt, params)
-    tracks = {member.name: Track(member.vocabulary, member.vocabulary.encode(prompt)) for member in members}
+    tracks = {
+        member.name: Track(member.vocabulary, member.vocabulary.encode(prompt), max_len=member.max_len)
+        for member in members
+    }
     return Sequence(seq_id, request, recipe, tracks)
 
 

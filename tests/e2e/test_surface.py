@@ -54,6 +54,17 @@ def test_a_chat_stream_joins_to_the_whole(client: openai.OpenAI) -> None:
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == whole
 
 
+@pytest.mark.parametrize("mode", ["lockstep", "verify"])
+def test_a_prompt_of_control_tokens_alone_is_answered(client: openai.OpenAI, mode: str) -> None:
+    """2 is Gemma's BOS."""
+    for model in ("duet", "gemma3"):
+        extra = {"ensemble": {"mode": mode}} if model == "duet" else {}
+        answer = client.completions.create(model=model, prompt=[2], max_tokens=4, temperature=0, extra_body=extra)
+        assert answer.choices[0].finish_reason in ("length", "stop")
+        assert answer.usage is not None
+        assert answer.usage.prompt_tokens == 1
+
+
 def test_a_schema_is_kept_by_the_ensemble(client: openai.OpenAI) -> None:
     answer = client.chat.completions.create(
         model="duet-smollm2",
