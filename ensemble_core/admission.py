@@ -44,11 +44,13 @@ class Speaker:
 class _Reading:
     """What all choices of one prompt share: the recipe, the text and each member's ids, computed on first use.
 
-    dropped: assistants of the ensemble whose context cannot hold the prompt, and why; the recipe is without them.
+    prompt: that of the request, cut where it asks for that. dropped: assistants of the ensemble whose context cannot
+    hold the prompt, and why; the recipe is without them.
     """
 
     request: GenerationRequest
     recipe: Recipe
+    prompt: Prompt
     text: str | None = None
     dropped: dict[str, Reason] | None = None
     ids: dict[str, list[int]] = field(default_factory=dict)  # tracks share these lists and never change them
@@ -58,7 +60,8 @@ class _Reading:
         mine = self.request
         same_prompt = mine.prompt is other.prompt or mine.prompt == other.prompt
         same_model = mine.model == other.model and mine.overrides == other.overrides
-        return same_prompt and same_model and mine.add_special_tokens == other.add_special_tokens
+        same_ids = mine.add_special_tokens == other.add_special_tokens and mine.truncate == other.truncate
+        return same_prompt and same_model and same_ids
 
 
 class Admission:
@@ -87,11 +90,26 @@ class Admission:
         for request in requests:
             reading = readings.get(request.group or "")
             if request.group is None or reading is None or not reading.serves(request):
-                reading = _Reading(request, self._book.resolve(request.model, request.overrides))
+                reading = self._reading(request)
                 readings[request.group or ""] = reading
             self._check(request, reading.recipe)
             made.append(self._sequence(request, reading))
         return made
+
+    def _reading(self, request: GenerationRequest) -> _Reading:
+        """The reading of a prompt, the last `truncate` of main's tokens if there are more."""
+        recipe, prompt, most = (
+            self._book.resolve(request.model, request.overrides),
+            request.prompt,
+            request.truncate,
+        )
+        if most is None or isinstance(prompt, Conversation):
+            return _Reading(request, recipe, prompt)
+        main = self._speakers[recipe.main]
+        ids = self._encode(main, prompt, request.add_special_tokens)
+        if most == -1:
+            most = max(main.max_len - request.params.max_tokens, 1)
+        return _Reading(request, recipe, tuple(ids[-most:]) if len(ids) > most else prompt)
 
     def check_ensembles(self, names: Iterable[str]) -> None:
         """Raise ConfigError where an ensemble, as it is configured, needs more than a member can do."""
@@ -133,16 +151,16 @@ class Admission:
         params, main = request.params, self._speakers[recipe.main]
         _check_ids("logit_bias", [token_id for token_id, _ in params.logit_bias], main.vocabulary)
         _check_ids("stop_token_ids", params.stop_token_ids, main.vocabulary)
-        scored = _is_scored(params)
-        if scored and recipe.fusion is not None and recipe.fusion.full_vocabulary:
+        what, param = _scoring(params)
+        if params.scores_prompt and recipe.fusion is not None and recipe.fusion.full_vocabulary:
             raise InvalidRequestError(
-                "echo with logprobs works on candidates; ask for a fusion with `support: closed`", "echo"
+                f"{what} works on candidates; ask for a fusion with `support: closed`", param
             )
-        if scored and recipe.tau is not None:
+        if params.scores_prompt and recipe.tau is not None:
             raise InvalidRequestError(
-                "echo with logprobs scores the prompt, but weights by perplexity are known only after it; send "
+                f"{what} scores the prompt, but weights by perplexity are known only after it; send "
                 "`ensemble: {weighting: fixed}`, or leave one of them out",
-                "echo",
+                param,
             )
         self._check_abilities(request, recipe)
 
@@ -163,8 +181,8 @@ class Admission:
                     "most; leave it out",
                     param,
                 )
-        param = "echo" if _is_scored(params) else "ensemble.weighting"
-        for member in recipe.members if _is_scored(params) or recipe.tau is not None else ():
+        param = _scoring(params)[1] if params.scores_prompt else "ensemble.weighting"
+        for member in recipe.members if params.scores_prompt or recipe.tau is not None else ():
             if not self._speakers[member].abilities.every_position:
                 raise InvalidRequestError(
                     f"{param} needs every position of the prompt, and member {member!r} answers at its last one "
@@ -191,7 +209,7 @@ class Admission:
             tracks=tracks,
             prompt_text=self._text(reading),
             constraint=None if schema is None else main.grammars.compile(schema, request.group),
-            scores=PromptScores(params.logprobs or 0) if _is_scored(params) else None,
+            scores=_scores(params),
             likelihood=PromptLikelihood() if recipe.tau is not None else None,
             dropped=dict(reading.dropped or {}),
         )
@@ -201,6 +219,7 @@ class Admission:
         if reading.dropped is not None:
             return
         reading.dropped, whole = {}, reading.recipe
+        self._prompt_ids(whole.main, reading)  # its ids are checked before anybody reads their text
         if whole.on_full == "drop":
             full = [member for member in whole.members[1:] if not self._holds(member, reading)]
             reading.recipe = whole.without(full)
@@ -208,7 +227,7 @@ class Admission:
             reading.dropped = {member: "full" if member in full else "idle" for member in gone}
 
     def _holds(self, assistant: str, reading: _Reading) -> bool:
-        speaker, prompt = self._speakers[assistant], reading.request.prompt
+        speaker, prompt = self._speakers[assistant], reading.prompt
         if not isinstance(prompt, Conversation) and _is_hopeless(self._text(reading), speaker):
             return False
         room = speaker.max_len - len(self._prompt_ids(assistant, reading))
@@ -235,8 +254,8 @@ class Admission:
 
     def _read(self, member: str, reading: _Reading) -> list[int]:
         request, speaker = reading.request, self._speakers[member]
-        if member == reading.recipe.main or not isinstance(request.prompt, tuple):
-            return self._encode(speaker, request.prompt, request.add_special_tokens)
+        if member == reading.recipe.main or not isinstance(reading.prompt, tuple):
+            return self._encode(speaker, reading.prompt, request.add_special_tokens)
         if text := self._text(reading):
             return self._encode(speaker, text, request.add_special_tokens)
         # Control tokens alone: there is no text to read, so the assistant begins as it begins any text.
@@ -262,7 +281,7 @@ class Admission:
     def _text(self, reading: _Reading) -> str:
         """The text of a prompt, decoded once. Main's ids must have been checked."""
         if reading.text is None:
-            reading.text = _spelt(reading.request.prompt, self._speakers[reading.recipe.main].vocabulary)
+            reading.text = _spelt(reading.prompt, self._speakers[reading.recipe.main].vocabulary)
         return reading.text
 
 
@@ -280,8 +299,16 @@ def _is_hopeless(text: str, speaker: Speaker) -> bool:
     return len(text) > speaker.max_len * _MAX_CHARS_PER_TOKEN
 
 
-def _is_scored(params: SamplingParams) -> bool:
-    return params.echo and params.logprobs is not None
+def _scoring(params: SamplingParams) -> tuple[str, str]:
+    """What asks for the prompt's log-probabilities, in words, and its field."""
+    return ("echo with logprobs", "echo") if params.prompt_logprobs is None else ("prompt_logprobs",) * 2
+
+
+def _scores(params: SamplingParams) -> PromptScores | None:
+    if not params.scores_prompt:
+        return None
+    echoed = (params.logprobs or 0) if params.echo else 0
+    return PromptScores(max(echoed, params.prompt_logprobs or 0), ranks=params.prompt_logprobs is not None)
 
 
 def _check_ids(param: str, token_ids: Iterable[int], vocabulary: Vocabulary) -> None:

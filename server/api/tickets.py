@@ -40,8 +40,12 @@ def make_ticket(
     params: SamplingParams,
     counts: tuple[int, int],
     add_special_tokens: bool = True,
+    truncate: int | None = None,
 ) -> Ticket:
-    """The engine's requests, prompt by prompt. prefix: of the ids; counts: n and best_of, already bounded."""
+    """The engine's requests, prompt by prompt. prefix: of the ids; counts: n and best_of, already bounded.
+
+    truncate: see `GenerationRequest`.
+    """
     final_usage, running_usage = stream_options(body)
     ticket_id = f"{prefix}-{uuid.uuid4().hex}"
     overrides = to_overrides(body.ensemble)
@@ -59,6 +63,7 @@ def make_ticket(
             trace,
             group=f"{ticket_id}-{rank}",
             watched=bool(body.stream),
+            truncate=truncate,
         )
         for rank, prompt in enumerate(prompts)
         for index, each in enumerate(seeded)

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, PlainValidator, model_validat
 from ensemble_core.decoding.requests import Conversation
 from ensemble_core.errors import InvalidRequestError
 from server.schema.json_values import Integer, Strict, Text, text
-from server.schema.replies import Reply, Sent, TraceStep
+from server.schema.replies import PromptToken, Reply, Sent, TraceStep
 from server.schema.sampling import SamplingFields, parameter
 from server.schema.unsupported import CHAT_IGNORED, CHAT_REFUSED, Ignored, Refused
 
@@ -233,7 +233,9 @@ class ChatCompletion(Reply):
 
     object: Literal["chat.completion"]
     choices: list[ChatChoice]
-    prompt_logprobs: None = Field(None, description="Null.")
+    prompt_logprobs: list[dict[int, PromptToken] | None] | None = Field(
+        None, description="With prompt_logprobs: a map of ids for each token, null for the first."
+    )
     prompt_token_ids: list[int] | None = Field(None, description="With return_token_ids.")
 
 

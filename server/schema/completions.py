@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from ensemble_core.decoding.parameters import MAX_INT
 from server.schema.json_values import Integer, Prompts
-from server.schema.replies import Reply, Sent, TraceStep
+from server.schema.replies import PromptToken, Reply, Sent, TraceStep
 from server.schema.sampling import SamplingFields, parameter
 from server.schema.unsupported import COMPLETION_IGNORED, COMPLETION_REFUSED, Ignored, Refused
 
@@ -38,6 +39,12 @@ class CompletionRequest(SamplingFields):
     )
     echo: bool | None = parameter("echo")
     logprobs: Integer | None = parameter("logprobs")
+    truncate_prompt_tokens: Annotated[Integer, Field(ge=-1, le=MAX_INT)] | None = Field(
+        None,
+        description="of a longer prompt only the last so many of main's tokens are used; -1: as many as the context "
+        "holds beside `max_tokens`",
+        examples=[10],
+    )
     add_special_tokens: bool | None = Field(
         None,
         description="true if not sent; tokenizers add their own tokens in front of a text prompt",
@@ -74,7 +81,9 @@ class TextChoice(Sent):
     logprobs: Logprobs | None
     finish_reason: Literal["stop", "length"] | None
     stop_reason: str | int | None
-    prompt_logprobs: None = Field(None, description="Null in whole answers.")
+    prompt_logprobs: list[dict[int, PromptToken] | None] | None = Field(
+        None, description="With prompt_logprobs: a map of ids for each token, null for the first."
+    )
     prompt_token_ids: list[int] | None = Field(None, description="With return_token_ids.")
     token_ids: list[int] | None = Field(None, description="With return_token_ids.")
     trace: list[TraceStep] | None = Field(None, description="With ensemble.trace: one entry for each token.")

@@ -58,6 +58,14 @@ class Usage(BaseModel):
     )
 
 
+class PromptToken(BaseModel):
+    """A token of the prompt, or an alternative to it, in vLLM's form."""
+
+    logprob: float
+    rank: int = Field(description="In the fused distribution; 1 is the likeliest.")
+    decoded_token: str
+
+
 class Reply(BaseModel):
     """Fields that completions, chat completions and their chunks share."""
 

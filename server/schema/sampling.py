@@ -156,6 +156,10 @@ class SamplingFields(Strict):
     ignore_eos: bool | None = parameter("ignore_eos")
     min_tokens: Integer | None = parameter("min_tokens")
     skip_special_tokens: bool | None = parameter("skip_special_tokens")
+    prompt_logprobs: Integer | None = parameter("prompt_logprobs")
+    return_tokens_as_token_ids: bool | None = Field(
+        None, description='tokens in log-probabilities are named by their ids, `"token_id:123"`', examples=[True]
+    )
     return_token_ids: bool | None = Field(
         None,
         description="send the token ids of the prompt and of each choice; in a stream the prompt's come once",

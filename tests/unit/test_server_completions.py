@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import math
 from collections.abc import Iterable
 from typing import Any
 
 import pytest
 from fake_runtime import FakeRuntime, outputs_of
+from pydantic import ValidationError
 
 from ensemble_core.decoding.requests import Alternative, Output, Overrides, TokenLogprob, Weighting
 from ensemble_core.decoding.sampling_params import MAX_SEED, SamplingParams
@@ -406,3 +408,56 @@ def test_what_json_cannot_spell_is_floored() -> None:
 def test_a_request_is_watched_where_it_is_streamed(stream: bool) -> None:
     (request,) = job_of(stream=stream).ticket.requests
     assert request.watched is stream
+
+
+def test_prompt_logprobs_have_vllms_form() -> None:
+    (choice,) = answer(job_of(prompt="a b c", prompt_logprobs=2), FakeRuntime()).choices
+    assert (choice.text, choice.logprobs) == (" Hello wörld 😀!", None)
+    assert choice.prompt_logprobs is not None
+    first, second, third = choice.prompt_logprobs
+    assert first is None
+    assert second is not None
+    assert [(told.rank, told.decoded_token) for told in second.values()] == [(1, " b"), (2, "alt1")]
+    assert third is not None
+    assert len(third) == 2
+    sent = json.loads(choice.model_dump_json(exclude_unset=True))["prompt_logprobs"]
+    assert set(sent[1][str(next(iter(second)))]) == {"logprob", "rank", "decoded_token"}
+
+
+def test_prompt_logprobs_beside_an_echo_change_neither() -> None:
+    both = answer(job_of(prompt="a b c", echo=True, logprobs=1, prompt_logprobs=3), FakeRuntime()).choices[0]
+    echo = answer(job_of(prompt="a b c", echo=True, logprobs=1), FakeRuntime()).choices[0]
+    assert both.logprobs == echo.logprobs
+    assert both.prompt_logprobs is not None
+    assert [len(told or {}) for told in both.prompt_logprobs] == [0, 3, 3]
+    (none,) = answer(job_of(prompt="a b c", prompt_logprobs=0), FakeRuntime()).choices
+    assert [len(told or {}) for told in none.prompt_logprobs or []] == [0, 1, 1]
+
+
+def test_prompt_logprobs_are_not_streamed() -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        job_of(stream=True, prompt_logprobs=1)
+    assert caught.value.param == "prompt_logprobs"
+
+
+def test_tokens_may_be_named_by_their_ids() -> None:
+    plain, named = (
+        answer(job_of(logprobs=2, return_tokens_as_token_ids=flag), FakeRuntime()).choices[0].logprobs
+        for flag in (False, True)
+    )
+    assert plain is not None
+    assert named is not None
+    assert named.tokens == ["token_id:0", "token_id:1", "token_id:2", "token_id:3"]
+    assert named.token_logprobs == plain.token_logprobs
+    for told in named.top_logprobs:
+        assert told is not None
+        assert all(name.startswith("token_id:") for name in told)
+
+
+@pytest.mark.parametrize(("most", "fine"), [(1, True), (-1, True), (0, False), (-2, False), (2**31, False)])
+def test_how_far_a_prompt_is_cut(most: int, fine: bool) -> None:
+    if fine:
+        assert [each.truncate for each in job_of(truncate_prompt_tokens=most).ticket.requests] == [most]
+        return
+    with pytest.raises((InvalidRequestError, ValidationError), match="truncate_prompt_tokens"):
+        job_of(truncate_prompt_tokens=most)
