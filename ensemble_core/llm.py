@@ -43,7 +43,7 @@ from ensemble_core.stats import Reason, Record, discard
 class Completion:
     """The answer to one prompt. token_ids and num_prompt_tokens are the main member's.
 
-    dropped: members that failed while the answer went on without them, with the reason. served_by, report: of a
+    dropped: members that the answer went on without, with the reason. served_by, report: of a
     council's answer, the model that wrote it and all calls.
     """
 

@@ -65,6 +65,23 @@ def test_a_prompt_of_control_tokens_alone_is_answered(client: openai.OpenAI, mod
         assert answer.usage.prompt_tokens == 1
 
 
+def test_a_window_of_mains_whole_context_is_scored(client: openai.OpenAI) -> None:
+    """As lm-evaluation-harness sends them. The assistant spells the same text in more tokens than it can hold."""
+    ids = httpx.post(
+        f"{client.base_url}".removesuffix("/v1/") + "/tokenize",
+        json={"model": "duet", "prompt": "Ω≈ç√∫˜µ≤≥÷ 日本語 " * 400, "add_special_tokens": False},
+    ).json()["tokens"]
+    window = ids[:2047]
+    answer = client.completions.create(
+        model="duet", prompt=[window], max_tokens=1, temperature=0, echo=True, logprobs=1, timeout=300
+    )
+    (choice,) = answer.choices
+    assert choice.logprobs is not None
+    assert len(choice.logprobs.token_logprobs or []) == 2048
+    assert answer.usage is not None
+    assert answer.usage.dropped_members == {"smollm2": "full"}  # type: ignore[attr-defined]
+
+
 def test_a_schema_is_kept_by_the_ensemble(client: openai.OpenAI) -> None:
     answer = client.chat.completions.create(
         model="duet-smollm2",
