@@ -46,7 +46,6 @@ def test_unsupported_parameters_pass_only_with_neutral_values(kind: type[Samplin
     ("name", "value"),
     [
         ("suffix", "x"),
-        ("prompt_logprobs", 0),
         ("use_beam_search", 0),  # JSON's 0 is no false
         ("length_penalty", True),
         ("response_format", {"type": "json_object"}),
