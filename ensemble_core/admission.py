@@ -6,6 +6,7 @@ Thread-safe: it only reads shared state. Knows recipes, prompts and lengths; doe
 from __future__ import annotations
 
 import itertools
+from collections import abc
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -23,6 +24,7 @@ from ensemble_core.decoding.sequence import Sequence
 from ensemble_core.errors import ConfigError, InvalidRequestError
 from ensemble_core.members.base import ALL_ABILITIES, Abilities
 from ensemble_core.recipes import RecipeBook
+from ensemble_core.stats import Reason
 from ensemble_core.text.alignment import Track
 from ensemble_core.text.prompt import PromptEncoder
 from ensemble_core.text.tools import ToolUse
@@ -51,11 +53,17 @@ class Speaker:
 
 @dataclass(slots=True)
 class _Reading:
-    """What all choices of one prompt share: the recipe, the text and each member's ids, computed on first use."""
+    """What all choices of one prompt share: the recipe, the text and each member's ids, computed on first use.
+
+    prompt: that of the request, cut where it asks for that. dropped: assistants of the ensemble whose context cannot
+    hold the prompt, and why; the recipe is without them.
+    """
 
     request: GenerationRequest
     recipe: Recipe
+    prompt: Prompt
     text: str | None = None
+    dropped: dict[str, Reason] | None = None
     ids: dict[str, list[int]] = field(default_factory=dict)  # tracks share these lists and never change them
     form: TextForm | None = None  # of its answers
     banned: dict[tuple[tuple[int, ...], tuple[str, ...]], Bans | None] = field(default_factory=dict)
@@ -72,7 +80,8 @@ class _Reading:
         mine = self.request
         same_prompt = mine.prompt is other.prompt or mine.prompt == other.prompt
         same_model = mine.model == other.model and mine.overrides == other.overrides
-        return same_prompt and same_model and mine.add_special_tokens == other.add_special_tokens
+        same_ids = mine.add_special_tokens == other.add_special_tokens and mine.truncate == other.truncate
+        return same_prompt and same_model and same_ids
 
 
 class Admission:
@@ -101,7 +110,7 @@ class Admission:
         for request in requests:
             reading = readings.get(request.group or "")
             if request.group is None or reading is None or not reading.serves(request):
-                reading = _Reading(request, self._book.resolve(request.model, request.overrides))
+                reading = self._reading(request)
                 readings[request.group or ""] = reading
             self._check(request, reading.recipe)
             made.append(self._sequence(request, reading))
@@ -117,6 +126,21 @@ class Admission:
                 if (form := self._form(request, recipe)) is not None:
                     found[recipe.main, form] = (self._speakers[recipe.main].grammars, form)
         return list(found.values())
+
+    def _reading(self, request: GenerationRequest) -> _Reading:
+        """The reading of a prompt, the last `truncate` of main's tokens if there are more."""
+        recipe, prompt, most = (
+            self._book.resolve(request.model, request.overrides),
+            request.prompt,
+            request.truncate,
+        )
+        if most is None or isinstance(prompt, Conversation):
+            return _Reading(request, recipe, prompt)
+        main = self._speakers[recipe.main]
+        ids = self._encode(main, prompt, request.add_special_tokens)
+        if most == -1:
+            most = max(main.max_len - request.params.max_tokens, 1)
+        return _Reading(request, recipe, tuple(ids[-most:]) if len(ids) > most else prompt)
 
     def check_ensembles(self, names: Iterable[str]) -> None:
         """Raise ConfigError where an ensemble, as it is configured, needs more than a member can do."""
@@ -136,9 +160,17 @@ class Admission:
             raise ConfigError(f"{where}: {model}: {error}") from error
 
     def tokenize(self, model: str, prompt: Prompt, add_special_tokens: bool) -> tuple[list[int], Speaker]:
-        """A prompt's ids in a model's main member, and that member. Raises as `admit`."""
-        main = self._speakers[self._book.resolve(model, Overrides()).main]
-        return self._encode(main, prompt, add_special_tokens, is_main=True), main
+        """A prompt's ids in a model's main member (none for an empty text), and that member. Raises as `admit`."""
+        _, main = self.main_of(model)
+        if prompt == "":
+            return main.prompts.tokenize(prompt, add_special_tokens), main
+        return self._encode(main, prompt, add_special_tokens), main
+
+    def spell(self, model: str, token_ids: abc.Sequence[int]) -> str:
+        """The text of main's ids, with control tokens by name. Raises InvalidRequestError, ModelNotFoundError."""
+        vocabulary = self.main_of(model)[1].vocabulary
+        _check_ids("tokens", token_ids, vocabulary)
+        return b"".join(vocabulary.tokens[token_id] for token_id in token_ids).decode("utf-8", "replace")
 
     def main_of(self, model: str) -> tuple[str, Speaker]:
         """The name of a model's main member, and that member. Raises ModelNotFoundError."""
@@ -151,16 +183,16 @@ class Admission:
         _check_ids("logit_bias", [token_id for token_id, _ in params.logit_bias], main.vocabulary)
         _check_ids("allowed_token_ids", params.allowed_token_ids, main.vocabulary)
         _check_ids("stop_token_ids", params.stop_token_ids, main.vocabulary)
-        scored = _is_scored(params)
-        if scored and recipe.fusion is not None and recipe.fusion.full_vocabulary:
+        what, param = _scoring(params)
+        if params.scores_prompt and recipe.fusion is not None and recipe.fusion.full_vocabulary:
             raise InvalidRequestError(
-                "echo with logprobs works on candidates; ask for a fusion with `support: closed`", "echo"
+                f"{what} works on candidates; ask for a fusion with `support: closed`", param
             )
-        if scored and recipe.tau is not None:
+        if params.scores_prompt and recipe.tau is not None:
             raise InvalidRequestError(
-                "echo with logprobs scores the prompt, but weights by perplexity are known only after it; send "
+                f"{what} scores the prompt, but weights by perplexity are known only after it; send "
                 "`ensemble: {weighting: fixed}`, or leave one of them out",
-                "echo",
+                param,
             )
         self._check_abilities(request, recipe)
 
@@ -182,8 +214,8 @@ class Admission:
                     "most; leave it out",
                     param,
                 )
-        param = "echo" if _is_scored(params) else "ensemble.weighting"
-        for member in recipe.members if _is_scored(params) or recipe.tau is not None else ():
+        param = _scoring(params)[1] if params.scores_prompt else "ensemble.weighting"
+        for member in recipe.members if params.scores_prompt or recipe.tau is not None else ():
             if not self._speakers[member].abilities.every_position:
                 raise InvalidRequestError(
                     f"{param} needs every position of the prompt, and member {member!r} answers at its last one "
@@ -200,6 +232,7 @@ class Admission:
             )
 
     def _sequence(self, request: GenerationRequest, reading: _Reading) -> Sequence:
+        self._drop_full(reading)
         recipe, params = reading.recipe, request.params
         main, use = self._speakers[recipe.main], _tools_of(request)
         tracks = {member: self._track(member, request, reading) for member in recipe.members}
@@ -212,8 +245,9 @@ class Admission:
             constraint=self._constraint(request, reading),
             call_form=None if use is None else main.prompts.call_form,
             bans=reading.bans(params, main.vocabulary),
-            scores=PromptScores(params.logprobs or 0) if _is_scored(params) else None,
+            scores=_scores(params),
             likelihood=PromptLikelihood() if recipe.tau is not None else None,
+            dropped=dict(reading.dropped or {}),
         )
 
     def _form(self, request: GenerationRequest, recipe: Recipe) -> TextForm | None:
@@ -229,6 +263,25 @@ class Admission:
         grammars = self._speakers[reading.recipe.main].grammars
         return None if reading.form is None else constraint_of(grammars, reading.form)
 
+    def _drop_full(self, reading: _Reading) -> None:
+        """Leave out assistants that have no room for the prompt, once for all choices; see `Recipe.on_full`."""
+        if reading.dropped is not None:
+            return
+        reading.dropped, whole = {}, reading.recipe
+        self._prompt_ids(whole.main, reading)  # its ids are checked before anybody reads their text
+        if whole.on_full == "drop":
+            full = [member for member in whole.members[1:] if not self._holds(member, reading)]
+            reading.recipe = whole.without(full)
+            gone = [member for member in whole.members if member not in reading.recipe.members]
+            reading.dropped = {member: "full" if member in full else "idle" for member in gone}
+
+    def _holds(self, assistant: str, reading: _Reading) -> bool:
+        speaker, prompt = self._speakers[assistant], reading.prompt
+        if not isinstance(prompt, Conversation) and _is_hopeless(self._text(reading), speaker):
+            return False
+        room = speaker.max_len - len(self._prompt_ids(assistant, reading))
+        return room >= min(1, reading.request.params.max_tokens)
+
     def _track(self, member: str, request: GenerationRequest, reading: _Reading) -> Track:
         speaker, is_main = self._speakers[member], member == reading.recipe.main
         ids = self._prompt_ids(member, reading)
@@ -240,20 +293,26 @@ class Admission:
                 f"{len(ids)} and max_tokens is {request.params.max_tokens}; shorten the prompt or lower it",
                 "prompt" if room < 1 else "max_tokens",
             )
-        return Track(speaker.calling if is_main and _tools_of(request) is not None else speaker.vocabulary, ids)
+        vocabulary = speaker.calling if is_main and _tools_of(request) is not None else speaker.vocabulary
+        return Track(vocabulary, ids, max_len=speaker.max_len)
 
     def _prompt_ids(self, member: str, reading: _Reading) -> list[int]:
         """A member's prompt ids, encoded once. Where the request sends ids, assistants encode their text."""
         if member not in reading.ids:
-            request, is_main = reading.request, member == reading.recipe.main
-            prompt = request.prompt
-            if isinstance(prompt, tuple) and not is_main:
-                prompt = self._text(reading)
-            speaker = self._speakers[member]
-            reading.ids[member] = self._encode(speaker, prompt, request.add_special_tokens, is_main=is_main)
+            reading.ids[member] = self._read(member, reading)
         return reading.ids[member]
 
-    def _encode(self, speaker: Speaker, prompt: Prompt, add_special_tokens: bool, *, is_main: bool) -> list[int]:
+    def _read(self, member: str, reading: _Reading) -> list[int]:
+        request, speaker = reading.request, self._speakers[member]
+        if member == reading.recipe.main or not isinstance(reading.prompt, tuple):
+            return self._encode(speaker, reading.prompt, request.add_special_tokens)
+        if text := self._text(reading):
+            return self._encode(speaker, text, request.add_special_tokens)
+        # Control tokens alone: there is no text to read, so the assistant begins as it begins any text.
+        ids = speaker.prompts.tokenize("", request.add_special_tokens) or speaker.prompts.start()
+        return ids or self._encode(speaker, "", request.add_special_tokens)
+
+    def _encode(self, speaker: Speaker, prompt: Prompt, add_special_tokens: bool) -> list[int]:
         if isinstance(prompt, Conversation):
             return speaker.prompts.encode_chat(prompt.messages, prompt.continue_final, prompt.tools)
         if isinstance(prompt, tuple):
@@ -261,7 +320,7 @@ class Admission:
             if not prompt:
                 raise InvalidRequestError("prompt is an empty list of ids; send at least one", "prompt")
             return list(prompt)
-        if len(prompt) > speaker.max_len * _MAX_CHARS_PER_TOKEN:
+        if _is_hopeless(prompt, speaker):
             raise InvalidRequestError(
                 f"the prompt has {len(prompt)} characters, which cannot fit a context of {speaker.max_len} tokens; "
                 "shorten it",
@@ -272,7 +331,7 @@ class Admission:
     def _text(self, reading: _Reading) -> str:
         """The text of a prompt, decoded once. Main's ids must have been checked."""
         if reading.text is None:
-            reading.text = _spelt(reading.request.prompt, self._speakers[reading.recipe.main].vocabulary)
+            reading.text = _spelt(reading.prompt, self._speakers[reading.recipe.main].vocabulary)
         return reading.text
 
 
@@ -291,8 +350,21 @@ def _tools_of(request: GenerationRequest) -> ToolUse | None:
     return tools if tools is not None and tools.binds else None
 
 
-def _is_scored(params: SamplingParams) -> bool:
-    return params.echo and params.logprobs is not None
+def _is_hopeless(text: str, speaker: Speaker) -> bool:
+    """Whether a text cannot fit, whatever its tokens are."""
+    return len(text) > speaker.max_len * _MAX_CHARS_PER_TOKEN
+
+
+def _scoring(params: SamplingParams) -> tuple[str, str]:
+    """What asks for the prompt's log-probabilities, in words, and its field."""
+    return ("echo with logprobs", "echo") if params.prompt_logprobs is None else ("prompt_logprobs",) * 2
+
+
+def _scores(params: SamplingParams) -> PromptScores | None:
+    if not params.scores_prompt:
+        return None
+    echoed = (params.logprobs or 0) if params.echo else 0
+    return PromptScores(max(echoed, params.prompt_logprobs or 0), ranks=params.prompt_logprobs is not None)
 
 
 def _check_ids(param: str, token_ids: Iterable[int], vocabulary: Vocabulary) -> None:

@@ -171,6 +171,11 @@ class EnsembleConfig(Section):
         "fail",
         description="When an assistant fails. fail: the request fails too. drop: it goes on without that member.",
     )
+    on_full_context: Literal["drop", "end"] = Field(
+        "drop",
+        description="When a text becomes too long for an assistant, but not for main. drop: it goes on without that "
+        "member. end: it ends there, and a prompt that is too long is refused.",
+    )
 
     @model_validator(mode="after")
     def _main_is_member(self) -> EnsembleConfig:

@@ -44,9 +44,8 @@ from ensemble_core.text.tools import ToolCall, folded
 class Completion:
     """The answer to one prompt. token_ids and num_prompt_tokens are the main member's.
 
-    calls: of tools, where the prompt is a conversation that has some. dropped: members that failed while the answer
-    went on without them, with the reason. served_by, report: of a council's answer, the model that wrote it and all
-    calls of models.
+    calls: of tools, where the prompt is a conversation that has some. dropped: members that the answer went on
+    without, with the reason. served_by, report: of a council's answer, the model that wrote it and all calls.
     """
 
     text: str

@@ -84,7 +84,7 @@ def _require_drafter(mode: ModeChoice, ensemble: EnsembleConfig, where: str) -> 
 def list_models(config: Config, max_len: Mapping[str, int]) -> list[ModelInfo]:
     """All ensembles, then councils, then members. max_len: member -> tokens per sequence."""
     ensembles = [
-        ModelInfo(name, "ensemble", max_len[ensemble.main], _described(ensemble))
+        ModelInfo(name, "ensemble", _context_of(ensemble, max_len), _described(ensemble))
         for name, ensemble in config.ensembles.items()
     ]
     lengths = {each.name: each.max_model_len for each in ensembles} | dict(max_len)
@@ -94,6 +94,12 @@ def list_models(config: Config, max_len: Mapping[str, int]) -> list[ModelInfo]:
     ]
     members = [ModelInfo(name, "member", max_len[name], None) for name in config.members]
     return ensembles + councils + members
+
+
+def _context_of(ensemble: EnsembleConfig, max_len: Mapping[str, int]) -> int:
+    """Main's context; where a text ends with an assistant's, the shortest one."""
+    members = [ensemble.main] if ensemble.on_full_context == "drop" else [*ensemble.members]
+    return min(max_len[member] for member in members)
 
 
 def _length_of(model: str, config: Config, lengths: Mapping[str, int]) -> int:
@@ -147,6 +153,7 @@ class RecipeBook:
             _mode(ensemble, overrides, alone=fusion is None),
             tau=_tau(ensemble, overrides) if fusion is not None else None,
             on_failure=ensemble.on_member_failure,
+            on_full=ensemble.on_full_context,
             apart=self._config.deterministic,
             fusion_key=key,
             refit=partial(self._refit, model, ensemble, overrides),
@@ -161,7 +168,8 @@ class RecipeBook:
         for name in self._config.ensembles:
             recipe = self.resolve(name, Overrides())
             self._built.pin()  # at once: the shelf drops what it holds beyond its size
-            for member in filter(recipe.can_lose, recipe.members):
+            may_go = recipe.members[1:] if recipe.on_full == "drop" else filter(recipe.can_lose, recipe.members)
+            for member in may_go:
                 recipe.without((member,))
                 self._built.pin()
 
@@ -286,4 +294,5 @@ def _described(ensemble: EnsembleConfig) -> dict[str, Any]:
         "fusion": {"name": ensemble.fusion.name, "options": ensemble.fusion.options},
         "mode": ensemble.mode.name,
         "on_member_failure": ensemble.on_member_failure,
+        "on_full_context": ensemble.on_full_context,
     }

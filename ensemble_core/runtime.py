@@ -56,7 +56,7 @@ class Status:
 
 @dataclass(frozen=True, slots=True)
 class Tokenized:
-    """A prompt as tokens: ids, their text, and the context length that they must fit."""
+    """A prompt as tokens: ids, how the vocabulary writes them, and the context length that they must fit."""
 
     token_ids: tuple[int, ...]
     tokens: tuple[str, ...]
@@ -197,9 +197,7 @@ class Runtime:
 
     async def detokenize(self, model: str, token_ids: abc.Sequence[int]) -> str:
         """The text of the main member's ids, with control tokens by name. Raises as `submit`."""
-        admission = self._require_ready().admission
-        ids, main = await asyncio.to_thread(admission.tokenize, model, tuple(token_ids), False)
-        return b"".join(main.vocabulary.tokens[token_id] for token_id in ids).decode("utf-8", "replace")
+        return await asyncio.to_thread(self._require_ready().admission.spell, model, token_ids)
 
     def tokenizer_info(self, model: str) -> dict[str, Any]:
         """Facts about the tokenizer of a model's main member. Raises NotReadyError, ModelNotFoundError."""
@@ -373,8 +371,7 @@ async def _tokenized(
     admission: Admission, model: str, prompt: Prompt, add_special_tokens: bool = True
 ) -> Tokenized:
     ids, main = await asyncio.to_thread(admission.tokenize, model, prompt, add_special_tokens)
-    names = tuple(main.vocabulary.name_of(token_id) for token_id in ids)
-    return Tokenized(tuple(ids), names, main.max_len)
+    return Tokenized(tuple(ids), tuple(main.prompts.pieces(ids)), main.max_len)
 
 
 def _call(loop: asyncio.AbstractEventLoop, function: Callable[..., object], *args: object) -> None:

@@ -297,18 +297,19 @@ def _with_extras(request: GenerationRequest, outputs: list[Output]) -> list[Outp
 
 
 def _echo(request: GenerationRequest, words: list[str]) -> dict[str, Any]:
-    if not request.params.echo:
-        return {}
-    if request.params.logprobs is None:
-        return {"prompt_text": "".join(words)}
+    params = request.params
+    text = {"prompt_text": "".join(words)} if params.echo else {}
+    if not params.scores_prompt:
+        return text
+    num_top = max(params.logprobs or 0, params.prompt_logprobs or 0)
     entries, offset = [], 0
     for rank, word in enumerate(words):
         if rank == 0:
             entries.append(TokenLogprob(id_of(word), word.encode(), None, 0))
         else:
-            entries.append(entry(id_of(word), word, offset, request.params.logprobs, None))
+            entries.append(replace(entry(id_of(word), word, offset, num_top, None), rank=1))
         offset += len(word)
-    return {"prompt_text": "".join(words), "prompt_logprobs": tuple(entries)}
+    return text | {"prompt_logprobs": tuple(entries)}
 
 
 @contextmanager

@@ -78,7 +78,10 @@ def sequence(
 ) -> Sequence:
     """A request in flight, its prompt spelt by each member's own vocabulary."""
     request = GenerationRequest(f"request-{seq_id}", recipe.model, prompt, params)
-    tracks = {member.name: Track(member.vocabulary, member.vocabulary.encode(prompt)) for member in members}
+    tracks = {
+        member.name: Track(member.vocabulary, member.vocabulary.encode(prompt), max_len=member.max_len)
+        for member in members
+    }
     return Sequence(seq_id, request, recipe, tracks, bans=bans_of(params, members[0].vocabulary))
 
 
@@ -177,6 +180,9 @@ class FakeTokenizer:
 
     def __call__(self, text: str, **_: object) -> dict[str, list[int]]:
         return {"input_ids": self._vocabulary.encode(text)}
+
+    def convert_ids_to_tokens(self, token_ids: list[int]) -> list[str]:
+        return [self._vocabulary.name_of(token_id) for token_id in token_ids]
 
 
 def fake_config(members: abc.Sequence[str] = ("alpha", "beta"), **sections: Any) -> Config:

@@ -69,6 +69,11 @@ def check(request: GenerationRequest, council: Council) -> None:
     ):
         if given:
             raise InvalidRequestError(f"{param}: {'token ids' if param == 'prompt' else 'this'}: {one}", param)
+    if params.prompt_logprobs is not None:
+        raise InvalidRequestError(
+            f"prompt_logprobs: {name!r} is a council, which scores no prompts; ask one of its models",
+            "prompt_logprobs",
+        )
     if params.echo:
         raise InvalidRequestError(
             f"echo: {name!r} is a council, which scores no prompts; ask one of its models", "echo"

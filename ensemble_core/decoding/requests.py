@@ -75,7 +75,7 @@ class GenerationRequest:
     report what each member proposed for every token. group: requests of one group have the same prompt and share its
     prefill. owner: who shares the places of the engine fairly with others: a client, and one request of that client.
     watched: somebody waits for each of its tokens, not for the whole answer. reserved: its place in the queue was
-    taken before.
+    taken before. truncate: of a longer prompt, the last so many of main's tokens are used; -1: as many as fit.
     """
 
     request_id: str
@@ -89,6 +89,7 @@ class GenerationRequest:
     owner: tuple[str, str] = ("", "")
     watched: bool = True
     reserved: bool = False
+    truncate: int | None = None
 
 
 class Alternative(NamedTuple):
@@ -110,7 +111,8 @@ class TokenLogprob:
 
     spelling: its bytes, which may be part of a character; for a control token, its name. text_offset: where its text
     begins, in characters of the prompt (with echo) and completion. top: the likeliest alternatives, with the token
-    itself among them. The prompt's first token has no log-probability and no alternatives.
+    itself among them. rank: of the token in the fused distribution, 1 for the likeliest, where it was asked for. The
+    prompt's first token has no log-probability and no alternatives.
     """
 
     token_id: int
@@ -118,6 +120,7 @@ class TokenLogprob:
     logprob: float | None
     text_offset: int
     top: tuple[Alternative, ...] = ()
+    rank: int | None = None
 
     @property
     def text(self) -> str:

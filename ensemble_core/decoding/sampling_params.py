@@ -22,8 +22,8 @@ class SamplingParams:
     Defaults from there on change nothing, and temperature 1 samples as fused. Token ids are the main member's.
     temperature: 0 is greedy. top_k: 0 is off. logprobs: number of alternatives to report per token, from the fused
     distribution before penalties, bias and temperature; None: no log-probabilities. echo: also report the prompt
-    (with logprobs: its teacher-forced fused log-probabilities); only then may max_tokens be 0. form: what the
-    text must be; None: free text.
+    (with logprobs: its teacher-forced fused log-probabilities); only then may max_tokens be 0. prompt_logprobs: the
+    same log-probabilities without the text, with ranks. form: what the text must be; None: free text.
     """
 
     max_tokens: int = declared("integer", 16, "maximum number of tokens of each choice", 5, low=1)
@@ -46,6 +46,10 @@ class SamplingParams:
         "integer", None, "send each token's fused log-probability and those of this many alternatives", 3, high=20
     )
     echo: bool = declared("boolean", False, "the prompt comes first in `text`, and in `logprobs`", True)
+    prompt_logprobs: int | None = declared(
+        "integer", None, "send the fused log-probability of each token of the prompt, its rank and those of this "
+        "many alternatives; not with `stream`", 2, high=20,
+    )  # fmt: skip
     form: TextForm | None = declared("form", None, "what the text must be", None)  # noqa: RUF009, as the others
     repetition_penalty: float = declared(
         "number", 1.0, "over 1 makes tokens of prompt and completion less likely", 1.2, low=0.01, high=10
@@ -84,6 +88,11 @@ class SamplingParams:
                 parameter.check(name, getattr(self, name))
         PARAMETERS["max_tokens"].check("max_tokens", self.max_tokens, low=0 if self.echo else None)
         PARAMETERS["min_tokens"].check("min_tokens", self.min_tokens, high=self.max_tokens)
+
+    @property
+    def scores_prompt(self) -> bool:
+        """True if log-probabilities of the prompt are asked for."""
+        return self.prompt_logprobs is not None or (self.echo and self.logprobs is not None)
 
     @property
     def greedy(self) -> bool:

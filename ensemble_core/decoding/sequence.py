@@ -94,11 +94,11 @@ class Sequence:
     prompt_text: the prompt's text, for echo and for the offsets of a scored prompt. constraint: its position in its
     grammar. call_form: of the calls that its text may have. bans: tokens that it must not write. scores:
     log-probabilities of the prompt, if they are asked for. likelihood: of the prompt in every member, if the weights
-    depend on it. dropped: members that it has lost; recipe and tracks no longer hold them. num_reused: prompt tokens
-    that main had cached at the start. drafted: the tokens at the end of main's track that are not final; no client
-    has seen them. habits: what its mode has learnt of its drafts; guess_habits: of guesses. lookup: of main's final
-    tokens. cramped: an assistant has no room for a draft of more than one token. ends: what its mode wants to
-    remember of the end of the final text. ahead: what an assistant has drafted behind.
+    depend on it. dropped: members that it has lost, some before it came; recipe and tracks no longer hold them.
+    num_reused: prompt tokens that main had cached at the start. drafted: the tokens at the end of main's track that
+    are not final; no client has seen them. habits: what its mode has learnt of its drafts; guess_habits: of guesses.
+    lookup: of main's final tokens. cramped: an assistant has no room for a draft of more than one token. ends: what
+    its mode wants to remember of the end of the final text. ahead: what an assistant has drafted behind.
     """
 
     seq_id: int
@@ -295,6 +295,12 @@ class Sequence:
         if shorter:
             self._redraft(list(self.drafted[:1]))
         return shorter
+
+    def relax(self) -> None:
+        """Take the draft back, and draft as far as pays again: the assistant that had no room for more will go."""
+        self.cramped, self.ahead = False, None
+        if self.drafted:
+            self._redraft([])
 
     def take(self) -> Output:
         """The output since the last one. The first output also carries the prompt's ids and reports."""

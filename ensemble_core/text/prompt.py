@@ -57,8 +57,23 @@ class PromptEncoder:
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Ids of a plain prompt, with what the tokenizer puts in front (BOS) unless that is switched off."""
-        ids = self._tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
-        return self._required(ids, "prompt")
+        return self._required(self.tokenize(text, add_special_tokens), "prompt")
+
+    def tokenize(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """`encode`, which may be empty here."""
+        ids: list[int] = self._tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
+        return ids
+
+    def start(self) -> list[int]:
+        """Ids of a text of which nothing is written yet: BOS, without one end of text, without both none."""
+        start = self._tokenizer.bos_token_id
+        if start is None:
+            start = self._tokenizer.eos_token_id
+        return [] if start is None else [int(start)]
+
+    def pieces(self, token_ids: Sequence[int]) -> list[str]:
+        """Tokens as the tokenizer's own vocabulary writes them; "" for ids that it does not know."""
+        return [piece or "" for piece in self._tokenizer.convert_ids_to_tokens(list(token_ids))]
 
     def encode_chat(
         self, messages: Sequence[Message], continue_final: bool = False, tools: ToolUse | None = None

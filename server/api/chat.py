@@ -9,7 +9,7 @@ from ensemble_core.decoding.requests import Alternative, Conversation, Output, T
 from ensemble_core.decoding.sampling_params import PARAMETERS, SamplingParams
 from ensemble_core.errors import InvalidRequestError
 from ensemble_core.text.tools import CallPiece, folded
-from server.api.jobs import Job, end_of, finite, trace_steps
+from server.api.jobs import Job, end_of, finite, named, trace_steps
 from server.api.tickets import Ticket, check_count, make_ticket, sampling_params
 from server.schema.chat import (
     AssistantMessage,
@@ -97,7 +97,7 @@ class ChatJob(Job):
     """One body of /v1/chat/completions."""
 
     def __init__(self, ticket: Ticket, body: ChatRequest) -> None:
-        super().__init__(ticket, bool(body.return_token_ids))
+        super().__init__(ticket, body)
         self._num_top = (body.top_logprobs or 0) if body.logprobs else None
         self._sends_trace = bool(body.ensemble and body.ensemble.trace)
 
@@ -112,8 +112,8 @@ class ChatJob(Job):
         )
         self._extend(piece, output)
         chunk = self._chunk([piece])
-        if self._sends_ids and first:
-            chunk.prompt_token_ids = list(output.prompt_token_ids)
+        if first:
+            chunk.prompt_token_ids = list(output.prompt_token_ids) if self._sends_ids else None
         return chunk
 
     def usage_chunk(self) -> ChatChunk:
@@ -129,9 +129,9 @@ class ChatJob(Job):
             created=ticket.created,
             model=ticket.model,
             choices=[self._choice(index, output) for index, output in enumerate(outputs)],
+            prompt_logprobs=self._prompt_logprobs(outputs[0]),
         )
-        if self._sends_ids:
-            answer.prompt_token_ids = list(outputs[0].prompt_token_ids)
+        answer.prompt_token_ids = list(outputs[0].prompt_token_ids) if self._sends_ids else None
         return answer
 
     def _chunk(self, pieces: list[ChatPiece]) -> ChatChunk:
@@ -167,7 +167,10 @@ class ChatJob(Job):
     def _logprobs(self, output: Output) -> ChatLogprobs | None:
         if self._num_top is None:
             return None
-        return ChatLogprobs(content=[to_chat_token(token, self._num_top) for token in output.logprobs])
+        return ChatLogprobs(content=[self._token(token, self._num_top) for token in output.logprobs])
+
+    def _token(self, token: TokenLogprob, num_top: int) -> ChatToken:
+        return to_chat_token(token, num_top, as_ids=self._names_ids)
 
 
 def to_delta(output: Output, *, first: bool) -> Delta:
@@ -203,14 +206,15 @@ def to_message(output: Output) -> AssistantMessage:
     return message
 
 
-def to_chat_token(token: TokenLogprob, num_top: int) -> ChatToken:
-    """A token and its `num_top` likeliest alternatives, best first."""
+def to_chat_token(token: TokenLogprob, num_top: int, *, as_ids: bool = False) -> ChatToken:
+    """A token and its `num_top` likeliest alternatives, best first. as_ids: they are named by their ids."""
     assert token.logprob is not None  # only a prompt's first token has none
-    own = _alternative(Alternative(token.token_id, token.spelling, token.logprob))
+    own = _alternative(Alternative(token.token_id, token.spelling, token.logprob), as_ids)
     top = sorted(token.top, key=lambda each: -each.logprob)[:num_top]
-    alternatives = [_alternative(each) for each in top]
+    alternatives = [_alternative(each, as_ids) for each in top]
     return ChatToken(token=own.token, logprob=own.logprob, bytes=own.bytes, top_logprobs=alternatives)
 
 
-def _alternative(each: Alternative) -> ChatAlternative:
-    return ChatAlternative(token=each.text, logprob=finite(each.logprob), bytes=list(each.spelling))
+def _alternative(each: Alternative, as_ids: bool) -> ChatAlternative:
+    """The bytes are those that the token adds to a text; of a control token those of its name."""
+    return ChatAlternative(token=named(each, as_ids), logprob=finite(each.logprob), bytes=list(each.spelling))

@@ -16,12 +16,21 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel
 
-from ensemble_core.decoding.requests import LEAST_LOGPROB, CouncilReport, Output, Trace, join
-from ensemble_core.errors import NotReadyError
+from ensemble_core.decoding.requests import (
+    LEAST_LOGPROB,
+    Alternative,
+    CouncilReport,
+    Output,
+    TokenLogprob,
+    Trace,
+    join,
+)
+from ensemble_core.errors import InvalidRequestError, NotReadyError
 from server.api.tickets import Ticket
 from server.edge.errors import RequestFailedError
 from server.schema.replies import (
     CallUsage,
+    PromptToken,
     PromptTokensDetails,
     Reply,
     TracedDraft,
@@ -29,6 +38,7 @@ from server.schema.replies import (
     TraceStep,
     Usage,
 )
+from server.schema.sampling import SamplingFields
 
 if TYPE_CHECKING:
     from ensemble_core.runtime import OutputStream
@@ -101,10 +111,15 @@ class Tally:
 class Job(ABC):
     """A ticket, and how its outputs become answers."""
 
-    def __init__(self, ticket: Ticket, sends_ids: bool) -> None:
+    def __init__(self, ticket: Ticket, body: SamplingFields) -> None:
+        """Raises InvalidRequestError for what a stream cannot tell."""
+        if body.stream and body.prompt_logprobs is not None:
+            raise InvalidRequestError("prompt_logprobs cannot be streamed; drop it or stream", "prompt_logprobs")
         self.ticket = ticket
         self.tally = Tally(ticket.num_sampled)
-        self._sends_ids = sends_ids
+        self._sends_ids = bool(body.return_token_ids)
+        self._names_ids = bool(body.return_tokens_as_token_ids)
+        self._num_prompt_top = body.prompt_logprobs
 
     @abstractmethod
     def piece(self, index: int, output: Output, *, first: bool) -> Reply:
@@ -145,12 +160,18 @@ class Job(ABC):
             async for index, output in news:
                 tally.add(index, output)
                 parts[index].append(output)
-        return self._counted(self._served(self.whole([join(each) for each in parts])), tally.usage())
+        reply = self.whole([join(each) for each in parts])
+        reply.close()
+        return self._counted(self._served(reply), tally.usage())
 
     def headers(self) -> dict[str, str]:
         """Headers of the answer, by what is known of it now."""
         servers = self.tally.servers
         return {} if servers is None else {"X-Served-By": servers}
+
+    def _prompt_logprobs(self, output: Output) -> list[dict[int, PromptToken] | None] | None:
+        most = self._num_prompt_top
+        return None if most is None else prompt_logprobs(output.prompt_logprobs, most)
 
     def _served(self, reply: Reply) -> Reply:
         if self.tally.servers is not None:
@@ -195,6 +216,26 @@ def end_of(output: Output) -> Literal["stop", "length", "tool_calls"] | None:
 def finite(logprob: float) -> float:
     """A log-probability that JSON can represent."""
     return max(logprob, LEAST_LOGPROB) if not math.isnan(logprob) else LEAST_LOGPROB
+
+
+def named(each: Alternative | TokenLogprob, as_ids: bool) -> str:
+    """A token's name in log-probabilities: its text, or its id where that was asked for."""
+    return f"token_id:{each.token_id}" if as_ids else each.text
+
+
+def prompt_logprobs(tokens: Sequence[TokenLogprob], num_top: int) -> list[dict[int, PromptToken] | None]:
+    """vLLM's form: id -> log-probability, rank and text, of each token and of its likeliest alternatives."""
+    return [_ranked(token, num_top) for token in tokens]
+
+
+def _ranked(token: TokenLogprob, num_top: int) -> dict[int, PromptToken] | None:
+    if token.logprob is None or token.rank is None:
+        return None
+    found = {token.token_id: PromptToken(logprob=finite(token.logprob), rank=token.rank, decoded_token=token.text)}
+    for rank, each in enumerate(token.top[:num_top], start=1):
+        other = PromptToken(logprob=finite(each.logprob), rank=rank, decoded_token=each.text)
+        found.setdefault(each.token_id, other)
+    return found
 
 
 def trace_steps(traces: Sequence[Trace]) -> list[TraceStep]:

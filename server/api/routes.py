@@ -17,7 +17,7 @@ from server.edge.bodies import BodyRoute
 from server.edge.exchange import Generation, accepted
 from server.schema.chat import ChatCompletion, ChatRequest
 from server.schema.completions import CompletionRequest, TextCompletion
-from server.schema.replies import ModelCard, ModelList
+from server.schema.replies import ModelCard, ModelList, ModelPermission
 
 if TYPE_CHECKING:
     from ensemble_core.runtime import ModelInfo
@@ -104,4 +104,6 @@ def _card(model: ModelInfo, services: Services) -> ModelCard:
         kind=model.kind,
         max_model_len=model.max_model_len,
         recipe=model.recipe,
+        root=model.name,
+        permission=[ModelPermission(id=f"modelperm-{model.name}", created=services.created)],
     )

@@ -40,8 +40,12 @@ def make_ticket(
     params: SamplingParams,
     counts: tuple[int, int],
     add_special_tokens: bool = True,
+    truncate: int | None = None,
 ) -> Ticket:
-    """The engine's requests, prompt by prompt. prefix: of the ids; counts: n and best_of, already bounded."""
+    """The engine's requests, prompt by prompt. prefix: of the ids; counts: n and best_of, already bounded.
+
+    truncate: see `GenerationRequest`.
+    """
     final_usage, running_usage = stream_options(body)
     ticket_id = f"{prefix}-{uuid.uuid4().hex}"
     overrides = to_overrides(body.ensemble)
@@ -59,6 +63,7 @@ def make_ticket(
             trace,
             group=f"{ticket_id}-{rank}",
             watched=bool(body.stream),
+            truncate=truncate,
         )
         for rank, prompt in enumerate(prompts)
         for index, each in enumerate(seeded)
@@ -80,7 +85,7 @@ def check_count(name: str, count: int, num_prompts: int, max_choices: int) -> in
 
 
 def stream_options(body: SamplingFields) -> tuple[bool, bool]:
-    """(usage at the end, usage in each chunk). A whole answer has usage at the end."""
+    """(usage at the end, usage in each chunk, only with the former). A whole answer has usage at the end."""
     options = body.stream_options
     if not body.stream:
         if options is not None:
@@ -88,7 +93,8 @@ def stream_options(body: SamplingFields) -> tuple[bool, bool]:
         return True, False
     if options is None:
         return False, False
-    return bool(options.include_usage), bool(options.continuous_usage_stats)
+    final = bool(options.include_usage)
+    return final, final and bool(options.continuous_usage_stats)
 
 
 def sampling_params(body: SamplingFields, **own: Any) -> SamplingParams:

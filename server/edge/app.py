@@ -17,14 +17,14 @@ from server.api import files, probes, routes, tokenizers
 from server.api.services import Services
 from server.batches.calls import InnerClient
 from server.batches.desk import BatchDesk, Caller
-from server.edge import errors
+from server.edge import docs, errors
 from server.edge.access import log_access
 from server.edge.auth import Gate, KeyRing, load_keys
 from server.edge.bodies import BodyLimit
 from server.edge.door import Door
 from server.edge.exchange import Exchange
 from server.edge.metrics import PrometheusMetrics
-from server.edge.middleware import RequestContext, RootPath
+from server.edge.middleware import Lenient, RequestContext, RootPath
 from server.edge.openapi import require_key
 from server.edge.traces import Traces, open_traces
 
@@ -62,14 +62,15 @@ def create_app(runtime: Runtime, config: ServerConfig, metrics: PrometheusMetric
         summary="Several language models answer as one.",
         version=version("unisono"),
         lifespan=lifespan,
+        docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
         **_WITHOUT_TELEMETRY,
     )
     app.state.services = Services(runtime, config, metrics, int(time.time()), bool(keys), desk)
-    for router in (routes.router, tokenizers.router, probes.router, *_routers(desk)):
+    for router in (routes.router, tokenizers.router, probes.router, docs.router, *_routers(desk)):
         app.include_router(router)
-    _add_middleware(app, config, keys, metrics, _observers(config, traces))
+    _add_middleware(app, config, keys, metrics, _observers(config, metrics, traces))
     errors.install(app, metrics)
     return app
 
@@ -84,9 +85,18 @@ def _routers(desk: BatchDesk | None) -> tuple[APIRouter, ...]:
     return () if desk is None else (files.files, files.batches)
 
 
-def _observers(config: ServerConfig, traces: Traces | None) -> list[Callable[[Exchange], None]]:
+def _observers(
+    config: ServerConfig, metrics: PrometheusMetrics, traces: Traces | None
+) -> list[Callable[[Exchange], None]]:
     """What learns of each exchange when it has ended."""
-    observers: list[Callable[[Exchange], None]] = [log_access] if config.access_log else []
+
+    def count(exchange: Exchange) -> None:
+        taken = exchange.generation
+        metrics.answered(exchange.route, exchange.status, None if taken is None else taken.model)
+
+    observers: list[Callable[[Exchange], None]] = [count]
+    if config.access_log:
+        observers.append(log_access)
     return observers if traces is None else [*observers, traces.record]
 
 
@@ -112,6 +122,7 @@ def _add_middleware(
             expose_headers=["X-Request-Id", "Retry-After"],
         )
     app.add_middleware(Door, config=config, keyed=bool(keys), metrics=metrics)
+    app.add_middleware(Lenient)
     app.add_middleware(RequestContext, observers=observers)
     if config.root_path:
         app.add_middleware(RootPath, root_path=config.root_path)

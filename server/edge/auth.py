@@ -108,7 +108,8 @@ class Gate:
             return
         key = _bearer(scope)
         if key is not None and self._keys.admits(key):
-            await self._app({**scope, CLIENT: _digest(key).hex()}, receive, send)
+            scope[CLIENT] = _digest(key).hex()
+            await self._app(scope, receive, send)
             return
         refusal = _refusal(missing=key is None)
         self._metrics.rejected("unauthorized")

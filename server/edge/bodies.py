@@ -1,5 +1,7 @@
 """Bodies: how large, how slow and how many, and their JSON, bounded before anything looks at its values.
 
+Compressed bodies are undone as they arrive; what is said here of bytes is true of both forms.
+
 Invariants: all bodies that are being received hold at most `body_memory` bytes; the number of JSON values is bounded
 by a count of commas and brackets before they are parsed, since a body of 4 MiB may hold 2 million of them; large
 bodies are parsed off the event loop; lists are measured before their items are validated. Does not know what fields
@@ -22,6 +24,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from ensemble_core.config import ServerConfig
 from ensemble_core.limits import LimitsConfig
 from server.edge.auth import route_path
+from server.edge.encodings import Inflater, encoding_of
 from server.edge.errors import RefusedBodyError
 
 _SMALL = 64 * 2**10  # bytes that are parsed at once, without a thread
@@ -52,7 +55,7 @@ class BodyLimit:
             await self._app(scope, receive, send)
             return
         is_upload = route_path(scope) in self._uploads
-        body = _Arriving(self, _declared(scope), receive, is_upload)
+        body = _Arriving(self, Headers(scope=scope), receive, is_upload)
         try:
             await self._app(scope, body.receive, send)
         finally:
@@ -60,7 +63,7 @@ class BodyLimit:
 
     def check_size(self, num_bytes: int, is_upload: bool) -> None:
         """Raise a 413 for a body that is too large."""
-        most = self._limits.file_bytes + _ENVELOPE if is_upload else self._max_bytes
+        most = self._most(is_upload)
         if num_bytes > most:
             where = "server.limits.file_bytes" if is_upload else "server.max_body_bytes"
             raise HTTPException(413, f"the body is over the limit of {most} bytes ({where})")
@@ -71,18 +74,27 @@ class BodyLimit:
         if num_bytes > 0 and self._held > self._limits.body_memory:
             raise HTTPException(503, "too many bodies arrive at once (server.limits.body_memory); try again later")
 
+    def inflater(self, encoding: str, is_upload: bool) -> Inflater:
+        """What undoes a body's compression within the limit."""
+        return Inflater(encoding, self._most(is_upload), lambda size: self.check_size(size, is_upload))
+
     def bound(self, is_upload: bool) -> tuple[float, str]:
         """How long a body may take, and the field that says so."""
         limits = self._limits
         return (limits.file_seconds, "file_seconds") if is_upload else (limits.body_seconds, "body_seconds")
 
+    def _most(self, is_upload: bool) -> int:
+        return self._limits.file_bytes + _ENVELOPE if is_upload else self._max_bytes
+
 
 class _Arriving:
     """One body while it is received."""
 
-    def __init__(self, limit: BodyLimit, declared: int, receive: Receive, is_upload: bool) -> None:
+    def __init__(self, limit: BodyLimit, headers: Headers, receive: Receive, is_upload: bool) -> None:
         self._limit = limit
-        self._declared = declared
+        self._declared = _declared(headers)
+        self._encoding = ", ".join(headers.getlist("content-encoding"))
+        self._inflater: Inflater | None = None
         self._receive = receive
         self._is_upload = is_upload
         self._deadline: float | None = None
@@ -94,8 +106,12 @@ class _Arriving:
         """The next message. Once the body is whole, there is no bound: the next message is the disconnect."""
         if self._whole:
             return await self._receive()
-        self._limit.check_size(self._declared, self._is_upload)
+        if self._deadline is None:
+            self._begin()
         message = await self._in_time()
+        if self._inflater is not None and message["type"] == "http.request":
+            body = self._inflater.feed(message.get("body", b""), last=not message.get("more_body", False))
+            message = {**message, "body": body}
         chunk = len(message.get("body", b""))
         self._num_bytes += chunk
         self._limit.check_size(self._num_bytes, self._is_upload)
@@ -112,10 +128,15 @@ class _Arriving:
         self._limit.hold(-self._held)
         self._held = 0
 
+    def _begin(self) -> None:
+        """Refuse what the headers show to be too large or unreadable, and start the clock."""
+        self._limit.check_size(self._declared, self._is_upload)
+        if encoding := encoding_of(self._encoding):
+            self._inflater = self._limit.inflater(encoding, self._is_upload)
+        self._deadline = asyncio.get_running_loop().time() + self._limit.bound(self._is_upload)[0]
+
     async def _in_time(self) -> Message:
         seconds, field = self._limit.bound(self._is_upload)
-        if self._deadline is None:
-            self._deadline = asyncio.get_running_loop().time() + seconds
         try:
             async with asyncio.timeout_at(self._deadline):
                 return await self._receive()
@@ -124,8 +145,8 @@ class _Arriving:
             raise HTTPException(408, message) from None
 
 
-def _declared(scope: Scope) -> int:
-    length = Headers(scope=scope).get("content-length", "")
+def _declared(headers: Headers) -> int:
+    length = headers.get("content-length", "")
     return int(length) if length.isdecimal() and len(length) < 20 else 0
 
 

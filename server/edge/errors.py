@@ -47,8 +47,10 @@ class RequestFailedError(UnisonoError):
 class RefusedBodyError(HTTPException):
     """A body that is refused before it is validated. param: the field at fault, if it is one."""
 
-    def __init__(self, status: int, message: str, param: str | None = None) -> None:
-        super().__init__(status, message)
+    def __init__(
+        self, status: int, message: str, param: str | None = None, headers: Mapping[str, str] | None = None
+    ) -> None:
+        super().__init__(status, message, headers)
         self.param = param
 
 
@@ -148,6 +150,8 @@ def from_http(error: HTTPException, request: Request) -> ApiError:
             return ApiError(404, f"there is no route {where}; see /docs", code="not_found")
         case 405:
             allowed = headers.get("Allow", "another method")
+            if "GET" in allowed and "HEAD" not in allowed:
+                allowed = headers["Allow"] = f"{allowed}, HEAD"
             message = f"{where}: this method is not allowed; allowed: {allowed}"
             return ApiError(405, message, code="method_not_allowed", headers=headers)
         case 413:
@@ -157,7 +161,7 @@ def from_http(error: HTTPException, request: Request) -> ApiError:
         case 503:
             return _come_back(503, "service_unavailable", "busy", error.detail, seconds=1)
         case status if isinstance(error, RefusedBodyError):
-            return ApiError(status, error.detail, param=error.param, reason="invalid_request")
+            return ApiError(status, error.detail, param=error.param, reason="invalid_request", headers=headers)
         case status:
             kind = INVALID if status < 500 else SERVER
             return ApiError(status, error.detail, kind, reason="invalid_request", headers=headers)

@@ -14,8 +14,8 @@ from pydantic_core import PydanticKnownError
 from ensemble_core.decoding.requests import Conversation
 from ensemble_core.errors import InvalidRequestError, quoted
 from ensemble_core.text.tools import ToolUse
-from server.schema.json_values import Strict, text
-from server.schema.replies import Reply, TraceStep
+from server.schema.json_values import Integer, Strict, text
+from server.schema.replies import PromptToken, Reply, Sent, TraceStep
 from server.schema.sampling import SamplingFields, parameter
 from server.schema.tools import (
     MAX_TOOLS,
@@ -176,19 +176,19 @@ class ChatRequest(SamplingFields):
         "other parts, `audio`, `function_call`: 400; `name` changes nothing",
         examples=[[{"role": "user", "content": [{"type": "text", "text": "Bye!"}]}]],
     )
-    max_completion_tokens: int | None = Field(
+    max_completion_tokens: Integer | None = Field(
         None,
         description="maximum number of tokens of each choice; the rest of the context if not sent",
         examples=[5],
         json_schema_extra={"minimum": 1},
     )
-    max_tokens: int | None = Field(
+    max_tokens: Integer | None = Field(
         None, description="older name of `max_completion_tokens`", examples=[5], json_schema_extra={"minimum": 1}
     )
     logprobs: bool | None = Field(
         None, description="`{content: [{token, logprob, bytes, top_logprobs}]}`", examples=[True]
     )
-    top_logprobs: int | None = parameter("logprobs", "alternatives for each token; only with `logprobs`")
+    top_logprobs: Integer | None = parameter("logprobs", "alternatives for each token; only with `logprobs`")
     tools: Tools = Field(
         None,
         description=f"up to {MAX_TOOLS} functions that the answer may call; see [tools](tools.md)",
@@ -235,12 +235,22 @@ class ChatLogprobs(BaseModel):
     content: list[ChatToken]
 
 
-class AssistantMessage(BaseModel):
+class AssistantMessage(Sent):
     """The answer. Content is null where calls alone were written."""
+
+    always: ClassVar[tuple[str, ...]] = (
+        "refusal", "annotations", "audio", "function_call", "reasoning", "reasoning_content",
+    )  # fmt: skip
 
     role: Literal["assistant"]
     content: str | None
     tool_calls: list[ToolCallReply] | None = Field(None, description="Calls of tools; not sent without.")
+    refusal: None = Field(None, description="Always null, as the next ones.")
+    annotations: None = None
+    audio: None = None
+    function_call: None = None
+    reasoning: None = None
+    reasoning_content: None = None
 
 
 class Delta(BaseModel):
@@ -251,7 +261,9 @@ class Delta(BaseModel):
     tool_calls: list[ToolCallDelta] | None = None
 
 
-class _ChatBase(BaseModel):
+class _ChatBase(Sent):
+    always: ClassVar[tuple[str, ...]] = ("token_ids",)
+
     index: int
     logprobs: ChatLogprobs | None
     finish_reason: Literal["stop", "length", "tool_calls"] | None
@@ -280,6 +292,9 @@ class ChatCompletion(Reply):
 
     object: Literal["chat.completion"]
     choices: list[ChatChoice]
+    prompt_logprobs: list[dict[int, PromptToken] | None] | None = Field(
+        None, description="With prompt_logprobs: a map of ids for each token, null for the first."
+    )
     prompt_token_ids: list[int] | None = Field(None, description="With return_token_ids.")
 
 

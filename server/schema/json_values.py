@@ -1,8 +1,8 @@
 """JSON values of fields: strict types, text that UTF-8 can encode, token ids; one line for each mistake.
 
-Invariants: JSON types are strict (a string is not a number, a bool is not an integer, but an integer is a valid
-float). null means the default. `SamplingParams` checks its own ranges, so they are not checked here. This module
-does not know the endpoints.
+Invariants: JSON types are strict (a string is not a number, a bool is not an integer). As in JSON Schema an integer
+is a valid number, and a number without a fraction (5.0) a valid integer. null means the default. `SamplingParams`
+checks its own ranges, so they are not checked here. This module does not know the endpoints.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable
 from typing import Annotated, Any, TypeAlias
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainValidator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator
 
 from ensemble_core.decoding.parameters import MAX_INT
 from ensemble_core.decoding.sampling_params import PARAMETERS
@@ -43,7 +43,13 @@ def _texts(value: object) -> str | list[str]:
     raise ValueError("must be a string or a list of strings")
 
 
+def whole(value: object) -> object:
+    """A number without a fraction as an integer, anything else as it is."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
 def _token_id(value: object) -> int:
+    value = whole(value)
     if isinstance(value, bool) or not isinstance(value, int):
         raise ValueError("a token id must be a valid integer")
     if not 0 <= value <= MAX_INT:
@@ -67,7 +73,7 @@ def _prompt(value: object) -> str | list[str] | list[int] | list[list[int]]:
         )
     if isinstance(value, list) and isinstance(value[0], list):
         return [token_ids(item) for item in value]
-    if isinstance(value, list) and isinstance(value[0], int):
+    if isinstance(value, list) and isinstance(value[0], int | float):
         return token_ids(value)
     return _texts(value)
 
@@ -132,10 +138,17 @@ def optional(check: Callable[[object], Any]) -> Callable[[object], Any]:
 
 
 Text: TypeAlias = Annotated[str, BeforeValidator(text)]
-TokenIds: TypeAlias = Annotated[list[int], PlainValidator(token_ids, json_schema_input_type=list[int])]
+Integer: TypeAlias = Annotated[int, BeforeValidator(whole)]
+_Id: TypeAlias = Annotated[int, Field(ge=0, le=MAX_INT)]
+_Ids: TypeAlias = Annotated[list[_Id], Field(min_length=1)]
+_Line: TypeAlias = Annotated[str, Field(min_length=1)]
+_Lines: TypeAlias = Annotated[list[_Line], Field(min_length=1)]
+TokenIds: TypeAlias = Annotated[list[int], PlainValidator(token_ids, json_schema_input_type=list[_Id])]
 Prompts: TypeAlias = Annotated[
     str | list[str] | list[int] | list[list[int]],
-    PlainValidator(_prompt, json_schema_input_type=str | list[str] | list[int] | list[list[int]]),
+    PlainValidator(
+        _prompt, json_schema_input_type=_Line | _Lines | _Ids | Annotated[list[_Ids], Field(min_length=1)]
+    ),
 ]
 Stop: TypeAlias = Annotated[
     str | list[str] | None, PlainValidator(optional(_stop), json_schema_input_type=str | list[str] | None)

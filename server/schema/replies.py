@@ -3,9 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, Field
+
+
+class Sent(BaseModel):
+    """A part of an answer. What is not set is not sent, except for the fields of `always`, which are then null.
+
+    These are the fields that vLLM sends as null: its clients read them without asking whether they are there.
+    """
+
+    always: ClassVar[tuple[str, ...]] = ()
+
+    def model_post_init(self, _context: Any) -> None:
+        """Count the fields of `always` as set."""
+        self.__pydantic_fields_set__.update(self.always)
 
 
 class PromptTokensDetails(BaseModel):
@@ -45,6 +58,14 @@ class Usage(BaseModel):
     )
 
 
+class PromptToken(BaseModel):
+    """A token of the prompt, or an alternative to it, in vLLM's form."""
+
+    logprob: float
+    rank: int = Field(description="In the fused distribution; 1 is the likeliest.")
+    decoded_token: str
+
+
 class Reply(BaseModel):
     """Fields that completions, chat completions and their chunks share."""
 
@@ -55,6 +76,13 @@ class Reply(BaseModel):
     choices: Sequence[BaseModel]
     usage: Usage | None = None
     served_by: str | None = Field(None, description="Of a council: the models that answered; not sent for others.")
+    service_tier: None = Field(None, description="Null in whole answers: there is one tier.")
+    system_fingerprint: None = Field(None, description="Null in whole answers.")
+    kv_transfer_params: None = Field(None, description="Null in whole answers: there is one server.")
+
+    def close(self) -> None:
+        """Send null in a whole answer where vLLM does."""
+        self.service_tier = self.system_fingerprint = self.kv_transfer_params = None
 
 
 class TracedToken(BaseModel):
@@ -90,6 +118,23 @@ class TraceStep(BaseModel):
     draft: TracedDraft | None = Field(None, description="Null where the token was not drafted.")
 
 
+class ModelPermission(BaseModel):
+    """What may be done with a model: the same for all, in the form of OpenAI's older API."""
+
+    id: str
+    object: Literal["model_permission"] = "model_permission"
+    created: int
+    allow_create_engine: bool = False
+    allow_sampling: bool = True
+    allow_logprobs: bool = True
+    allow_search_indices: bool = False
+    allow_view: bool = True
+    allow_fine_tuning: bool = False
+    organization: str = "*"
+    group: str | None = None
+    is_blocking: bool = False
+
+
 class ModelCard(BaseModel):
     """One servable model. An ensemble has a `recipe`: members with weights, main, fusion, mode; a council its own."""
 
@@ -97,9 +142,12 @@ class ModelCard(BaseModel):
     object: Literal["model"] = "model"
     created: int
     owned_by: str = "unisono"
+    root: str = Field(description="Its own id.")
+    parent: None = Field(None, description="Always null: no model is an adapter of another.")
     kind: Literal["ensemble", "council", "member"]
     max_model_len: int
     recipe: dict[str, Any] | None
+    permission: list[ModelPermission]
 
 
 class ModelList(BaseModel):

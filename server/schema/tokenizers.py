@@ -30,7 +30,7 @@ class TokenizeRequest(_TokenizerBody):
     add_special_tokens: bool | None = Field(None, description="As in completions; true if not sent.")
     add_generation_prompt: bool | None = Field(None, description="As in chat completions.")
     continue_final_message: bool | None = Field(None, description="As in chat completions.")
-    return_token_strs: bool | None = Field(None, description="Also send each token's text.")
+    return_token_strs: bool | None = Field(None, description="Also send each token as the vocabulary writes it.")
 
     @model_validator(mode="after")
     def _one_of_both(self) -> TokenizeRequest:
@@ -56,7 +56,7 @@ class TokenizeReply(BaseModel):
     count: int
     max_model_len: int
     tokens: list[int]
-    token_strs: list[str] | None = Field(None, description="With return_token_strs.")
+    token_strs: list[str] | None = Field(description="With return_token_strs: as the vocabulary writes them.")
 
 
 class DetokenizeRequest(_TokenizerBody):

@@ -36,10 +36,7 @@ _REFUSED: dict[str, Refused] = {
     "use_beam_search": Refused(True, (False,)),
     "length_penalty": Refused(2.0, (1,), "there is no beam search"),
     "logits_processors": Refused(["x"], ([],), "would run code"),
-    "prompt_logprobs": Refused(1, why="`echo` with `logprobs` reports the same"),
     "logprob_token_ids": Refused([1, 2], ([],)),
-    "truncate_prompt_tokens": Refused(10, why="a prompt that is too long is refused"),
-    "return_tokens_as_token_ids": Refused(True, (False,), "`return_token_ids` has them"),
     "spaces_between_special_tokens": Refused(False, (True,)),
     "repetition_detection": Refused({"max_pattern_size": 3}),
     "thinking_token_budget": Refused(5),
@@ -47,6 +44,7 @@ _REFUSED: dict[str, Refused] = {
 }
 COMPLETION_REFUSED: dict[str, Refused] = _REFUSED | {
     "suffix": Refused("the end", ("",), "members cannot fill in the middle"),
+    "truncation_side": Refused("right", ("left",), "the end of a prompt is kept"),
     "prompt_embeds": Refused("AAAA", why="members have different embeddings"),
 }
 CHAT_REFUSED: dict[str, Refused] = _REFUSED | {
@@ -66,10 +64,9 @@ CHAT_REFUSED: dict[str, Refused] = _REFUSED | {
     "chat_template_kwargs": Refused({"x": 1}, ({},)),
     "documents": Refused([{"text": "x"}], ([],)),
     "mm_processor_kwargs": Refused({"x": 1}, ({},)),
-    "prompt_logprobs": Refused(1, why="completions have `echo` with `logprobs`"),
+    "truncate_prompt_tokens": Refused(10, why="completions have it; a conversation is not cut"),
 }
 COMPLETION_IGNORED: dict[str, Ignored] = {
-    "truncation_side": Ignored("left", "nothing is truncated"),
     "return_token_offsets": Ignored(True, "belongs to routes that do not exist here"),
     "priority": Ignored(1, "first come, first served"),
     "request_id": Ignored("mine", "use the `X-Request-Id` header"),
@@ -79,6 +76,7 @@ COMPLETION_IGNORED: dict[str, Ignored] = {
     "vllm_xargs": Ignored({"x": 1}, "there are no such extensions"),
 }
 CHAT_IGNORED: dict[str, Ignored] = COMPLETION_IGNORED | {
+    "truncation_side": Ignored("left", "nothing is truncated"),
     "metadata": Ignored({"a": "b"}, "nothing is stored"),
     "store": Ignored(True, "nothing is stored"),
     "service_tier": Ignored("flex", "there is one tier"),

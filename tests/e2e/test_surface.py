@@ -55,6 +55,34 @@ def test_a_chat_stream_joins_to_the_whole(client: openai.OpenAI) -> None:
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == whole
 
 
+@pytest.mark.parametrize("mode", ["lockstep", "verify"])
+def test_a_prompt_of_control_tokens_alone_is_answered(client: openai.OpenAI, mode: str) -> None:
+    """2 is Gemma's BOS."""
+    for model in ("duet", "gemma3"):
+        extra = {"ensemble": {"mode": mode}} if model == "duet" else {}
+        answer = client.completions.create(model=model, prompt=[2], max_tokens=4, temperature=0, extra_body=extra)
+        assert answer.choices[0].finish_reason in ("length", "stop")
+        assert answer.usage is not None
+        assert answer.usage.prompt_tokens == 1
+
+
+def test_a_window_of_mains_whole_context_is_scored(client: openai.OpenAI) -> None:
+    """As lm-evaluation-harness sends them. The assistant spells the same text in more tokens than it can hold."""
+    ids = httpx.post(
+        f"{client.base_url}".removesuffix("/v1/") + "/tokenize",
+        json={"model": "duet", "prompt": "Ω≈ç√∫˜µ≤≥÷ 日本語 " * 400, "add_special_tokens": False},
+    ).json()["tokens"]
+    window = ids[:2047]
+    answer = client.completions.create(
+        model="duet", prompt=[window], max_tokens=1, temperature=0, echo=True, logprobs=1, timeout=300
+    )
+    (choice,) = answer.choices
+    assert choice.logprobs is not None
+    assert len(choice.logprobs.token_logprobs or []) == 2048
+    assert answer.usage is not None
+    assert answer.usage.dropped_members == {"smollm2": "full"}  # type: ignore[attr-defined]
+
+
 def test_a_schema_is_kept_by_the_ensemble(client: openai.OpenAI) -> None:
     answer = client.chat.completions.create(
         model="duet-smollm2",

@@ -46,17 +46,24 @@ def chunks(text: str) -> list[dict[str, Any]]:
     return [json.loads(body) for body in bodies]
 
 
+MESSAGE_NULLS = ("refusal", "annotations", "audio", "function_call", "reasoning", "reasoning_content")
+
+
 def test_the_answer_has_exactly_the_contracts_fields(client: TestClient) -> None:
     answer = post(client).json()
-    assert set(answer) == {"id", "object", "created", "model", "choices", "usage"}
+    told = {"id", "object", "created", "model", "choices", "usage"}
+    nulls = {"service_tier", "system_fingerprint", "kv_transfer_params", "prompt_token_ids", "prompt_logprobs"}
+    assert set(answer) == told | nulls
+    assert all(answer[name] is None for name in nulls)
     assert answer["object"] == "chat.completion"
     assert answer["choices"] == [
         {
             "index": 0,
-            "message": {"role": "assistant", "content": TEXT},
+            "message": {"role": "assistant", "content": TEXT} | dict.fromkeys(MESSAGE_NULLS),
             "logprobs": None,
             "finish_reason": "stop",
             "stop_reason": None,
+            "token_ids": None,
         }
     ]
     assert answer["usage"]["completion_tokens"] == 4
@@ -195,7 +202,7 @@ def test_tokenize_and_detokenize_undo_each_other(client: TestClient) -> None:
     text = client.post("/detokenize", json={"model": "a"} | ids).json()
     assert text == {"prompt": " t5 t17 t9999"}
     answer = client.post("/tokenize", json={"model": "a", "add_special_tokens": False} | text).json()
-    assert answer == {"count": 3, "max_model_len": 512} | ids
+    assert answer == {"count": 3, "max_model_len": 512, "token_strs": None} | ids
 
 
 def test_tokenize_adds_special_tokens_and_tells_texts_where_asked(client: TestClient) -> None:

@@ -325,3 +325,11 @@ def test_without_a_key_no_route_is_reached(json_log: io.StringIO, runtime: FakeR
         told = last_access(json_log, "k")
     assert (told["route"], told["status"]) == ("-", 401)
     assert "sk-" not in json_log.getvalue()
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/completions/"])
+def test_with_a_key_the_route_is_named(json_log: io.StringIO, runtime: FakeRuntime, path: str) -> None:
+    with live_server(runtime, ServerConfig(api_keys=("sk-mine",), drain_seconds=0.2)) as base:  # type: ignore[arg-type]
+        key = {"Authorization": "Bearer sk-mine"}
+        httpx.post(f"{base}{path}", json=BASE, headers=headers("w") | key)
+        assert last_access(json_log, "w")["route"] == "/v1/completions"

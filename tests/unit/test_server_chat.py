@@ -235,12 +235,13 @@ def test_usage_chunks() -> None:
     assert last.usage.completion_tokens == 4
 
 
-def test_what_was_not_asked_for_is_left_out() -> None:
+def test_what_was_not_asked_for_is_left_out_or_null() -> None:
     whole = answer(job_of(), FakeRuntime())
     (choice,) = whole.choices
-    assert choice.logprobs is None
-    assert choice.model_fields_set == {"index", "message", "logprobs", "finish_reason", "stop_reason"}
-    assert "prompt_token_ids" not in whole.model_fields_set
+    assert choice.logprobs is choice.token_ids is None
+    assert choice.model_fields_set == {"index", "message", "logprobs", "finish_reason", "stop_reason", "token_ids"}
+    assert whole.prompt_token_ids is whole.prompt_logprobs is None
+    assert {"prompt_token_ids", "prompt_logprobs"} <= whole.model_fields_set
 
 
 def test_a_token_has_its_bytes_and_the_likeliest_alternatives() -> None:
@@ -281,3 +282,28 @@ def test_the_bytes_of_tokens_that_split_a_character_join_to_it(kind: str) -> Non
             vocabulary.tokens[token_id],
             vocabulary.tokens[ids[0]],
         ]
+
+
+def test_prompt_logprobs_of_a_conversation() -> None:
+    whole = answer(job_of(prompt_logprobs=1), FakeRuntime())
+    assert whole.prompt_logprobs is not None
+    assert whole.prompt_logprobs[0] is None
+    assert all(told and len(told) == 1 for told in whole.prompt_logprobs[1:])
+
+
+def test_ids_as_names_keep_the_bytes() -> None:
+    token = TokenLogprob(
+        7, "é".encode(), -3.0, 0, (Alternative(7, "é".encode(), -3.0), Alternative(2, b"b", -4.0))
+    )
+    told = to_chat_token(token, 2, as_ids=True)
+    assert (told.token, told.bytes) == ("token_id:7", [0xC3, 0xA9])
+    assert [each.token for each in told.top_logprobs] == ["token_id:7", "token_id:2"]
+
+
+@pytest.mark.parametrize("kind", VOCABULARIES)
+def test_the_bytes_of_control_tokens_are_those_of_their_names(kind: str) -> None:
+    """And ids that no token has, have none."""
+    vocabulary = VOCABULARIES[kind]()
+    for token_id in vocabulary.special_ids | vocabulary.stop_ids:
+        told = to_chat_token(describe_token(Track(vocabulary, []), token_id, Scored(-1.0), 0), 0)
+        assert bytes(told.bytes or []) == vocabulary.tokens[token_id] == told.token.encode()

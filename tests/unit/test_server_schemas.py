@@ -46,7 +46,6 @@ def test_unsupported_parameters_pass_only_with_neutral_values(kind: type[Samplin
     ("name", "value"),
     [
         ("suffix", "x"),
-        ("prompt_logprobs", 0),
         ("use_beam_search", 0),  # JSON's 0 is no false
         ("length_penalty", True),
         ("guided_whitespace_pattern", " "),
@@ -80,7 +79,7 @@ def test_unknown_fields_are_ignored_with_a_debug_line(caplog: pytest.LogCaptureF
     ("name", "value"),
     [
         ("max_tokens", True),
-        ("max_tokens", 5.0),
+        ("max_tokens", 5.5),
         ("max_tokens", "5"),
         ("temperature", "1"),
         ("temperature", True),
@@ -100,13 +99,15 @@ def test_unknown_fields_are_ignored_with_a_debug_line(caplog: pytest.LogCaptureF
         ("prompt", ["x", None]),
         ("prompt", [1, "x"]),
         ("prompt", [1, True]),
-        ("prompt", [1.0]),
+        ("prompt", [1.5]),
+        ("prompt", [[1e300]]),
         ("prompt", [[1], "x"]),
         ("prompt", [[1], ["x"]]),
         ("prompt", [["x"]]),
         ("prompt", [-1]),
         ("prompt", [2**31]),
-        ("best_of", 1.0),
+        ("best_of", 1.5),
+        ("seed", float("inf")),
         ("echo", "yes"),
         ("echo", 1),
         ("logprobs", True),
@@ -145,6 +146,24 @@ def test_types_are_strict(name: str, value: object) -> None:
 
 def test_an_integer_is_a_fine_float() -> None:
     assert parse(temperature=1, top_p=1).temperature == 1.0
+
+
+def test_a_number_without_a_fraction_is_a_fine_integer() -> None:
+    """As in JSON Schema, and so in our OpenAPI document."""
+    body = parse(
+        prompt=[[1.0], [2]], seed=-51.0, max_tokens=5.0, n=2.0, logprobs=1.0, top_k=-1.0, stop_token_ids=[3.0]
+    )
+    assert (body.seed, body.max_tokens, body.n, body.logprobs, body.top_k) == (-51, 5, 2, 1, -1)
+    assert (body.prompts, body.stop_token_ids) == ([(1,), (2,)], [3])
+    assert all(isinstance(each, int) for each in (body.seed, *body.prompts[0], *(body.stop_token_ids or ())))
+
+
+def test_the_document_says_that_no_prompt_may_be_empty() -> None:
+    kinds = CompletionRequest.model_json_schema()["properties"]["prompt"]["anyOf"]
+    assert all(kind.get("minLength", kind.get("minItems")) == 1 for kind in kinds)
+    nested = [kind["items"] for kind in kinds if "items" in kind]
+    assert next(kind for kind in nested if kind["type"] == "array")["minItems"] == 1
+    assert next(kind for kind in nested if kind["type"] == "string")["minLength"] == 1
 
 
 def test_null_means_the_default() -> None:

@@ -134,8 +134,9 @@ def _draw(sequence: Sequence) -> Draw:
         member, number = _aim(sequence, sequence.recipe.without(ends.passed), ends.number)
         return replace(ends, member=member, number=number)
     number = sequence.draw()
-    for _ in sequence.dropped:  # it may have drawn the lost member: its first digits are no longer random
-        number = number * _FRESH % 1.0
+    for reason in sequence.dropped.values():  # it may have drawn the lost member: its first digits are not random
+        if reason != "full":  # that shows before anything is drawn at a place
+            number = number * _FRESH % 1.0
     return Draw(*_aim(sequence, sequence.recipe, number))
 
 
