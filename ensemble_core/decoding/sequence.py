@@ -92,10 +92,9 @@ class Sequence:
     grammar. scores: log-probabilities of the prompt, if they are asked for. likelihood: of the prompt in every
     member, if the weights depend on it. dropped: members that it has lost, some before it came; recipe and tracks no
     longer hold them. num_reused: prompt tokens that main had cached at the start. drafted: the tokens at the end of
-    main's track that are not final; no client has seen them. habits: what its mode has learnt of its drafts;
-    guess_habits: of guesses. lookup: of main's final tokens. cramped: an assistant has no room for a draft of more
-    than one token. ends: what its mode wants to remember of the end of the final text. ahead: what an assistant has
-    drafted behind.
+    main's track that are not final; no client has seen them. habits, guess_habits: what its mode has learnt of drafts,
+    of guesses. lookup: of main's final tokens. cramped: an assistant has no room for a draft of more than one token.
+    ends: what its mode wants to remember of the end of the final text. ahead: what an assistant has drafted behind.
     """
 
     seq_id: int
