@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from ensemble_core.decoding.requests import Alternative, Output, TokenLogprob
 from ensemble_core.decoding.sampling_params import SamplingParams
 from ensemble_core.errors import InvalidRequestError
-from server.api.jobs import Job, end_of, finite, trace_steps
+from server.api.jobs import ChoiceJob, end_of, finite, trace_steps
 from server.api.tickets import Ticket, check_count, make_ticket, sampling_params
 from server.schema.completions import CompletionRequest, Logprobs, TextChoice, TextCompletion
 
@@ -18,7 +18,7 @@ def plan(body: CompletionRequest, max_choices: int) -> CompletionJob:
     prompts = body.prompts
     counts = _counts(body, len(prompts), max_choices)
     params = _params(body, ranked=counts[0] < counts[1])
-    ticket = make_ticket(body, "cmpl", prompts, params, counts, body.add_special_tokens is not False)
+    ticket = make_ticket(body, "cmpl-", prompts, params, counts, body.add_special_tokens is not False)
     return CompletionJob(ticket, body)
 
 
@@ -40,7 +40,7 @@ def _params(body: CompletionRequest, ranked: bool) -> SamplingParams:
     return sampling_params(body, max_tokens=body.max_tokens, echo=body.echo, logprobs=logprobs)
 
 
-class CompletionJob(Job):
+class CompletionJob(ChoiceJob):
     """One body of /v1/completions."""
 
     def __init__(self, ticket: Ticket, body: CompletionRequest) -> None:

@@ -18,6 +18,7 @@ from pydantic import BaseModel
 
 from ensemble_core.decoding.requests import LEAST_LOGPROB, CouncilReport, Output, Trace, join
 from ensemble_core.errors import NotReadyError
+from server.api.streams import Wire
 from server.api.tickets import Ticket
 from server.edge.errors import RequestFailedError
 from server.schema.replies import (
@@ -99,11 +100,35 @@ class Tally:
 
 
 class Job(ABC):
-    """A ticket, and how its outputs become answers."""
+    """A ticket, and how its outputs become answers. wire: how the chunks of its stream are written."""
 
-    def __init__(self, ticket: Ticket, sends_ids: bool) -> None:
+    def __init__(self, ticket: Ticket) -> None:
         self.ticket = ticket
         self.tally = Tally(ticket.num_sampled)
+        self.wire = Wire()
+
+    @abstractmethod
+    def chunks(self, outputs: OutputStream) -> AsyncGenerator[BaseModel]:
+        """The chunks of the stream. Closing it closes `outputs`, which aborts unfinished requests.
+
+        Raises RequestFailedError or NotReadyError if the engine gives up on one of the choices.
+        """
+
+    @abstractmethod
+    async def answer(self, outputs: OutputStream) -> BaseModel:
+        """The whole answer. Closes `outputs` and raises errors as `chunks` does."""
+
+    def headers(self) -> dict[str, str]:
+        """Headers of the answer, by what is known of it now."""
+        servers = self.tally.servers
+        return {} if servers is None else {"X-Served-By": servers}
+
+
+class ChoiceJob(Job):
+    """A job whose answer is a list of choices."""
+
+    def __init__(self, ticket: Ticket, sends_ids: bool) -> None:
+        super().__init__(ticket)
         self._sends_ids = sends_ids
 
     @abstractmethod
@@ -119,13 +144,10 @@ class Job(ABC):
         """The answer from each choice's joined outputs."""
 
     async def chunks(self, outputs: OutputStream) -> AsyncGenerator[BaseModel]:
-        """The chunks of the stream. Closing it closes `outputs`, which aborts unfinished requests.
-
-        Raises RequestFailedError or NotReadyError if the engine gives up on one of the choices.
-        """
+        """See `Job`."""
         tally = self.tally
         begun: set[int] = set()
-        async with aclosing(_checked(self.ticket, outputs)) as news:
+        async with aclosing(checked(self.ticket, outputs)) as news:
             async for index, output in news:
                 tally.add(index, output)
                 if self.ticket.running_usage or self._says_something(output):
@@ -138,19 +160,14 @@ class Job(ABC):
             yield self._counted(self._served(self.usage_chunk()), tally.usage())
 
     async def answer(self, outputs: OutputStream) -> BaseModel:
-        """The whole answer. Closes `outputs` and raises errors as `chunks` does."""
+        """See `Job`."""
         tally = self.tally
         parts: list[list[Output]] = [[] for _ in self.ticket.requests]
-        async with aclosing(_checked(self.ticket, outputs)) as news:
+        async with aclosing(checked(self.ticket, outputs)) as news:
             async for index, output in news:
                 tally.add(index, output)
                 parts[index].append(output)
         return self._counted(self._served(self.whole([join(each) for each in parts])), tally.usage())
-
-    def headers(self) -> dict[str, str]:
-        """Headers of the answer, by what is known of it now."""
-        servers = self.tally.servers
-        return {} if servers is None else {"X-Served-By": servers}
 
     def _served(self, reply: Reply) -> Reply:
         if self.tally.servers is not None:
@@ -170,7 +187,7 @@ class Job(ABC):
         return any(news) or any(prompt) or bool(ids)
 
 
-async def _checked(ticket: Ticket, outputs: OutputStream) -> AsyncGenerator[tuple[int, Output]]:
+async def checked(ticket: Ticket, outputs: OutputStream) -> AsyncGenerator[tuple[int, Output]]:
     """The outputs. Raises an error for a failed, aborted or missing one."""
     left = set(range(len(ticket.requests)))
     async with aclosing(outputs):

@@ -124,7 +124,7 @@ class EnsembleOptions(Strict):
         return value
 
 
-class SamplingFields(Strict):
+class GenerationFields(Strict):
     """A body that asks for text. Subclasses list the parameters that they refuse and those that they ignore."""
 
     refused: ClassVar[Mapping[str, Refused]] = {}
@@ -141,12 +141,6 @@ class SamplingFields(Strict):
     frequency_penalty: float | None = parameter("frequency_penalty")
     repetition_penalty: float | None = parameter("repetition_penalty")
     logit_bias: LogitBias = parameter("logit_bias")
-    n: int | None = Field(
-        None,
-        description="1 if not sent; number of choices of each prompt; they share its prefill",
-        examples=[2],
-        json_schema_extra={"minimum": 1},
-    )
     seed: int | None = parameter("seed")
     stop: Stop = parameter("stop")
     stop_token_ids: StopTokenIds = parameter("stop_token_ids")
@@ -154,18 +148,8 @@ class SamplingFields(Strict):
     ignore_eos: bool | None = parameter("ignore_eos")
     min_tokens: int | None = parameter("min_tokens")
     skip_special_tokens: bool | None = parameter("skip_special_tokens")
-    return_token_ids: bool | None = Field(
-        None,
-        description="send the token ids of the prompt and of each choice; in a stream the prompt's come once",
-        examples=[True],
-    )
     stream: bool | None = Field(
         None, description="send text in server-sent events as it is generated, then `[DONE]`", examples=[True]
-    )
-    stream_options: StreamOptions | None = Field(
-        None,
-        description="`include_usage`, `continuous_usage_stats`; only with `stream`",
-        examples=[{"include_usage": True}],
     )
     ensemble: EnsembleOptions | None = Field(
         None, description="our extension, see below", examples=[{"members": ["a"]}]
@@ -185,3 +169,24 @@ class SamplingFields(Strict):
     def stops(self) -> tuple[str, ...]:
         """The stop strings, as a tuple."""
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+
+class SamplingFields(GenerationFields):
+    """A body that asks for choices: those of completions and chat."""
+
+    n: int | None = Field(
+        None,
+        description="1 if not sent; number of choices of each prompt; they share its prefill",
+        examples=[2],
+        json_schema_extra={"minimum": 1},
+    )
+    return_token_ids: bool | None = Field(
+        None,
+        description="send the token ids of the prompt and of each choice; in a stream the prompt's come once",
+        examples=[True],
+    )
+    stream_options: StreamOptions | None = Field(
+        None,
+        description="`include_usage`, `continuous_usage_stats`; only with `stream`",
+        examples=[{"include_usage": True}],
+    )
