@@ -21,6 +21,7 @@ MAX_DEPTH = 64
 
 
 def function_name(value: object) -> str:
+    """A name that a function may have."""
     if not isinstance(value, str) or not NAME.fullmatch(value):
         raise ValueError("must be 1 to 64 letters, digits, _ and -")
     return value
