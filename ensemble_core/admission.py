@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
+from ensemble_core.decoding.bans import Bans
 from ensemble_core.decoding.calling import calls_constraint, calls_form
 from ensemble_core.decoding.forms import TextForm
 from ensemble_core.decoding.guidance import Constraint, Grammars
@@ -57,6 +58,14 @@ class _Reading:
     text: str | None = None
     ids: dict[str, list[int]] = field(default_factory=dict)  # tracks share these lists and never change them
     calls: TextForm | None = None  # what its answers must be where tools may be called
+    banned: dict[tuple[tuple[int, ...], tuple[str, ...]], Bans] = field(default_factory=dict)
+
+    def bans(self, params: SamplingParams, vocabulary: Vocabulary) -> Bans | None:
+        """What a choice must not write, spelt once for all choices that ban the same."""
+        asked = (params.allowed_token_ids, params.bad_words)
+        if any(asked) and asked not in self.banned:
+            self.banned[asked] = Bans(*asked, vocabulary.encode)
+        return self.banned.get(asked)
 
     def serves(self, other: GenerationRequest) -> bool:
         """Whether another request of the group can use this reading. Shared objects make the comparison cheap."""
@@ -129,6 +138,7 @@ class Admission:
         """Raise for what can be refused before the prompt is encoded."""
         params, main = request.params, self._speakers[recipe.main]
         _check_ids("logit_bias", [token_id for token_id, _ in params.logit_bias], main.vocabulary)
+        _check_ids("allowed_token_ids", params.allowed_token_ids, main.vocabulary)
         _check_ids("stop_token_ids", params.stop_token_ids, main.vocabulary)
         scored = _is_scored(params)
         if scored and recipe.fusion is not None and recipe.fusion.full_vocabulary:
@@ -169,12 +179,13 @@ class Admission:
                     "alone; leave it out",
                     param,
                 )
-        most_also, num = self._speakers[recipe.main].abilities.max_also, sum(b > 0 for _, b in params.logit_bias)
+        most_also, num = self._speakers[recipe.main].abilities.max_also, len(params.pinned_ids)
         if most_also is not None and num > most_also:
+            param = "allowed_token_ids" if params.allowed_token_ids else "logit_bias"
             raise InvalidRequestError(
-                f"logit_bias: {num} ids are raised, and member {recipe.main!r} can be asked for {most_also} at most; "
-                "send fewer",
-                "logit_bias",
+                f"{param}: {num} ids must be among the candidates, and member {recipe.main!r} can be asked for "
+                f"{most_also} at most; send fewer",
+                param,
             )
 
     def _sequence(self, request: GenerationRequest, reading: _Reading) -> Sequence:
@@ -189,6 +200,7 @@ class Admission:
             prompt_text=self._text(reading),
             constraint=self._constraint(request, reading),
             call_form=None if use is None else main.prompts.call_form,
+            bans=reading.bans(params, main.vocabulary),
             scores=PromptScores(params.logprobs or 0) if _is_scored(params) else None,
             likelihood=PromptLikelihood() if recipe.tau is not None else None,
         )

@@ -173,6 +173,7 @@ _SAMPLING = (
     "repetition_penalty",
     "presence_penalty",
     "frequency_penalty",
+    "bad_words",
     "temperature",
     "top_k",
     "top_p",

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 
 from ensemble_core.decoding.forms import TextForm
-from ensemble_core.decoding.guidance import Constraint, Grammars
+from ensemble_core.decoding.guidance import Constraint, Grammars, spaces_of
 from ensemble_core.decoding.schemas import endless
 from ensemble_core.errors import InvalidRequestError
 from ensemble_core.text.call_forms import CallForm
@@ -59,4 +59,4 @@ def _lark(content: TextForm, form: CallForm) -> str:
             content.field,
         )
     schema = json.loads(content.source) if content.source else {"type": "object"}
-    return f"%json {json.dumps({'x-guidance': {'whitespace_flexible': False}} | schema)}"
+    return f"%json {json.dumps({'x-guidance': spaces_of(content)} | schema)}"

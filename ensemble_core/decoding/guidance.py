@@ -155,15 +155,17 @@ class Constraint:
         return ConstraintError(self._form.field, self._form.noun, reason)
 
 
+def spaces_of(form: TextForm) -> JsonCompileOptions:
+    """The white space between the parts of a form's JSON."""
+    layout = _LAYOUT if form.layout is None else form.layout
+    return {"whitespace_pattern": layout} if layout else {"whitespace_flexible": False}
+
+
 def _grammar(form: TextForm) -> str:
     """A form in llguidance's own terms. Raises ValueError where its text cannot be read."""
     match form.kind:
         case "json":
-            layout = _LAYOUT if form.layout is None else form.layout
-            spaces: JsonCompileOptions = (
-                {"whitespace_pattern": layout} if layout else {"whitespace_flexible": False}
-            )
-            return LLMatcher.grammar_from_json_schema(form.source or _ANY_OBJECT, defaults=spaces)
+            return LLMatcher.grammar_from_json_schema(form.source or _ANY_OBJECT, defaults=spaces_of(form))
         case "regex":
             return LLMatcher.grammar_from_regex(form.source)
         case "choice":  # one lexeme: choices as rules of their own would each be an item of the parser

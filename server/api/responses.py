@@ -167,7 +167,7 @@ def plan(body: ResponseRequest, prompt: Conversation, max_tokens: int) -> Respon
     if body.stream_options is not None and not body.stream:
         raise InvalidRequestError("stream_options is only allowed with stream: true", "stream_options")
     PARAMETERS["logprobs"].check("top_logprobs", body.top_logprobs or 0)
-    params = sampling_params(body, max_tokens=max_tokens, logprobs=body.num_logprobs, form=body.form)
+    params = sampling_params(body, max_tokens=max_tokens, logprobs=body.num_logprobs)
     return ResponseJob(make_ticket(body, "resp_", [prompt], params, (1, 1)), body)
 
 

@@ -14,7 +14,7 @@ from pydantic_core import PydanticKnownError
 from ensemble_core.decoding.requests import Conversation
 from ensemble_core.errors import InvalidRequestError, quoted
 from ensemble_core.text.tools import ToolUse
-from server.schema.json_values import Strict, Text, text
+from server.schema.json_values import Strict, text
 from server.schema.replies import Reply, TraceStep
 from server.schema.sampling import SamplingFields, parameter
 from server.schema.tools import (
@@ -83,7 +83,7 @@ class Message(Strict):
         str | None, PlainValidator(_call_id, json_schema_input_type=str | None), Field(validate_default=True)
     ] = Field(None, description="Of a message of role tool: the earlier call that it answers.")
     content: Annotated[str, PlainValidator(_content, json_schema_input_type=str | list[TextPart] | None)] = Field(
-        cast(str, _MISSING),
+        default_factory=lambda: cast(str, _MISSING),
         validate_default=True,
         description="Text, or text parts; parts are joined by line breaks. May be null beside `tool_calls`.",
     )
@@ -114,30 +114,6 @@ class Message(Strict):
         if self.tool_call_id is not None:
             flat["tool_call_id"] = self.tool_call_id
         return flat
-
-
-class JsonSchema(Strict):
-    """The schema that the answer's JSON follows."""
-
-    model_config = ConfigDict(populate_by_name=True)
-
-    name: Text | None = Field(None, description="Accepted; changes nothing.")
-    description: str | None = Field(None, description="Accepted; changes nothing.")
-    schema_: dict[str, Any] = Field(alias="schema", description="A JSON schema.")
-    strict: bool | None = Field(None, description="Accepted; the schema always binds.")
-
-
-class ResponseFormat(Strict):
-    """What the text must be."""
-
-    type: Literal["text", "json_object", "json_schema"]
-    json_schema: JsonSchema | None = Field(None, description="With type json_schema.")
-
-    @model_validator(mode="after")
-    def _schema_where_needed(self) -> ResponseFormat:
-        if (self.type == "json_schema") != (self.json_schema is not None):
-            raise ValueError("json_schema must be sent with type json_schema, and only with it")
-        return self
 
 
 def to_conversation(
@@ -213,12 +189,6 @@ class ChatRequest(SamplingFields):
         None, description="`{content: [{token, logprob, bytes, top_logprobs}]}`", examples=[True]
     )
     top_logprobs: int | None = parameter("logprobs", "alternatives for each token; only with `logprobs`")
-    response_format: ResponseFormat | None = Field(
-        None,
-        description="`text`, `json_object`, `json_schema`; a mask over the fused distribution, so the schema always "
-        "binds; a text that can no longer follow it ends with an error",
-        examples=[{"type": "json_object"}],
-    )
     tools: list[FunctionTool] | None = Field(
         None,
         max_length=MAX_TOOLS,
@@ -230,7 +200,7 @@ class ChatRequest(SamplingFields):
         None,
         description="`auto` if not sent; `none`, `required`, a function by name, or `allowed_tools`; a grammar "
         "binds, so a call always follows its schema",
-        examples=["auto"],
+        examples=["none"],
     )
     parallel_tool_calls: bool | None = Field(
         None, description="true if not sent; false: one call in an answer at most", examples=[False]

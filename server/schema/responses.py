@@ -7,7 +7,7 @@ Nothing is stored, so a conversation comes whole, as items. Items, tools and val
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field, PlainValidator, ValidationInfo, model_validator
@@ -15,6 +15,7 @@ from pydantic_core import PydanticKnownError
 
 from ensemble_core.decoding.forms import TextForm
 from ensemble_core.errors import InvalidRequestError, quoted
+from server.schema.forms import StructuredOutputs, of_outputs, of_schema, only
 from server.schema.json_values import Strict, Text, optional, text
 from server.schema.response_values import (
     LOGPROBS,
@@ -296,6 +297,9 @@ class ResponseRequest(GenerationFields):
         "`medium`",
         examples=[{"format": {"type": "json_object"}}],
     )
+    structured_outputs: StructuredOutputs | None = Field(
+        None, description="as in chat completions; not beside `text.format`", examples=[{"regex": "a+"}]
+    )
     tools: list[FlatTool] | None = Field(
         None,
         max_length=MAX_TOOLS,
@@ -343,18 +347,7 @@ class ResponseRequest(GenerationFields):
     @property
     def form(self) -> TextForm | None:
         """What the text must be; None for free text. Raises InvalidRequestError."""
-        wanted = self.text.format if self.text is not None else None
-        if wanted is None or wanted.type == "text":
-            return None
-        if wanted.schema_ is None:
-            return TextForm("json", field="text.format")
-        try:
-            schema = json.dumps(wanted.schema_, allow_nan=False, separators=(",", ":"))
-        except (ValueError, RecursionError) as error:
-            raise InvalidRequestError(
-                f"text.format.schema cannot be read: {error}", "text.format.schema"
-            ) from error
-        return TextForm("json", schema, field="text.format")
+        return only([*_of_text(self.text), *of_outputs(self.structured_outputs)])
 
     @property
     def num_logprobs(self) -> int | None:
@@ -363,3 +356,13 @@ class ResponseRequest(GenerationFields):
         if self.top_logprobs and not included:
             raise InvalidRequestError(f'top_logprobs is only allowed with include: ["{LOGPROBS}"]', "top_logprobs")
         return (self.top_logprobs or 0) if included else None
+
+
+def _of_text(sent: TextOptions | None) -> Iterator[TextForm]:
+    wanted = None if sent is None else sent.format
+    if wanted is None or wanted.type == "text":
+        return
+    if wanted.schema_ is None:
+        yield TextForm("json", field="text.format")
+    else:
+        yield of_schema(wanted.schema_, "text.format.schema")

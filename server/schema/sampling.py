@@ -12,9 +12,11 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
+from ensemble_core.decoding.forms import TextForm
 from ensemble_core.decoding.sampling_params import PARAMETERS
 from ensemble_core.errors import InvalidRequestError, quoted, shortened
-from server.schema.json_values import LogitBias, Stop, StopTokenIds, Strict, Text
+from server.schema.forms import FormFields
+from server.schema.json_values import AllowedTokenIds, BadWords, LogitBias, Stop, StopTokenIds, Strict, Text
 from server.schema.unsupported import Ignored, Refused, refuse_unsupported
 
 logger = logging.getLogger(__name__)
@@ -141,6 +143,8 @@ class GenerationFields(Strict):
     frequency_penalty: float | None = parameter("frequency_penalty")
     repetition_penalty: float | None = parameter("repetition_penalty")
     logit_bias: LogitBias = parameter("logit_bias")
+    allowed_token_ids: AllowedTokenIds = parameter("allowed_token_ids")
+    bad_words: BadWords = parameter("bad_words")
     seed: int | None = parameter("seed")
     stop: Stop = parameter("stop")
     stop_token_ids: StopTokenIds = parameter("stop_token_ids")
@@ -166,12 +170,17 @@ class GenerationFields(Strict):
         return body
 
     @property
+    def form(self) -> TextForm | None:
+        """What the text must be; None for free text. Raises InvalidRequestError."""
+        return None
+
+    @property
     def stops(self) -> tuple[str, ...]:
         """The stop strings, as a tuple."""
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
 
-class SamplingFields(GenerationFields):
+class SamplingFields(FormFields, GenerationFields):
     """A body that asks for choices: those of completions and chat."""
 
     n: int | None = Field(

@@ -7,6 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from ensemble_core.decoding.requests import Conversation
 from server.schema.chat import Message, to_conversation
 from server.schema.json_values import Strict, Text, TokenIds
+from server.schema.tools import MAX_TOOLS, FunctionTool, to_tool_use
 
 
 class _TokenizerBody(Strict):
@@ -25,6 +26,9 @@ class TokenizeRequest(_TokenizerBody):
     messages: list[Message] | None = Field(
         None, min_length=1, fail_fast=True, description="A conversation; excludes prompt."
     )
+    tools: list[FunctionTool] | None = Field(
+        None, max_length=MAX_TOOLS, fail_fast=True, description="As in chat completions; only with messages."
+    )
     add_special_tokens: bool | None = Field(None, description="As in completions; true if not sent.")
     add_generation_prompt: bool | None = Field(None, description="As in chat completions.")
     continue_final_message: bool | None = Field(None, description="As in chat completions.")
@@ -34,6 +38,8 @@ class TokenizeRequest(_TokenizerBody):
     def _one_of_both(self) -> TokenizeRequest:
         if (self.prompt is None) == (self.messages is None):
             raise ValueError("either prompt or messages must be sent")
+        if self.tools and self.messages is None:
+            raise ValueError("tools are only allowed with messages")
         return self
 
     @property
@@ -41,9 +47,9 @@ class TokenizeRequest(_TokenizerBody):
         """What to tokenise. Raises InvalidRequestError as chat completions do."""
         if self.messages is None:
             return self.prompt or ""
-        return to_conversation(
-            self.messages, bool(self.continue_final_message), self.add_generation_prompt is not False
-        )
+        tools = to_tool_use(self.tools or (), None, parallel=True)
+        opens_turn = self.add_generation_prompt is not False
+        return to_conversation(self.messages, bool(self.continue_final_message), opens_turn, tools)
 
 
 class TokenizeReply(BaseModel):

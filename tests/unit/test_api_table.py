@@ -50,14 +50,22 @@ BASES: dict[str, dict[str, Any]] = {
     "chat": {"model": "duo", "messages": TURNS},
     "responses": {"model": "duo", "input": TURNS},
 }
+TOOLS = [{"type": "function", "name": "f", "function": {"name": "f"}}]  # in both forms
 # What a parameter needs beside it.
 COMPANIONS: dict[str, dict[str, Any]] = {
     "stream_options": {"stream": True},
     "top_logprobs": {"logprobs": True, "include": ["message.output_text.logprobs"]},
     "add_generation_prompt": {"continue_final_message": True},
     "continue_final_message": {"add_generation_prompt": False},
+    "tool_choice": {"tools": TOOLS},
+    "parallel_tool_calls": {"tools": TOOLS},
 }
-ALONE = ("stream_options", "top_logprobs")  # whose companions can be sent without them
+ALONE = (
+    "stream_options",
+    "top_logprobs",
+    "tool_choice",
+    "parallel_tool_calls",
+)  # whose companions can be sent without them
 
 
 @dataclass(frozen=True, slots=True)
