@@ -141,10 +141,15 @@ def _tool_type(value: object) -> str:
     return "function"
 
 
-class FlatTool(FunctionSpec):
-    """A function that may be called. Other kinds of tools run on OpenAI's side, or take text that is no JSON."""
+class OfFunctions(Strict):
+    """What is about a function. Other kinds of tools run on OpenAI's side, or take text that is no JSON."""
 
     type: Annotated[str, PlainValidator(_tool_type, json_schema_input_type=Literal["function"])]
+
+
+class FlatTool(FunctionSpec, OfFunctions):
+    """A function that may be called."""
+
     defer_loading: Annotated[bool | None, neutral(False)] = Field(None, description="Only false.")
     async_: Annotated[bool | None, neutral(False)] = Field(None, alias="async", description="Only false.")
     allowed_callers: Annotated[list[str] | None, neutral(["direct"])] = Field(None, description="Only direct.")
@@ -164,10 +169,9 @@ class FlatTool(FunctionSpec):
         }
 
 
-class FlatToolRef(Strict):
+class FlatToolRef(OfFunctions):
     """A function by its name."""
 
-    type: Annotated[str, PlainValidator(_tool_type, json_schema_input_type=Literal["function"])]
     name: FunctionName
 
 
