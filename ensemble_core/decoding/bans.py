@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterable, Sequence
 import numpy as np
 
 from ensemble_core.decoding.counts import Flags, Ids, TokenValues
+from ensemble_core.decoding.sampling_params import SamplingParams
+from ensemble_core.text.vocabulary import Vocabulary
 
 
 class Bans:
@@ -43,6 +45,13 @@ class Bans:
         """The ids that would complete a word."""
         near = self._behind.get(completion_ids[-1], ()) if completion_ids else ()
         return self._always | {last for head, last in near if tuple(completion_ids[-len(head) :]) == head}
+
+
+def bans_of(params: SamplingParams, vocabulary: Vocabulary) -> Bans | None:
+    """What a request bans, in main's vocabulary; None: nothing."""
+    if not (params.allowed_token_ids or params.bad_words):
+        return None
+    return Bans(params.allowed_token_ids, params.bad_words, vocabulary.encode)
 
 
 def _spellings(word: str) -> tuple[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import random
 from dataclasses import replace
@@ -11,9 +12,10 @@ import pytest
 from fakes import byte_vocabulary
 from tool_cases import WEATHER, check_call, random_tools
 
-from ensemble_core.decoding.calling import calls_constraint, calls_form
+from ensemble_core.decoding.calling import calls_form, constraint_of
 from ensemble_core.decoding.forms import TextForm
 from ensemble_core.decoding.guidance import Grammars
+from ensemble_core.decoding.workshop import Workshop
 from ensemble_core.errors import InvalidRequestError
 from ensemble_core.text.call_forms import FORMS, HERMES, CallForm
 from ensemble_core.text.calls import CallText
@@ -128,7 +130,7 @@ def vocabulary(marks: tuple[str, ...] = ()) -> Vocabulary:
 
 def written(grammar: Grammars, use: ToolUse, form: CallForm, words: Vocabulary, rng: random.Random) -> list[int]:
     """A random walk through the grammar. Bytes that begin what ends the walk sooner are preferred."""
-    constraint = calls_constraint(grammar, use, calls_form(use, form, words, None), None)
+    constraint = constraint_of(grammar, calls_form(use, form, words, None))
     ids: list[int] = []
     while len(ids) < 4000:
         allowed = constraint.allowed().nonzero().flatten().tolist()
@@ -198,7 +200,7 @@ GOOD = HERMES.write([("get_weather", {"city": "Oslo", "unit": "celsius"})])
     ],
 )
 def test_what_the_grammar_lets_pass(use: ToolUse, text: str, fits: bool, ends: bool) -> None:
-    constraint = calls_constraint(GRAMMARS, use, calls_form(use, HERMES, WORDS, None), None)
+    constraint = constraint_of(GRAMMARS, calls_form(use, HERMES, WORDS, None))
     assert spell(constraint, text) == fits
     assert bool(constraint.allowed()[256]) == ends or not fits
 
@@ -207,13 +209,16 @@ def test_text_of_a_form_stands_beside_calls() -> None:
     schema = TextForm("json", '{"enum": ["yes", "no"]}', field="response_format")
     for text, fits in (('"yes"', True), ("yes", False), (GOOD, True), (f"hm {GOOD}", False)):
         form = calls_form(AUTO, HERMES, WORDS, schema)
-        assert spell(calls_constraint(GRAMMARS, AUTO, form, None), text) == fits
+        assert spell(constraint_of(GRAMMARS, form), text) == fits
     llama = next(form for form in FORMS if form.at_start)
     with pytest.raises(InvalidRequestError, match="response_format: beside tools"):
         calls_form(AUTO, llama, WORDS, schema)
     with pytest.raises(InvalidRequestError, match="guided_regex: beside tools"):
         calls_form(AUTO, HERMES, WORDS, TextForm("regex", "a+", field="guided_regex"))
     assert calls_form(replace(AUTO, choice="required"), llama, WORDS, schema)
+    for source in ("{", "true", "[" * 10_000):
+        with pytest.raises(InvalidRequestError, match="response_format: the JSON schema must be an object"):
+            calls_form(AUTO, HERMES, WORDS, TextForm("json", source, field="response_format"))
 
 
 @pytest.mark.parametrize(
@@ -231,7 +236,7 @@ def test_text_of_a_form_stands_beside_calls() -> None:
 def test_a_schema_that_cannot_be_compiled_is_named(schema: dict[str, Any], words: str) -> None:
     use = ToolUse((TOOL, Tool("bad", "", json.dumps(schema))), "required")
     with pytest.raises(InvalidRequestError, match=words) as caught:
-        calls_constraint(GRAMMARS, use, calls_form(use, HERMES, WORDS, None), None)
+        constraint_of(GRAMMARS, calls_form(use, HERMES, WORDS, None))
     assert caught.value.param == "tools.1.function.parameters"
     assert str(caught.value).startswith("tools.1.function.parameters: the JSON schema cannot be used: ")
 
@@ -249,4 +254,23 @@ def test_a_hundred_and_twenty_eight_large_tools_compile() -> None:
     tools = tuple(Tool(f"t{i}", "", json.dumps({"properties": properties})) for i in range(128))
     form = calls_form(ToolUse(tools), HERMES, WORDS, None)
     assert 200_000 < len(form.source) < form.most
-    assert calls_constraint(GRAMMARS, ToolUse(tools), form, None).allowed()[256]
+    assert constraint_of(GRAMMARS, form).allowed()[256]
+
+
+def test_tools_are_tried_out_beside_the_engine() -> None:
+    """As the server does it: 128 tools of the largest size, and one at fault among others."""
+    wide = {f"field_{i}": {"type": "string", "description": "words " * 50} for i in range(6)}
+    tools = tuple(Tool(f"t{i}", "", json.dumps({"properties": wide})) for i in range(128))
+    loop = {"properties": {"a": {"$ref": "#"}}, "required": ["a"]}
+    form = calls_form(ToolUse(tools), HERMES, WORDS, None)
+    endless = calls_form(ToolUse((TOOL, Tool("bad", "", json.dumps(loop)), *tools[:3])), HERMES, WORDS, None)
+    grammars, workshop = Grammars(WORDS), Workshop()
+    try:
+        for each in (form, endless):
+            asyncio.run(workshop.prepare(grammars, each))
+            assert grammars.knows(each)
+        assert constraint_of(grammars, form).allowed()[256]
+        with pytest.raises(InvalidRequestError, match=r"tools\.1\.function\.parameters: .*no finite value"):
+            constraint_of(grammars, endless)
+    finally:
+        workshop.close()
