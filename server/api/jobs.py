@@ -1,4 +1,4 @@
-"""From the engine's outputs to an answer: streaming, usage, and what completions and chat share.
+"""From the engine's outputs to an answer: streaming, usage, and what the endpoints share.
 
 Invariant: a whole answer is made from all outputs of its stream, joined. Nothing here knows HTTP, or the form of an
 endpoint's answers.

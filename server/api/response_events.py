@@ -69,7 +69,7 @@ class _OpenMessage(_OpenItem):
 
     def __init__(self, index: int) -> None:
         super().__init__("msg", index)
-        self._text = ""
+        self._pieces: list[str] = []  # of the text; joined once
         self._logprobs: list[ChatToken] = []
         self._begun = False
 
@@ -84,7 +84,7 @@ class _OpenMessage(_OpenItem):
 
     def grow(self, text: str, logprobs: list[ChatToken], padding: str | None) -> OutputTextDelta:
         """Add text."""
-        self._text += text
+        self._pieces.append(text)
         self._logprobs += logprobs
         delta = OutputTextDelta(
             type="response.output_text.delta",
@@ -99,19 +99,21 @@ class _OpenMessage(_OpenItem):
         return delta
 
     def closing(self, status: ItemStatus) -> Iterator[ResponseEvent]:
+        part = self._part()
         yield OutputTextDone(
             type="response.output_text.done",
             item_id=self.id,
             output_index=self.index,
             content_index=0,
-            text=self._text,
-            logprobs=self._logprobs,
+            text=part.text,
+            logprobs=part.logprobs,
         )
         yield self._of_part("response.content_part.done")
         yield from super().closing(status)
 
     def _part(self) -> OutputText:
-        return OutputText(type="output_text", text=self._text, annotations=[], logprobs=list(self._logprobs))
+        text = "".join(self._pieces)
+        return OutputText(type="output_text", text=text, annotations=[], logprobs=list(self._logprobs))
 
     def _of_part(
         self, kind: Literal["response.content_part.added", "response.content_part.done"]
@@ -127,7 +129,7 @@ class _OpenCall(_OpenItem):
     def __init__(self, index: int, piece: CallPiece) -> None:
         super().__init__("fc", index)
         self._name, self._call_id = piece.name or "", piece.call_id or ""
-        self._arguments = ""
+        self._pieces: list[str] = []  # of the arguments
 
     def item(self, status: ItemStatus) -> FunctionCallItem:
         return FunctionCallItem(
@@ -136,12 +138,12 @@ class _OpenCall(_OpenItem):
             status=status,
             call_id=self._call_id,
             name=self._name,
-            arguments=self._arguments,
+            arguments="".join(self._pieces),
         )
 
     def grow(self, arguments: str, padding: str | None) -> ArgumentsDelta:
         """Add to the arguments."""
-        self._arguments += arguments
+        self._pieces.append(arguments)
         delta = ArgumentsDelta(
             type="response.function_call_arguments.delta",
             item_id=self.id,
@@ -158,7 +160,7 @@ class _OpenCall(_OpenItem):
             item_id=self.id,
             output_index=self.index,
             name=self._name,
-            arguments=self._arguments,
+            arguments="".join(self._pieces),
         )
         yield from super().closing(status)
 

@@ -48,6 +48,10 @@ _ITEMS = ("message", "function_call", "function_call_output", "reasoning")
 def _item_type(value: object) -> str:
     if value is None:
         return "message"
+    if value == "item_reference":
+        raise ValueError(
+            "'item_reference' is not supported, since nothing is stored; send the items (store: false)"
+        )
     if value not in _ITEMS:
         raise ValueError(f"items of type {quoted(value)} are not supported; send {', '.join(_ITEMS)}")
     return str(value)
