@@ -71,9 +71,30 @@ def test_a_call_that_must_come_comes(client: openai.OpenAI, model: str) -> None:
     )
 
 
+def earlier(city: str, degrees: int) -> list[Any]:
+    """A question, the call it led to, what came of it, and the answer."""
+    function = {"name": "get_weather", "arguments": json.dumps({"city": city, "unit": "celsius"})}
+    return [
+        {"role": "user", "content": f"How warm is it in {city}?"},
+        {"role": "assistant", "tool_calls": [{"id": f"call_{city}", "type": "function", "function": function}]},
+        {"role": "tool", "tool_call_id": f"call_{city}", "content": f"{degrees} C"},
+        {"role": "assistant", "content": f"It is {degrees} C in {city}."},
+    ]
+
+
+@pytest.mark.parametrize("model", [*MODELS, "duet-verify", "duet-sampled"])
+def test_a_model_calls_of_its_own_accord(client: openai.OpenAI, model: str) -> None:
+    """Such small models need examples for that."""
+    shown = [*earlier("Paris", 21), *earlier("Rome", 25), *earlier("Bergen", 9)]
+    messages = [*shown, {"role": "user", "content": "How warm is it in Oslo?"}]
+    answer = ask(client, model, messages=messages, temperature=0.2, parallel_tool_calls=False)
+    (call,) = checked(answer.choices[0])
+    assert call.name == "get_weather"
+    assert answer.choices[0].message.content is None
+
+
 @pytest.mark.parametrize("model", MODELS)
 def test_where_calls_may_come_text_is_free(client: openai.OpenAI, model: str) -> None:
-    """The first tokens are pushed towards the marker, since such small models seldom call by themselves."""
     free = ask(client, model, max_tokens=24, temperature=0)
     assert free.choices[0].message.content or free.choices[0].message.tool_calls
     begun = [*QUESTION, {"role": "assistant", "content": "Let me see.\n"}]
