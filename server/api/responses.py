@@ -9,13 +9,12 @@ from __future__ import annotations
 import re
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, aclosing
-from dataclasses import replace
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any, cast
 
 from pydantic import BaseModel
 
-from ensemble_core.decoding.requests import Conversation, Output, Trace, join
+from ensemble_core.decoding.requests import Conversation, Output, Trace
 from ensemble_core.decoding.sampling_params import PARAMETERS
 from ensemble_core.errors import InvalidRequestError, quoted
 from server.api.chat import room_left
@@ -210,27 +209,23 @@ class ResponseJob(Job):
                 for each in self._writer.add(output):
                     yield each
                 if output.finish_reason is not None:
-                    for each in self._end(replace(output, traces=tuple(traces))):
+                    for each in self._end(output, traces):
                         yield each
 
     async def answer(self, outputs: OutputStream) -> BaseModel:
         """See `Job`. What the last event of the stream has."""
-        parts: list[Output] = []
-        async with aclosing(checked(self.ticket, outputs)) as news:
-            async for index, output in news:
-                self.tally.add(index, output)
-                parts.append(output)
-        whole = join(parts)
-        *_, last = [*self._writer.add(whole), *self._end(whole)]
+        async with aclosing(self.chunks(outputs)) as events:
+            async for each in events:
+                last = each
         return cast(LifecycleEvent, last).response
 
-    def _end(self, output: Output) -> Iterator[ResponseEvent]:
-        """The last events. output: the last one, with all traces."""
+    def _end(self, output: Output, traces: Sequence[Trace]) -> Iterator[ResponseEvent]:
+        """The last events. output: the last one; traces: of all."""
         response = self._response.model_copy(update={"usage": to_usage(self.tally.usage())})
         if self.tally.servers is not None:
             response.served_by = self.tally.servers
         if self._sends_trace:
-            response.trace = trace_steps(output.traces)
+            response.trace = trace_steps(traces)
             if output.report is not None:
                 response.council = dict(output.report.trace)
         yield from self._writer.end(response, cut=end_of(output) == "length")

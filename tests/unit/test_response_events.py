@@ -111,6 +111,7 @@ def test_the_events_of_calls() -> None:
         ),
         (CALLS[:2], "length", {"text": {"format": {"type": "json_object"}}}),
         ((" a", "b"), "stop", {"include": [LOGPROBS], "top_logprobs": 2}),
+        (("", " a", "", *CALLS), "tool_calls", {"include": [LOGPROBS], "top_logprobs": 2}),
         (
             (" a", "b"),
             "stop",
