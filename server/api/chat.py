@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 
 from ensemble_core.decoding.requests import Alternative, Conversation, Output, TokenLogprob
 from ensemble_core.decoding.sampling_params import PARAMETERS, SamplingParams
 from ensemble_core.errors import InvalidRequestError
 from ensemble_core.text.tools import CallPiece, folded
-from server.api.jobs import Job, end_of, finite, named, trace_steps
+from server.api.jobs import ChoiceJob, end_of, finite, token_name, trace_steps
 from server.api.tickets import Ticket, check_count, make_ticket, sampling_params
+from server.api.words import named
 from server.schema.chat import (
     AssistantMessage,
     ChatAlternative,
@@ -27,22 +28,12 @@ from server.schema.chat import (
 from server.schema.tools import FunctionReply, ToolCallDelta, ToolCallReply, to_tool_use
 
 
-@contextmanager
-def chat_words(body: ChatRequest) -> Generator[None]:
+def chat_words(body: ChatRequest) -> AbstractContextManager[None]:
     """Rename the fields in the engine's InvalidRequestError to the names that this endpoint uses."""
     names = {"prompt": "messages"}
     if body.max_completion_tokens is not None:
         names["max_tokens"] = "max_completion_tokens"
-    try:
-        yield
-    except InvalidRequestError as error:
-        param = error.param or ""
-        if param not in names:
-            raise
-        message = str(error)
-        if message.startswith(param):
-            message = names[param] + message.removeprefix(param)
-        raise InvalidRequestError(message, names[param]) from error
+    return named(lambda param: names.get(param, param))
 
 
 def conversation(body: ChatRequest) -> Conversation:
@@ -78,7 +69,7 @@ def plan(body: ChatRequest, prompt: Conversation, max_tokens: int, max_choices: 
     """The job that a body asks for. Raises InvalidRequestError. Bounds n before it allocates anything."""
     num_choices = check_count("n", 1 if body.n is None else body.n, 1, max_choices)
     params = _params(body, max_tokens)
-    return ChatJob(make_ticket(body, "chatcmpl", [prompt], params, (num_choices, num_choices)), body)
+    return ChatJob(make_ticket(body, "chatcmpl-", [prompt], params, (num_choices, num_choices)), body)
 
 
 def _params(body: ChatRequest, max_tokens: int) -> SamplingParams:
@@ -93,7 +84,7 @@ def _num_logprobs(body: ChatRequest) -> int | None:
     return wanted if body.logprobs else None
 
 
-class ChatJob(Job):
+class ChatJob(ChoiceJob):
     """One body of /v1/chat/completions."""
 
     def __init__(self, ticket: Ticket, body: ChatRequest) -> None:
@@ -217,4 +208,4 @@ def to_chat_token(token: TokenLogprob, num_top: int, *, as_ids: bool = False) ->
 
 def _alternative(each: Alternative, as_ids: bool) -> ChatAlternative:
     """The bytes are those that the token adds to a text; of a control token those of its name."""
-    return ChatAlternative(token=named(each, as_ids), logprob=finite(each.logprob), bytes=list(each.spelling))
+    return ChatAlternative(token=token_name(each, as_ids), logprob=finite(each.logprob), bytes=list(each.spelling))

@@ -9,7 +9,7 @@ from dataclasses import replace
 from ensemble_core.decoding.requests import Alternative, Output, TokenLogprob
 from ensemble_core.decoding.sampling_params import SamplingParams
 from ensemble_core.errors import InvalidRequestError
-from server.api.jobs import Job, end_of, finite, named, trace_steps
+from server.api.jobs import ChoiceJob, end_of, finite, token_name, trace_steps
 from server.api.tickets import Ticket, check_count, make_ticket, sampling_params
 from server.schema.completions import CompletionRequest, Logprobs, TextChoice, TextCompletion
 
@@ -24,7 +24,7 @@ def plan(body: CompletionRequest, max_choices: int) -> CompletionJob:
         raise InvalidRequestError(
             "truncate_prompt_tokens must be -1 or at least 1, got 0", "truncate_prompt_tokens"
         )
-    ticket = make_ticket(body, "cmpl", prompts, params, counts, body.add_special_tokens is not False, most)
+    ticket = make_ticket(body, "cmpl-", prompts, params, counts, body.add_special_tokens is not False, most)
     return CompletionJob(ticket, body)
 
 
@@ -46,7 +46,7 @@ def _params(body: CompletionRequest, ranked: bool) -> SamplingParams:
     return sampling_params(body, max_tokens=body.max_tokens, echo=body.echo, logprobs=logprobs)
 
 
-class CompletionJob(Job):
+class CompletionJob(ChoiceJob):
     """One body of /v1/completions."""
 
     def __init__(self, ticket: Ticket, body: CompletionRequest) -> None:
@@ -125,7 +125,7 @@ def _mean_logprob(output: Output) -> float:
 def to_logprobs(tokens: Sequence[TokenLogprob], *, as_ids: bool = False) -> Logprobs:
     """Parallel lists, one entry for each token. as_ids: tokens are named by their ids."""
     return Logprobs(
-        tokens=[named(token, as_ids) for token in tokens],
+        tokens=[token_name(token, as_ids) for token in tokens],
         token_logprobs=[None if token.logprob is None else finite(token.logprob) for token in tokens],
         top_logprobs=[_alternatives(token, as_ids) for token in tokens],
         text_offset=[token.text_offset for token in tokens],
@@ -138,6 +138,6 @@ def _alternatives(token: TokenLogprob, as_ids: bool) -> dict[str, float] | None:
         return None
     found: dict[str, float] = {}
     for each in (*token.top, Alternative(token.token_id, token.spelling, token.logprob)):
-        name = named(each, as_ids)
+        name = token_name(each, as_ids)
         found[name] = max(found.get(name, -math.inf), finite(each.logprob))
     return found

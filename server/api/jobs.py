@@ -1,4 +1,4 @@
-"""From the engine's outputs to an answer: streaming, usage, and what completions and chat share.
+"""From the engine's outputs to an answer: streaming, usage, and what the endpoints share.
 
 Invariant: a whole answer is made from all outputs of its stream, joined. Nothing here knows HTTP, or the form of an
 endpoint's answers.
@@ -26,6 +26,7 @@ from ensemble_core.decoding.requests import (
     join,
 )
 from ensemble_core.errors import InvalidRequestError, NotReadyError
+from server.api.streams import Wire
 from server.api.tickets import Ticket
 from server.edge.errors import RequestFailedError
 from server.schema.replies import (
@@ -109,14 +110,38 @@ class Tally:
 
 
 class Job(ABC):
-    """A ticket, and how its outputs become answers."""
+    """A ticket, and how its outputs become answers. wire: how the chunks of its stream are written."""
+
+    def __init__(self, ticket: Ticket) -> None:
+        self.ticket = ticket
+        self.tally = Tally(ticket.num_sampled)
+        self.wire = Wire()
+
+    @abstractmethod
+    def chunks(self, outputs: OutputStream) -> AsyncGenerator[BaseModel]:
+        """The chunks of the stream. Closing it closes `outputs`, which aborts unfinished requests.
+
+        Raises RequestFailedError or NotReadyError if the engine gives up on one of the choices.
+        """
+
+    @abstractmethod
+    async def answer(self, outputs: OutputStream) -> BaseModel:
+        """The whole answer. Closes `outputs` and raises errors as `chunks` does."""
+
+    def headers(self) -> dict[str, str]:
+        """Headers of the answer, by what is known of it now."""
+        servers = self.tally.servers
+        return {} if servers is None else {"X-Served-By": servers}
+
+
+class ChoiceJob(Job):
+    """A job whose answer is a list of choices."""
 
     def __init__(self, ticket: Ticket, body: SamplingFields) -> None:
         """Raises InvalidRequestError for what a stream cannot tell."""
         if body.stream and body.prompt_logprobs is not None:
             raise InvalidRequestError("prompt_logprobs cannot be streamed; drop it or stream", "prompt_logprobs")
-        self.ticket = ticket
-        self.tally = Tally(ticket.num_sampled)
+        super().__init__(ticket)
         self._sends_ids = bool(body.return_token_ids)
         self._names_ids = bool(body.return_tokens_as_token_ids)
         self._num_prompt_top = body.prompt_logprobs
@@ -134,13 +159,10 @@ class Job(ABC):
         """The answer from each choice's joined outputs."""
 
     async def chunks(self, outputs: OutputStream) -> AsyncGenerator[BaseModel]:
-        """The chunks of the stream. Closing it closes `outputs`, which aborts unfinished requests.
-
-        Raises RequestFailedError or NotReadyError if the engine gives up on one of the choices.
-        """
+        """See `Job`."""
         tally = self.tally
         begun: set[int] = set()
-        async with aclosing(_checked(self.ticket, outputs)) as news:
+        async with aclosing(checked(self.ticket, outputs)) as news:
             async for index, output in news:
                 tally.add(index, output)
                 if self.ticket.running_usage or self._says_something(output):
@@ -153,21 +175,16 @@ class Job(ABC):
             yield self._counted(self._served(self.usage_chunk()), tally.usage())
 
     async def answer(self, outputs: OutputStream) -> BaseModel:
-        """The whole answer. Closes `outputs` and raises errors as `chunks` does."""
+        """See `Job`."""
         tally = self.tally
         parts: list[list[Output]] = [[] for _ in self.ticket.requests]
-        async with aclosing(_checked(self.ticket, outputs)) as news:
+        async with aclosing(checked(self.ticket, outputs)) as news:
             async for index, output in news:
                 tally.add(index, output)
                 parts[index].append(output)
         reply = self.whole([join(each) for each in parts])
         reply.close()
         return self._counted(self._served(reply), tally.usage())
-
-    def headers(self) -> dict[str, str]:
-        """Headers of the answer, by what is known of it now."""
-        servers = self.tally.servers
-        return {} if servers is None else {"X-Served-By": servers}
 
     def _prompt_logprobs(self, output: Output) -> list[dict[int, PromptToken] | None] | None:
         most = self._num_prompt_top
@@ -191,7 +208,7 @@ class Job(ABC):
         return any(news) or any(prompt) or bool(ids)
 
 
-async def _checked(ticket: Ticket, outputs: OutputStream) -> AsyncGenerator[tuple[int, Output]]:
+async def checked(ticket: Ticket, outputs: OutputStream) -> AsyncGenerator[tuple[int, Output]]:
     """The outputs. Raises an error for a failed, aborted or missing one."""
     left = set(range(len(ticket.requests)))
     async with aclosing(outputs):
@@ -218,7 +235,7 @@ def finite(logprob: float) -> float:
     return max(logprob, LEAST_LOGPROB) if not math.isnan(logprob) else LEAST_LOGPROB
 
 
-def named(each: Alternative | TokenLogprob, as_ids: bool) -> str:
+def token_name(each: Alternative | TokenLogprob, as_ids: bool) -> str:
     """A token's name in log-probabilities: its text, or its id where that was asked for."""
     return f"token_id:{each.token_id}" if as_ids else each.text
 

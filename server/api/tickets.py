@@ -16,7 +16,7 @@ from typing import Any
 from ensemble_core.decoding.requests import CouncilBounds, GenerationRequest, Overrides, Prompt, Weighting
 from ensemble_core.decoding.sampling_params import MAX_SEED, PARAMETERS, SamplingParams
 from ensemble_core.errors import InvalidRequestError
-from server.schema.sampling import EnsembleOptions, SamplingFields, WeightingChoice
+from server.schema.sampling import EnsembleOptions, GenerationFields, SamplingFields, WeightingChoice
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,7 @@ class Ticket:
 
 
 def make_ticket(
-    body: SamplingFields,
+    body: GenerationFields,
     prefix: str,
     prompts: Sequence[Prompt],
     params: SamplingParams,
@@ -46,8 +46,8 @@ def make_ticket(
 
     truncate: see `GenerationRequest`.
     """
-    final_usage, running_usage = stream_options(body)
-    ticket_id = f"{prefix}-{uuid.uuid4().hex}"
+    final_usage, running_usage = stream_options(body) if isinstance(body, SamplingFields) else (True, False)
+    ticket_id = f"{prefix}{uuid.uuid4().hex}"
     overrides = to_overrides(body.ensemble)
     trace = bool(body.ensemble and body.ensemble.trace)
     num_choices, num_sampled = counts
@@ -97,12 +97,12 @@ def stream_options(body: SamplingFields) -> tuple[bool, bool]:
     return final, final and bool(options.continuous_usage_stats)
 
 
-def sampling_params(body: SamplingFields, **own: Any) -> SamplingParams:
+def sampling_params(body: GenerationFields, **own: Any) -> SamplingParams:
     """Parameters from the shared fields and from the endpoint's own; null means the default.
 
     Raises InvalidRequestError.
     """
-    sent = {name: getattr(body, name) for name in PARAMETERS if name in SamplingFields.model_fields} | own
+    sent = {name: getattr(body, name) for name in PARAMETERS if name in GenerationFields.model_fields} | own
     sent["stop"], sent["form"] = body.stops, body.form
     if body.top_k == -1:
         sent["top_k"] = 0

@@ -30,6 +30,7 @@ from server.edge.errors import RefusedBodyError
 _SMALL = 64 * 2**10  # bytes that are parsed at once, without a thread
 _MAX_FIELDS = 256
 _ENVELOPE = 2**16  # bytes that an upload may have around its file
+_LONG = {"messages": ("content",), "input": ("content", "output")}  # lists of messages -> lists in each
 
 
 class BodyLimit:
@@ -214,13 +215,16 @@ def check_lengths(body: object, config: ServerConfig) -> None:
         return
     if len(body) > _MAX_FIELDS:
         raise RefusedBodyError(400, f"the body has {len(body)} fields; allowed are {_MAX_FIELDS}")
-    messages = body.get("messages")
-    if isinstance(messages, list):
-        _at_most("messages", messages, config.limits.messages)
+    for name, inner in _LONG.items():
+        messages = body.get(name)
+        if not isinstance(messages, list):
+            continue
+        _at_most(name, messages, config.limits.messages)
         for rank, message in enumerate(messages):
-            content = message.get("content") if isinstance(message, dict) else None
-            if isinstance(content, list):
-                _at_most(f"messages.{rank}.content", content, config.limits.messages)
+            for part in inner:
+                content = message.get(part) if isinstance(message, dict) else None
+                if isinstance(content, list):
+                    _at_most(f"{name}.{rank}.{part}", content, config.limits.messages)
 
 
 def _at_most(path: str, items: list[object], most: int) -> None:

@@ -70,11 +70,19 @@ class ApiError:
     reason: str | None = None
     headers: Mapping[str, str] = field(default_factory=dict)
 
-    def json(self) -> str:
-        """The body: bounded, and pure ASCII, so that a message may quote text that UTF-8 cannot encode."""
+    def detail(self) -> dict[str, str | None]:
+        """What the client is told, bounded."""
         param = None if self.param is None else _cut(self.param, _MAX_PARAM)
-        error = {"message": _cut(self.message, _MAX_MESSAGE), "type": self.type, "param": param, "code": self.code}
-        return json.dumps({"error": error})
+        return {
+            "message": _cut(self.message, _MAX_MESSAGE),
+            "type": self.type,
+            "param": param,
+            "code": self.code,
+        }
+
+    def json(self) -> str:
+        """The body: pure ASCII, so that a message may quote text that UTF-8 cannot encode."""
+        return json.dumps({"error": self.detail()})
 
     def response(self) -> Response:
         """The whole answer."""

@@ -6,7 +6,7 @@ A body may say it once. Knows no endpoint; whether a form can be followed is fou
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 from pydantic import ConfigDict, Field, model_validator
@@ -108,17 +108,11 @@ class FormFields(Strict):
     @property
     def form(self) -> TextForm | None:
         """What the text must be; None for free text. Raises InvalidRequestError, also where it is said twice."""
-        found = [*_of_format(self.response_format), *_of_outputs(self.structured_outputs), *self._guided()]
-        if len(found) > 1:
-            raise InvalidRequestError(
-                f"{found[0].field} and {found[1].field} both say what the text must be; send one of them",
-                found[1].field,
-            )
-        return found[0] if found else None
+        return only([*_of_format(self.response_format), *of_outputs(self.structured_outputs), *self._guided()])
 
     def _guided(self) -> Iterator[TextForm]:
         if self.guided_json is not None:
-            yield _of_schema(self.guided_json, "guided_json")
+            yield of_schema(self.guided_json, "guided_json")
         if self.guided_regex is not None:
             yield TextForm("regex", self.guided_regex, field="guided_regex")
         if self.guided_choice is not None:
@@ -127,23 +121,33 @@ class FormFields(Strict):
             yield TextForm("grammar", self.guided_grammar, field="guided_grammar")
 
 
+def only(found: Sequence[TextForm]) -> TextForm | None:
+    """The form that a body asks for; None for free text. Raises InvalidRequestError for several."""
+    if len(found) > 1:
+        raise InvalidRequestError(
+            f"{found[0].field} and {found[1].field} both say what the text must be; send one of them",
+            found[1].field,
+        )
+    return found[0] if found else None
+
+
 def _of_format(sent: ResponseFormat | None) -> Iterator[TextForm]:
     if sent is None or sent.type == "text":
         return
     if sent.json_schema is None:
         yield TextForm("json", field="response_format")
     else:
-        yield _of_schema(sent.json_schema.schema_, "response_format")
+        yield of_schema(sent.json_schema.schema_, "response_format")
 
 
-def _of_outputs(sent: StructuredOutputs | None) -> Iterator[TextForm]:
+def of_outputs(sent: StructuredOutputs | None) -> Iterator[TextForm]:
     """The one form of `structured_outputs`. Raises InvalidRequestError for none and for several."""
     if sent is None:
         return
     name = "structured_outputs"
     found, layout = [], _layout(sent)
     if sent.json_ is not None:
-        found.append(_of_schema(sent.json_, f"{name}.json", layout))
+        found.append(of_schema(sent.json_, f"{name}.json", layout))
     if sent.regex is not None:
         found.append(TextForm("regex", sent.regex, field=f"{name}.regex"))
     if sent.choice is not None:
@@ -170,7 +174,7 @@ def _layout(sent: StructuredOutputs) -> str | None:
     return ""
 
 
-def _of_schema(schema: dict[str, Any] | str, field: str, layout: str | None = None) -> TextForm:
+def of_schema(schema: dict[str, Any] | str, field: str, layout: str | None = None) -> TextForm:
     """A schema as text. Raises InvalidRequestError where it is no JSON."""
     try:
         text = schema if isinstance(schema, str) else json.dumps(schema, allow_nan=False, separators=(",", ":"))

@@ -12,6 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
+from ensemble_core.decoding.forms import TextForm
 from ensemble_core.decoding.sampling_params import PARAMETERS
 from ensemble_core.errors import InvalidRequestError, quoted, shortened
 from server.schema.forms import FormFields
@@ -136,7 +137,7 @@ class EnsembleOptions(Strict):
         return value
 
 
-class SamplingFields(FormFields, Strict):
+class GenerationFields(Strict):
     """A body that asks for text. Subclasses list the parameters that they refuse and those that they ignore."""
 
     refused: ClassVar[Mapping[str, Refused]] = {}
@@ -155,12 +156,6 @@ class SamplingFields(FormFields, Strict):
     logit_bias: LogitBias = parameter("logit_bias")
     allowed_token_ids: AllowedTokenIds = parameter("allowed_token_ids")
     bad_words: BadWords = parameter("bad_words")
-    n: Integer | None = Field(
-        None,
-        description="1 if not sent; number of choices of each prompt; they share its prefill",
-        examples=[2],
-        json_schema_extra={"minimum": 1},
-    )
     seed: Integer | None = parameter("seed")
     stop: Stop = parameter("stop")
     stop_token_ids: StopTokenIds = parameter("stop_token_ids")
@@ -168,22 +163,8 @@ class SamplingFields(FormFields, Strict):
     ignore_eos: bool | None = parameter("ignore_eos")
     min_tokens: Integer | None = parameter("min_tokens")
     skip_special_tokens: bool | None = parameter("skip_special_tokens")
-    prompt_logprobs: Integer | None = parameter("prompt_logprobs")
-    return_tokens_as_token_ids: bool | None = Field(
-        None, description='tokens in log-probabilities are named by their ids, `"token_id:123"`', examples=[True]
-    )
-    return_token_ids: bool | None = Field(
-        None,
-        description="send the token ids of the prompt and of each choice; in a stream the prompt's come once",
-        examples=[True],
-    )
     stream: bool | None = Field(
         None, description="send text in server-sent events as it is generated, then `[DONE]`", examples=[True]
-    )
-    stream_options: StreamOptions | None = Field(
-        None,
-        description="`include_usage`, `continuous_usage_stats`; only with `stream`",
-        examples=[{"include_usage": True}],
     )
     ensemble: EnsembleOptions | None = Field(
         None, description="our extension, see below", examples=[{"members": ["a"]}]
@@ -200,6 +181,36 @@ class SamplingFields(FormFields, Strict):
         return body
 
     @property
+    def form(self) -> TextForm | None:
+        """What the text must be; None for free text. Raises InvalidRequestError."""
+        return None
+
+    @property
     def stops(self) -> tuple[str, ...]:
         """The stop strings, as a tuple."""
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+
+class SamplingFields(FormFields, GenerationFields):
+    """A body that asks for choices: those of completions and chat."""
+
+    n: Integer | None = Field(
+        None,
+        description="1 if not sent; number of choices of each prompt; they share its prefill",
+        examples=[2],
+        json_schema_extra={"minimum": 1},
+    )
+    prompt_logprobs: Integer | None = parameter("prompt_logprobs")
+    return_tokens_as_token_ids: bool | None = Field(
+        None, description='tokens in log-probabilities are named by their ids, `"token_id:123"`', examples=[True]
+    )
+    return_token_ids: bool | None = Field(
+        None,
+        description="send the token ids of the prompt and of each choice; in a stream the prompt's come once",
+        examples=[True],
+    )
+    stream_options: StreamOptions | None = Field(
+        None,
+        description="`include_usage`, `continuous_usage_stats`; only with `stream`",
+        examples=[{"include_usage": True}],
+    )

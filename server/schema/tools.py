@@ -34,7 +34,8 @@ def _bounded(value: object) -> object:
     return value
 
 
-def _name(value: object) -> str:
+def function_name(value: object) -> str:
+    """A name that a function may have."""
     if not isinstance(value, str) or not NAME.fullmatch(value):
         raise ValueError("must be 1 to 64 letters, digits, _ and -")
     return value
@@ -46,13 +47,13 @@ def _schema(value: object) -> dict[str, Any]:
         raise ValueError('must be a JSON schema, for example {"type": "object", "properties": {}}')
     if value.get("type", "object") != "object":
         raise ValueError('must be a JSON schema of type "object", since arguments have names')
-    if _depth(value) > MAX_DEPTH:
+    if depth(value) > MAX_DEPTH:
         raise ValueError(f"is nested over {MAX_DEPTH} levels deep")
     text(json.dumps(value, ensure_ascii=False))
     return value
 
 
-def _depth(value: object) -> int:
+def depth(value: object) -> int:
     """Levels of objects and lists, counted up to one over the bound."""
     level, inner = 0, [value]
     while inner and level <= MAX_DEPTH:
@@ -68,19 +69,19 @@ def _children(value: object) -> Iterator[object]:
         yield from value
 
 
-def _arguments(value: object) -> dict[str, Any]:
+def call_arguments(value: object) -> dict[str, Any]:
     """Arguments as templates take them; a client sends JSON text."""
     try:
         found = json.loads(text(value) or "{}")
     except (ValueError, RecursionError) as error:
         raise ValueError(f"must be JSON text of an object: {error}") from error
-    if not isinstance(found, dict) or _depth(found) > MAX_DEPTH:
+    if not isinstance(found, dict) or depth(found) > MAX_DEPTH:
         raise ValueError(f"must be JSON text of an object, not over {MAX_DEPTH} levels deep")
     text(json.dumps(found, ensure_ascii=False))
     return found
 
 
-FunctionName = Annotated[str, PlainValidator(_name, json_schema_input_type=str)]
+FunctionName = Annotated[str, PlainValidator(function_name, json_schema_input_type=str)]
 
 
 class FunctionSpec(Strict):
@@ -188,7 +189,7 @@ class CalledFunction(Strict):
     """What was called."""
 
     name: FunctionName
-    arguments: Annotated[dict[str, Any], PlainValidator(_arguments, json_schema_input_type=str)] = Field(
+    arguments: Annotated[dict[str, Any], PlainValidator(call_arguments, json_schema_input_type=str)] = Field(
         description="JSON text of an object."
     )
 

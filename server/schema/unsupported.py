@@ -87,6 +87,52 @@ CHAT_IGNORED: dict[str, Ignored] = COMPLETION_IGNORED | {
     "include_reasoning": Ignored(True, "answers have no reasoning part"),
 }
 
+_STATELESS = "nothing is stored; send the conversation as `input`"
+RESPONSE_REFUSED: dict[str, Refused] = _REFUSED | {
+    "previous_response_id": Refused("resp_1", why=_STATELESS),
+    "previous_response": Refused({"id": "resp_1"}, why=_STATELESS),
+    "previous_input_messages": Refused([{"role": "user"}], ([],), _STATELESS),
+    "conversation": Refused("conv_1", why=_STATELESS),
+    "prompt": Refused({"id": "pmpt_1"}, why="no prompts are stored; send `instructions` and `input`"),
+    "background": Refused(True, (False,), "nothing is stored; use `stream`"),
+    "context_management": Refused([{"type": "compaction"}], ([],), "`truncation` shortens the input"),
+    "moderation": Refused({"model": "x"}),
+    "access_programs": Refused({"cyber": "standard"}, ({},)),
+    "prompt_cache_options": Refused(
+        {"prewarm": True}, ({}, {"mode": "implicit"}, {"mode": "explicit"}), "every prompt is answered"
+    ),
+    "n": Refused(2, (1,), "an answer is one text; chat completions have it"),
+    "messages": Refused([{"role": "user", "content": "x"}], why="this endpoint takes `input`"),
+    "max_tokens": Refused(5, why="this endpoint takes `max_output_tokens`"),
+    "max_completion_tokens": Refused(5, why="this endpoint takes `max_output_tokens`"),
+    "response_format": Refused({"type": "json_object"}, ({"type": "text"},), "this endpoint takes `text.format`"),
+    "guided_json": Refused({"type": "object"}, why="older name of `structured_outputs`"),
+    "guided_regex": Refused("a+", why="older name of `structured_outputs`"),
+    "guided_choice": Refused(["a", "b"], why="older name of `structured_outputs`"),
+    "guided_grammar": Refused('root ::= "x"', why="older name of `structured_outputs`"),
+    "logprobs": Refused(True, (False,), "`include` asks for them"),
+    "prompt_logprobs": Refused(1, why="completions have `echo` with `logprobs`"),
+    "reasoning_effort": Refused("high", ("none",), "this endpoint takes `reasoning.effort`"),
+    "verbosity": Refused("low", ("medium",), "this endpoint takes `text.verbosity`"),
+    "return_token_ids": Refused(True, (False,), "chat completions have it"),
+    "echo": Refused(True, (False,), "completions have it"),
+    "best_of": Refused(2, (1,), "completions have it"),
+    "enable_response_messages": Refused(True, (False,)),
+    "mm_processor_kwargs": Refused({"x": 1}, ({},)),
+    "chat_template": Refused("{{ messages }}", why="templates run code: set it in the server's YAML"),
+    "chat_template_kwargs": Refused({"x": 1}, ({},)),
+}
+RESPONSE_IGNORED: dict[str, Ignored] = COMPLETION_IGNORED | {
+    "truncation_side": Ignored("left", "`truncation` leaves out the oldest turns"),
+    "store": Ignored(True, "nothing is stored; the answer says `store: false`"),
+    "service_tier": Ignored("flex", "there is one tier"),
+    "safety_identifier": Ignored("me", "nothing is kept about users"),
+    "prompt_cache_key": Ignored("key", "would affect speed only"),
+    "prompt_cache_retention": Ignored("24h", "would affect speed only"),
+    "max_tool_calls": Ignored(3, "counts calls of built-in tools, and none are served"),
+    "image": Ignored({"context_compression": "auto"}, "there are no images"),
+}
+
 
 def _same(value: object, neutral: object) -> bool:
     """Equal as JSON: False is not 0."""

@@ -110,6 +110,8 @@ def test_version(client: TestClient) -> None:
         ("GET", "/nope", 404),
         ("POST", "/v1/embeddings", 404),
         ("GET", "/v1/chat/completions", 405),
+        ("GET", "/v1/responses", 405),
+        ("GET", "/v1/responses/resp_1", 404),
         ("GET", "/tokenize", 405),
         ("POST", "/tokenizer_info", 405),
         ("POST", "/v1/completion/", 404),
@@ -176,6 +178,7 @@ def test_the_documentation_describes_the_api(client: TestClient) -> None:
     assert "422" not in completions["responses"]
     assert "text/event-stream" in completions["responses"]["200"]["content"]
     assert "text/event-stream" in api["paths"]["/v1/chat/completions"]["post"]["responses"]["200"]["content"]
+    assert "text/event-stream" in api["paths"]["/v1/responses"]["post"]["responses"]["200"]["content"]
     assert {"/tokenize", "/detokenize", "/tokenizer_info"} <= set(api["paths"])
     schemas = api["components"]["schemas"]
     assert {"CompletionRequest", "ChatRequest", "EnsembleOptions", "StreamOptions", "ErrorBody"} <= set(schemas)

@@ -10,7 +10,8 @@ from pydantic import BaseModel, ValidationError
 from ensemble_core.errors import InvalidRequestError
 from server.schema.chat import ChatRequest
 from server.schema.completions import CompletionRequest
-from server.schema.sampling import SamplingFields
+from server.schema.responses import ResponseRequest
+from server.schema.sampling import GenerationFields
 from server.schema.tokenizers import TokenizeRequest
 
 BASE: dict[str, Any] = {"model": "duo", "prompt": "x"}
@@ -21,11 +22,13 @@ def parse(**fields: Any) -> CompletionRequest:
 
 
 CHAT: dict[str, Any] = {"model": "duo", "messages": [{"role": "user", "content": "x"}]}
-REFUSED = [(kind, name) for kind in (CompletionRequest, ChatRequest) for name in sorted(kind.refused)]
+REFUSED = [
+    (kind, name) for kind in (CompletionRequest, ChatRequest, ResponseRequest) for name in sorted(kind.refused)
+]
 
 
-def base_of(kind: type[SamplingFields]) -> dict[str, Any]:
-    return BASE if kind is CompletionRequest else CHAT
+def base_of(kind: type[GenerationFields]) -> dict[str, Any]:
+    return {CompletionRequest: BASE, ChatRequest: CHAT, ResponseRequest: {"model": "duo", "input": "x"}}[kind]
 
 
 def chat(**fields: Any) -> ChatRequest:
@@ -33,7 +36,7 @@ def chat(**fields: Any) -> ChatRequest:
 
 
 @pytest.mark.parametrize(("kind", "name"), REFUSED)
-def test_unsupported_parameters_pass_only_with_neutral_values(kind: type[SamplingFields], name: str) -> None:
+def test_unsupported_parameters_pass_only_with_neutral_values(kind: type[GenerationFields], name: str) -> None:
     kind.model_validate(base_of(kind) | {name: None})
     for value in kind.refused[name].neutral:
         kind.model_validate(base_of(kind) | {name: value})
@@ -61,8 +64,8 @@ def test_a_float_is_as_neutral_as_an_integer() -> None:
     parse(length_penalty=1.0)
 
 
-@pytest.mark.parametrize("kind", [CompletionRequest, ChatRequest])
-def test_what_is_supported_refused_and_ignored_does_not_overlap(kind: type[SamplingFields]) -> None:
+@pytest.mark.parametrize("kind", [CompletionRequest, ChatRequest, ResponseRequest])
+def test_what_is_supported_refused_and_ignored_does_not_overlap(kind: type[GenerationFields]) -> None:
     assert not kind.refused.keys() & kind.model_fields.keys()
     assert not kind.ignored.keys() & (kind.model_fields.keys() | kind.refused.keys())
 
