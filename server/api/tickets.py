@@ -102,7 +102,8 @@ def sampling_params(body: GenerationFields, **own: Any) -> SamplingParams:
 
     Raises InvalidRequestError.
     """
-    sent = {name: getattr(body, name) for name in PARAMETERS if name in GenerationFields.model_fields} | own
+    shared = (SamplingFields if isinstance(body, SamplingFields) else GenerationFields).model_fields
+    sent = {name: getattr(body, name) for name in PARAMETERS if name in shared} | own
     sent["stop"], sent["form"] = body.stops, body.form
     if body.top_k == -1:
         sent["top_k"] = 0
