@@ -44,7 +44,8 @@ class Completion:
     """The answer to one prompt. token_ids and num_prompt_tokens are the main member's.
 
     dropped: members that failed while the answer went on without them, with the reason. served_by, report: of a
-    council's answer, the model that wrote it and all calls.
+    council's answer, the model that wrote it and all calls. reasoning: of an answer to a conversation, what the model
+    thought before its text.
     """
 
     text: str
@@ -57,6 +58,8 @@ class Completion:
     dropped: Mapping[str, Reason] = field(default_factory=dict)
     served_by: str = ""
     report: CouncilReport | None = None
+    reasoning: str = ""
+    num_reasoning_tokens: int | None = None
 
 
 class LLM:
@@ -224,4 +227,6 @@ def _completion(outputs: list[Output]) -> Completion:
         dropped=whole.dropped,
         served_by=whole.served_by,
         report=whole.report,
+        reasoning=whole.reasoning,
+        num_reasoning_tokens=whole.num_reasoning_tokens,
     )

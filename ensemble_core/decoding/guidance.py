@@ -111,7 +111,13 @@ class Grammars:
 
 
 class Constraint:
-    """The position of one sequence in its grammar. Once the grammar has failed, methods raise ConstraintError."""
+    """The position of one sequence in its grammar: a `Guide`.
+
+    Once the grammar has failed, methods raise ConstraintError.
+    """
+
+    binds = chooses = True
+    forced: int | None = None
 
     def __init__(self, matcher: LLMatcher, vocabulary: Vocabulary, form: TextForm) -> None:
         self._matcher, self._vocabulary, self._form = matcher, vocabulary, form

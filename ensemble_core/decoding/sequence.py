@@ -21,12 +21,13 @@ from ensemble_core.decoding.recipe import Recipe
 from ensemble_core.decoding.requests import FinishReason, GenerationRequest, Output, TokenLogprob, Trace
 from ensemble_core.stats import Reason
 from ensemble_core.text.alignment import Track
-from ensemble_core.text.calls import shown_text
 from ensemble_core.text.detokenizer import Detokenizer
 from ensemble_core.text.lookup import Lookup
+from ensemble_core.text.reasoning import ReasoningReader
+from ensemble_core.text.shown import shown_text
 
 if TYPE_CHECKING:
-    from ensemble_core.decoding.guidance import Constraint
+    from ensemble_core.decoding.guide import Guide
     from ensemble_core.decoding.perplexity import PromptLikelihood
     from ensemble_core.decoding.scoring import PromptScores
     from ensemble_core.text.call_forms import CallForm
@@ -90,8 +91,9 @@ class Phase(Enum):
 class Sequence:
     """One request in flight.
 
-    prompt_text: the prompt's text, for echo and for the offsets of a scored prompt. constraint: its position in its
-    grammar. call_form: of the calls that its text may have. scores: log-probabilities of the prompt, if they are
+    prompt_text: the prompt's text, for echo and for the offsets of a scored prompt. constraint: what says which
+    tokens may come next. call_form: of the calls that its text may have. reasoning: splits its text, where its model
+    may reason. scores: log-probabilities of the prompt, if they are
     asked for. likelihood: of the prompt in every member, if the weights depend on it. dropped: members that it has
     lost; recipe and tracks no longer hold them. num_reused: prompt tokens that main had cached at the start. drafted:
     the tokens at the end of main's track that are not final; no client has seen them. habits: what its mode has
@@ -105,8 +107,9 @@ class Sequence:
     recipe: Recipe
     tracks: dict[str, Track]  # main first
     prompt_text: str = ""
-    constraint: Constraint | None = None
+    constraint: Guide | None = None
     call_form: CallForm | None = None
+    reasoning: ReasoningReader | None = None
     scores: PromptScores | None = None
     likelihood: PromptLikelihood | None = None
     dropped: dict[str, Reason] = field(default_factory=dict)
@@ -143,7 +146,13 @@ class Sequence:
         self.biases = TokenValues(dict(params.logit_bias))
         self.biased = tuple(token_id for token_id, bias in params.logit_bias if bias > 0)
         self.counts = TokenCounts(self.main)
-        self.shown = shown_text(self.call_form, params.stop, include_stop=params.include_stop_str_in_output)
+        self.shown = shown_text(
+            params.stop,
+            include_stop=params.include_stop_str_in_output,
+            calls=self.call_form,
+            reasoning=self.reasoning,
+            exact=params.form is not None,
+        )
         self.spelt = self.shown if params.skip_special_tokens else Detokenizer()
 
     @property
@@ -191,7 +200,7 @@ class Sequence:
         """Whether what may come next depends on every token before, so that nothing can be drafted ahead."""
         params = self.request.params
         early = self.num_completion_tokens < params.min_tokens
-        return early or params.penalises or self.constraint is not None
+        return early or params.penalises or (self.constraint is not None and self.constraint.binds)
 
     @property
     def scoring(self) -> bool:
@@ -315,6 +324,8 @@ class Sequence:
             num_cached_tokens=self.num_reused,
             dropped=dict(self.dropped),
             calls=self.shown.take_calls(),
+            reasoning=self.shown.take_reasoning(),
+            num_reasoning_tokens=self.shown.num_reasoning,
         )
 
     def finish(self, reason: FinishReason, stop: str | int | None = None, error: str | None = None) -> None:
