@@ -90,6 +90,8 @@ class LLM:
         prompts = [prompts] if isinstance(prompts, str) else prompts
         if model in self._councils.book:
             asked = self._asked(prompts, params, model, overrides, watched=False)
+            for request in asked:
+                self._admission.check_council(request, sorted(self._councils.book.speakers(request.model)))
             found = self._councils.answers(asked, self._config.scheduler.max_running)
             return [_completion([each]) for each in found]
         requests = self._requests(prompts, params, model, overrides, watched=False)

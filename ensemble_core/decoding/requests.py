@@ -189,11 +189,12 @@ class CouncilReport:
 class Output:
     """One step's news of one request. The last output has a `finish_reason`.
 
-    text: whole characters, without stop strings unless they were asked for; may be empty. reasoning: what the model
-    thinks before its text; calls: news of calls of tools; neither is part of the text. token_ids, logprobs, traces: for main's tokens since the last output
-    (logprobs and traces only on request). prompt_logprobs: with echo and logprobs, only in the first output. num_*:
-    main's tokens so far; num_reasoning_tokens: None where this model's answers have no reasoning. dropped: members that this request has lost for good, and why. served_by: the model whose
-    text this is, where a council answers; report: of the council, in the last output.
+    text: whole characters, without stop strings unless they were asked for; may be empty. reasoning: what the
+    model thinks before its text; calls: news of calls of tools; neither is part of the text. token_ids, logprobs,
+    traces: for main's tokens since the last output (logprobs and traces only on request). prompt_logprobs: with
+    echo and logprobs, only in the first output. num_*: main's tokens so far; num_reasoning_tokens: None where
+    this model's answers have no reasoning. dropped: members that this request has lost for good, and why.
+    served_by: the model whose text this is, where a council answers; report: of the council, in the last output.
     """
 
     text: str

@@ -146,13 +146,8 @@ class Sequence:
         self.biases = TokenValues(dict(params.logit_bias))
         self.biased = tuple(token_id for token_id, bias in params.logit_bias if bias > 0)
         self.counts = TokenCounts(self.main)
-        self.shown = shown_text(
-            params.stop,
-            include_stop=params.include_stop_str_in_output,
-            calls=self.call_form,
-            reasoning=self.reasoning,
-            exact=params.form is not None,
-        )
+        keeps, exact = params.include_stop_str_in_output, params.form is not None
+        self.shown = shown_text(params.stop, keeps, self.call_form, self.reasoning, exact)
         self.spelt = self.shown if params.skip_special_tokens else Detokenizer()
 
     @property

@@ -1,8 +1,8 @@
 """Reasoning under guidance: a budget forces the end marker, and a form binds what follows the marker.
 
 Invariants: under a form the end marker ends with a token, so that content begins with one, and no text ends within
-reasoning; whether the answer reasons or not, its content follows the form from its first token on. The budget is exact
-in tokens, but for a character that is begun. Knows main's vocabulary; does not know members or sequences.
+reasoning; whether the answer reasons or not, its content follows the form from its first token on. The budget is
+exact in tokens, but for a character that is begun. Knows main's vocabulary; does not know members or sequences.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Calls in a text that grows: what a client sees of it, as content and as pieces of calls.
 
 Invariant: what comes out joins to the same content and calls, whatever the pieces that the text came in. Text that
-may become the marker of a call is held back, with the white space before it, which belongs to the call's layout. Knows a
-form, no vocabularies.
+may become the marker of a call is held back, with the white space before it, which belongs to the call's layout.
+Knows a form, no vocabularies.
 """
 
 from __future__ import annotations

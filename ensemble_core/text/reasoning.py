@@ -56,8 +56,8 @@ class ReasoningReader:
     """Splits the text of an answer into reasoning and content.
 
     stage: before: it may still begin with the start marker. begun: the answer reasons. num_read: tokens that came
-    while the stage was inside. num_tokens: those of them that are reasoning, not the end marker. within_character: the
-    last token ended within one.
+    while the stage was inside. num_tokens: those of them that are reasoning, not the end marker. within_character:
+    the last token ended within one.
     """
 
     def __init__(self, marks: Marks, stage: Stage = "before") -> None:

@@ -104,11 +104,10 @@ class AnswerText(Detokenizer):
 
 def shown_text(
     stops: Sequence[str],
-    *,
     include_stop: bool,
-    calls: CallForm | None = None,
-    reasoning: ReasoningReader | None = None,
-    exact: bool = False,
+    calls: CallForm | None,
+    reasoning: ReasoningReader | None,
+    exact: bool,
 ) -> Detokenizer:
     """What a client sees of an answer. calls: the form of those that it may have. exact: see `AnswerText`."""
     if calls is None and reasoning is None:

@@ -22,9 +22,10 @@ _OFF = ("none", "minimal")
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,63}")
 # What the rendering itself is told, by us or by transformers, and what templates find in their environment.
 _CONTROL = frozenset(
-    "add_generation_prompt chat chat_template continue_final_message conversation conversations documents loop "
-    "max_length messages padding raise_exception return_assistant_tokens_mask return_dict return_tensors "
-    "sanitize_control_tokens self strftime_now tokenize tokenizer_kwargs tools truncation".split()
+    {"add_generation_prompt", "chat", "chat_template", "continue_final_message", "conversation", "conversations"}
+    | {"documents", "loop", "max_length", "messages", "padding", "raise_exception", "return_assistant_tokens_mask"}
+    | {"return_dict", "return_tensors", "sanitize_control_tokens", "self", "strftime_now", "tokenize"}
+    | {"tokenizer_kwargs", "tools", "truncation"}
 )
 
 
