@@ -10,7 +10,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from ensemble_core.decoding.calling import calls_constraint, calls_form
+from ensemble_core.decoding.bans import Bans, bans_of
+from ensemble_core.decoding.calling import calls_form, constraint_of
 from ensemble_core.decoding.forms import TextForm
 from ensemble_core.decoding.guidance import Constraint, Grammars
 from ensemble_core.decoding.guide import Guide
@@ -68,7 +69,15 @@ class _Reading:
     recipe: Recipe
     text: str | None = None
     ids: dict[str, list[int]] = field(default_factory=dict)  # tracks share these lists and never change them
-    calls: TextForm | None = None  # what its answers must be where tools may be called
+    form: TextForm | None = None  # of its answers
+    banned: dict[tuple[tuple[int, ...], tuple[str, ...]], Bans | None] = field(default_factory=dict)
+
+    def bans(self, params: SamplingParams, vocabulary: Vocabulary) -> Bans | None:
+        """What a choice must not write, spelt once for all choices that ban the same."""
+        asked = (params.allowed_token_ids, params.bad_words)
+        if asked not in self.banned:
+            self.banned[asked] = bans_of(params, vocabulary)
+        return self.banned[asked]
 
     def serves(self, other: GenerationRequest) -> bool:
         """Whether another request of the group can use this reading. Shared objects make the comparison cheap."""
@@ -110,6 +119,17 @@ class Admission:
             made.append(self._sequence(request, reading))
         return made
 
+    def forms(self, requests: Iterable[GenerationRequest]) -> list[tuple[Grammars, TextForm]]:
+        """What `admit_all` will compile: it is faster where that is known by then. Raises as it does."""
+        found = {}
+        for request in requests:
+            if request.params.form is not None or _tools_of(request) is not None:
+                recipe = self._book.resolve(request.model, request.overrides)
+                self._check(request, recipe)
+                if (form := self._form(request, recipe)) is not None:
+                    found[recipe.main, form] = (self._speakers[recipe.main].grammars, form)
+        return list(found.values())
+
     def check_ensembles(self, names: Iterable[str]) -> None:
         """Raise ConfigError where an ensemble, as it is configured, needs more than a member can do."""
         for name in names:
@@ -141,6 +161,7 @@ class Admission:
         """Raise for what can be refused before the prompt is encoded."""
         params, main = request.params, self._speakers[recipe.main]
         _check_ids("logit_bias", [token_id for token_id, _ in params.logit_bias], main.vocabulary)
+        _check_ids("allowed_token_ids", params.allowed_token_ids, main.vocabulary)
         _check_ids("stop_token_ids", params.stop_token_ids, main.vocabulary)
         scored = _is_scored(params)
         if scored and recipe.fusion is not None and recipe.fusion.full_vocabulary:
@@ -210,12 +231,14 @@ class Admission:
                     "alone; leave it out",
                     param,
                 )
-        most_also, num = self._speakers[recipe.main].abilities.max_also, sum(b > 0 for _, b in params.logit_bias)
+        most_also, num = self._speakers[recipe.main].abilities.max_also, len(params.pinned_ids)
+        num += params.budget is not None  # the end marker that it may force
         if most_also is not None and num > most_also:
+            param = "allowed_token_ids" if params.allowed_token_ids else "logit_bias"
             raise InvalidRequestError(
-                f"logit_bias: {num} ids are raised, and member {recipe.main!r} can be asked for {most_also} at most; "
-                "send fewer",
-                "logit_bias",
+                f"{param}: {num} ids must be among the candidates, and member {recipe.main!r} can be asked for "
+                f"{most_also} at most; send fewer",
+                param,
             )
 
     def _sequence(self, request: GenerationRequest, reading: _Reading) -> Sequence:
@@ -232,6 +255,7 @@ class Admission:
             constraint=self._guide(request, reading, reader),
             call_form=None if use is None else main.prompts.call_form,
             reasoning=reader,
+            bans=reading.bans(params, main.vocabulary),
             scores=PromptScores(params.logprobs or 0) if _is_scored(params) else None,
             likelihood=PromptLikelihood() if recipe.tau is not None else None,
         )
@@ -257,13 +281,18 @@ class Admission:
             return form
         return ThinkingGuide(reader, main.thinking, budget, form, len(main.vocabulary))
 
-    def _constraint(self, request: GenerationRequest, reading: _Reading) -> Constraint | None:
-        main, form, use = self._speakers[reading.recipe.main], request.params.form, _tools_of(request)
+    def _form(self, request: GenerationRequest, recipe: Recipe) -> TextForm | None:
+        """What the text of an answer must be, its calls included."""
+        main, use = self._speakers[recipe.main], _tools_of(request)
         if use is None:
-            return None if form is None else main.grammars.compile(form, request.group)
-        if reading.calls is None:
-            reading.calls = calls_form(use, main.prompts.call_form, main.vocabulary, form)
-        return calls_constraint(main.grammars, use, reading.calls, request.group)
+            return request.params.form
+        return calls_form(use, main.prompts.call_form, main.vocabulary, request.params.form)
+
+    def _constraint(self, request: GenerationRequest, reading: _Reading) -> Constraint | None:
+        if reading.form is None:
+            reading.form = self._form(request, reading.recipe)
+        grammars = self._speakers[reading.recipe.main].grammars
+        return None if reading.form is None else constraint_of(grammars, reading.form)
 
     def _track(self, member: str, request: GenerationRequest, reading: _Reading) -> Track:
         speaker, is_main = self._speakers[member], member == reading.recipe.main

@@ -25,6 +25,7 @@ from ensemble_core.councils.chamber import Chamber
 from ensemble_core.councils.door import EngineDoor
 from ensemble_core.decoding.requests import GenerationRequest, Output, Prompt
 from ensemble_core.decoding.sequence import Sequence
+from ensemble_core.decoding.workshop import Workshop
 from ensemble_core.engine import Engine, News
 from ensemble_core.errors import NotReadyError, UnisonoError
 from ensemble_core.permissions import Permissions
@@ -95,6 +96,7 @@ class Runtime:
         self._settled = threading.Event()  # set once loading has succeeded or failed
         self._commands: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
         self._listeners: dict[int, Listener] = {}
+        self._workshop = Workshop()  # where forms are compiled
         self._chamber: Chamber | None = None  # where councils are run
         self._num_reserved = 0  # places that councils hold
         self._over = False  # councils may make no more calls
@@ -140,6 +142,9 @@ class Runtime:
         loaded = self._require_ready(within=all(request.reserved for request in requests))
         for request in {each.group: each for each in requests}.values():  # choices of a prompt choose the same
             self._permissions.check(request.model, request.overrides)
+        leaders = list({each.group or each.request_id: each for each in requests}.values())
+        for grammars, form in await asyncio.to_thread(loaded.admission.forms, leaders):
+            await self._workshop.prepare(grammars, form)
         sequences = await asyncio.to_thread(loaded.admission.admit_all, requests)
         stream = self._stream(self._abort)
         await self._enqueue(sequences, stream)
@@ -300,6 +305,7 @@ class Runtime:
         finally:
             self._ended.set()
             loaded.engine.close()
+            self._workshop.close()
             self._end_all()
 
     def _watch(self) -> None:

@@ -90,7 +90,7 @@ class RequestStats:
     """One request that has ended (one choice of one prompt)."""
 
     model: str
-    finish_reason: str  # stop | length | abort | error
+    finish_reason: str  # stop | length | tool_calls | abort | error
     prompt_tokens: int
     generation_tokens: int
     queue_seconds: float

@@ -1,8 +1,8 @@
 """A scripted runtime: what the HTTP edge sees of the engine, without an engine.
 
-Each request answers with the pieces of `script` (or its own, by prompt), one piece a token; a prompt counts one
-token a word. Log-probabilities, traces and echoes are filled where they were asked for, as an engine does. It
-records what it was asked for, what was aborted, and whether it was drained and stopped.
+Each request answers with the pieces of `script` (or its own, by prompt), one piece a token: text, or news of a call;
+a prompt counts one token a word. Log-probabilities, traces and echoes are filled where they were asked for, as an
+engine does. It records what it was asked for, what was aborted, and whether it was drained and stopped.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from ensemble_core.decoding.requests import (
     Trace,
 )
 from ensemble_core.errors import InvalidRequestError, ModelNotFoundError, NotReadyError, quoted
+from ensemble_core.text.tools import CallPiece
 from server.edge.app import create_app
 from server.edge.metrics import PrometheusMetrics
 from server.edge.serving import settings_of
@@ -87,14 +88,18 @@ def id_of(word: str) -> int:
     return int(named[1]) if named else zlib.crc32(word.encode()) % VOCAB_SIZE
 
 
-def outputs_of(pieces: Sequence[str], prompt: Prompt, finish: str = "stop") -> list[Output]:
+def outputs_of(pieces: Sequence[str | CallPiece], prompt: Prompt, finish: str = "stop") -> list[Output]:
     """One output a piece; the last has the finish reason."""
     words = len(words_of(prompt))
     last = len(pieces) - 1
-    return [
-        Output(piece, (rank,), words, rank + 1, finish if rank == last else None)  # type: ignore[arg-type]
-        for rank, piece in enumerate(pieces)
-    ]
+    if any(isinstance(piece, CallPiece) for piece in pieces):
+        finish = "tool_calls"
+    made: list[Output] = []
+    for rank, piece in enumerate(pieces):
+        text, calls = (piece, ()) if isinstance(piece, str) else ("", (piece,))
+        reason: Any = finish if rank == last else None
+        made.append(Output(text, (rank,), words, rank + 1, reason, calls=calls))
+    return made
 
 
 def logprob_of(token_id: int, seed: int | None) -> float:
@@ -116,7 +121,7 @@ def trace_of(text: str) -> Trace:
 
 @dataclass
 class FakeRuntime:
-    script: Sequence[str] = (" Hello", " wörld", " 😀", "!")
+    script: Sequence[str | CallPiece] = (" Hello", " wörld", " 😀", "!")
     outputs: dict[Any, list[Output]] = field(default_factory=dict)  # prompt -> its own outputs
     refuse: Exception | None = None  # raised by submit
     refuse_once: list[Exception] = field(default_factory=list)  # raised by the first submits
@@ -206,6 +211,7 @@ class FakeRuntime:
             self._check_ids(request.prompt, "prompt")
         self._check_ids(request.params.stop_token_ids, "stop_token_ids")
         self._check_ids([token_id for token_id, _ in request.params.logit_bias], "logit_bias")
+        self._check_ids(list(request.params.allowed_token_ids), "allowed_token_ids")
         if room < request.params.max_tokens:
             param = "prompt" if room < 1 else "max_tokens"
             raise InvalidRequestError(f"{param}: the context has room for {room} tokens", param)

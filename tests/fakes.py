@@ -12,6 +12,7 @@ import torch
 from ensemble_core.admission import Admission, Speaker
 from ensemble_core.config import Config
 from ensemble_core.councils.book import CouncilBook
+from ensemble_core.decoding.bans import bans_of
 from ensemble_core.decoding.guidance import Grammars
 from ensemble_core.decoding.recipe import Recipe
 from ensemble_core.decoding.requests import GenerationRequest, Output
@@ -79,7 +80,7 @@ def sequence(
     """A request in flight, its prompt spelt by each member's own vocabulary."""
     request = GenerationRequest(f"request-{seq_id}", recipe.model, prompt, params)
     tracks = {member.name: Track(member.vocabulary, member.vocabulary.encode(prompt)) for member in members}
-    return Sequence(seq_id, request, recipe, tracks)
+    return Sequence(seq_id, request, recipe, tracks, bans=bans_of(params, members[0].vocabulary))
 
 
 class Records(list[Stats]):

@@ -174,6 +174,7 @@ _SAMPLING = (
     "thinking_token_budget",
     "presence_penalty",
     "frequency_penalty",
+    "bad_words",
     "temperature",
     "top_k",
     "top_p",

@@ -63,6 +63,7 @@ def check(request: GenerationRequest, council: Council) -> None:
     one = f"{name!r} is a council, whose models have different tokens; send it to one of its models"
     for param, given in (
         ("logit_bias", params.logit_bias),
+        ("allowed_token_ids", params.allowed_token_ids),
         ("stop_token_ids", params.stop_token_ids),
         ("prompt", isinstance(request.prompt, tuple)),
     ):

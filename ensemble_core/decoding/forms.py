@@ -40,7 +40,7 @@ class TextForm:
     kind: FormKind
     source: str = ""
     layout: str | None = None
-    most: int = field(default=MAX_FORM_LENGTH, compare=False)
+    most: int = field(default=MAX_FORM_LENGTH, compare=False, kw_only=True)
     field: str = field(default="form", compare=False)
 
     def __post_init__(self) -> None:

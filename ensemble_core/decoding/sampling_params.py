@@ -67,6 +67,11 @@ class SamplingParams:
     logit_bias: tuple[tuple[int, float], ...] = declared(
         "biases", (), "token id -> added to its log-probability", {"50": -100}, low=-100, high=100, most=1024
     )
+    allowed_token_ids: tuple[int, ...] = declared("ids", (), "no other token may be written", [1, 2], most=1024)
+    bad_words: tuple[str, ...] = declared(
+        "texts", (), "in the tokens that spell them, alone or behind a space, none is written", ["never"],
+        low=1, high=256, most=128,
+    )  # fmt: skip
     temperature: float = declared("number", 1.0, "0 is greedy: always the likeliest token", 0.5, high=2)
     top_k: int = declared("integer", 0, "keep this many of the likeliest tokens; 0 or -1 is off", 40)
     top_p: float = declared(
@@ -95,8 +100,19 @@ class SamplingParams:
 
     @property
     def shapes_logits(self) -> bool:
-        """True if penalties or biases change the fused distribution."""
-        return self.penalises or self.logit_bias != PARAMETERS["logit_bias"].default
+        """True if penalties, biases or bans change the fused distribution."""
+        return self.penalises or bool(self.logit_bias or self.allowed_token_ids or self.bad_words)
+
+    @property
+    def pinned_ids(self) -> tuple[int, ...]:
+        """Main's ids that must be among the candidates: those with a positive bias, and the allowed ones."""
+        raised = (token_id for token_id, bias in self.logit_bias if bias > 0)
+        return tuple(dict.fromkeys((*raised, *self.allowed_token_ids)))
+
+    @property
+    def looks_back(self) -> bool:
+        """True if tokens of the completion change what may follow them."""
+        return self.penalises or bool(self.bad_words)
 
     @property
     def penalises(self) -> bool:

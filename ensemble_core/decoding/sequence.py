@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from enum import Enum, auto
 from typing import TYPE_CHECKING
 
+from ensemble_core.decoding.bans import Bans
 from ensemble_core.decoding.counts import TokenCounts, TokenValues
 from ensemble_core.decoding.habits import Habits
 from ensemble_core.decoding.logprobs import Scored, describe_token
@@ -92,14 +93,14 @@ class Sequence:
     """One request in flight.
 
     prompt_text: the prompt's text, for echo and for the offsets of a scored prompt. constraint: what says which
-    tokens may come next. call_form: of the calls that its text may have. reasoning: splits its text, where its model
-    may reason. scores: log-probabilities of the prompt, if they are
-    asked for. likelihood: of the prompt in every member, if the weights depend on it. dropped: members that it has
-    lost; recipe and tracks no longer hold them. num_reused: prompt tokens that main had cached at the start. drafted:
-    the tokens at the end of main's track that are not final; no client has seen them. habits: what its mode has
-    learnt of its drafts; guess_habits: of guesses. lookup: of main's final tokens. cramped: an assistant has no room
-    for a draft of more than one token. ends: what its mode wants to remember of the end of the final text. ahead:
-    what an assistant has drafted behind.
+    tokens may come next. call_form: of the calls that its text may have. reasoning: splits its text, where its
+    model may reason. bans: tokens that it must not write. scores: log-probabilities of the prompt, if they are
+    asked for. likelihood: of the prompt in every member, if the weights depend on it. dropped: members that it
+    has lost; recipe and tracks no longer hold them. num_reused: prompt tokens that main had cached at the start.
+    drafted: the tokens at the end of main's track that are not final; no client has seen them. habits: what its
+    mode has learnt of its drafts; guess_habits: of guesses. lookup: of main's final tokens. cramped: an assistant
+    has no room for a draft of more than one token. ends: what its mode wants to remember of the end of the final
+    text. ahead: what an assistant has drafted behind.
     """
 
     seq_id: int
@@ -110,6 +111,7 @@ class Sequence:
     constraint: Guide | None = None
     call_form: CallForm | None = None
     reasoning: ReasoningReader | None = None
+    bans: Bans | None = None
     scores: PromptScores | None = None
     likelihood: PromptLikelihood | None = None
     dropped: dict[str, Reason] = field(default_factory=dict)
@@ -132,7 +134,8 @@ class Sequence:
     last_token: float | None = None
     rng: random.Random = field(init=False)
     biases: TokenValues = field(init=False)
-    biased: tuple[int, ...] = field(init=False)  # main's ids with a positive bias, always in the support
+    pinned: tuple[int, ...] = field(init=False)  # main's ids that are always in the support
+    num_extra: int = field(init=False)  # candidates of main beyond K: pinned ids, and as many as bans may take
     counts: TokenCounts = field(init=False)  # of main's tokens in the text
     shown: Detokenizer = field(init=False)  # the text as the client sees it
     spelt: Detokenizer = field(init=False)  # the text that assistants spell, without control tokens' names
@@ -144,7 +147,8 @@ class Sequence:
         params = self.request.params
         self.rng = generator(params.seed)
         self.biases = TokenValues(dict(params.logit_bias))
-        self.biased = tuple(token_id for token_id, bias in params.logit_bias if bias > 0)
+        self.pinned = params.pinned_ids
+        self.num_extra = len(self.pinned) + (0 if self.bans is None else self.bans.most)
         self.counts = TokenCounts(self.main)
         keeps, exact = params.include_stop_str_in_output, params.form is not None
         self.shown = shown_text(params.stop, keeps, self.call_form, self.reasoning, exact)
@@ -195,7 +199,8 @@ class Sequence:
         """Whether what may come next depends on every token before, so that nothing can be drafted ahead."""
         params = self.request.params
         early = self.num_completion_tokens < params.min_tokens
-        return early or params.penalises or (self.constraint is not None and self.constraint.binds)
+        bound = self.constraint is not None and self.constraint.binds
+        return early or params.looks_back or bound
 
     @property
     def scoring(self) -> bool:

@@ -58,9 +58,10 @@ def _plain(message: Message) -> dict[str, Any]:
 
 
 def _introduced(turns: list[dict[str, Any]], words: str, system: bool) -> list[dict[str, Any]]:
-    """With the words in the system message, or at the head of the first message that can hold them."""
-    wanted = "system" if system else "user"
-    if turns and turns[0]["role"] == wanted:
-        order = [turns[0]["content"], words] if system else [words, turns[0]["content"]]
-        return [turns[0] | {"content": "\n\n".join(order)}, *turns[1:]]
-    return [{"role": wanted, "content": words}, *turns]
+    """With the words in the system message, or else at the head of what the user says first."""
+    if not turns or (system and turns[0]["role"] != "system"):
+        return [{"role": "system" if system else "user", "content": words}, *turns]
+    rank = 0 if system else next((i for i, turn in enumerate(turns) if turn["role"] == "user"), 0)
+    said = turns[rank]["content"]
+    content = f"{said}\n\n{words}" if system else f"{words}\n\n{said}"
+    return [*turns[:rank], turns[rank] | {"content": content}, *turns[rank + 1 :]]

@@ -116,7 +116,8 @@ class PromptEncoder:
         if not self._has_template:
             return None
         try:
-            text = self._rendered(_TRIAL, False, ToolUse((_TRIED,)))
+            trial = [_with_short_ids(message) for message in _TRIAL]
+            text = self._rendered(trial, False, ToolUse((_TRIED,)))
         except Exception:  # the template was not made for this, and may fail in any way
             return None
         shows_all = _TRIED.description in text and _TRIED_RESULT in text

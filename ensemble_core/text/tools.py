@@ -48,10 +48,8 @@ class Tool:
             )
 
     def described(self) -> dict[str, Any]:
-        """The tool as templates take it."""
+        """The tool as templates take it; some fail where a key is missing."""
         function = {"name": self.name, "description": self.description, "parameters": json.loads(self.parameters)}
-        if not self.description:
-            del function["description"]
         return {"type": "function", "function": function}
 
     def arguments(self) -> dict[str, Any]:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 
-from ensemble_core.decoding.forms import TextForm
 from ensemble_core.decoding.requests import Alternative, Conversation, Output, TokenLogprob
 from ensemble_core.decoding.sampling_params import PARAMETERS, SamplingParams
 from ensemble_core.errors import InvalidRequestError
@@ -25,7 +23,6 @@ from server.schema.chat import (
     ChatRequest,
     ChatToken,
     Delta,
-    ResponseFormat,
     to_conversation,
 )
 from server.schema.tools import FunctionReply, ToolCallDelta, ToolCallReply, to_tool_use
@@ -87,12 +84,10 @@ def plan(body: ChatRequest, prompt: Conversation, max_tokens: int, max_choices: 
 
 
 def _params(body: ChatRequest, max_tokens: int) -> SamplingParams:
-    form = response_form(body.response_format)
     return sampling_params(
         body,
         max_tokens=max_tokens,
         logprobs=_num_logprobs(body),
-        form=form,
         thinking_token_budget=body.thinking_token_budget,
     )
 
@@ -103,22 +98,6 @@ def _num_logprobs(body: ChatRequest) -> int | None:
     if wanted and not body.logprobs:
         raise InvalidRequestError("top_logprobs is only allowed with logprobs: true", "top_logprobs")
     return wanted if body.logprobs else None
-
-
-def response_form(wanted: ResponseFormat | None) -> TextForm | None:
-    """What `response_format` asks for; None for free text. Raises InvalidRequestError."""
-    if wanted is None or wanted.type == "text":
-        return None
-    if wanted.json_schema is None:
-        return TextForm("json", field="response_format")
-    schema = wanted.json_schema.schema_
-    try:
-        text = json.dumps(schema, allow_nan=False, separators=(",", ":"))
-    except (ValueError, RecursionError) as error:
-        raise InvalidRequestError(
-            f"response_format: json_schema.schema cannot be read: {error}", "response_format"
-        ) from error
-    return TextForm("json", text, field="response_format")
 
 
 class ChatJob(Job):

@@ -97,7 +97,7 @@ def sampling_params(body: SamplingFields, **own: Any) -> SamplingParams:
     Raises InvalidRequestError.
     """
     sent = {name: getattr(body, name) for name in PARAMETERS if name in SamplingFields.model_fields} | own
-    sent["stop"] = body.stops
+    sent["stop"], sent["form"] = body.stops, body.form
     if body.top_k == -1:
         sent["top_k"] = 0
     return SamplingParams(**{name: _in_tuples(value) for name, value in sent.items() if value is not None})

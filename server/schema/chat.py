@@ -89,7 +89,7 @@ class Message(Strict):
     )
     reasoning_content: Text | None = Field(None, description="Another name of `reasoning`.")
     content: Annotated[str, PlainValidator(_content, json_schema_input_type=str | list[TextPart] | None)] = Field(
-        cast(str, _MISSING),
+        default_factory=lambda: cast(str, _MISSING),
         validate_default=True,
         description="Text, or text parts; parts are joined by line breaks. May be null beside `tool_calls` and "
         "`reasoning`.",
@@ -132,30 +132,6 @@ class Message(Strict):
         if thought := self.reasoning or self.reasoning_content:
             flat |= dict.fromkeys(_REASONING, thought)
         return flat
-
-
-class JsonSchema(Strict):
-    """The schema that the answer's JSON follows."""
-
-    model_config = ConfigDict(populate_by_name=True)
-
-    name: Text | None = Field(None, description="Accepted; changes nothing.")
-    description: str | None = Field(None, description="Accepted; changes nothing.")
-    schema_: dict[str, Any] = Field(alias="schema", description="A JSON schema.")
-    strict: bool | None = Field(None, description="Accepted; the schema always binds.")
-
-
-class ResponseFormat(Strict):
-    """What the text must be."""
-
-    type: Literal["text", "json_object", "json_schema"]
-    json_schema: JsonSchema | None = Field(None, description="With type json_schema.")
-
-    @model_validator(mode="after")
-    def _schema_where_needed(self) -> ResponseFormat:
-        if (self.type == "json_schema") != (self.json_schema is not None):
-            raise ValueError("json_schema must be sent with type json_schema, and only with it")
-        return self
 
 
 def to_conversation(
@@ -235,12 +211,6 @@ class ChatRequest(SamplingFields):
         None, description="`{content: [{token, logprob, bytes, top_logprobs}]}`", examples=[True]
     )
     top_logprobs: int | None = parameter("logprobs", "alternatives for each token; only with `logprobs`")
-    response_format: ResponseFormat | None = Field(
-        None,
-        description="`text`, `json_object`, `json_schema`; a mask over the fused distribution, so the schema always "
-        "binds; a text that can no longer follow it ends with an error",
-        examples=[{"type": "json_object"}],
-    )
     tools: list[FunctionTool] | None = Field(
         None,
         max_length=MAX_TOOLS,
@@ -252,7 +222,7 @@ class ChatRequest(SamplingFields):
         None,
         description="`auto` if not sent; `none`, `required`, a function by name, or `allowed_tools`; a grammar "
         "binds, so a call always follows its schema",
-        examples=["auto"],
+        examples=["none"],
     )
     parallel_tool_calls: bool | None = Field(
         None, description="true if not sent; false: one call in an answer at most", examples=[False]

@@ -83,6 +83,20 @@ def _stop_token_ids(value: object) -> list[int]:
     return token_ids(value)
 
 
+def _allowed_token_ids(value: object) -> list[int]:
+    _check_most("allowed_token_ids", value, "entries")
+    if value == []:
+        raise ValueError("must not be empty: no token could be written")
+    return token_ids(value)
+
+
+def _bad_words(value: object) -> list[str]:
+    _check_most("bad_words", value, "strings")
+    if not isinstance(value, list):
+        raise ValueError("must be a list of strings")
+    return [text(item) for item in value]
+
+
 def _logit_bias(value: object) -> dict[int, float]:
     """Token id -> bias. JSON keys are strings, so ids arrive as decimal digits."""
     if not isinstance(value, dict):
@@ -133,6 +147,12 @@ StopTokenIds: TypeAlias = Annotated[
 Variables: TypeAlias = Annotated[
     dict[str, Any] | None,
     PlainValidator(optional(check_variables), json_schema_input_type=dict[str, Any] | None),
+]
+AllowedTokenIds: TypeAlias = Annotated[
+    list[int] | None, PlainValidator(optional(_allowed_token_ids), json_schema_input_type=list[int] | None)
+]
+BadWords: TypeAlias = Annotated[
+    list[str] | None, PlainValidator(optional(_bad_words), json_schema_input_type=list[str] | None)
 ]
 LogitBias: TypeAlias = Annotated[
     dict[int, float] | None,

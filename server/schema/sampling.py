@@ -14,7 +14,8 @@ from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
 from ensemble_core.decoding.sampling_params import PARAMETERS
 from ensemble_core.errors import InvalidRequestError, quoted, shortened
-from server.schema.json_values import LogitBias, Stop, StopTokenIds, Strict, Text
+from server.schema.forms import FormFields
+from server.schema.json_values import AllowedTokenIds, BadWords, LogitBias, Stop, StopTokenIds, Strict, Text
 from server.schema.unsupported import Ignored, Refused, refuse_unsupported
 
 logger = logging.getLogger(__name__)
@@ -124,7 +125,7 @@ class EnsembleOptions(Strict):
         return value
 
 
-class SamplingFields(Strict):
+class SamplingFields(FormFields, Strict):
     """A body that asks for text. Subclasses list the parameters that they refuse and those that they ignore."""
 
     refused: ClassVar[Mapping[str, Refused]] = {}
@@ -141,6 +142,8 @@ class SamplingFields(Strict):
     frequency_penalty: float | None = parameter("frequency_penalty")
     repetition_penalty: float | None = parameter("repetition_penalty")
     logit_bias: LogitBias = parameter("logit_bias")
+    allowed_token_ids: AllowedTokenIds = parameter("allowed_token_ids")
+    bad_words: BadWords = parameter("bad_words")
     n: int | None = Field(
         None,
         description="1 if not sent; number of choices of each prompt; they share its prefill",

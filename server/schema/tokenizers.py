@@ -8,6 +8,7 @@ from ensemble_core.decoding.requests import Conversation
 from ensemble_core.text.variables import TemplateVariables
 from server.schema.chat import Message, to_conversation
 from server.schema.json_values import Strict, Text, TokenIds, Variables
+from server.schema.tools import MAX_TOOLS, FunctionTool, to_tool_use
 
 
 class _TokenizerBody(Strict):
@@ -26,6 +27,9 @@ class TokenizeRequest(_TokenizerBody):
     messages: list[Message] | None = Field(
         None, min_length=1, fail_fast=True, description="A conversation; excludes prompt."
     )
+    tools: list[FunctionTool] | None = Field(
+        None, max_length=MAX_TOOLS, fail_fast=True, description="As in chat completions; only with messages."
+    )
     add_special_tokens: bool | None = Field(None, description="As in completions; true if not sent.")
     add_generation_prompt: bool | None = Field(None, description="As in chat completions.")
     continue_final_message: bool | None = Field(None, description="As in chat completions.")
@@ -36,6 +40,8 @@ class TokenizeRequest(_TokenizerBody):
     def _one_of_both(self) -> TokenizeRequest:
         if (self.prompt is None) == (self.messages is None):
             raise ValueError("either prompt or messages must be sent")
+        if self.tools and self.messages is None:
+            raise ValueError("tools are only allowed with messages")
         return self
 
     @property
@@ -43,12 +49,10 @@ class TokenizeRequest(_TokenizerBody):
         """What to tokenise. Raises InvalidRequestError as chat completions do."""
         if self.messages is None:
             return self.prompt or ""
-        return to_conversation(
-            self.messages,
-            bool(self.continue_final_message),
-            self.add_generation_prompt is not False,
-            variables=TemplateVariables(self.chat_template_kwargs or {}),
-        )
+        tools = to_tool_use(self.tools or (), None, parallel=True)
+        variables = TemplateVariables(self.chat_template_kwargs or {})
+        opens_turn = self.add_generation_prompt is not False
+        return to_conversation(self.messages, bool(self.continue_final_message), opens_turn, tools, variables)
 
 
 class TokenizeReply(BaseModel):

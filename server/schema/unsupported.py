@@ -32,15 +32,9 @@ class Ignored:
 
 
 _REFUSED: dict[str, Refused] = {
-    "structured_outputs": Refused({"regex": "a+"}, why="chat completions have `response_format`"),
-    "guided_json": Refused({"type": "object"}, why="older name of `structured_outputs`"),
-    "guided_regex": Refused("a+", why="older name of `structured_outputs`"),
-    "guided_choice": Refused(["a", "b"], why="older name of `structured_outputs`"),
-    "guided_grammar": Refused("root ::= x", why="older name of `structured_outputs`"),
+    "guided_whitespace_pattern": Refused(" ?", why="`structured_outputs` has `whitespace_pattern`"),
     "use_beam_search": Refused(True, (False,)),
     "length_penalty": Refused(2.0, (1,), "there is no beam search"),
-    "allowed_token_ids": Refused([1, 2]),
-    "bad_words": Refused(["x"], ([],)),
     "logits_processors": Refused(["x"], ([],), "would run code"),
     "prompt_logprobs": Refused(1, why="`echo` with `logprobs` reports the same"),
     "logprob_token_ids": Refused([1, 2], ([],)),
@@ -53,7 +47,6 @@ _REFUSED: dict[str, Refused] = {
 }
 COMPLETION_REFUSED: dict[str, Refused] = _REFUSED | {
     "suffix": Refused("the end", ("",), "members cannot fill in the middle"),
-    "response_format": Refused({"type": "json_object"}, ({"type": "text"},), "chat completions have it"),
     "prompt_embeds": Refused("AAAA", why="members have different embeddings"),
 }
 CHAT_REFUSED: dict[str, Refused] = {
@@ -73,7 +66,6 @@ CHAT_REFUSED: dict[str, Refused] = {
     "chat_template": Refused("{{ messages }}", why="templates run code: set it in the server's YAML"),
     "documents": Refused([{"text": "x"}], ([],)),
     "mm_processor_kwargs": Refused({"x": 1}, ({},)),
-    "structured_outputs": Refused({"regex": "a+"}, why="`response_format` takes JSON schemas"),
     "prompt_logprobs": Refused(1, why="completions have `echo` with `logprobs`"),
 }
 COMPLETION_IGNORED: dict[str, Ignored] = {
@@ -83,6 +75,7 @@ COMPLETION_IGNORED: dict[str, Ignored] = {
     "request_id": Ignored("mine", "use the `X-Request-Id` header"),
     "kv_transfer_params": Ignored({}, "there is one server"),
     "ec_transfer_params": Ignored({}, "there is one server"),
+    "guided_decoding_backend": Ignored("guidance", "there is one, llguidance"),
     "vllm_xargs": Ignored({"x": 1}, "there are no such extensions"),
 }
 CHAT_IGNORED: dict[str, Ignored] = COMPLETION_IGNORED | {

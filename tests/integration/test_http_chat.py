@@ -106,7 +106,6 @@ def test_json_schemas_reach_the_engine_as_text(client: TestClient, runtime: Fake
 
 
 IMAGE = [{"type": "image_url", "image_url": {"url": "data:,x"}}]
-TOOL = [{"type": "function", "function": {"name": "f"}}]
 BAD = [
     ({"model": "nope"}, 404, "model", "unknown"),
     ({"model": "nope", "max_tokens": 5}, 404, "model", "unknown"),
@@ -116,9 +115,9 @@ BAD = [
     ({"messages": ["hi"]}, 400, "messages.0", "dictionary"),
     ({"messages": [{"content": "x"}]}, 400, "messages.0.role", "required"),
     ({"messages": [{"role": "user"}]}, 400, "messages.0.content", "required"),
-    ({"messages": [{"role": "tool", "content": "x"}]}, 400, "messages.0.role", "'user'"),
+    ({"messages": [{"role": "function", "content": "x"}]}, 400, "messages.0.role", "'user'"),
     ({"messages": [{"role": "user", "content": IMAGE}]}, 400, "messages.0.content", "'image_url'"),
-    ({"messages": [USER, BEGUN | {"tool_calls": TOOL}]}, 400, "messages.1", "tool_calls"),
+    ({"messages": [USER, BEGUN | {"function_call": {"name": "f"}}]}, 400, "messages.1", "function_call"),
     ({"messages": [{"role": "user", "content": "a " * 600}]}, 400, "messages", "context"),
     ({"messages": [{"role": "user", "content": "a " * 600}], "max_tokens": 5}, 400, "messages", "context"),
     ({"max_tokens": 512}, 400, "max_tokens", "context"),
@@ -126,9 +125,6 @@ BAD = [
     ({"max_completion_tokens": 0}, 400, "max_completion_tokens", "max_completion_tokens must be"),
     ({"max_tokens": 0}, 400, "max_tokens", "from 1 to"),
     ({"max_tokens": 1, "max_completion_tokens": 2}, 400, "max_tokens", "send one of them"),
-    ({"tools": TOOL}, 400, "tools", "not supported"),
-    ({"tool_choice": "required"}, 400, "tool_choice", 'send "none" or "auto" or null'),
-    ({"tool_choice": {"type": "function"}}, 400, "tool_choice", "not supported"),
     ({"functions": [{"name": "f"}]}, 400, "functions", "not supported"),
     ({"function_call": {"name": "f"}}, 400, "function_call", "not supported"),
     ({"modalities": ["text", "audio"]}, 400, "modalities", 'send ["text"]'),

@@ -119,6 +119,7 @@ SIZE = len(pair_vocabulary())
         (with_params((-1,)), "prompt"),
         (with_params(()), "prompt"),
         (with_params(logit_bias=((SIZE, 1.0),)), "logit_bias"),
+        (with_params(allowed_token_ids=(0, SIZE)), "allowed_token_ids"),
         (with_params(stop_token_ids=(SIZE,)), "stop_token_ids"),
         (with_params(form=TextForm("json", "{", field="response_format")), "response_format"),
     ],
@@ -132,7 +133,7 @@ def test_the_last_id_of_main_is_fine() -> None:
         with_params((97, SIZE - 1), logit_bias=((SIZE - 1, 1.0),), stop_token_ids=(SIZE - 1,))
     )
     assert made.main.prompt_ids == [97, SIZE - 1]
-    assert made.biased == (SIZE - 1,)
+    assert made.pinned == (SIZE - 1,)
 
 
 def test_assistants_read_the_text_of_ids_without_control_tokens() -> None:
@@ -270,6 +271,7 @@ def test_each_choice_is_checked() -> None:
     for wrong, param in [
         (with_params(max_tokens=MAIN_LEN), "max_tokens"),
         (with_params(logit_bias=((SIZE, 1.0),)), "logit_bias"),
+        (with_params(allowed_token_ids=(0, SIZE)), "allowed_token_ids"),
         (with_params(form=TextForm("json", "{", field="response_format")), "response_format"),
     ]:
         with pytest.raises(InvalidRequestError) as caught:

@@ -44,8 +44,15 @@ COMPANIONS: dict[str, dict[str, Any]] = {
     "top_logprobs": {"logprobs": True},
     "add_generation_prompt": {"continue_final_message": True},
     "continue_final_message": {"add_generation_prompt": False},
+    "tool_choice": {"tools": [{"type": "function", "function": {"name": "f"}}]},
+    "parallel_tool_calls": {"tools": [{"type": "function", "function": {"name": "f"}}]},
 }
-ALONE = ("stream_options", "top_logprobs")  # whose companions can be sent without them
+ALONE = (
+    "stream_options",
+    "top_logprobs",
+    "tool_choice",
+    "parallel_tool_calls",
+)  # whose companions can be sent without them
 
 
 @dataclass(frozen=True, slots=True)

@@ -351,6 +351,7 @@ def test_what_belongs_to_one_vocabulary_is_refused() -> None:
     engine = ScriptedEngine(lambda _request: "x")
     for model, prompt, params, words in (
         ("poll", "a", {"logit_bias": ((1, 2.0),)}, "logit_bias"),
+        ("poll", "a", {"allowed_token_ids": (1, 2)}, "allowed_token_ids"),
         ("poll", "a", {"stop_token_ids": (1,)}, "stop_token_ids"),
         ("poll", (1, 2), {}, "prompt: token ids"),
         ("poll", "a", {"echo": True}, "scores no prompts"),

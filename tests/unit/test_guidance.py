@@ -216,8 +216,8 @@ def test_a_schema_that_comes_back_to_itself_may_end(schema: str) -> None:
 
 def test_choices_of_a_prompt_share_a_grammar_and_stand_apart() -> None:
     grammars = Grammars(byte_vocabulary())
-    first, second = (grammars.compile(of_schema('{"enum": ["ab", "cd"]}'), "group") for _ in range(2))
-    other = grammars.compile(of_schema('{"enum": [7]}'), "group")
+    first, second = (grammars.compile(of_schema('{"enum": ["ab", "cd"]}')) for _ in range(2))
+    other = grammars.compile(of_schema('{"enum": [7]}'))
     first.accept(ord('"'))
     first.accept(ord("a"))
     second.accept(ord('"'))

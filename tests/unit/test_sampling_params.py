@@ -29,6 +29,8 @@ BOUNDS: list[tuple[str, list[Any], list[Any]]] = [
         [((5, -100.0), (6, 100)), ((1, 0.0),) * 1024],
         [((5, -100.5),), ((5, 101.0),), ((-1, 1.0),), ((5, math.nan),), ((1, 0.0),) * 1025],
     ),
+    ("allowed_token_ids", [(0,), (1,) * 1024], [(1,) * 1025, (-1,), (2**31,), (1.5,), (True,)]),
+    ("bad_words", [("a",) * 128, ("x" * 256,)], [("a",) * 129, ("",), ("x" * 257,), "abc"]),
     ("temperature", [0, 2.0], [-0.1, 2.1, math.nan, True]),
     ("top_k", [0, 1, 2**31 - 1], [-1, 2**31, 1.0]),
     ("top_p", [1e-6, 1], [0.0, -0.1, 1.1, math.nan]),
@@ -78,6 +80,8 @@ def test_nothing_is_generated_only_where_the_prompt_is_echoed() -> None:
         ({"presence_penalty": 0.1}, True),
         ({"frequency_penalty": -0.1}, True),
         ({"logit_bias": ((3, 1.0),)}, True),
+        ({"allowed_token_ids": (3,)}, True),
+        ({"bad_words": ("a",)}, True),
     ],
 )
 def test_who_shapes(options: dict[str, Any], shapes: bool) -> None:

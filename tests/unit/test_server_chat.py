@@ -23,7 +23,6 @@ from server.api.chat import (
     conversation,
     length_limit,
     plan,
-    response_form,
     room_left,
     to_chat_token,
 )
@@ -182,7 +181,7 @@ def test_out_of_bounds(fields: dict[str, Any], param: str) -> None:
     ],
 )
 def test_response_formats(value: object, text: str | None) -> None:
-    form = response_form(body_of(response_format=value).response_format)
+    form = body_of(response_format=value).form
     assert form == (None if text is None else TextForm("json", text))
     assert form is None or form.field == "response_format"
 

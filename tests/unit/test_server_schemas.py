@@ -49,7 +49,7 @@ def test_unsupported_parameters_pass_only_with_neutral_values(kind: type[Samplin
         ("prompt_logprobs", 0),
         ("use_beam_search", 0),  # JSON's 0 is no false
         ("length_penalty", True),
-        ("response_format", {"type": "json_object"}),
+        ("guided_whitespace_pattern", " "),
     ],
 )
 def test_values_that_would_change_the_answer_are_refused(name: str, value: object) -> None:
@@ -209,8 +209,12 @@ def test_content_is_text_or_text_parts() -> None:
         ({"content": [{"type": "text"}]}, "must be a string"),
         ({"content": [{"type": "image_url", "image_url": {"url": "x"}}]}, "'image_url' are not supported"),
         ({"content": [{"type": "input_audio"}]}, "'input_audio' are not supported"),
-        ({"content": "a", "role": "tool"}, "'system', 'developer', 'user' or 'assistant'"),
-        ({"content": "a", "role": "assistant", "tool_calls": [{"id": "x"}]}, "tool_calls is not supported"),
+        ({"content": "a", "role": "function"}, "'system', 'developer', 'user', 'assistant' or 'tool'"),
+        ({"content": "a", "role": "tool"}, "Field required"),
+        ({"content": "a", "tool_call_id": "x"}, "of messages of role tool alone"),
+        ({"content": "a", "role": "assistant", "tool_calls": [{"id": "x"}]}, "Field required"),
+        ({"content": None, "role": "assistant", "tool_calls": []}, "string or a list of text parts"),
+        ({"content": "a", "role": "assistant", "function_call": {"name": "x"}}, "function_call is not supported"),
         ({"content": "a", "role": "assistant", "audio": {"id": "x"}}, "audio is not supported"),
         ({"content": "a", "name": 5}, "valid string"),
     ],

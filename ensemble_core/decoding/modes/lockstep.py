@@ -91,9 +91,9 @@ def _groups(turns: abc.Sequence[Turn], answers: Mapping[str, Answers], num_candi
 
 
 def width_of(turn: Turn, num_candidates: int) -> int:
-    """Number of main's candidates in the fusion: K, plus room for biased ids and for ids that a constraint allows."""
+    """Number of main's candidates in the fusion: K, plus room for pinned, banned and constrained ids."""
     constrained = 0 if turn.mask is None else num_candidates // 2
-    return num_candidates + len(turn.sequence.biased) + constrained
+    return num_candidates + turn.sequence.num_extra + constrained
 
 
 def _gather(group: abc.Sequence[Turn], answers: Mapping[str, Answers], num_candidates: int) -> list[Candidates]:
@@ -107,10 +107,10 @@ def _gather(group: abc.Sequence[Turn], answers: Mapping[str, Answers], num_candi
 
 
 def narrow_main(group: abc.Sequence[Turn], wide: Candidates, num_candidates: int) -> Candidates:
-    """Main's likeliest ids, the biased ids, and the likeliest ids that a constraint allows."""
+    """Main's likeliest ids, the pinned ids, and the likeliest ids that a constraint allows."""
     keep = []
     for i, turn in enumerate(group):
-        kept = list(turn.sequence.biased)
+        kept = list(turn.sequence.pinned)
         if turn.mask is not None:
             allowed = turn.mask.to(wide.token_ids.device)[wide.token_ids[i]]
             reachable = wide.logprobs[i].masked_fill(~allowed, -torch.inf)
