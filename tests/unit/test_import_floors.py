@@ -78,7 +78,6 @@ TORCHLESS = (
     "ensemble_core/text/reasoning.py",
     "ensemble_core/text/shown.py",
     "ensemble_core/text/variables.py",
-    "ensemble_core/decoding/guide.py",
     "ensemble_core/decoding/parameters.py",
     "ensemble_core/decoding/sampling_params.py",
     "ensemble_core/decoding/requests.py",
