@@ -25,6 +25,13 @@ from ensemble_core.text.vocabulary import Vocabulary
 
 WEATHER_TOOL = Tool("get_weather", "The weather.", json.dumps(WEATHER))
 USE = ToolUse((WEATHER_TOOL,), "required", parallel=False)
+PAIR = {"members": {"alpha": 0.5, "beta": 0.5}, "main": "alpha"}
+LINEAR = {"name": "projection", "options": {"pool": "linear"}}
+ENSEMBLES: dict[str, Any] = {
+    "duo": PAIR,
+    "drafted": PAIR | {"mode": "verify"},
+    "drawn": PAIR | {"mode": "sampled", "fusion": LINEAR},
+}
 TURN = {"role": "user", "content": "abc"}
 
 
@@ -33,7 +40,7 @@ def bench(main: Vocabulary | None = None, **alpha: Any) -> Bench:
         "alpha": FakeMember("alpha", main or byte_vocabulary(), **({"max_len": 4096, "eos_bias": 2.0} | alpha)),
         "beta": FakeMember("beta", pair_vocabulary(), seed=1, max_len=4096),
     }
-    return Bench(fake_loaded(fake_config(), members), members)
+    return Bench(fake_loaded(fake_config(ensembles=ENSEMBLES), members), members)
 
 
 def request(use: ToolUse | None, rank: int = 0, model: str = "duo", **params: Any) -> GenerationRequest:
@@ -49,7 +56,7 @@ def answers(found: Bench, requests: Sequence[GenerationRequest]) -> list[list[Ou
     return [found.outputs[sequence.seq_id] for sequence in sequences]
 
 
-@pytest.mark.parametrize("model", ["alpha", "duo"])
+@pytest.mark.parametrize("model", ["alpha", *ENSEMBLES])
 def test_the_choices_of_a_request_call_tools_each_in_its_own_way(model: str) -> None:
     found = answers(bench(), [request(USE, rank, model) for rank in range(4)])
     told = [join(outputs) for outputs in found]
