@@ -17,7 +17,12 @@ OPENING = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n"
     "{% if enable_thinking is not defined or enable_thinking %}<think>\n{% endif %}{% endif %}"
 )
-SCHEMA = {"type": "object", "properties": {"sum": {"type": "integer", "maximum": 99}}, "required": ["sum"]}
+SCHEMA = {
+    "type": "object",
+    "properties": {"sum": {"type": "integer", "maximum": 99}},
+    "required": ["sum"],
+    "additionalProperties": False,
+}
 
 
 @pytest.fixture(scope="module")

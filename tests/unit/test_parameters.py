@@ -15,8 +15,10 @@ from server.schema.completions import CompletionRequest
 from server.schema.sampling import SamplingFields
 
 RANGED = [name for name, each in PARAMETERS.items() if each.kind in ("integer", "number")]
-# Chat has a length limit and log-probabilities of another form.
-SENT: list[tuple[type[SamplingFields], str]] = [(CompletionRequest, name) for name in RANGED]
+# Chat has a length limit and log-probabilities of another form; it alone has reasoning.
+SENT: list[tuple[type[SamplingFields], str]] = [
+    (CompletionRequest, name) for name in RANGED if name != "thinking_token_budget"
+]
 SENT += [(ChatRequest, name) for name in RANGED if name not in ("max_tokens", "logprobs")]
 NUMBER = Parameter("number", 1.0, "what it does", 0.5, low=0, high=2)
 
