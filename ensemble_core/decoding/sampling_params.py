@@ -24,6 +24,7 @@ class SamplingParams:
     distribution before penalties, bias and temperature; None: no log-probabilities. echo: also report the prompt
     (with logprobs: its teacher-forced fused log-probabilities); only then may max_tokens be 0. prompt_logprobs: the
     same log-probabilities without the text, with ranks. form: what the text must be; None: free text.
+    thinking_token_budget: tokens of reasoning; None or -1: any number.
     """
 
     max_tokens: int = declared("integer", 16, "maximum number of tokens of each choice", 5, low=1)
@@ -51,6 +52,9 @@ class SamplingParams:
         "many alternatives; not with `stream`", 2, high=20,
     )  # fmt: skip
     form: TextForm | None = declared("form", None, "what the text must be", None)  # noqa: RUF009, as the others
+    thinking_token_budget: int | None = declared(
+        "integer", None, "after so many tokens of reasoning its end marker is forced; -1: no bound", 5, low=-1
+    )
     repetition_penalty: float = declared(
         "number", 1.0, "over 1 makes tokens of prompt and completion less likely", 1.2, low=0.01, high=10
     )
@@ -93,6 +97,11 @@ class SamplingParams:
     def scores_prompt(self) -> bool:
         """True if log-probabilities of the prompt are asked for."""
         return self.prompt_logprobs is not None or (self.echo and self.logprobs is not None)
+
+    @property
+    def budget(self) -> int | None:
+        """Tokens of reasoning; None: any number."""
+        return None if self.thinking_token_budget == -1 else self.thinking_token_budget
 
     @property
     def greedy(self) -> bool:

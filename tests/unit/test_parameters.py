@@ -16,13 +16,13 @@ from server.schema.responses import ResponseRequest
 from server.schema.sampling import GenerationFields
 
 RANGED = [name for name, each in PARAMETERS.items() if each.kind in ("integer", "number")]
-# Chat and responses have a length limit and log-probabilities of another form.
-SENT: list[tuple[type[GenerationFields], str]] = [(CompletionRequest, name) for name in RANGED]
-SENT += [
+# Chat and responses have a length limit and log-probabilities of another form; chat alone has reasoning.
+SENT: list[tuple[type[GenerationFields], str]] = [
     (kind, name)
-    for kind in (ChatRequest, ResponseRequest)
+    for kind in (CompletionRequest, ChatRequest, ResponseRequest)
     for name in RANGED
-    if name not in ("max_tokens", "logprobs")
+    if kind is CompletionRequest or name not in ("max_tokens", "logprobs")
+    if kind is ChatRequest or name != "thinking_token_budget"
 ]
 NUMBER = Parameter("number", 1.0, "what it does", 0.5, low=0, high=2)
 
