@@ -23,6 +23,7 @@ SENT: list[tuple[type[GenerationFields], str]] = [
     for name in RANGED
     if kind is CompletionRequest or name not in ("max_tokens", "logprobs")
     if kind is ChatRequest or name != "thinking_token_budget"
+    if kind is not ResponseRequest or name != "prompt_logprobs"
 ]
 NUMBER = Parameter("number", 1.0, "what it does", 0.5, low=0, high=2)
 
