@@ -16,8 +16,22 @@ from ensemble_core.text.tools import NAME, NO_PARAMETERS, Tool, ToolUse
 from server.schema.json_values import Strict, Text, optional, text
 
 MAX_TOOLS = 128
-MAX_TOOL_TEXT = 262_144  # characters of all parameters together
+MAX_TOOL_TEXT = 262_144  # characters of all tools as JSON
 MAX_DEPTH = 64
+
+
+def bounded_tools(value: object) -> object:
+    """The tools as they are; a list that is too large is not looked at."""
+    if isinstance(value, list):
+        if len(value) > MAX_TOOLS:
+            raise ValueError(f"takes up to {MAX_TOOLS} tools, got {len(value)}")
+        try:
+            size = len(json.dumps(value, ensure_ascii=False))
+        except RecursionError:
+            raise ValueError(f"is nested over {MAX_DEPTH} levels deep") from None
+        if size > MAX_TOOL_TEXT:
+            raise ValueError(f"takes up to {MAX_TOOL_TEXT} characters of JSON, got {size}; send fewer tools")
+    return value
 
 
 def function_name(value: object) -> str:
@@ -92,6 +106,11 @@ class FunctionTool(Strict):
 
     type: Literal["function"]
     function: FunctionSpec
+
+
+Tools = Annotated[
+    list[FunctionTool] | None, BeforeValidator(bounded_tools, json_schema_input_type=list[FunctionTool] | None)
+]
 
 
 class FunctionRef(Strict):
@@ -231,8 +250,3 @@ def _check(tools: Sequence[Tool]) -> None:
             where = f"tools.{rank}.function.name"
             raise InvalidRequestError(f"{where}: {tool.name!r} names two tools; give each its own name", where)
         seen.add(tool.name)
-    if (size := sum(len(tool.parameters) for tool in tools)) > MAX_TOOL_TEXT:
-        raise InvalidRequestError(
-            f"tools: their parameters may have {MAX_TOOL_TEXT} characters together, got {size}; send fewer tools",
-            "tools",
-        )
