@@ -35,6 +35,7 @@ from server.schema.tools import (
     FunctionTool,
     NamedTool,
     ToolChoice,
+    bounded_tools,
     call_arguments,
     depth,
     function_name,
@@ -308,10 +309,11 @@ class ResponseRequest(GenerationFields):
     structured_outputs: StructuredOutputs | None = Field(
         None, description="as in chat completions; not beside `text.format`", examples=[{"regex": "a+"}]
     )
-    tools: list[FlatTool] | None = Field(
+    tools: Annotated[
+        list[FlatTool] | None,
+        BeforeValidator(bounded_tools, json_schema_input_type=list[FlatTool] | None),
+    ] = Field(
         None,
-        max_length=MAX_TOOLS,
-        fail_fast=True,
         description=f"up to {MAX_TOOLS} functions; `custom`, `local_shell` and built-in tools: 400",
         examples=[[{"type": "function", "name": "f", "parameters": None, "strict": True}]],
     )

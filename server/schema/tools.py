@@ -20,7 +20,7 @@ MAX_TOOL_TEXT = 262_144  # characters of all tools as JSON
 MAX_DEPTH = 64
 
 
-def _bounded(value: object) -> object:
+def bounded_tools(value: object) -> object:
     """The tools as they are; a list that is too large is not looked at."""
     if isinstance(value, list):
         if len(value) > MAX_TOOLS:
@@ -109,7 +109,7 @@ class FunctionTool(Strict):
 
 
 Tools = Annotated[
-    list[FunctionTool] | None, BeforeValidator(_bounded, json_schema_input_type=list[FunctionTool] | None)
+    list[FunctionTool] | None, BeforeValidator(bounded_tools, json_schema_input_type=list[FunctionTool] | None)
 ]
 
 

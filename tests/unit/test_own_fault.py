@@ -103,7 +103,7 @@ def _in_respelling(monkeypatch: pytest.MonkeyPatch, sick: Sequence) -> None:
 def _in_its_constraint(monkeypatch: pytest.MonkeyPatch, sick: Sequence) -> None:
     class Broken:
         def allowed(self) -> Tensor:
-            raise ConstraintError("went wrong")
+            raise ConstraintError("response_format", "JSON schema", "went wrong")
 
         def accept(self, token_id: int) -> None:
             """Never reached."""
