@@ -104,4 +104,5 @@ def _card(model: ModelInfo, services: Services) -> ModelCard:
         kind=model.kind,
         max_model_len=model.max_model_len,
         recipe=model.recipe,
+        parent=model.parent,
     )

@@ -91,7 +91,10 @@ class TraceStep(BaseModel):
 
 
 class ModelCard(BaseModel):
-    """One servable model. An ensemble has a `recipe`: members with weights, main, fusion, mode; a council its own."""
+    """One servable model. An ensemble has a `recipe`: members with weights, main, fusion, mode; a council its own.
+
+    `parent`: of a member that is an adapter, the member whose weights it runs.
+    """
 
     id: str
     object: Literal["model"] = "model"
@@ -100,6 +103,7 @@ class ModelCard(BaseModel):
     kind: Literal["ensemble", "council", "member"]
     max_model_len: int
     recipe: dict[str, Any] | None
+    parent: str | None
 
 
 class ModelList(BaseModel):

@@ -36,6 +36,7 @@ def test_models(client: TestClient) -> None:
     assert answer["data"][0]["recipe"] == RECIPE
     assert answer["data"][2] == client.get("/v1/models/b").json()
     assert (answer["data"][2]["max_model_len"], answer["data"][2]["kind"]) == (1024, "member")
+    assert [model["parent"] for model in answer["data"]] == [None, None, "a"]
 
 
 @pytest.mark.parametrize("name", ["nope", "org/nope"])

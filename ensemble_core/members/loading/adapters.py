@@ -62,6 +62,7 @@ _OF_TRAINING = {
 }  # fields that change nothing of what a trained adapter computes
 _STARTS = (True, False, None, "gaussian", "eva", "orthogonal")  # of training that leave the base's weights alone
 _TASKS = (None, "CAUSAL_LM")
+_LONGEST = 300  # characters of a library's message, which lists every tensor that does not fit
 _TENSOR = re.compile(r"base_model\.model\.(?P<path>.+)\.lora_[AB]\.weight")
 _ADVICE = (
     "served is plain LoRA on linear layers inside a model; merge the adapter into its base with PEFT's "
@@ -113,8 +114,9 @@ def adapt(adapter: Adapter, model: Any) -> Any:
         _refuse_layers(where, own)
         found = peft.set_peft_model_state_dict(own, load_file(adapter.folder / ADAPTER_WEIGHTS), _ACTIVE)
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        why = " ".join(str(error).split())[:_LONGEST]
         raise CheckpointError(
-            f"{where} cannot be put on its base: {error}; name the base that it was made for"
+            f"{where} cannot be put on its base: {why}; name the base that it was made for"
         ) from error
     lacking = [name for name in found.missing_keys if "lora_" in name]
     if lacking or found.unexpected_keys:
