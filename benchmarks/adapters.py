@@ -27,6 +27,7 @@ from benchmarks.ledger import Findings, Value, arguments
 from benchmarks.stopwatch import Spread, ratios, take_turns
 from ensemble_core.config import AUTO, Config, MemberConfig, load_config
 from ensemble_core.members.base import Feed
+from ensemble_core.members.loading.adapters import read_adapter
 from ensemble_core.members.loading.checkpoints import load_tokenizer, load_vocabulary, resolve_folder
 from ensemble_core.members.loading.memory import plan_caches
 from ensemble_core.members.loading.models import Making, load_family
@@ -67,7 +68,8 @@ def load(name: str, family: Mapping[str, MemberConfig]) -> dict[str, LocalMember
     """All members of a family."""
     folder = resolve_folder(family[name])
     planned = plan_caches(family, dict.fromkeys(family, folder), MOST_ROWS + 1)
-    return load_family(name, planned, folder, load_vocabulary(name, family[name]), Making())
+    adapters = [read_adapter(own, member) for own, member in planned.items() if member.adapter is not None]
+    return load_family(name, planned, folder, load_vocabulary(name, family[name]), Making(), adapters)
 
 
 class Step:

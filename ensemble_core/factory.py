@@ -27,6 +27,7 @@ from ensemble_core.decoding.scheduler import Limits
 from ensemble_core.engine import Engine
 from ensemble_core.fusion.base import FusionSpace
 from ensemble_core.members.base import Member
+from ensemble_core.members.loading.adapters import read_adapter
 from ensemble_core.members.loading.checkpoints import load_tokenizer, load_vocabulary, resolve_folder
 from ensemble_core.members.loading.memory import plan_caches
 from ensemble_core.members.loading.models import Making, load_family
@@ -151,11 +152,13 @@ def _load_here(config: Config, vocabularies: Mapping[str, Vocabulary]) -> dict[s
     here = {name: member for name, member in config.members.items() if member.host is None}
     folders = {name: resolve_folder(member) for name, member in here.items()}
     planned = plan_caches(here, folders, config.scheduler.max_running)
+    adapters = [read_adapter(name, member) for name, member in planned.items() if member.adapter is not None]
     how = Making(config.scheduler.max_running, deterministic=config.deterministic)
     bases = [name for name in planned if config.owner(name) == name]
     for base in tqdm(bases, desc="loading members", unit="model", disable=None):
         family = {name: member for name, member in planned.items() if config.owner(name) == base}
-        for name, loaded in load_family(base, family, folders[base], vocabularies[base], how).items():
+        own = [adapter for adapter in adapters if adapter.member in family]
+        for name, loaded in load_family(base, family, folders[base], vocabularies[base], how, own).items():
             logger.info("%s: ready, cache of %d pages of %d tokens", name, loaded.num_pages, loaded.page_size)
             members[name] = loaded
     return members

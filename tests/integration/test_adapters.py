@@ -9,9 +9,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 import transformers
+from huggingface_hub.errors import LocalEntryNotFoundError
 from tiny_adapters import LARGE, SMALL, TARGETS, peft_logprobs, reweigh, rewrite, tiny_adapter
 from tiny_models import KINDS, Kind
 from torch import Tensor
@@ -25,10 +27,10 @@ from ensemble_core.members.body.graphs import GraphedBody, eagerly
 from ensemble_core.members.body.linear import Linear
 from ensemble_core.members.body.low_rank import AdaptedLinear
 from ensemble_core.members.body.transformers import TransformersBody
-from ensemble_core.members.loading import adapters as adapters_module
+from ensemble_core.members.loading.adapters import read_adapter
 from ensemble_core.members.loading.checkpoints import load_vocabulary, pull, resolve_adapter
 from ensemble_core.members.loading.memory import plan_caches
-from ensemble_core.members.loading.models import Making, load_family
+from ensemble_core.members.loading.models import Making, load_family, make_family
 from ensemble_core.members.local import LocalMember
 
 EXACT = {"atol": 2e-5, "rtol": 1e-5}
@@ -55,7 +57,8 @@ def load(
     base: Path, adapters: dict[str, Path], how: Making | None = None, **options: Any
 ) -> dict[str, LocalMember]:
     family = family_of(base, adapters, **options)
-    return load_family("base", family, base, load_vocabulary("base", family["base"]), how or Making())
+    own = [read_adapter(name, family[name]) for name in adapters]
+    return load_family("base", family, base, load_vocabulary("base", family["base"]), how or Making(), own)
 
 
 def answers(member: LocalMember, ids: list[int] = IDS) -> Tensor:
@@ -212,6 +215,23 @@ def test_a_map_over_devices_serves_adapters(
     base, adapter = tiny_checkpoints["llama"], large_adapters["llama"]
     family = load(base, {"own": adapter}, device="auto", device_map={"model": "cpu", "lm_head": "cpu"})
     torch.testing.assert_close(answers(family["own"]), peft_logprobs(base, adapter, IDS), **EXACT)
+
+
+def test_accelerate_hooks_let_an_adapter_through(
+    tiny_checkpoints: dict[Kind, Path], large_adapters: dict[Kind, Path]
+) -> None:
+    """What accelerate wraps around each module where a map names several devices."""
+    from accelerate import dispatch_model
+
+    base, adapter = tiny_checkpoints["llama"], large_adapters["llama"]
+    family = family_of(base, {"own": adapter})
+    model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+    model = dispatch_model(model, dict.fromkeys(("model", "lm_head"), "cpu"), main_device="cpu", force_hooks=True)
+    assert hasattr(model.model, "_hf_hook")
+    vocabulary, own = load_vocabulary("base", family["base"]), [read_adapter("own", family["own"])]
+    members = make_family("base", model, vocabulary, family, own, Making())
+    for name, folder in {"base": None, "own": adapter}.items():
+        torch.testing.assert_close(answers(members[name]), peft_logprobs(base, folder, IDS), **EXACT)
 
 
 # --- memory --------------------------------------------------------------------------------------------------
@@ -435,7 +455,7 @@ def test_a_template_of_its_own_is_told(
 ) -> None:
     adapter = tiny_adapter(tiny_checkpoints["llama"], tmp_path)
     (adapter / "chat_template.jinja").write_text("{{ messages }}")
-    with caplog.at_level("WARNING", adapters_module.__name__):
+    with caplog.at_level("WARNING", read_adapter.__module__):
         load(tiny_checkpoints["llama"], {"own": adapter})
     assert "own: chats go by the template of its base" in caplog.text
 
@@ -458,3 +478,20 @@ def test_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
         resolve_adapter(member)
     with pytest.raises(CheckpointError, match=r"adapter 'org/none': not in the hub's cache, and HF_HUB_OFFLINE"):
         resolve_adapter(member.model_copy(update={"adapter": "org/none"}))
+
+
+def test_an_adapter_comes_from_the_hub_by_its_own_name_and_revision(
+    small_adapters: dict[Kind, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, Any, bool]] = []
+
+    def snapshot(repo: str, *, revision: str | None, local_files_only: bool, **_: Any) -> str:
+        asked.append((repo, revision, local_files_only))
+        if local_files_only:
+            raise LocalEntryNotFoundError("not cached")
+        return str(small_adapters["llama"])
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    member = MemberConfig(model="org/base", revision="r1", base="base", adapter="org/own", adapter_revision="v2")
+    assert resolve_adapter(member) == small_adapters["llama"]
+    assert asked == [("org/own", "v2", True), ("org/own", "v2", False)]

@@ -33,7 +33,7 @@ from ensemble_core.members.cache.pages import PagedCache
 from ensemble_core.members.cache.rows import KVCache
 from ensemble_core.members.kernels.base import Kernels
 from ensemble_core.members.kernels.choice import choose
-from ensemble_core.members.loading.adapters import Adapter, adapt, low_ranks, read_adapter
+from ensemble_core.members.loading.adapters import Adapter, adapt, low_ranks
 from ensemble_core.members.loading.placement import DTYPES, page_size, resolve_device
 from ensemble_core.members.loading.proof import Proof, attention_layers
 from ensemble_core.members.local import LocalMember
@@ -66,12 +66,16 @@ def load_member(
 
 
 def load_family(
-    base: str, family: Mapping[str, MemberConfig], folder: Path, vocabulary: Vocabulary, how: Making
+    base: str,
+    family: Mapping[str, MemberConfig],
+    folder: Path,
+    vocabulary: Vocabulary,
+    how: Making,
+    adapters: Sequence[Adapter] = (),
 ) -> dict[str, LocalMember]:
-    """The member `base`, and those that are adapters on it. family: all of them. Raises as `load_member`."""
+    """The member `base` and those of its adapters. family: all of them. folder: its own. Raises as `load_member`."""
     config = family[base]
     _refuse_unsupported(base, _read_config(base, config, folder))
-    adapters = [read_adapter(name, member) for name, member in family.items() if name != base]
     placement: dict[str, Any] = {"device_map": config.device_map, "max_memory": config.max_memory}
     if config.device_map is None:
         placement = {"device_map": {"": resolve_device(base, config)}}
