@@ -7,6 +7,7 @@ resolved against the folder of the file. It does not know which fusions and mode
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -21,6 +22,7 @@ from pydantic import (
     model_validator,
 )
 
+from ensemble_core.adapter_config import check_adapters, with_bases
 from ensemble_core.council_config import COUNCIL_KINDS, CouncilConfig, RouteConfig, circle_of
 from ensemble_core.errors import ConfigError
 from ensemble_core.hosts import HostConfig
@@ -44,6 +46,14 @@ class MemberConfig(Section):
 
     model: str = Field(min_length=1, description="Hub id, folder, or demo:NAME (see `unisono pull`).")
     revision: str | None = Field(None, description="Branch, tag or commit on the hub; ignored by folders.")
+    base: str | None = Field(
+        None,
+        description="Member whose weights this one shares, with `adapter`; what is not said here is as there.",
+    )
+    adapter: str | None = Field(
+        None, min_length=1, description="LoRA adapter in PEFT's format: hub id or folder; see docs/adapters.md."
+    )
+    adapter_revision: str | None = Field(None, description="Of an adapter on the hub; ignored by folders.")
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
         "auto", description="Of weights and cache. auto: the dtype that the checkpoint was saved in."
     )
@@ -100,6 +110,18 @@ class MemberConfig(Section):
             raise ValueError("device and device_map exclude each other; keep one of them")
         if self.max_memory is not None and self.device_map is None:
             raise ValueError("max_memory only acts with device_map; add `device_map: auto` or drop it")
+        return self
+
+    @model_validator(mode="after")
+    def _adapts(self) -> MemberConfig:
+        if (self.adapter is None) != (self.base is None):
+            raise ValueError(
+                "adapter and base go together: files, and the member that they adapt; set both or neither"
+            )
+        if self.adapter_revision is not None and self.adapter is None:
+            raise ValueError("adapter_revision only acts with `adapter`; set it or drop adapter_revision")
+        if self.adapter is not None and self.host is not None:
+            raise ValueError("host: an adapter shares its base's memory, in the server's process; drop host")
         return self
 
     @model_validator(mode="after")
@@ -337,6 +359,27 @@ class Config(Section):
         far = any(member.host is not None for member in self.members.values())
         return self.scheduler.member_timeout or (FAR_TIMEOUT if far else None)
 
+    def owner(self, member: str) -> str:
+        """The member whose weights a member runs: an adapter's base, else itself."""
+        return self.members[member].base or member
+
+    def owners(self, members: Iterable[str]) -> tuple[str, ...]:
+        """The owners of several members, each once, in their order."""
+        return tuple(dict.fromkeys(self.owner(member) for member in members))
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_bases(cls, raw: object) -> object:
+        """What is not said of an adapter is as its base has it."""
+        if not isinstance(raw, dict) or not isinstance(members := raw.get("members"), dict):
+            return raw
+        return {**raw, "members": with_bases(members)}
+
+    @model_validator(mode="after")
+    def _adapters(self) -> Config:
+        check_adapters(self.members)
+        return self
+
     @model_validator(mode="after")
     def _hosts(self) -> Config:
         rays = {
@@ -468,6 +511,7 @@ def _resolve_paths(config: Config, folder: Path) -> Config:
         name: member.model_copy(
             update={
                 "model": _resolve_model(member.model, folder),
+                "adapter": None if member.adapter is None else _resolve_model(member.adapter, folder),
                 "chat_template": _resolve_template(member.chat_template, folder),
                 "host": _resolve_host(member.host, folder),
             }

@@ -12,7 +12,6 @@ import logging
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from typing import Protocol
 
 import torch
@@ -30,9 +29,10 @@ from ensemble_core.engine import Engine
 from ensemble_core.errors import ConfigError
 from ensemble_core.fusion.base import FusionSpace
 from ensemble_core.members.base import Member
+from ensemble_core.members.loading.adapters import read_adapter
 from ensemble_core.members.loading.checkpoints import load_tokenizer, load_vocabulary, resolve_folder
 from ensemble_core.members.loading.memory import plan_caches
-from ensemble_core.members.loading.models import load_member
+from ensemble_core.members.loading.models import Making, load_family
 from ensemble_core.members.loading.placement import log_plan, plan_cores
 from ensemble_core.members.remote.elsewhere import Elsewhere
 from ensemble_core.recipes import ModelInfo, RecipeBook, check_strategies, list_models
@@ -75,7 +75,7 @@ def load(config: Config, record: Record) -> Loaded:
     check(config)
     log_plan(config.members)
     vocabularies = {name: load_vocabulary(name, member) for name, member in config.members.items()}
-    grammars = {name: Grammars(vocabulary) for name, vocabulary in vocabularies.items()}
+    grammars = _grammars(config, vocabularies)
     spaces = Spaces(config, _spoken(vocabularies))
     RecipeBook(config, spaces.space).warm()  # before the models: a missing matrix is found in seconds
     councils = CouncilBook(config)
@@ -90,6 +90,12 @@ def load(config: Config, record: Record) -> Loaded:
         for member in members.values():
             member.close()
         raise
+
+
+def _grammars(config: Config, vocabularies: Mapping[str, Vocabulary]) -> dict[str, Grammars]:
+    """Adapters have those of their base."""
+    own = {name: Grammars(vocabularies[name]) for name in config.members if config.owner(name) == name}
+    return {name: own[config.owner(name)] for name in config.members}
 
 
 def _assembled(
@@ -149,11 +155,15 @@ def _load_here(config: Config, vocabularies: Mapping[str, Vocabulary]) -> dict[s
     here = {name: member for name, member in config.members.items() if member.host is None}
     folders = {name: resolve_folder(member) for name, member in here.items()}
     planned = plan_caches(here, folders, config.scheduler.max_running)
-    load = partial(load_member, max_batch=config.scheduler.max_running, deterministic=config.deterministic)
-    for name, member in tqdm(planned.items(), desc="loading members", unit="member", disable=None):
-        loaded = load(name, member, folders[name], vocabularies[name])
-        logger.info("%s: ready, cache of %d pages of %d tokens", name, loaded.num_pages, loaded.page_size)
-        members[name] = loaded
+    adapters = [read_adapter(name, member) for name, member in planned.items() if member.adapter is not None]
+    how = Making(config.scheduler.max_running, deterministic=config.deterministic)
+    bases = [name for name in planned if config.owner(name) == name]
+    for base in tqdm(bases, desc="loading members", unit="model", disable=None):
+        family = {name: member for name, member in planned.items() if config.owner(name) == base}
+        own = [adapter for adapter in adapters if adapter.member in family]
+        for name, loaded in load_family(base, family, folders[base], vocabularies[base], how, own).items():
+            logger.info("%s: ready, cache of %d pages of %d tokens", name, loaded.num_pages, loaded.page_size)
+            members[name] = loaded
     return members
 
 
@@ -241,7 +251,10 @@ class Spaces:
         return spaces
 
     def space(self, members: tuple[str, ...], whole: tuple[str, ...]) -> FusionSpace:
-        """The space of `members` (main first), with matrices made for `whole`, the ensemble's full set."""
+        """The space of `members` (main first), with matrices made for `whole`, the ensemble's full set.
+
+        An adapter has its base's matrix: it leaves the embeddings, of which a matrix is made, as they are.
+        """
         return FusionSpace(
             vocabularies=[self._members[name].vocabulary for name in members],
             matrices=lambda: [self._matrix(name, whole) for name in members],
@@ -250,9 +263,10 @@ class Spaces:
         )
 
     def _matrix(self, name: str, whole: tuple[str, ...]) -> TransferMatrix:
-        key = (frozenset(whole), name)
+        owner, owners = self._config.owner(name), self._config.owners(whole)
+        key = (frozenset(owners), owner)
         if key not in self._matrices:
-            self._matrices[key] = self._load(name, whole)
+            self._matrices[key] = self._load(owner, owners)
         return self._matrices[key]
 
     def _load(self, name: str, whole: tuple[str, ...]) -> TransferMatrix:

@@ -38,12 +38,16 @@ _MAX_FUSIONS = 64  # most fusions chosen by clients that are kept
 
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
-    """A model that a client can request. recipe: None for a single member."""
+    """A model that a client can request.
+
+    recipe: None for a single member. parent: of an adapter, the member whose weights it runs.
+    """
 
     name: str
     kind: Literal["ensemble", "council", "member"]
     max_model_len: int
     recipe: dict[str, Any] | None
+    parent: str | None = None
 
 
 def check_strategies(config: Config) -> None:
@@ -92,7 +96,10 @@ def list_models(config: Config, max_len: Mapping[str, int]) -> list[ModelInfo]:
         ModelInfo(name, "council", _length_of(name, config, lengths), _council_described(council))
         for name, council in config.councils.items()
     ]
-    members = [ModelInfo(name, "member", max_len[name], None) for name in config.members]
+    members = [
+        ModelInfo(name, "member", max_len[name], None, parent=member.base)
+        for name, member in config.members.items()
+    ]
     return ensembles + councils + members
 
 

@@ -51,6 +51,7 @@ class FakeModel:
     kind: str
     max_model_len: int
     recipe: dict[str, Any] | None
+    parent: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +70,7 @@ RECIPE = {
 MODELS = [
     FakeModel("duo", "ensemble", 512, RECIPE),
     FakeModel("a", "member", 512, None),
-    FakeModel("b", "member", 1024, None),
+    FakeModel("b", "member", 1024, None, parent="a"),
 ]
 
 

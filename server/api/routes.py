@@ -121,5 +121,6 @@ def _card(model: ModelInfo, services: Services) -> ModelCard:
         max_model_len=model.max_model_len,
         recipe=model.recipe,
         root=model.name,
+        parent=model.parent,
         permission=[ModelPermission(id=f"modelperm-{model.name}", created=services.created)],
     )

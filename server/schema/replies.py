@@ -153,7 +153,7 @@ class ModelCard(BaseModel):
     created: int
     owned_by: str = "unisono"
     root: str = Field(description="Its own id.")
-    parent: None = Field(None, description="Always null: no model is an adapter of another.")
+    parent: str | None = Field(description="Of an adapter, the member whose weights it runs.")
     kind: Literal["ensemble", "council", "member"]
     max_model_len: int
     recipe: dict[str, Any] | None

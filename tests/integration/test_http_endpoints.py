@@ -37,9 +37,10 @@ def test_models(client: TestClient) -> None:
     assert answer["data"][0]["recipe"] == RECIPE
     assert answer["data"][2] == client.get("/v1/models/b").json()
     assert (answer["data"][2]["max_model_len"], answer["data"][2]["kind"]) == (1024, "member")
-    assert all(model["root"] == model["id"] and model["parent"] is None for model in answer["data"])
+    assert all(model["root"] == model["id"] for model in answer["data"])
     (permission,) = answer["data"][0]["permission"]
     assert (permission["object"], permission["allow_sampling"]) == ("model_permission", True)
+    assert [model["parent"] for model in answer["data"]] == [None, None, "a"]
 
 
 @pytest.mark.parametrize("name", ["nope", "org/nope"])
