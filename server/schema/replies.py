@@ -91,10 +91,7 @@ class TraceStep(BaseModel):
 
 
 class ModelCard(BaseModel):
-    """One servable model. An ensemble has a `recipe`: members with weights, main, fusion, mode; a council its own.
-
-    `parent`: of a member that is an adapter, the member whose weights it runs.
-    """
+    """One servable model. An ensemble has a `recipe`: members with weights, main, fusion, mode; a council its own."""
 
     id: str
     object: Literal["model"] = "model"
@@ -103,7 +100,7 @@ class ModelCard(BaseModel):
     kind: Literal["ensemble", "council", "member"]
     max_model_len: int
     recipe: dict[str, Any] | None
-    parent: str | None
+    parent: str | None = Field(None, description="Of an adapter, the member whose weights it runs.")
 
 
 class ModelList(BaseModel):
