@@ -157,9 +157,10 @@ Stop: TypeAlias = Annotated[
 StopTokenIds: TypeAlias = Annotated[
     list[int] | None, PlainValidator(optional(_stop_token_ids), json_schema_input_type=list[int] | None)
 ]
+_VariableName: TypeAlias = Annotated[str, Field(pattern="^[A-Za-z][A-Za-z0-9_]{0,63}$")]
 Variables: TypeAlias = Annotated[
     dict[str, Any] | None,
-    PlainValidator(optional(check_variables), json_schema_input_type=dict[str, Any] | None),
+    PlainValidator(optional(check_variables), json_schema_input_type=dict[_VariableName, Any] | None),
 ]
 AllowedTokenIds: TypeAlias = Annotated[
     list[int] | None, PlainValidator(optional(_allowed_token_ids), json_schema_input_type=list[int] | None)
