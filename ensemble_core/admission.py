@@ -14,39 +14,51 @@ from ensemble_core.decoding.bans import Bans, bans_of
 from ensemble_core.decoding.calling import calls_form, constraint_of
 from ensemble_core.decoding.forms import TextForm
 from ensemble_core.decoding.guidance import Constraint, Grammars
+from ensemble_core.decoding.guide import Guide
 from ensemble_core.decoding.perplexity import PromptLikelihood
 from ensemble_core.decoding.recipe import Recipe
 from ensemble_core.decoding.requests import Conversation, GenerationRequest, Overrides, Prompt
 from ensemble_core.decoding.sampling_params import SamplingParams
 from ensemble_core.decoding.scoring import PromptScores
 from ensemble_core.decoding.sequence import Sequence
+from ensemble_core.decoding.thinking import MarkTokens, ThinkingGuide
 from ensemble_core.errors import ConfigError, InvalidRequestError
 from ensemble_core.members.base import ALL_ABILITIES, Abilities
 from ensemble_core.recipes import RecipeBook
 from ensemble_core.text.alignment import Track
 from ensemble_core.text.prompt import PromptEncoder
+from ensemble_core.text.reasoning import ReasoningReader, opened_by, stage_within
 from ensemble_core.text.tools import ToolUse
+from ensemble_core.text.variables import reads_effort
 from ensemble_core.text.vocabulary import Vocabulary
 
 # No known token spells more characters than this. A prompt with more per token cannot fit and is not tokenised.
 _MAX_CHARS_PER_TOKEN = 256
+_NUM_LAST = 256  # tokens at a prompt's end that may hold a marker and the white space behind it
 
 
 @dataclass(frozen=True)
 class Speaker:
-    """What admission needs to know of a member."""
+    """What admission needs to know of a member. thinking: how it spells the marks of its reasoning, if it has any."""
 
     vocabulary: Vocabulary
     prompts: PromptEncoder
     max_len: int
     grammars: Grammars
     abilities: Abilities = ALL_ABILITIES
+    thinking: MarkTokens | None = None
+
+    @cached_property
+    def answering(self) -> Vocabulary:
+        """The vocabulary of answers to conversations: control tokens that mark reasoning are part of the text."""
+        marks = {} if self.thinking is None else self.thinking.control
+        return self.vocabulary.with_text(marks.values()) if marks else self.vocabulary
 
     @cached_property
     def calling(self) -> Vocabulary:
-        """The vocabulary of answers that may call tools: the control tokens that mark calls are part of the text."""
+        """The same where answers may call tools: those that mark calls are part of the text, too."""
         marks = self.prompts.call_form.marks(self.vocabulary.special_names)
-        return self.vocabulary.with_text(marks.values()) if marks else self.vocabulary
+        return self.answering.with_text(marks.values()) if marks else self.answering
 
 
 @dataclass(slots=True)
@@ -163,6 +175,35 @@ class Admission:
                 "echo",
             )
         self._check_abilities(request, recipe)
+        if not request.reserved:  # a council's models need not all of them reason
+            self.check_reasoning(request, recipe.members, {recipe.main})
+
+    def check_reasoning(self, request: GenerationRequest, members: Iterable[str], mains: Iterable[str]) -> None:
+        """Raise where a request says how to reason and nobody would listen.
+
+        members: whose templates read its messages. mains: who may write its answer.
+        """
+        effort = isinstance(request.prompt, Conversation) and request.prompt.variables.needs_reader
+        if effort and not any(reads_effort(self._speakers[name].prompts.template) for name in members):
+            raise InvalidRequestError(
+                "reasoning_effort: no chat template of this model has a variable for it (reasoning_effort, "
+                "enable_thinking); leave it out or send none",
+                "reasoning_effort",
+            )
+        if request.params.budget is None:
+            return
+        if not isinstance(request.prompt, Conversation) or not any(self._speakers[m].thinking for m in mains):
+            raise InvalidRequestError(
+                "thinking_token_budget: this model's answers have no reasoning, since its main member has no markers "
+                "for it (members.NAME.reasoning); leave it out or send -1",
+                "thinking_token_budget",
+            )
+
+    def check_council(self, request: GenerationRequest, models: Iterable[str]) -> None:
+        """The same for a council. models: those that may write its answer. Raises as `check_reasoning`."""
+        recipes = [self._book.resolve(model, Overrides()) for model in models]
+        members = {member for recipe in recipes for member in recipe.members}
+        self.check_reasoning(request, members, {recipe.main for recipe in recipes})
 
     def _check_abilities(self, request: GenerationRequest, recipe: Recipe) -> None:
         """Raise where the request needs more than a member can do.
@@ -191,6 +232,7 @@ class Admission:
                     param,
                 )
         most_also, num = self._speakers[recipe.main].abilities.max_also, len(params.pinned_ids)
+        num += params.budget is not None  # the end marker that it may force
         if most_also is not None and num > most_also:
             param = "allowed_token_ids" if params.allowed_token_ids else "logit_bias"
             raise InvalidRequestError(
@@ -203,18 +245,41 @@ class Admission:
         recipe, params = reading.recipe, request.params
         main, use = self._speakers[recipe.main], _tools_of(request)
         tracks = {member: self._track(member, request, reading) for member in recipe.members}
+        reader = self._reader(reading)
         return Sequence(
             seq_id=next(self._ids),
             request=request,
             recipe=recipe,
             tracks=tracks,
             prompt_text=self._text(reading),
-            constraint=self._constraint(request, reading),
+            constraint=self._guide(request, reading, reader),
             call_form=None if use is None else main.prompts.call_form,
+            reasoning=reader,
             bans=reading.bans(params, main.vocabulary),
             scores=PromptScores(params.logprobs or 0) if _is_scored(params) else None,
             likelihood=PromptLikelihood() if recipe.tau is not None else None,
         )
+
+    def _reader(self, reading: _Reading) -> ReasoningReader | None:
+        """What splits an answer, beginning where main's prompt leaves off; None where main has no marks."""
+        main, prompt = self._speakers[reading.recipe.main], reading.request.prompt
+        if main.thinking is None or not isinstance(prompt, Conversation):
+            return None
+        marks = main.thinking.marks
+        if prompt.continue_final:
+            return ReasoningReader(marks, stage_within(str(prompt.messages[-1]["content"]), marks))
+        last = reading.ids[reading.recipe.main][-_NUM_LAST:]
+        text = b"".join(main.vocabulary.tokens[token_id] for token_id in last).decode("utf-8", "replace")
+        return ReasoningReader(marks, "inside" if opened_by(text, marks) else "before")
+
+    def _guide(
+        self, request: GenerationRequest, reading: _Reading, reader: ReasoningReader | None
+    ) -> Guide | None:
+        form, budget = self._constraint(request, reading), request.params.budget
+        main = self._speakers[reading.recipe.main]
+        if reader is None or main.thinking is None or (form is None and budget is None):
+            return form
+        return ThinkingGuide(reader, main.thinking, budget, form, len(main.vocabulary))
 
     def _form(self, request: GenerationRequest, recipe: Recipe) -> TextForm | None:
         """What the text of an answer must be, its calls included."""
@@ -240,7 +305,7 @@ class Admission:
                 f"{len(ids)} and max_tokens is {request.params.max_tokens}; shorten the prompt or lower it",
                 "prompt" if room < 1 else "max_tokens",
             )
-        return Track(speaker.calling if is_main and _tools_of(request) is not None else speaker.vocabulary, ids)
+        return Track(_vocabulary(speaker, request) if is_main else speaker.vocabulary, ids)
 
     def _prompt_ids(self, member: str, reading: _Reading) -> list[int]:
         """A member's prompt ids, encoded once. Where the request sends ids, assistants encode their text."""
@@ -255,7 +320,9 @@ class Admission:
 
     def _encode(self, speaker: Speaker, prompt: Prompt, add_special_tokens: bool, *, is_main: bool) -> list[int]:
         if isinstance(prompt, Conversation):
-            return speaker.prompts.encode_chat(prompt.messages, prompt.continue_final, prompt.tools)
+            return speaker.prompts.encode_chat(
+                prompt.messages, prompt.continue_final, prompt.tools, prompt.variables
+            )
         if isinstance(prompt, tuple):
             _check_ids("prompt", prompt, speaker.vocabulary)
             if not prompt:
@@ -283,6 +350,13 @@ def _spelt(prompt: Prompt, main: Vocabulary) -> str:
     if isinstance(prompt, Conversation):
         return ""
     return b"".join(main.text_bytes(token_id) for token_id in prompt).decode("utf-8", "replace")
+
+
+def _vocabulary(main: Speaker, request: GenerationRequest) -> Vocabulary:
+    """The vocabulary of main's answer to a request."""
+    if _tools_of(request) is not None:
+        return main.calling
+    return main.answering if isinstance(request.prompt, Conversation) else main.vocabulary
 
 
 def _tools_of(request: GenerationRequest) -> ToolUse | None:

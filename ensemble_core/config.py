@@ -25,6 +25,7 @@ from ensemble_core.council_config import COUNCIL_KINDS, CouncilConfig, RouteConf
 from ensemble_core.errors import ConfigError
 from ensemble_core.hosts import HostConfig
 from ensemble_core.limits import LimitsConfig, OverridesConfig
+from ensemble_core.reasoning_config import ReasoningConfig
 from ensemble_core.section import Section, Size, parse_size
 
 _SECRET = "api_keys"  # no message quotes the value of this field
@@ -67,6 +68,11 @@ class MemberConfig(Section):
     )
     chat_template: str | None = Field(
         None, description="Jinja text or the path of a .jinja file, used instead of the tokenizer's own template."
+    )
+    reasoning: Literal["auto", "none"] | ReasoningConfig = Field(
+        "auto",
+        description="What marks reasoning in this member's answers: {start, end}, or none. auto: as its chat "
+        "template shows, or its vocabulary.",
     )
     trust_remote_code: bool = Field(False, description="Run Python code that comes with the checkpoint.")
     host: HostConfig | None = Field(

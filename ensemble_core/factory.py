@@ -19,12 +19,13 @@ import torch
 from tqdm import tqdm
 
 from ensemble_core.admission import Admission, Speaker
-from ensemble_core.config import Config
+from ensemble_core.config import Config, MemberConfig
 from ensemble_core.council_config import RouteConfig
 from ensemble_core.councils.book import CouncilBook, check_councils
 from ensemble_core.councils.route import SCORING
 from ensemble_core.decoding.guidance import Grammars
 from ensemble_core.decoding.scheduler import Limits
+from ensemble_core.decoding.thinking import MarkTokens
 from ensemble_core.engine import Engine
 from ensemble_core.fusion.base import FusionSpace
 from ensemble_core.members.base import Member
@@ -36,6 +37,7 @@ from ensemble_core.members.remote.elsewhere import Elsewhere
 from ensemble_core.recipes import ModelInfo, RecipeBook, check_strategies, list_models
 from ensemble_core.stats import Record
 from ensemble_core.text.prompt import PromptEncoder, read_template
+from ensemble_core.text.reasoning import Marks, marks_of
 from ensemble_core.text.vocabulary import Vocabulary
 from ensemble_core.transfer.build import origin_of, recipe_of
 from ensemble_core.transfer.matrix import TransferMatrix, common_anchors
@@ -178,7 +180,27 @@ def _engine(config: Config, members: Mapping[str, Member], record: Record) -> En
 def _speaker(name: str, config: Config, member: Member, grammars: Grammars) -> Speaker:
     template = read_template(name, config.members[name].chat_template)
     prompts = PromptEncoder(name, load_tokenizer(name, config.members[name]), template)
-    return Speaker(member.vocabulary, prompts, member.max_len, grammars, member.abilities)
+    thinking = thinking_of(name, config.members[name], member.vocabulary, prompts.template)
+    return Speaker(member.vocabulary, prompts, member.max_len, grammars, member.abilities, thinking)
+
+
+def thinking_of(name: str, config: MemberConfig, vocabulary: Vocabulary, template: str) -> MarkTokens | None:
+    """How a member marks its reasoning: as configured, or as its checkpoint shows; None: it has no marks.
+
+    Raises ConfigError for marks that its tokenizer cannot spell.
+    """
+    match config.reasoning:
+        case "none":
+            return None
+        case "auto":
+            marks = marks_of(template, vocabulary.tokens)
+        case chosen:
+            marks = Marks(chosen.start, chosen.end)
+    if marks is None:
+        return None
+    tokens = MarkTokens(marks, vocabulary)
+    tokens.check(f"members.{name}.reasoning")
+    return tokens
 
 
 class _Placed(Protocol):

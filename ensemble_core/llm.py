@@ -44,9 +44,9 @@ from ensemble_core.text.tools import ToolCall, folded
 class Completion:
     """The answer to one prompt. token_ids and num_prompt_tokens are the main member's.
 
-    calls: of tools, where the prompt is a conversation that has some. dropped: members that failed while the answer
-    went on without them, with the reason. served_by, report: of a council's answer, the model that wrote it and all
-    calls of models.
+    calls: of tools, where the prompt is a conversation that has some; reasoning: what the model thought before its
+    text, where the prompt is a conversation. dropped: members that failed while the answer went on without them, with
+    the reason. served_by, report: of a council's answer, the model that wrote it and all calls of models.
     """
 
     text: str
@@ -60,6 +60,8 @@ class Completion:
     dropped: Mapping[str, Reason] = field(default_factory=dict)
     served_by: str = ""
     report: CouncilReport | None = None
+    reasoning: str = ""
+    num_reasoning_tokens: int | None = None
 
 
 class LLM:
@@ -90,6 +92,8 @@ class LLM:
         prompts = [prompts] if isinstance(prompts, str) else prompts
         if model in self._councils.book:
             asked = self._asked(prompts, params, model, overrides, watched=False)
+            for request in asked:
+                self._admission.check_council(request, sorted(self._councils.book.speakers(request.model)))
             found = self._councils.answers(asked, self._config.scheduler.max_running)
             return [_completion([each]) for each in found]
         requests = self._requests(prompts, params, model, overrides, watched=False)
@@ -228,4 +232,6 @@ def _completion(outputs: list[Output]) -> Completion:
         dropped=whole.dropped,
         served_by=whole.served_by,
         report=whole.report,
+        reasoning=whole.reasoning,
+        num_reasoning_tokens=whole.num_reasoning_tokens,
     )

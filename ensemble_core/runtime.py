@@ -132,6 +132,8 @@ class Runtime:
         """
         self._require_ready()
         if self._chamber is not None and requests and requests[0].model in self._chamber:
+            admission = self._require_ready().admission
+            admission.check_council(requests[0], sorted(self._chamber.speakers(requests[0].model)))
             return await self._chamber.submit(requests)
         return await self._submit(requests)
 

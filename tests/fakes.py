@@ -6,6 +6,7 @@ from collections import abc
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
+import jinja2
 import torch
 
 from ensemble_core.admission import Admission, Speaker
@@ -19,7 +20,7 @@ from ensemble_core.decoding.sampling_params import SamplingParams
 from ensemble_core.decoding.scheduler import Limits
 from ensemble_core.decoding.sequence import Sequence
 from ensemble_core.engine import Engine
-from ensemble_core.factory import Loaded
+from ensemble_core.factory import Loaded, thinking_of
 from ensemble_core.fusion.base import Fusion, FusionSpace
 from ensemble_core.fusion.relative import RelativeFusion, RelativeOptions
 from ensemble_core.members.base import Member
@@ -178,6 +179,13 @@ class FakeTokenizer:
     def __call__(self, text: str, **_: object) -> dict[str, list[int]]:
         return {"input_ids": self._vocabulary.encode(text)}
 
+    def apply_chat_template(
+        self, messages: list[dict[str, Any]], *, chat_template: str | None, tokenize: bool, **variables: Any
+    ) -> str:
+        """The text alone, as `tokenize=False` gives it."""
+        assert not tokenize
+        return jinja2.Template(chat_template or self.chat_template or "").render(messages=messages, **variables)
+
 
 def fake_config(members: abc.Sequence[str] = ("alpha", "beta"), **sections: Any) -> Config:
     """A configuration of fake members; an ensemble `duo` of the first two, and what `sections` say."""
@@ -187,6 +195,13 @@ def fake_config(members: abc.Sequence[str] = ("alpha", "beta"), **sections: Any)
         "ensembles": {"duo": duo} if len(members) > 1 else {},
     }
     return Config.model_validate(raw | sections)
+
+
+def _speaker(name: str, config: Config, member: FakeMember) -> Speaker:
+    own, vocabulary = config.members[name], member.vocabulary
+    prompts = PromptEncoder(name, FakeTokenizer(vocabulary), own.chat_template)
+    thinking = thinking_of(name, own, vocabulary, prompts.template)
+    return Speaker(vocabulary, prompts, member.max_len, Grammars(vocabulary), member.abilities, thinking)
 
 
 def fake_loaded(config: Config, members: Mapping[str, FakeMember], record: Record = discard) -> Loaded:
@@ -203,15 +218,6 @@ def fake_loaded(config: Config, members: Mapping[str, FakeMember], record: Recor
         member_timeout=scheduler.member_timeout,
     )
     book = RecipeBook(config, lambda names, _: space_of([members[name] for name in names]))
-    speakers = {
-        name: Speaker(
-            m.vocabulary,
-            PromptEncoder(name, FakeTokenizer(m.vocabulary)),
-            m.max_len,
-            Grammars(m.vocabulary),
-            m.abilities,
-        )
-        for name, m in members.items()
-    }
+    speakers = {name: _speaker(name, config, member) for name, member in members.items()}
     max_len = {name: member.max_len for name, member in members.items()}
     return Loaded(engine, Admission(book, speakers), list_models(config, max_len), CouncilBook(config))

@@ -171,6 +171,7 @@ def drafting(params: SamplingParams) -> SamplingParams:
 
 _SAMPLING = (
     "repetition_penalty",
+    "thinking_token_budget",
     "presence_penalty",
     "frequency_penalty",
     "bad_words",

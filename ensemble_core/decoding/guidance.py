@@ -151,10 +151,14 @@ def _is_worn(found: _Compiled | str) -> bool:
 
 
 class Constraint:
-    """The position of one sequence in its grammar. Once the grammar has failed, methods raise ConstraintError.
+    """The position of one sequence in its grammar: a `Guide`. Once the grammar has failed, methods raise
+    ConstraintError.
 
     Where the lexer that it shares has reached its bound, it goes on with a lexer of its own, as if it had been alone.
     """
+
+    binds = chooses = True
+    forced: int | None = None
 
     def __init__(self, origin: _Compiled, tokenizer: LLTokenizer, vocabulary: Vocabulary, form: TextForm) -> None:
         self._origin, self._tokenizer, self._vocabulary, self._form = origin, tokenizer, vocabulary, form

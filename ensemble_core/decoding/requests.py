@@ -14,6 +14,7 @@ from ensemble_core.config import DEFAULT_TAU
 from ensemble_core.decoding.sampling_params import SamplingParams
 from ensemble_core.stats import Reason
 from ensemble_core.text.tools import CallPiece, Message, ToolUse, merged
+from ensemble_core.text.variables import TemplateVariables
 from ensemble_core.text.vocabulary import readable
 
 FinishReason = Literal["stop", "length", "tool_calls", "abort", "error"]
@@ -55,13 +56,15 @@ class Overrides:
 class Conversation:
     """Messages for each member's own chat template.
 
-    messages: role and content, and what belongs to calls of tools. continue_final: the answer continues the last
-    message; otherwise the template opens a new turn of the assistant. tools: what the answer may call.
+    messages: role and content, and what belongs to calls of tools and to reasoning. continue_final: the answer
+    continues the last message; otherwise the template opens a new turn of the assistant. tools: what the answer may
+    call. variables: for the templates.
     """
 
     messages: tuple[Message, ...]
     continue_final: bool = False
     tools: ToolUse | None = None
+    variables: TemplateVariables = field(default_factory=TemplateVariables)
 
 
 Prompt = str | tuple[int, ...] | Conversation  # ids are the main member's, taken as they are
@@ -171,6 +174,7 @@ class CallReport:
     completion_tokens: int
     seconds: float
     outcome: str
+    reasoning_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,11 +189,12 @@ class CouncilReport:
 class Output:
     """One step's news of one request. The last output has a `finish_reason`.
 
-    text: whole characters, without stop strings unless they were asked for; may be empty. calls: news of calls of
-    tools, which are no part of the text. token_ids, logprobs, traces: for main's tokens since the last output
-    (logprobs and traces only on request). prompt_logprobs: with echo and logprobs, only in the first output. num_*:
-    main's tokens so far. dropped: members that this request has lost for good, and why. served_by: the model whose
-    text this is, where a council answers; report: of the council, in the last output.
+    text: whole characters, without stop strings unless they were asked for; may be empty. reasoning: what the
+    model thinks before its text; calls: news of calls of tools; neither is part of the text. token_ids, logprobs,
+    traces: for main's tokens since the last output (logprobs and traces only on request). prompt_logprobs: with
+    echo and logprobs, only in the first output. num_*: main's tokens so far; num_reasoning_tokens: None where
+    this model's answers have no reasoning. dropped: members that this request has lost for good, and why.
+    served_by: the model whose text this is, where a council answers; report: of the council, in the last output.
     """
 
     text: str
@@ -207,6 +212,8 @@ class Output:
     num_cached_tokens: int = 0  # prompt tokens that main had cached at the start
     dropped: Mapping[str, Reason] = field(default_factory=dict)
     calls: tuple[CallPiece, ...] = ()
+    reasoning: str = ""
+    num_reasoning_tokens: int | None = None
     served_by: str = ""
     report: CouncilReport | None = None
 
@@ -216,6 +223,7 @@ def join(outputs: Sequence[Output]) -> Output:
     return replace(
         outputs[-1],
         text="".join(each.text for each in outputs),
+        reasoning="".join(each.reasoning for each in outputs),
         token_ids=tuple(chain.from_iterable(each.token_ids for each in outputs)),
         logprobs=tuple(chain.from_iterable(each.logprobs for each in outputs)),
         traces=tuple(chain.from_iterable(each.traces for each in outputs)),

@@ -23,7 +23,7 @@ class SamplingParams:
     temperature: 0 is greedy. top_k: 0 is off. logprobs: number of alternatives to report per token, from the fused
     distribution before penalties, bias and temperature; None: no log-probabilities. echo: also report the prompt
     (with logprobs: its teacher-forced fused log-probabilities); only then may max_tokens be 0. form: what the
-    text must be; None: free text.
+    text must be; None: free text. thinking_token_budget: tokens of reasoning; None or -1: any number.
     """
 
     max_tokens: int = declared("integer", 16, "maximum number of tokens of each choice", 5, low=1)
@@ -47,6 +47,9 @@ class SamplingParams:
     )
     echo: bool = declared("boolean", False, "the prompt comes first in `text`, and in `logprobs`", True)
     form: TextForm | None = declared("form", None, "what the text must be", None)  # noqa: RUF009, as the others
+    thinking_token_budget: int | None = declared(
+        "integer", None, "after so many tokens of reasoning its end marker is forced; -1: no bound", 5, low=-1
+    )
     repetition_penalty: float = declared(
         "number", 1.0, "over 1 makes tokens of prompt and completion less likely", 1.2, low=0.01, high=10
     )
@@ -84,6 +87,11 @@ class SamplingParams:
                 parameter.check(name, getattr(self, name))
         PARAMETERS["max_tokens"].check("max_tokens", self.max_tokens, low=0 if self.echo else None)
         PARAMETERS["min_tokens"].check("min_tokens", self.min_tokens, high=self.max_tokens)
+
+    @property
+    def budget(self) -> int | None:
+        """Tokens of reasoning; None: any number."""
+        return None if self.thinking_token_budget == -1 else self.thinking_token_budget
 
     @property
     def greedy(self) -> bool:

@@ -22,12 +22,13 @@ from ensemble_core.decoding.recipe import Recipe
 from ensemble_core.decoding.requests import FinishReason, GenerationRequest, Output, TokenLogprob, Trace
 from ensemble_core.stats import Reason
 from ensemble_core.text.alignment import Track
-from ensemble_core.text.calls import shown_text
 from ensemble_core.text.detokenizer import Detokenizer
 from ensemble_core.text.lookup import Lookup
+from ensemble_core.text.reasoning import ReasoningReader
+from ensemble_core.text.shown import shown_text
 
 if TYPE_CHECKING:
-    from ensemble_core.decoding.guidance import Constraint
+    from ensemble_core.decoding.guide import Guide
     from ensemble_core.decoding.perplexity import PromptLikelihood
     from ensemble_core.decoding.scoring import PromptScores
     from ensemble_core.text.call_forms import CallForm
@@ -91,14 +92,15 @@ class Phase(Enum):
 class Sequence:
     """One request in flight.
 
-    prompt_text: the prompt's text, for echo and for the offsets of a scored prompt. constraint: its position in its
-    grammar. call_form: of the calls that its text may have. bans: tokens that it must not write. scores:
-    log-probabilities of the prompt, if they are asked for. likelihood: of the prompt in every member, if the weights
-    depend on it. dropped: members that it has lost; recipe and tracks no longer hold them. num_reused: prompt tokens
-    that main had cached at the start. drafted: the tokens at the end of main's track that are not final; no client
-    has seen them. habits: what its mode has learnt of its drafts; guess_habits: of guesses. lookup: of main's final
-    tokens. cramped: an assistant has no room for a draft of more than one token. ends: what its mode wants to
-    remember of the end of the final text. ahead: what an assistant has drafted behind.
+    prompt_text: the prompt's text, for echo and for the offsets of a scored prompt. constraint: what says which
+    tokens may come next. call_form: of the calls that its text may have. reasoning: splits its text, where its
+    model may reason. bans: tokens that it must not write. scores: log-probabilities of the prompt, if they are
+    asked for. likelihood: of the prompt in every member, if the weights depend on it. dropped: members that it
+    has lost; recipe and tracks no longer hold them. num_reused: prompt tokens that main had cached at the start.
+    drafted: the tokens at the end of main's track that are not final; no client has seen them. habits: what its
+    mode has learnt of its drafts; guess_habits: of guesses. lookup: of main's final tokens. cramped: an assistant
+    has no room for a draft of more than one token. ends: what its mode wants to remember of the end of the final
+    text. ahead: what an assistant has drafted behind.
     """
 
     seq_id: int
@@ -106,8 +108,9 @@ class Sequence:
     recipe: Recipe
     tracks: dict[str, Track]  # main first
     prompt_text: str = ""
-    constraint: Constraint | None = None
+    constraint: Guide | None = None
     call_form: CallForm | None = None
+    reasoning: ReasoningReader | None = None
     bans: Bans | None = None
     scores: PromptScores | None = None
     likelihood: PromptLikelihood | None = None
@@ -147,7 +150,8 @@ class Sequence:
         self.pinned = params.pinned_ids
         self.num_extra = len(self.pinned) + (0 if self.bans is None else self.bans.most)
         self.counts = TokenCounts(self.main)
-        self.shown = shown_text(self.call_form, params.stop, include_stop=params.include_stop_str_in_output)
+        keeps, exact = params.include_stop_str_in_output, params.form is not None
+        self.shown = shown_text(params.stop, keeps, self.call_form, self.reasoning, exact)
         self.spelt = self.shown if params.skip_special_tokens else Detokenizer()
 
     @property
@@ -195,7 +199,8 @@ class Sequence:
         """Whether what may come next depends on every token before, so that nothing can be drafted ahead."""
         params = self.request.params
         early = self.num_completion_tokens < params.min_tokens
-        return early or params.looks_back or self.constraint is not None
+        bound = self.constraint is not None and self.constraint.binds
+        return early or params.looks_back or bound
 
     @property
     def scoring(self) -> bool:
@@ -319,6 +324,8 @@ class Sequence:
             num_cached_tokens=self.num_reused,
             dropped=dict(self.dropped),
             calls=self.shown.take_calls(),
+            reasoning=self.shown.take_reasoning(),
+            num_reasoning_tokens=self.shown.num_reasoning,
         )
 
     def finish(self, reason: FinishReason, stop: str | int | None = None, error: str | None = None) -> None:

@@ -67,6 +67,11 @@ def _forbids(sequence: Sequence, mask: Tensor | None) -> bool:
     return mask is not None or sequence.bans is not None or _bans_stops(sequence)
 
 
+def _is_forced(sequence: Sequence) -> bool:
+    """True where one token alone may come, which no ban can forbid."""
+    return sequence.constraint is not None and sequence.constraint.forced is not None
+
+
 def _bans_stops(sequence: Sequence) -> bool:
     """True before min_tokens, while tokens that would end the text are banned."""
     return sequence.num_completion_tokens < sequence.request.params.min_tokens
@@ -102,7 +107,7 @@ def _closed(ids: Ids, sequences: abc.Sequence[Sequence], masks: abc.Sequence[Ten
     for row, (sequence, mask) in enumerate(zip(sequences, masks, strict=True)):
         if mask is not None:
             closed[row] = ~mask.numpy()[ids[row]]
-        if sequence.bans is not None:
+        if sequence.bans is not None and not _is_forced(sequence):
             closed[row] |= sequence.bans.of(ids[row], sequence.main.completion_ids)
     return closed
 

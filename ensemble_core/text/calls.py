@@ -1,18 +1,18 @@
 """Calls in a text that grows: what a client sees of it, as content and as pieces of calls.
 
 Invariant: what comes out joins to the same content and calls, whatever the pieces that the text came in. Text that
-may become the marker of a call is held back, with the white space before it, which belongs to the call's layout. Stop
-strings end content and never a call. Knows a form, no vocabularies.
+may become the marker of a call is held back, with the white space before it, which belongs to the call's layout.
+Knows a form, no vocabularies.
 """
 
 from __future__ import annotations
 
 import uuid
-from collections.abc import Generator, Sequence
+from collections.abc import Generator
 from itertools import count
 
 from ensemble_core.text.call_forms import CallForm
-from ensemble_core.text.detokenizer import Detokenizer
+from ensemble_core.text.markers import shown_before
 from ensemble_core.text.tools import CallPiece, merged
 
 _Reading = Generator[None, str]  # takes one character at a time
@@ -69,9 +69,7 @@ class CallReader:
         opening = self._form.opening
         if self._form.at_start:
             return 0 if self._fresh and opening.startswith(text) else len(text)
-        longest = min(len(opening) - 1, len(text))
-        kept = next((size for size in range(longest, 0, -1) if text.endswith(opening[:size])), 0)
-        return len(text[: len(text) - kept].rstrip())
+        return shown_before(text, opening)
 
     def _calls(self) -> _Reading:
         form = self._form
@@ -113,55 +111,3 @@ def _until(text: str) -> Generator[None, str, str]:
     while (char := (yield)) != text[0]:
         found += char
     return found
-
-
-class CallText(Detokenizer):
-    """A text with calls: `feed` and `flush` return its content, `take_calls` the pieces of its calls.
-
-    text, stop: of the content.
-    """
-
-    def __init__(self, form: CallForm, stops: Sequence[str] = (), *, include_stop: bool = False) -> None:
-        super().__init__(stops, include_stop=include_stop)
-        self._whole = Detokenizer()  # content, markers and calls
-        self._reader = CallReader(form)
-        self._pieces: list[CallPiece] = []
-
-    @property
-    def mid_character(self) -> bool:
-        """True while the last character is incomplete."""
-        return self._whole.mid_character
-
-    def foresee(self, data: bytes) -> tuple[str, bool]:
-        """See `Detokenizer.foresee`; here of the text with its calls."""
-        return self._whole.foresee(data)
-
-    def feed(self, data: bytes, *, armed: bool = True) -> str:
-        """Take in bytes; the content that can be shown now. armed: see `Detokenizer.feed`."""
-        return self._show(self._whole.feed(data), armed)
-
-    def flush(self) -> str:
-        """The end: all content that was held back."""
-        shown = self._show(self._whole.flush(), True)
-        return shown + super().feed(self._reader.end().encode()) + super().flush()
-
-    def take_calls(self) -> tuple[CallPiece, ...]:
-        """The pieces of calls since the last time."""
-        pieces, self._pieces = self._pieces, []
-        return tuple(merged(pieces))
-
-    def _show(self, text: str, armed: bool) -> str:
-        content, pieces = self._reader.feed(text)
-        shown = super().feed(content.encode(), armed=armed)
-        if self._reader.in_calls and self.stop is None:
-            shown += self.release()
-            self._pieces += pieces
-            self.called = self.called or bool(pieces)
-        return shown
-
-
-def shown_text(form: CallForm | None, stops: Sequence[str], *, include_stop: bool) -> Detokenizer:
-    """What a client sees of an answer; form: of the calls that it may have."""
-    if form is None:
-        return Detokenizer(stops, include_stop=include_stop)
-    return CallText(form, stops, include_stop=include_stop)

@@ -19,7 +19,7 @@ class Detokenizer:
     """One sequence's text so far.
 
     text: all whole characters so far, held-back ones included; cut before a stop string once one is found.
-    stop: the stop string that ended the text, if one did. called: calls of tools have begun (`calls.CallText`).
+    stop: the stop string that ended the text, if one did. called: calls of tools have begun (`shown.AnswerText`).
     """
 
     called = False
@@ -37,6 +37,11 @@ class Detokenizer:
     def mid_character(self) -> bool:
         """True while the last character is incomplete."""
         return bool(self._decoder.getstate()[0])
+
+    @property
+    def num_reasoning(self) -> int | None:
+        """Tokens of reasoning so far; None: a text alone can have none."""
+        return None
 
     def foresee(self, data: bytes) -> tuple[str, bool]:
         """What the text would be with `data` behind it, in whole characters; and whether it would end within one."""
@@ -61,6 +66,10 @@ class Detokenizer:
     def take_calls(self) -> tuple[CallPiece, ...]:
         """News of calls since the last time; a text alone has none."""
         return ()
+
+    def take_reasoning(self) -> str:
+        """Reasoning since the last time; a text alone has none."""
+        return ""
 
     def release(self) -> str:
         """Everything held back, which the text that follows does not continue: no stop string ends in both."""

@@ -53,7 +53,8 @@ def _plain(message: Message) -> dict[str, Any]:
         functions = [call["function"] for call in calls]
         written = PLAIN.write([(each["name"], each["arguments"]) for each in functions])
         content = f"{content}\n{written}" if content else written
-    return {"role": message["role"], "content": content}
+    kept = {name: message[name] for name in ("reasoning", "reasoning_content") if name in message}
+    return {"role": message["role"], "content": content, **kept}
 
 
 def _introduced(turns: list[dict[str, Any]], words: str, system: bool) -> list[dict[str, Any]]:

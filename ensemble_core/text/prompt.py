@@ -19,6 +19,7 @@ from ensemble_core.errors import ConfigError, InvalidRequestError
 from ensemble_core.text.call_forms import PLAIN, CallForm, form_in
 from ensemble_core.text.plain_tools import plain_messages
 from ensemble_core.text.tools import Message, Tool, ToolUse
+from ensemble_core.text.variables import TemplateVariables
 
 # A conversation that shows what a template makes of tools: each text must come through.
 _TRIED = Tool(
@@ -41,6 +42,7 @@ _TRIAL: tuple[Message, ...] = (
     },
     {"role": "tool", "content": _TRIED_RESULT, "tool_call_id": "tried", "name": _TRIED.name},
 )
+_NOTHING = TemplateVariables()
 _SYSTEM: tuple[Message, ...] = ({"role": "system", "content": "a"}, {"role": "user", "content": "b"})
 
 
@@ -61,13 +63,17 @@ class PromptEncoder:
         return self._required(ids, "prompt")
 
     def encode_chat(
-        self, messages: Sequence[Message], continue_final: bool = False, tools: ToolUse | None = None
+        self,
+        messages: Sequence[Message],
+        continue_final: bool = False,
+        tools: ToolUse | None = None,
+        variables: TemplateVariables = _NOTHING,
     ) -> list[int]:
         """Ids of a conversation through the template.
 
         continue_final: the last message is left open, to be gone on with; otherwise the assistant's turn is opened.
-        Without a template, roles become plain lines (`user: ...`). Raises InvalidRequestError for what the
-        template refuses.
+        variables: for the template. Without one, roles become plain lines (`user: ...`). Raises InvalidRequestError
+        for what the template refuses.
         """
         has_tools = tools is not None or any(m.get("tool_calls") or m.get("role") == "tool" for m in messages)
         if has_tools:
@@ -79,13 +85,21 @@ class PromptEncoder:
         if not self._has_template:
             return self.encode(plain_chat(messages, continue_final))
         try:
-            text = self._rendered(messages, continue_final, tools)
+            text = self._rendered(messages, continue_final, tools, variables)
         except (jinja2.TemplateError, ValueError) as error:
-            raise InvalidRequestError(
-                f"messages: the chat template of member {self._member!r} refuses them: {error}", "messages"
-            ) from error
+            raise self._refused("messages", error) from error
+        except Exception as error:  # variables of any type may make a template fail in any way
+            if not variables.values:
+                raise
+            raise self._refused("chat_template_kwargs", error) from error
         ids = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         return self._required(ids, "messages")
+
+    @property
+    def template(self) -> str:
+        """The text of the chat template; empty: there is none."""
+        found = self._template or self._tokenizer.chat_template or ""
+        return found if isinstance(found, str) else "\n".join(map(str, found.values()))
 
     @property
     def call_form(self) -> CallForm:
@@ -119,7 +133,13 @@ class PromptEncoder:
             return False
         return True
 
-    def _rendered(self, messages: Sequence[Message], continue_final: bool, tools: ToolUse | None) -> str:
+    def _rendered(
+        self,
+        messages: Sequence[Message],
+        continue_final: bool,
+        tools: ToolUse | None,
+        variables: TemplateVariables = _NOTHING,
+    ) -> str:
         text: str = self._tokenizer.apply_chat_template(
             [dict(message) for message in messages],
             tools=None if tools is None else [tool.described() for tool in tools.tools],
@@ -127,8 +147,14 @@ class PromptEncoder:
             tokenize=False,
             add_generation_prompt=not continue_final,
             continue_final_message=continue_final,
+            **variables.of(self.template),
         )
         return text
+
+    def _refused(self, param: str, error: Exception) -> InvalidRequestError:
+        return InvalidRequestError(
+            f"{param}: the chat template of member {self._member!r} refuses them: {error}", param
+        )
 
     def _required(self, ids: list[int], param: str) -> list[int]:
         if not ids:

@@ -15,7 +15,8 @@ from typing import Any, Literal
 from ensemble_core.errors import InvalidRequestError, quoted
 
 Message = Mapping[str, Any]
-"""A message as templates take it: role, content; an assistant's `tool_calls`; a tool's `tool_call_id` and `name`."""
+"""A message as templates take it: role, content; an assistant's `tool_calls`, `reasoning` and `reasoning_content`; a
+tool's `tool_call_id` and `name`."""
 
 NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
 NO_PARAMETERS = '{"type": "object", "properties": {}}'

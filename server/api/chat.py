@@ -9,6 +9,7 @@ from ensemble_core.decoding.requests import Alternative, Conversation, Output, T
 from ensemble_core.decoding.sampling_params import PARAMETERS, SamplingParams
 from ensemble_core.errors import InvalidRequestError
 from ensemble_core.text.tools import CallPiece, folded
+from ensemble_core.text.variables import TemplateVariables
 from server.api.jobs import ChoiceJob, end_of, finite, trace_steps
 from server.api.tickets import Ticket, check_count, make_ticket, sampling_params
 from server.api.words import named
@@ -40,7 +41,8 @@ def conversation(body: ChatRequest) -> Conversation:
     """The messages in the engine's form. Raises InvalidRequestError."""
     opens_turn = body.add_generation_prompt is not False
     tools = to_tool_use(body.tools or (), body.tool_choice, body.parallel_tool_calls is not False)
-    return to_conversation(body.messages, bool(body.continue_final_message), opens_turn, tools)
+    variables = TemplateVariables(body.chat_template_kwargs or {}, body.reasoning_effort)
+    return to_conversation(body.messages, bool(body.continue_final_message), opens_turn, tools, variables)
 
 
 def length_limit(body: ChatRequest) -> int | None:
@@ -73,7 +75,12 @@ def plan(body: ChatRequest, prompt: Conversation, max_tokens: int, max_choices: 
 
 
 def _params(body: ChatRequest, max_tokens: int) -> SamplingParams:
-    return sampling_params(body, max_tokens=max_tokens, logprobs=_num_logprobs(body))
+    return sampling_params(
+        body,
+        max_tokens=max_tokens,
+        logprobs=_num_logprobs(body),
+        thinking_token_budget=body.thinking_token_budget,
+    )
 
 
 def _num_logprobs(body: ChatRequest) -> int | None:
@@ -91,12 +98,13 @@ class ChatJob(ChoiceJob):
         super().__init__(ticket, bool(body.return_token_ids))
         self._num_top = (body.top_logprobs or 0) if body.logprobs else None
         self._sends_trace = bool(body.ensemble and body.ensemble.trace)
+        self._sends_reasoning = body.include_reasoning is not False
 
     def piece(self, index: int, output: Output, *, first: bool) -> ChatChunk:
         """A chunk with one choice; the first chunk of each choice has the role."""
         piece = ChatPiece(
             index=index,
-            delta=to_delta(output, first=first),
+            delta=to_delta(output, first=first, reasoning=self._sends_reasoning),
             logprobs=self._logprobs(output),
             finish_reason=end_of(output),
             stop_reason=output.stop_reason,
@@ -138,13 +146,16 @@ class ChatJob(ChoiceJob):
     def _choice(self, index: int, output: Output) -> ChatChoice:
         choice = ChatChoice(
             index=index,
-            message=to_message(output),
+            message=to_message(output, reasoning=self._sends_reasoning),
             logprobs=self._logprobs(output),
             finish_reason=end_of(output),
             stop_reason=output.stop_reason,
         )
         self._extend(choice, output)
         return choice
+
+    def _says_something(self, output: Output) -> bool:
+        return super()._says_something(output) or bool(self._sends_reasoning and output.reasoning)
 
     def _extend(self, choice: ChatChoice | ChatPiece, output: Output) -> None:
         """Add the fields that are sent only on request."""
@@ -161,10 +172,12 @@ class ChatJob(ChoiceJob):
         return ChatLogprobs(content=[to_chat_token(token, self._num_top) for token in output.logprobs])
 
 
-def to_delta(output: Output, *, first: bool) -> Delta:
-    """The news of one output: text, or pieces of calls, or both. first: of the choice, which says the role."""
+def to_delta(output: Output, *, first: bool, reasoning: bool = True) -> Delta:
+    """The news of one output: reasoning, text, pieces of calls. first: of the choice, which says the role."""
     delta = Delta(role="assistant") if first else Delta()
-    if output.text or not output.calls:
+    if reasoning and output.reasoning:
+        delta.reasoning = delta.reasoning_content = output.reasoning
+    if output.text or not (output.calls or (reasoning and output.reasoning)):
         delta.content = output.text
     if output.calls:
         delta.tool_calls = [_call_delta(piece) for piece in output.calls]
@@ -178,10 +191,13 @@ def _call_delta(piece: CallPiece) -> ToolCallDelta:
     return ToolCallDelta(index=piece.index, id=piece.call_id, type="function", function=function)
 
 
-def to_message(output: Output) -> AssistantMessage:
+def to_message(output: Output, *, reasoning: bool = True) -> AssistantMessage:
     """The whole answer of one choice."""
     calls = folded(output.calls)
-    message = AssistantMessage(role="assistant", content=output.text if output.text or not calls else None)
+    is_text = output.text or not (calls or output.reasoning)
+    message = AssistantMessage(role="assistant", content=output.text if is_text else None)
+    if reasoning and output.reasoning:
+        message.reasoning = message.reasoning_content = output.reasoning
     if calls:
         message.tool_calls = [
             ToolCallReply(

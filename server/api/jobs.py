@@ -23,6 +23,7 @@ from server.api.tickets import Ticket
 from server.edge.errors import RequestFailedError
 from server.schema.replies import (
     CallUsage,
+    CompletionTokensDetails,
     PromptTokensDetails,
     Reply,
     TracedDraft,
@@ -50,6 +51,7 @@ class Tally:
     prompts: dict[int, int] = field(default_factory=dict)
     completions: dict[int, int] = field(default_factory=dict)
     cached: dict[int, int] = field(default_factory=dict)
+    reasoning: dict[int, int] = field(default_factory=dict)  # of choices whose model may reason
     dropped: dict[str, str] = field(default_factory=dict)
     reasons: dict[int, str] = field(default_factory=dict)
     first: float | None = None
@@ -66,6 +68,8 @@ class Tally:
         self.prompts[prompt] = output.num_prompt_tokens
         self.completions[index] = output.num_completion_tokens
         self.cached[prompt] = min(output.num_cached_tokens, self.cached.get(prompt, output.num_cached_tokens))
+        if output.num_reasoning_tokens is not None:
+            self.reasoning[index] = output.num_reasoning_tokens
         self.dropped |= output.dropped
         if output.served_by:
             self.served_by[index] = output.served_by
@@ -80,18 +84,21 @@ class Tally:
     def usage(self) -> Usage:
         """The counts in the API's form."""
         prompt, completion = sum(self.prompts.values()), sum(self.completions.values())
-        cached = sum(self.cached.values())
+        cached, reasoning = sum(self.cached.values()), sum(self.reasoning.values())
         calls = [(index, call) for index, report in sorted(self.reports.items()) for call in report.calls]
         if calls:
             prompt = sum(call.prompt_tokens for _, call in calls)
             completion = sum(call.completion_tokens for _, call in calls)
             cached = sum(call.cached_tokens for _, call in calls)
+            reasoning = sum(call.reasoning_tokens for _, call in calls)
         usage = Usage(
             prompt_tokens=prompt,
             completion_tokens=completion,
             total_tokens=prompt + completion,
             prompt_tokens_details=PromptTokensDetails(cached_tokens=cached),
         )
+        if self.reasoning or reasoning:
+            usage.completion_tokens_details = CompletionTokensDetails(reasoning_tokens=reasoning)
         if calls:
             usage.calls = [CallUsage(choice=index, **asdict(call)) for index, call in calls]
         if self.dropped:

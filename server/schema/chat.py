@@ -14,7 +14,8 @@ from pydantic_core import PydanticKnownError
 from ensemble_core.decoding.requests import Conversation
 from ensemble_core.errors import InvalidRequestError, quoted
 from ensemble_core.text.tools import ToolUse
-from server.schema.json_values import Strict, text
+from ensemble_core.text.variables import Effort, TemplateVariables
+from server.schema.json_values import Strict, Text, Variables, text
 from server.schema.replies import Reply, TraceStep
 from server.schema.sampling import SamplingFields, parameter
 from server.schema.tools import (
@@ -29,6 +30,7 @@ from server.schema.unsupported import CHAT_IGNORED, CHAT_REFUSED, Ignored, Refus
 
 # Fields of a message that would change the answer; null and empty lists are neutral.
 _MESSAGE_UNSUPPORTED = ("audio", "function_call")
+_REASONING = ("reasoning", "reasoning_content")  # two names of one thing
 _MISSING: Final = object()  # content that was not sent
 
 
@@ -40,8 +42,8 @@ class TextPart(BaseModel):
 
 
 def _content(value: object, info: ValidationInfo) -> str:
-    """Text as it is, or text parts joined by line breaks. Only calls can stand without."""
-    if value is None and info.data.get("tool_calls"):
+    """Text as it is, or text parts joined by line breaks. Only calls and reasoning can stand without."""
+    if value is None and any(info.data.get(name) for name in ("tool_calls", *_REASONING)):
         return ""
     if value is _MISSING:
         raise PydanticKnownError("missing")
@@ -82,10 +84,15 @@ class Message(Strict):
     tool_call_id: Annotated[
         str | None, PlainValidator(_call_id, json_schema_input_type=str | None), Field(validate_default=True)
     ] = Field(None, description="Of a message of role tool: the earlier call that it answers.")
+    reasoning: Text | None = Field(
+        None, description="What an assistant thought in an earlier turn; for templates that read it."
+    )
+    reasoning_content: Text | None = Field(None, description="Another name of `reasoning`.")
     content: Annotated[str, PlainValidator(_content, json_schema_input_type=str | list[TextPart] | None)] = Field(
         default_factory=lambda: cast(str, _MISSING),
         validate_default=True,
-        description="Text, or text parts; parts are joined by line breaks. May be null beside `tool_calls`.",
+        description="Text, or text parts; parts are joined by line breaks. May be null beside `tool_calls` and "
+        "`reasoning`.",
     )
     name: str | None = Field(None, description="Accepted; changes nothing.")
 
@@ -103,8 +110,17 @@ class Message(Strict):
             raise ValueError("tool_calls are of messages of role assistant alone; leave them out")
         return self
 
+    @model_validator(mode="after")
+    def _reasoning_of_assistants(self) -> Message:
+        given = {name: value for name in _REASONING if (value := getattr(self, name))}
+        if given and self.role != "assistant":
+            raise ValueError(f"{next(iter(given))} is of messages of role assistant alone; leave it out")
+        if len(set(given.values())) > 1:
+            raise ValueError("reasoning and reasoning_content are two names of one thing; send one of them")
+        return self
+
     def flat(self) -> dict[str, Any]:
-        """Role, text and what belongs to calls, in the form that templates take."""
+        """Role, text and what belongs to calls and to reasoning, in the form that templates take."""
         flat: dict[str, Any] = {
             "role": "system" if self.role == "developer" else self.role,
             "content": self.content,
@@ -113,11 +129,17 @@ class Message(Strict):
             flat["tool_calls"] = [call.model_dump() for call in self.tool_calls]
         if self.tool_call_id is not None:
             flat["tool_call_id"] = self.tool_call_id
+        if thought := self.reasoning or self.reasoning_content:
+            flat |= dict.fromkeys(_REASONING, thought)
         return flat
 
 
 def to_conversation(
-    messages: list[Message], goes_on: bool, opens_turn: bool, tools: ToolUse | None = None
+    messages: list[Message],
+    goes_on: bool,
+    opens_turn: bool,
+    tools: ToolUse | None = None,
+    variables: TemplateVariables | None = None,
 ) -> Conversation:
     """Messages in the engine's form: continue the last message, or let the templates open the assistant's turn.
 
@@ -139,7 +161,7 @@ def to_conversation(
             "continue_final_message: the last message ends with tool_calls, which nothing continues; leave it out",
             "continue_final_message",
         )
-    return Conversation(tuple(_flattened(messages)), goes_on, tools)
+    return Conversation(tuple(_flattened(messages)), goes_on, tools, variables or TemplateVariables())
 
 
 def _flattened(messages: list[Message]) -> Iterator[dict[str, Any]]:
@@ -172,8 +194,8 @@ class ChatRequest(SamplingFields):
     messages: list[Message] = Field(
         min_length=1,
         fail_fast=True,
-        description="text or a list of text parts; an assistant's `tool_calls` and their results (role `tool`); "
-        "other parts, `audio`, `function_call`: 400; `name` changes nothing",
+        description="text or a list of text parts; an assistant's `tool_calls` and their results (role `tool`), its "
+        "`reasoning` or `reasoning_content`; other parts, `audio`, `function_call`: 400; `name` changes nothing",
         examples=[[{"role": "user", "content": [{"type": "text", "text": "Bye!"}]}]],
     )
     max_completion_tokens: int | None = Field(
@@ -204,6 +226,24 @@ class ChatRequest(SamplingFields):
     )
     parallel_tool_calls: bool | None = Field(
         None, description="true if not sent; false: one call in an answer at most", examples=[False]
+    )
+    reasoning_effort: Effort | None = Field(
+        None,
+        description="for chat templates with a variable `reasoning_effort` or `enable_thinking` (false for `none` "
+        "and `minimal`); where no member's has one: 400, but for `none`; see [reasoning](reasoning.md)",
+        examples=["low"],
+    )
+    thinking_token_budget: int | None = parameter("thinking_token_budget")
+    include_reasoning: bool | None = Field(
+        None,
+        description="true if not sent; false: do not send reasoning, which is written all the same",
+        examples=[False],
+    )
+    chat_template_kwargs: Variables = Field(
+        None,
+        description="variables for every member's chat template; what none of them reads changes nothing; names that "
+        "steer the rendering (`tokenize`, `tools`, ...): 400",
+        examples=[{"enable_thinking": False}],
     )
     add_generation_prompt: bool | None = Field(
         None,
@@ -238,10 +278,12 @@ class ChatLogprobs(BaseModel):
 
 
 class AssistantMessage(BaseModel):
-    """The answer. Content is null where calls alone were written."""
+    """The answer. Content is null where nothing but calls or reasoning was written."""
 
     role: Literal["assistant"]
     content: str | None
+    reasoning: str | None = Field(None, description="What the model thought before; not sent without.")
+    reasoning_content: str | None = Field(None, description="The same, by another name.")
     tool_calls: list[ToolCallReply] | None = Field(None, description="Calls of tools; not sent without.")
 
 
@@ -250,6 +292,8 @@ class Delta(BaseModel):
 
     role: Literal["assistant"] | None = None
     content: str | None = None
+    reasoning: str | None = None
+    reasoning_content: str | None = None
     tool_calls: list[ToolCallDelta] | None = None
 
 

@@ -15,6 +15,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainValidator
 
 from ensemble_core.decoding.parameters import MAX_INT
 from ensemble_core.decoding.sampling_params import PARAMETERS
+from ensemble_core.text.variables import check_variables
 
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 _TOKEN_ID = re.compile(r"0|[1-9][0-9]{0,9}")
@@ -142,6 +143,10 @@ Stop: TypeAlias = Annotated[
 ]
 StopTokenIds: TypeAlias = Annotated[
     list[int] | None, PlainValidator(optional(_stop_token_ids), json_schema_input_type=list[int] | None)
+]
+Variables: TypeAlias = Annotated[
+    dict[str, Any] | None,
+    PlainValidator(optional(check_variables), json_schema_input_type=dict[str, Any] | None),
 ]
 AllowedTokenIds: TypeAlias = Annotated[
     list[int] | None, PlainValidator(optional(_allowed_token_ids), json_schema_input_type=list[int] | None)

@@ -14,6 +14,12 @@ class PromptTokensDetails(BaseModel):
     cached_tokens: int = Field(description="Found in the main member's cache of earlier prompts.")
 
 
+class CompletionTokensDetails(BaseModel):
+    """Details of `completion_tokens`."""
+
+    reasoning_tokens: int = Field(description="Of reasoning, without the markers around it.")
+
+
 class CallUsage(BaseModel):
     """One call that a council made. Tokens are the called model's."""
 
@@ -26,6 +32,7 @@ class CallUsage(BaseModel):
     cached_tokens: int
     completion_tokens: int
     seconds: float
+    reasoning_tokens: int
     outcome: str = Field(description="stop, length, or why there is no answer: failed, timeout, ended early.")
 
 
@@ -39,6 +46,9 @@ class Usage(BaseModel):
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
+    completion_tokens_details: CompletionTokensDetails | None = Field(
+        None, description="Of models that may reason; not sent for others."
+    )
     calls: list[CallUsage] | None = Field(None, description="Of a council; not sent for other models.")
     dropped_members: dict[str, str] | None = Field(
         None, description="Member -> why a choice went on without it; not sent if no member was lost."

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from ensemble_core.decoding.requests import Conversation
+from ensemble_core.text.variables import TemplateVariables
 from server.schema.chat import Message, to_conversation
-from server.schema.json_values import Strict, Text, TokenIds
+from server.schema.json_values import Strict, Text, TokenIds, Variables
 from server.schema.tools import MAX_TOOLS, FunctionTool, to_tool_use
 
 
@@ -32,6 +33,7 @@ class TokenizeRequest(_TokenizerBody):
     add_special_tokens: bool | None = Field(None, description="As in completions; true if not sent.")
     add_generation_prompt: bool | None = Field(None, description="As in chat completions.")
     continue_final_message: bool | None = Field(None, description="As in chat completions.")
+    chat_template_kwargs: Variables = Field(None, description="As in chat completions.")
     return_token_strs: bool | None = Field(None, description="Also send each token's text.")
 
     @model_validator(mode="after")
@@ -48,8 +50,9 @@ class TokenizeRequest(_TokenizerBody):
         if self.messages is None:
             return self.prompt or ""
         tools = to_tool_use(self.tools or (), None, parallel=True)
+        variables = TemplateVariables(self.chat_template_kwargs or {})
         opens_turn = self.add_generation_prompt is not False
-        return to_conversation(self.messages, bool(self.continue_final_message), opens_turn, tools)
+        return to_conversation(self.messages, bool(self.continue_final_message), opens_turn, tools, variables)
 
 
 class TokenizeReply(BaseModel):

@@ -42,14 +42,16 @@ _REFUSED: dict[str, Refused] = {
     "return_tokens_as_token_ids": Refused(True, (False,), "`return_token_ids` has them"),
     "spaces_between_special_tokens": Refused(False, (True,)),
     "repetition_detection": Refused({"max_pattern_size": 3}),
-    "thinking_token_budget": Refused(5),
+    "thinking_token_budget": Refused(5, (-1,), "chat completions have it"),
     "cache_salt": Refused("salt", why="the cache has no such isolation"),
 }
 COMPLETION_REFUSED: dict[str, Refused] = _REFUSED | {
     "suffix": Refused("the end", ("",), "members cannot fill in the middle"),
     "prompt_embeds": Refused("AAAA", why="members have different embeddings"),
 }
-CHAT_REFUSED: dict[str, Refused] = _REFUSED | {
+CHAT_REFUSED: dict[str, Refused] = {
+    name: refused for name, refused in _REFUSED.items() if name != "thinking_token_budget"
+} | {
     "functions": Refused([{"name": "f"}], ([],), "older form of `tools`"),
     "function_call": Refused({"name": "f"}, ("none", "auto"), "older form of `tool_choice`"),
     "modalities": Refused(["audio"], (["text"],)),
@@ -57,13 +59,11 @@ CHAT_REFUSED: dict[str, Refused] = _REFUSED | {
     "prediction": Refused({"type": "content"}),
     "web_search_options": Refused({}),
     "moderation": Refused({"model": "x"}),
-    "reasoning_effort": Refused("high", ("none",)),
     "verbosity": Refused("low", ("medium",)),
     "add_special_tokens": Refused(True, (False,), "templates write their own"),
     "best_of": Refused(2, (1,), "completions have it"),
     "echo": Refused(True, (False,), "completions have it"),
     "chat_template": Refused("{{ messages }}", why="templates run code: set it in the server's YAML"),
-    "chat_template_kwargs": Refused({"x": 1}, ({},)),
     "documents": Refused([{"text": "x"}], ([],)),
     "mm_processor_kwargs": Refused({"x": 1}, ({},)),
     "prompt_logprobs": Refused(1, why="completions have `echo` with `logprobs`"),
@@ -86,11 +86,12 @@ CHAT_IGNORED: dict[str, Ignored] = COMPLETION_IGNORED | {
     "prompt_cache_key": Ignored("key", "would affect speed only"),
     "prompt_cache_options": Ignored({}, "would affect speed only"),
     "prompt_cache_retention": Ignored("24h", "would affect speed only"),
-    "include_reasoning": Ignored(True, "answers have no reasoning part"),
 }
 
 _STATELESS = "nothing is stored; send the conversation as `input`"
-RESPONSE_REFUSED: dict[str, Refused] = _REFUSED | {
+RESPONSE_REFUSED: dict[str, Refused] = {
+    name: refused for name, refused in _REFUSED.items() if name != "thinking_token_budget"
+} | {
     "previous_response_id": Refused("resp_1", why=_STATELESS),
     "previous_response": Refused({"id": "resp_1"}, why=_STATELESS),
     "previous_input_messages": Refused([{"role": "user"}], ([],), _STATELESS),

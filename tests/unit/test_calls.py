@@ -18,8 +18,8 @@ from ensemble_core.decoding.guidance import Grammars
 from ensemble_core.decoding.workshop import Workshop
 from ensemble_core.errors import InvalidRequestError
 from ensemble_core.text.call_forms import FORMS, HERMES, CallForm
-from ensemble_core.text.calls import CallText
 from ensemble_core.text.detokenizer import Detokenizer
+from ensemble_core.text.shown import AnswerText
 from ensemble_core.text.tools import CallPiece, Tool, ToolCall, ToolUse, folded
 from ensemble_core.text.vocabulary import Vocabulary
 
@@ -73,7 +73,7 @@ def test_calls_are_read_as_they_were_written(form: CallForm) -> None:
     for _ in range(150):
         calls, content = some_calls(rng, form), rng.choice(contents)
         data = (content + form.write(calls)).encode()
-        whole, pieces = read(CallText(form), data), read(CallText(form), data, rng)
+        whole, pieces = read(AnswerText(calls=form), data), read(AnswerText(calls=form), data, rng)
         for shown, found in (whole, pieces):
             assert shown == content.rstrip()
             assert [(call.name, json.loads(call.arguments)) for call in found] == calls
@@ -86,30 +86,34 @@ def test_calls_are_read_as_they_were_written(form: CallForm) -> None:
 )
 def test_text_without_a_call_is_shown_as_it_is(form: CallForm, text: str) -> None:
     rng = random.Random(text)
-    assert read(CallText(form), text.encode()) == read(CallText(form), text.encode(), rng) == (text, [])
+    assert (
+        read(AnswerText(calls=form), text.encode())
+        == read(AnswerText(calls=form), text.encode(), rng)
+        == (text, [])
+    )
 
 
 def test_a_call_that_is_cut_has_the_beginning_of_its_arguments() -> None:
     whole = 'Hm. <tool_call>\n{"name": "f", "arguments": {"a": "b c"}}\n</tool_call>'
     for end in range(len(whole)):
-        content, calls = read(CallText(HERMES), whole[:end].encode())
+        content, calls = read(AnswerText(calls=HERMES), whole[:end].encode())
         assert "Hm. <tool_call".startswith(content)
         assert all(call.name == "f" and '{"a": "b c"}'.startswith(call.arguments) for call in calls)
 
 
 def test_stop_strings_end_content_and_never_a_call() -> None:
     call = HERMES.write([("f", {"a": "STOP"})])
-    text = CallText(HERMES, ("STOP", "done<to"))
+    text = AnswerText(("STOP", "done<to"), calls=HERMES)
     assert read(text, f"not yet STO{call}".encode())[0] == "not yet STO"
     assert text.stop is None
     assert text.called
-    text = CallText(HERMES, ("STOP",))
+    text = AnswerText(("STOP",), calls=HERMES)
     assert read(text, f"stopSTOP {call}".encode()) == ("stop", [])
     assert (text.stop, text.called) == ("STOP", False)
 
 
 def test_pieces_of_a_stream_begin_with_name_and_id() -> None:
-    text = CallText(HERMES)
+    text = AnswerText(calls=HERMES)
     pieces = [piece for byte in HERMES.write([("f", {"a": 1}), ("g", {})]).encode() if not text.feed(bytes([byte]))
               for piece in text.take_calls()]  # fmt: skip
     assert [(piece.index, piece.name) for piece in pieces if piece.name] == [(0, "f"), (1, "g")]
@@ -156,7 +160,7 @@ def test_whatever_is_sampled_calls_are_valid(form: CallForm, marks: tuple[str, .
         allowed = None if rank % 3 else (tools[0].name,)
         use = ToolUse(tools, "required" if rank % 4 else "auto", allowed, parallel=rank % 2 == 0)
         ids = written(grammar, use, form, words, rng)
-        content, calls = read(CallText(form), b"".join(map(shown.text_bytes, ids)), rng)
+        content, calls = read(AnswerText(calls=form), b"".join(map(shown.text_bytes, ids)), rng)
         assert use.choice == "auto" or (calls and not content)
         assert use.parallel or len(calls) <= 1
         for call in calls:

@@ -25,6 +25,7 @@ FLOORS = (
         "ensemble_core.section",
         "ensemble_core.hosts",
         "ensemble_core.council_config",
+        "ensemble_core.reasoning_config",
     ),
     ("ensemble_core.text",),
     ("ensemble_core.transfer",),
@@ -55,6 +56,7 @@ EDGE_MAY_IMPORT = {
     "ensemble_core.decoding.sampling_params",
     "ensemble_core.decoding.requests",
     "ensemble_core.text.tools",
+    "ensemble_core.text.variables",
 }
 CLI_MAY_IMPORT = EDGE_MAY_IMPORT | {
     "ensemble_core.transfer.build",
@@ -73,6 +75,9 @@ TORCHLESS = (
     "ensemble_core/decoding/forms.py",
     "ensemble_core/text/tools.py",
     "ensemble_core/text/calls.py",
+    "ensemble_core/text/reasoning.py",
+    "ensemble_core/text/shown.py",
+    "ensemble_core/text/variables.py",
     "ensemble_core/decoding/parameters.py",
     "ensemble_core/decoding/sampling_params.py",
     "ensemble_core/decoding/requests.py",
