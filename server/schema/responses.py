@@ -10,13 +10,12 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, ConfigDict, Field, PlainValidator, ValidationInfo, model_validator
-from pydantic_core import PydanticKnownError
+from pydantic import BeforeValidator, ConfigDict, Field, PlainValidator, model_validator
 
 from ensemble_core.decoding.forms import TextForm
 from ensemble_core.errors import InvalidRequestError, quoted
 from server.schema.forms import StructuredOutputs, of_outputs, of_schema, only
-from server.schema.json_values import Strict, Text, optional, text
+from server.schema.json_values import Strict, Text, of_types, optional, text
 from server.schema.response_values import (
     LOGPROBS,
     IncludeField,
@@ -58,19 +57,6 @@ def _item_type(value: object) -> str:
     return str(value)
 
 
-def _of(check: Callable[[object], Any], *types: str) -> Callable[[object, ValidationInfo], Any]:
-    """`check` for items of these types, which must have the field; others do not read it."""
-
-    def validate(value: object, info: ValidationInfo) -> Any:
-        if info.data.get("type") not in types:
-            return None
-        if value is None:
-            raise PydanticKnownError("missing")
-        return check(value)
-
-    return validate
-
-
 def _role(value: object) -> str:
     if value not in ("user", "assistant", "system", "developer"):
         raise ValueError("must be user, assistant, system or developer")
@@ -96,7 +82,7 @@ def _part(part: object) -> str:
 
 
 def _field(check: Callable[[object], Any], *types: str, sent: Any = str) -> Any:
-    return PlainValidator(_of(check, *types), json_schema_input_type=sent | None)
+    return PlainValidator(of_types(check, *types), json_schema_input_type=sent | None)
 
 
 class InputItem(Strict):
