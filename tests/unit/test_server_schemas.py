@@ -10,6 +10,8 @@ from pydantic import BaseModel, ValidationError
 from ensemble_core.errors import InvalidRequestError
 from server.schema.chat import ChatRequest
 from server.schema.completions import CompletionRequest
+from server.schema.messages import MessagesRequest
+from server.schema.responses import ResponseRequest
 from server.schema.sampling import GenerationFields
 from server.schema.tokenizers import TokenizeRequest
 
