@@ -21,10 +21,10 @@ from server.schema.sampling import SamplingFields, parameter
 from server.schema.tools import (
     MAX_TOOLS,
     EarlierCall,
-    FunctionTool,
     ToolCallDelta,
     ToolCallReply,
     ToolChoiceField,
+    Tools,
 )
 from server.schema.unsupported import CHAT_IGNORED, CHAT_REFUSED, Ignored, Refused
 
@@ -211,10 +211,8 @@ class ChatRequest(SamplingFields):
         None, description="`{content: [{token, logprob, bytes, top_logprobs}]}`", examples=[True]
     )
     top_logprobs: int | None = parameter("logprobs", "alternatives for each token; only with `logprobs`")
-    tools: list[FunctionTool] | None = Field(
+    tools: Tools = Field(
         None,
-        max_length=MAX_TOOLS,
-        fail_fast=True,
         description=f"up to {MAX_TOOLS} functions that the answer may call; see [tools](tools.md)",
         examples=[[{"type": "function", "function": {"name": "f"}}]],
     )

@@ -11,12 +11,11 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field, PlainValidator, ValidationInfo, model_validator
-from pydantic_core import PydanticKnownError
 
 from ensemble_core.decoding.forms import TextForm
 from ensemble_core.errors import InvalidRequestError, quoted
 from server.schema.forms import StructuredOutputs, of_outputs, of_schema, only
-from server.schema.json_values import Strict, Text, optional, text
+from server.schema.json_values import Strict, Text, of_types, optional, text
 from server.schema.response_values import (
     LOGPROBS,
     IncludeField,
@@ -35,6 +34,7 @@ from server.schema.tools import (
     FunctionTool,
     NamedTool,
     ToolChoice,
+    bounded_tools,
     call_arguments,
     depth,
     function_name,
@@ -58,19 +58,6 @@ def _item_type(value: object) -> str:
     return str(value)
 
 
-def _of(check: Callable[[object], Any], *types: str) -> Callable[[object, ValidationInfo], Any]:
-    """`check` for items of these types, which must have the field; others do not read it."""
-
-    def validate(value: object, info: ValidationInfo) -> Any:
-        if info.data.get("type") not in types:
-            return None
-        if value is None:
-            raise PydanticKnownError("missing")
-        return check(value)
-
-    return validate
-
-
 def _role(value: object) -> str:
     if value not in ("user", "assistant", "system", "developer"):
         raise ValueError("must be user, assistant, system or developer")
@@ -90,7 +77,7 @@ def _content_of(value: object, info: ValidationInfo) -> str | None:
     """The text of a message, which must have one, or of reasoning, which may be encrypted."""
     if info.data.get("type") == "reasoning":
         return _content(value, _THOUGHTS) if value else None
-    found: str | None = _of(_content, "message")(value, info)
+    found: str | None = of_types(_content, "message")(value, info)
     return found
 
 
@@ -104,7 +91,7 @@ def _part(part: object, parts: Mapping[str, str]) -> str:
 
 
 def _field(check: Callable[[object], Any], *types: str, sent: Any = str) -> Any:
-    return PlainValidator(_of(check, *types), json_schema_input_type=sent | None)
+    return PlainValidator(of_types(check, *types), json_schema_input_type=sent | None)
 
 
 class InputItem(Strict):
@@ -320,10 +307,11 @@ class ResponseRequest(GenerationFields):
     structured_outputs: StructuredOutputs | None = Field(
         None, description="as in chat completions; not beside `text.format`", examples=[{"regex": "a+"}]
     )
-    tools: list[FlatTool] | None = Field(
+    tools: Annotated[
+        list[FlatTool] | None,
+        BeforeValidator(bounded_tools, json_schema_input_type=list[FlatTool] | None),
+    ] = Field(
         None,
-        max_length=MAX_TOOLS,
-        fail_fast=True,
         description=f"up to {MAX_TOOLS} functions; `custom`, `local_shell` and built-in tools: 400",
         examples=[[{"type": "function", "name": "f", "parameters": None, "strict": True}]],
     )

@@ -8,7 +8,7 @@ from ensemble_core.decoding.requests import Conversation
 from ensemble_core.text.variables import TemplateVariables
 from server.schema.chat import Message, to_conversation
 from server.schema.json_values import Strict, Text, TokenIds, Variables
-from server.schema.tools import MAX_TOOLS, FunctionTool, to_tool_use
+from server.schema.tools import Tools, to_tool_use
 
 
 class _TokenizerBody(Strict):
@@ -27,9 +27,7 @@ class TokenizeRequest(_TokenizerBody):
     messages: list[Message] | None = Field(
         None, min_length=1, fail_fast=True, description="A conversation; excludes prompt."
     )
-    tools: list[FunctionTool] | None = Field(
-        None, max_length=MAX_TOOLS, fail_fast=True, description="As in chat completions; only with messages."
-    )
+    tools: Tools = Field(None, description="As in chat completions; only with messages.")
     add_special_tokens: bool | None = Field(None, description="As in completions; true if not sent.")
     add_generation_prompt: bool | None = Field(None, description="As in chat completions.")
     continue_final_message: bool | None = Field(None, description="As in chat completions.")

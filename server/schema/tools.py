@@ -16,8 +16,22 @@ from ensemble_core.text.tools import NAME, NO_PARAMETERS, Tool, ToolUse
 from server.schema.json_values import Strict, Text, optional, text
 
 MAX_TOOLS = 128
-MAX_TOOL_TEXT = 262_144  # characters of all parameters together
+MAX_TOOL_TEXT = 262_144  # characters of all tools as JSON
 MAX_DEPTH = 64
+
+
+def bounded_tools(value: object) -> object:
+    """The tools as they are; a list that is too large is not looked at."""
+    if isinstance(value, list):
+        if len(value) > MAX_TOOLS:
+            raise ValueError(f"takes up to {MAX_TOOLS} tools, got {len(value)}")
+        try:
+            size = len(json.dumps(value, ensure_ascii=False))
+        except RecursionError:
+            raise ValueError(f"is nested over {MAX_DEPTH} levels deep") from None
+        if size > MAX_TOOL_TEXT:
+            raise ValueError(f"takes up to {MAX_TOOL_TEXT} characters of JSON, got {size}; send fewer tools")
+    return value
 
 
 def function_name(value: object) -> str:
@@ -27,7 +41,7 @@ def function_name(value: object) -> str:
     return value
 
 
-def _schema(value: object) -> dict[str, Any]:
+def object_schema(value: object) -> dict[str, Any]:
     """The schema of an object, not nested too deeply."""
     if not isinstance(value, dict):
         raise ValueError('must be a JSON schema, for example {"type": "object", "properties": {}}')
@@ -77,7 +91,7 @@ class FunctionSpec(Strict):
     description: Text | None = Field(None, description="What it does and when to call it, for the model.")
     parameters: Annotated[
         dict[str, Any] | None,
-        PlainValidator(optional(_schema), json_schema_input_type=dict[str, Any] | None),
+        PlainValidator(optional(object_schema), json_schema_input_type=dict[str, Any] | None),
     ] = Field(None, description="JSON schema of its arguments, an object; none if not sent.")
     strict: bool | None = Field(None, description="Accepted; the schema always binds.")
 
@@ -92,6 +106,11 @@ class FunctionTool(Strict):
 
     type: Literal["function"]
     function: FunctionSpec
+
+
+Tools = Annotated[
+    list[FunctionTool] | None, BeforeValidator(bounded_tools, json_schema_input_type=list[FunctionTool] | None)
+]
 
 
 class FunctionRef(Strict):
@@ -231,8 +250,3 @@ def _check(tools: Sequence[Tool]) -> None:
             where = f"tools.{rank}.function.name"
             raise InvalidRequestError(f"{where}: {tool.name!r} names two tools; give each its own name", where)
         seen.add(tool.name)
-    if (size := sum(len(tool.parameters) for tool in tools)) > MAX_TOOL_TEXT:
-        raise InvalidRequestError(
-            f"tools: their parameters may have {MAX_TOOL_TEXT} characters together, got {size}; send fewer tools",
-            "tools",
-        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import httpx
@@ -66,6 +67,24 @@ def test_a_schema_is_kept_by_the_ensemble(client: openai.OpenAI) -> None:
     parsed = json.loads(str(answer.choices[0].message.content))
     assert isinstance(parsed["city"], str)
     assert isinstance(parsed["inhabitants"], int)
+
+
+@pytest.mark.parametrize("model", ["duet", "duet-smollm2"])
+def test_patterns_and_choices_are_kept_by_the_ensemble(client: openai.OpenAI, model: str) -> None:
+    asked: dict[str, Any] = {
+        "model": model,
+        "prompt": "The capital of France is",
+        "max_tokens": 24,
+        "temperature": 0.7,
+    }
+    dated = client.completions.create(**asked, extra_body={"structured_outputs": {"regex": "[0-9]{4}-[0-9]{2}"}})
+    assert re.fullmatch("[0-9]{4}-[0-9]{2}", dated.choices[0].text)
+    cities = ["Paris", "Łódź", "New York"]
+    chosen = list(client.completions.create(**asked, stream=True, extra_body={"guided_choice": cities}))
+    assert "".join(chunk.choices[0].text for chunk in chosen) in cities
+    assert chosen[-1].choices[0].finish_reason == "stop"
+    bad = client.completions.create(**asked | {"temperature": 0}, extra_body={"bad_words": ["Paris", "the"]})
+    assert "Paris" not in bad.choices[0].text
 
 
 def test_echoed_logprobs_are_parallel_and_cover_prompt_and_completion(client: openai.OpenAI) -> None:

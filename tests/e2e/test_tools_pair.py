@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
@@ -162,23 +163,23 @@ def test_tools_are_in_the_prompt_of_tokenize(server_url: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", ["duet", "duet-smollm2"])
 def test_fifty_random_sets_of_tools_are_called_validly(client: openai.OpenAI, model: str) -> None:
-    rng = random.Random(model)
-    for seed in range(50):
-        tools = random_tools(rng)
+    def called(seed: int) -> int:
+        """How many of one set's tools are called; a choice that is cut has a last call that may be cut, too."""
+        tools = random_tools(random.Random(f"{model} {seed}"))
         sent = [
             {"type": "function", "function": {"name": each.name, "parameters": json.loads(each.parameters)}}
             for each in tools
         ]
-        answer = ask(
-            client, model, tools=sent, tool_choice="required", parallel_tool_calls=seed % 2 == 1, seed=seed,
-            max_tokens=300,
-        )  # fmt: skip
-        if answer.choices[0].finish_reason == "tool_calls":
-            assert checked(answer.choices[0], ToolUse(tools))
-        else:
-            assert seed % 2 == 1  # several calls, which may go on until they are cut
-            whole = answer.choices[0].message.tool_calls[:-1]
-            for call in whole:
-                check_call(ToolCall(call.id, call.function.name, call.function.arguments), ToolUse(tools))
+        fields = {"tool_choice": "required", "parallel_tool_calls": seed % 2 == 1, "seed": seed}
+        choice = ask(client, model, tools=sent, **fields).choices[0]
+        if choice.finish_reason == "length":
+            choice.message.tool_calls, choice.finish_reason = choice.message.tool_calls[:-1], "tool_calls"
+        calls = choice.message.tool_calls or []
+        for call in calls:
+            check_call(ToolCall(call.id, call.function.name, call.function.arguments), ToolUse(tools))
+        return len(calls)
+
+    with ThreadPoolExecutor(10) as pool:
+        assert sum(pool.map(called, range(50))) >= 45

@@ -380,3 +380,26 @@ def test_the_effort_of_responses(client: TestClient) -> None:
     error = refused.json()["error"]
     assert error["param"] == "reasoning.effort"
     assert error["message"].startswith("reasoning.effort: no chat template")
+
+
+def test_messages_have_the_same_reasoning(client: TestClient) -> None:
+    message = message_of(answer(client, "alpha", thinking_token_budget=5))
+    body = {
+        "model": "alpha",
+        "messages": [{"role": "user", "content": "cab"}],
+        "temperature": 0,
+        "max_tokens": 24,
+        "thinking": {"type": "enabled", "budget_tokens": 5},
+    }
+    told = client.post("/v1/messages", json=body).json()
+    assert told["content"] == [
+        {"type": "thinking", "thinking": message["reasoning"], "signature": ""},
+        {"type": "text", "text": message["content"]},
+    ]
+    stream = client.post("/v1/messages", json=body | {"stream": True}).text
+    deltas = [json.loads(line[6:])["delta"] for line in stream.splitlines() if '"thinking_delta"' in line]
+    assert "".join(delta["thinking"] for delta in deltas) == message["reasoning"]
+    off = client.post("/v1/messages", json=body | {"thinking": {"type": "disabled"}}).json()
+    assert [block["type"] for block in off["content"]] == ["text"]
+    refused = client.post("/v1/messages", json=body | {"model": "plain", "output_config": {"effort": "high"}})
+    assert refused.json()["error"]["param"] in ("output_config.effort", "thinking.budget_tokens")

@@ -181,7 +181,8 @@ DEEP: dict[str, Any] = {}
 for _ in range(70):
     DEEP = {"properties": {"a": DEEP}}
 BAD: list[tuple[dict[str, Any], str, str]] = [
-    ({"tools": [NOW] * 129}, "tools", "at most 128"),
+    ({"tools": [NOW] * 129}, "tools", "up to 128 tools"),
+    ({"tools": "none"}, "tools", "list"),
     ({"tools": [{"type": "custom", "custom": {"name": "x"}}]}, "tools.0.type", "'function'"),
     ({"tools": [{"type": "function"}]}, "tools.0.function", "required"),
     ({"tools": [NOW, NOW]}, "tools.1.function.name", "names two tools"),
@@ -191,7 +192,7 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
     (function(parameters=[]), "tools.1.function.parameters", "JSON schema"),
     (function(parameters={"type": "array"}), "tools.1.function.parameters", 'type "object"'),
     (function(parameters=DEEP), "tools.1.function.parameters", "64 levels"),
-    (function(parameters={"title": "x" * 262_144}), "tools", "262144 characters together"),
+    (function(parameters={"title": "x" * 262_144}), "tools", "262144 characters of JSON"),
     (function(parameters={"title": "\ud800"}), "tools.1.function.parameters", "surrogates"),
     ({"tools": None, "tool_choice": "required"}, "tool_choice", "no tools were sent"),
     ({"tools": None, "tool_choice": NAMED}, "tool_choice", "no tools were sent"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import random
 from collections.abc import Iterator
 from string import ascii_lowercase
 
@@ -13,7 +14,7 @@ from llguidance import LLParserLimits
 
 from ensemble_core.decoding import guidance
 from ensemble_core.decoding.forms import TextForm, one_of
-from ensemble_core.decoding.guidance import Grammars
+from ensemble_core.decoding.guidance import Constraint, Grammars
 from ensemble_core.decoding.workshop import Workshop
 from ensemble_core.errors import InvalidRequestError, QueueFullError
 
@@ -127,10 +128,15 @@ def test_a_worn_lexer_is_replaced_and_its_sequences_go_on(monkeypatch: pytest.Mo
     few = LLParserLimits(initial_lexer_fuel=200_000, step_lexer_fuel=100_000, max_lexer_states=2000)
     monkeypatch.setattr(guidance, "LIMITS", few)
     monkeypatch.setattr(guidance, "_LEXER_SECONDS", 1e9)
-    form, grammars = TextForm("regex", "[a-z]*x[a-z]{9}y"), Grammars(byte_vocabulary())
-    texts = [bytes((seed * 7919 + i * i * (seed + 3)) % 2 + ord("w") for i in range(700)) for seed in range(12)]
+    gone: list[bool] = []
+    original = Constraint._go_alone
+    monkeypatch.setattr(Constraint, "_go_alone", lambda self: gone.append(original(self)) or gone[-1])
+    form, grammars = TextForm("regex", "[a-z]*x[a-z]{12}y"), Grammars(byte_vocabulary())
+    texts = [bytes(random.Random(seed).choices(b"wx", k=700)) for seed in range(12)]
     for text in texts:
         constraint = grammars.compile(form)
         for byte in text:
             assert constraint.allowed()[byte]
             constraint.accept(byte)
+    assert gone, "the test wears no lexer out"
+    assert all(gone)
