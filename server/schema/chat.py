@@ -41,7 +41,7 @@ class TextPart(BaseModel):
 
 def _content(value: object, info: ValidationInfo) -> str:
     """Text as it is, or text parts joined by line breaks. Only calls can stand without."""
-    if value is None and info.data.get("tool_calls"):
+    if (value is None or value is _MISSING) and info.data.get("tool_calls"):
         return ""
     if value is _MISSING:
         raise PydanticKnownError("missing")
