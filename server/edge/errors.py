@@ -94,8 +94,7 @@ class ApiError:
 
     def json_of_messages(self) -> str:
         """The body in the shape of Anthropic's API."""
-        told = self.detail()
-        error = {"type": _KINDS.get(self.status, "api_error"), "message": told["message"], "param": told["param"]}
+        error = self.detail() | {"type": _KINDS.get(self.status, "api_error")}
         return json.dumps({"type": "error", "error": error})
 
     def response(self, path: str) -> Response:

@@ -153,8 +153,11 @@ def test_tools_reach_the_engine(
     assert Tool("now").parameters == NO_PARAMETERS
 
 
-def test_calls_and_results_of_earlier_turns_reach_the_templates(client: TestClient, runtime: FakeRuntime) -> None:
-    messages = [USER, TURN, RESULT | {"content": [{"type": "text", "text": "21 C"}]}]
+@pytest.mark.parametrize("turn", [TURN, {"role": "assistant", "tool_calls": [CALL]}, TURN | {"content": ""}])
+def test_calls_and_results_of_earlier_turns_reach_the_templates(
+    client: TestClient, runtime: FakeRuntime, turn: dict[str, Any]
+) -> None:
+    messages = [USER, turn, RESULT | {"content": [{"type": "text", "text": "21 C"}]}]
     assert post(client, messages=messages, tools=None).status_code == 200
     function = {"name": "get_weather", "arguments": {"city": "Oslo"}}
     assert asked(runtime).messages == (
