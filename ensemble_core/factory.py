@@ -27,6 +27,7 @@ from ensemble_core.decoding.guidance import Grammars
 from ensemble_core.decoding.scheduler import Limits
 from ensemble_core.decoding.thinking import MarkTokens
 from ensemble_core.engine import Engine
+from ensemble_core.errors import ConfigError
 from ensemble_core.fusion.base import FusionSpace
 from ensemble_core.members.base import Member
 from ensemble_core.members.loading.checkpoints import load_tokenizer, load_vocabulary, resolve_folder
@@ -187,7 +188,7 @@ def _speaker(name: str, config: Config, member: Member, grammars: Grammars) -> S
 def thinking_of(name: str, config: MemberConfig, vocabulary: Vocabulary, template: str) -> MarkTokens | None:
     """How a member marks its reasoning: as configured, or as its checkpoint shows; None: it has no marks.
 
-    Raises ConfigError for marks that its tokenizer cannot spell.
+    Raises ConfigError for configured marks that cannot work.
     """
     match config.reasoning:
         case "none":
@@ -199,8 +200,12 @@ def thinking_of(name: str, config: MemberConfig, vocabulary: Vocabulary, templat
     if marks is None:
         return None
     tokens = MarkTokens(marks, vocabulary)
-    tokens.check(f"members.{name}.reasoning")
-    return tokens
+    if tokens.fault is None:
+        return tokens
+    if config.reasoning != "auto":
+        raise ConfigError(f"members.{name}.reasoning: {tokens.fault}; use other markers, or none")
+    logger.warning("%s: its reasoning is not split off: %s", name, tokens.fault)
+    return None
 
 
 class _Placed(Protocol):

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from ensemble_core.decoding.guidance import Constraint
-from ensemble_core.errors import ConfigError
 from ensemble_core.text.reasoning import Marks, ReasoningReader
 from ensemble_core.text.vocabulary import Vocabulary
 
@@ -35,12 +34,16 @@ class MarkTokens:
         names = self._vocabulary.special_names
         return {text: names[text] for text in (self.marks.start, self.marks.end) if text in names}
 
-    def check(self, where: str) -> None:
-        """Raise ConfigError where the vocabulary cannot spell a marker. where: path of the field."""
+    @property
+    def fault(self) -> str | None:
+        """Why these markers cannot work with this vocabulary; None: they can."""
         for text in (self.marks.start, self.marks.end):
-            ids = [] if text in self.control else self._vocabulary.encode(text)
-            if text not in self.control and b"".join(map(self._vocabulary.text_bytes, ids)) != text.encode():
-                raise ConfigError(f"{where}: this member's tokenizer cannot spell {text!r}; use another marker")
+            if text in self.control:
+                if self.control[text] in self._vocabulary.stop_ids:
+                    return f"{text!r} ends this member's texts, so nothing could follow it"
+            elif b"".join(map(self._vocabulary.text_bytes, self._vocabulary.encode(text))) != text.encode():
+                return f"this member's tokenizer cannot spell {text!r}"
+        return None
 
     def next_of(self, text: str) -> int:
         """The token that a marker, or the rest of one, begins with."""

@@ -43,8 +43,8 @@ class TextPart(BaseModel):
 
 def _content(value: object, info: ValidationInfo) -> str:
     """Text as it is, or text parts joined by line breaks. Only calls and reasoning can stand without."""
-    can_lack = any(info.data.get(name) for name in ("tool_calls", *_REASONING))
-    if (value is None or value is _MISSING) and can_lack:
+    beside = any(info.data.get(name) for name in ("tool_calls", *_REASONING))
+    if (value is None or value is _MISSING) and beside:
         return ""
     if value is _MISSING:
         raise PydanticKnownError("missing")

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable
 from typing import Annotated, Any, TypeAlias
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainValidator, ValidationInfo
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, ValidationInfo
 from pydantic_core import PydanticKnownError
 
 from ensemble_core.decoding.parameters import MAX_INT
@@ -158,9 +158,10 @@ Stop: TypeAlias = Annotated[
 StopTokenIds: TypeAlias = Annotated[
     list[int] | None, PlainValidator(optional(_stop_token_ids), json_schema_input_type=list[int] | None)
 ]
+_VariableName: TypeAlias = Annotated[str, Field(pattern="^[A-Za-z][A-Za-z0-9_]{0,63}$")]
 Variables: TypeAlias = Annotated[
     dict[str, Any] | None,
-    PlainValidator(optional(check_variables), json_schema_input_type=dict[str, Any] | None),
+    PlainValidator(optional(check_variables), json_schema_input_type=dict[_VariableName, Any] | None),
 ]
 AllowedTokenIds: TypeAlias = Annotated[
     list[int] | None, PlainValidator(optional(_allowed_token_ids), json_schema_input_type=list[int] | None)

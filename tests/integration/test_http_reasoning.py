@@ -225,14 +225,23 @@ def test_an_answer_may_open_reasoning_itself_or_begin_with_the_form(client: Test
 
 
 def test_calls_come_after_reasoning(client: TestClient) -> None:
-    fields = {"tools": TOOLS, "tool_choice": "required", "thinking_token_budget": 4, "max_completion_tokens": 200}
-    whole = answer(client, "verify", **fields)
+    fields = {"tools": TOOLS, "tool_choice": "required", "parallel_tool_calls": False}
+    whole = answer(client, "verify", thinking_token_budget=4, max_completion_tokens=200, **fields)
     message = message_of(whole)
     assert (whole["choices"][0]["finish_reason"], message["content"]) == ("tool_calls", None)
     assert message["reasoning"]
     assert set(json.loads(message["tool_calls"][0]["function"]["arguments"])) == {"a", "b"}
     auto = answer(client, "alpha", tools=TOOLS, thinking_token_budget=4)
     assert message_of(auto)["reasoning"]
+
+
+@pytest.mark.parametrize("model", ["alpha", "lockstep", "verify", "limited"])
+def test_nothing_forbids_the_forced_marker(client: TestClient, model: str) -> None:
+    letters = {"allowed_token_ids": list(b"abcde")} if model != "limited" else {}
+    for fields in (letters, {"bad_words": ["<", "</t>", "/"]}, {"logit_bias": {"60": -100}}, {"min_tokens": 20}):
+        whole = answer(client, model, thinking_token_budget=3, **fields)
+        cut = expected_cut(whole["choices"][0]["token_ids"], 3)
+        assert bytes(whole["choices"][0]["token_ids"][cut : cut + 4]) == b"</t>"
 
 
 def test_log_probabilities_cover_all_tokens(client: TestClient) -> None:

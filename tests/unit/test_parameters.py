@@ -16,8 +16,10 @@ from server.schema.responses import ResponseRequest
 from server.schema.sampling import GenerationFields
 
 RANGED = [name for name, each in PARAMETERS.items() if each.kind in ("integer", "number")]
-# Chat and responses have a length limit and log-probabilities of another form.
-SENT: list[tuple[type[GenerationFields], str]] = [(CompletionRequest, name) for name in RANGED]
+# Chat and responses have a length limit and log-probabilities of another form; they alone have reasoning.
+SENT: list[tuple[type[GenerationFields], str]] = [
+    (CompletionRequest, name) for name in RANGED if name != "thinking_token_budget"
+]
 SENT += [
     (kind, name)
     for kind in (ChatRequest, ResponseRequest)

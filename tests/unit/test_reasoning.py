@@ -172,16 +172,17 @@ def test_marks_that_cannot_work_are_refused(wrong: object) -> None:
         MemberConfig.model_validate({"model": "x", "reasoning": wrong})
 
 
-def test_marks_that_a_tokenizer_cannot_spell_are_refused() -> None:
-    tokenizer = byte_level(400, "<eos>", ("<think>", "</think>"))
-    vocabulary = from_tokenizer(tokenizer, 400, [0], "m")
-    MarkTokens(THINK, vocabulary).check("members.m.reasoning")
-    lame = byte_vocabulary(eos=False)
-    broken = MarkTokens(Marks("é", "b"), lame)
-    broken.check("here")
+def test_marks_that_cannot_work_with_a_vocabulary_are_refused_where_they_are_configured() -> None:
+    vocabulary = from_tokenizer(byte_level(400, "<eos>", ("<think>", "</think>")), 400, [0], "m")
+    assert MarkTokens(THINK, vocabulary).fault is None
+    own = MemberConfig.model_validate({"model": "x", "reasoning": {"start": "<think>", "end": "<eos>"}})
+    with pytest.raises(ConfigError, match=r"members\.m\.reasoning: '<eos>' ends"):
+        thinking_of("m", own, vocabulary, "")
+    lame = byte_vocabulary()
     object.__setattr__(lame, "encode", lambda _text: [97])
-    with pytest.raises(ConfigError, match="cannot spell 'é'"):
-        broken.check("members.m.reasoning")
+    with pytest.raises(ConfigError, match="cannot spell '<think>'"):
+        thinking_of("m", MemberConfig.model_validate({"model": "x", "reasoning": {}}), lame, "")
+    assert thinking_of("m", MemberConfig(model="x"), lame, "<think></think>") is None
 
 
 def test_control_tokens_and_pieces_of_text_open_reasoning() -> None:
