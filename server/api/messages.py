@@ -23,12 +23,10 @@ from server.api.streams import Wire, event
 from server.api.tickets import Ticket, make_ticket, sampling_params
 from server.api.words import named
 from server.edge.errors import ApiError
-from server.schema.messages import (
+from server.schema.message_replies import (
     EventOfMessages,
     InputJsonDelta,
-    MessageBlock,
     MessageReply,
-    MessagesRequest,
     StopDelta,
     StopReason,
     TextBlock,
@@ -36,9 +34,9 @@ from server.schema.messages import (
     ThinkingBlock,
     ThinkingDelta,
     ToolUseBlock,
-    TurnOfMessages,
     UsageOfMessages,
 )
+from server.schema.messages import MessageBlock, MessagesRequest, TurnOfMessages
 from server.schema.replies import TraceStep, Usage
 from server.schema.tools import to_tool_use
 
