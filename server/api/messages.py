@@ -22,20 +22,18 @@ from server.api.streams import Wire, event
 from server.api.tickets import Ticket, make_ticket, sampling_params
 from server.api.words import named
 from server.edge.errors import ApiError
-from server.schema.messages import (
+from server.schema.message_replies import (
     EventOfMessages,
     InputJsonDelta,
-    MessageBlock,
     MessageReply,
-    MessagesRequest,
     StopDelta,
     StopReason,
     TextBlock,
     TextDelta,
     ToolUseBlock,
-    TurnOfMessages,
     UsageOfMessages,
 )
+from server.schema.messages import MessageBlock, MessagesRequest, TurnOfMessages
 from server.schema.replies import TraceStep, Usage
 from server.schema.tools import to_tool_use
 

@@ -18,7 +18,8 @@ from server.edge.bodies import BodyRoute
 from server.edge.exchange import Generation, accepted
 from server.schema.chat import ChatCompletion, ChatRequest
 from server.schema.completions import CompletionRequest, TextCompletion
-from server.schema.messages import MessageReply, MessagesRequest
+from server.schema.message_replies import MessageReply
+from server.schema.messages import MessagesRequest
 from server.schema.replies import ModelCard, ModelList
 from server.schema.response_replies import ResponseObject
 from server.schema.responses import ResponseRequest

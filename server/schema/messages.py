@@ -1,4 +1,4 @@
-"""Bodies, answers and events of /v1/messages, Anthropic's form of a chat completion.
+"""The body of /v1/messages, Anthropic's form of a chat completion.
 
 Blocks that belong to what is not served (images, documents, tools that run elsewhere) are refused by name. Does not
 know how blocks become messages.
@@ -10,14 +10,13 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, ValidationInfo, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, PlainValidator, ValidationInfo, model_validator
 
 from ensemble_core.decoding.forms import TextForm
 from ensemble_core.decoding.sampling_params import PARAMETERS
 from ensemble_core.errors import InvalidRequestError, quoted
 from server.schema.forms import StructuredOutputs, of_outputs, of_schema, only
 from server.schema.json_values import Strict, Text, of_types, optional, text
-from server.schema.replies import CallUsage, TraceStep
 from server.schema.response_values import neutral
 from server.schema.sampling import GenerationFields
 from server.schema.tools import (
@@ -259,95 +258,3 @@ class MessagesRequest(GenerationFields):
 def _of_config(sent: OutputConfig | None) -> Iterator[TextForm]:
     if sent is not None and sent.format is not None:
         yield of_schema(sent.format.schema_, "output_config.format.schema")
-
-
-class UsageOfMessages(BaseModel):
-    """Counts of the main member's tokens; of a council, the sums of its calls. Cached tokens are counted apart."""
-
-    input_tokens: int
-    cache_read_input_tokens: int
-    cache_creation_input_tokens: int
-    output_tokens: int
-    calls: list[CallUsage] | None = Field(None, description="Of a council; not sent for other models.")
-    dropped_members: dict[str, str] | None = Field(
-        None, description="Member -> why the answer went on without it; not sent if no member was lost."
-    )
-
-
-class TextBlock(BaseModel):
-    """Text of an answer."""
-
-    type: Literal["text"]
-    text: str
-
-
-class ToolUseBlock(BaseModel):
-    """A call of an answer. A call that was cut has no input."""
-
-    type: Literal["tool_use"]
-    id: str
-    name: str
-    input: dict[str, Any]
-
-
-StopReason = Literal["end_turn", "max_tokens", "stop_sequence", "tool_use"]
-
-
-class MessageReply(BaseModel):
-    """An answer."""
-
-    id: str
-    type: Literal["message"]
-    role: Literal["assistant"]
-    model: str
-    content: list[TextBlock | ToolUseBlock]
-    stop_reason: StopReason | None
-    stop_sequence: str | None
-    usage: UsageOfMessages
-    served_by: str | None = Field(None, description="Of a council: the model that answered; not sent for others.")
-    trace: list[TraceStep] | None = Field(None, description="With ensemble.trace: one entry for each token.")
-    council: dict[str, Any] | None = Field(
-        None, description="With ensemble.trace: a council's votes, scores, rounds."
-    )
-
-
-class TextDelta(BaseModel):
-    """More text."""
-
-    type: Literal["text_delta"]
-    text: str
-
-
-class InputJsonDelta(BaseModel):
-    """More of a call's arguments."""
-
-    type: Literal["input_json_delta"]
-    partial_json: str
-
-
-class StopDelta(BaseModel):
-    """How the answer ended."""
-
-    stop_reason: StopReason
-    stop_sequence: str | None
-
-
-class EventOfMessages(BaseModel):
-    """An event of a stream."""
-
-    type: Literal[
-        "message_start",
-        "content_block_start",
-        "content_block_delta",
-        "content_block_stop",
-        "message_delta",
-        "message_stop",
-    ]
-    index: int | None = None
-    message: MessageReply | None = None
-    content_block: TextBlock | ToolUseBlock | None = None
-    delta: TextDelta | InputJsonDelta | StopDelta | None = None
-    usage: UsageOfMessages | None = None
-    served_by: str | None = Field(None, description="In message_delta, as in a whole answer.")
-    trace: list[TraceStep] | None = Field(None, description="In message_delta, as in a whole answer.")
-    council: dict[str, Any] | None = Field(None, description="In message_delta, as in a whole answer.")
