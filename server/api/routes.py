@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from fastapi import APIRouter, Request, Response
 
 from ensemble_core.errors import ModelNotFoundError, quoted
-from server.api import chat, completions, responses
+from server.api import chat, completions, messages, responses
 from server.api.jobs import Job
 from server.api.services import REFUSALS, Services, ServicesOf
 from server.api.streams import begin, unless_gone
@@ -18,6 +18,8 @@ from server.edge.bodies import BodyRoute
 from server.edge.exchange import Generation, accepted
 from server.schema.chat import ChatCompletion, ChatRequest
 from server.schema.completions import CompletionRequest, TextCompletion
+from server.schema.message_replies import MessageReply
+from server.schema.messages import MessagesRequest
 from server.schema.replies import ModelCard, ModelList, ModelPermission
 from server.schema.response_replies import ResponseObject
 from server.schema.responses import ResponseRequest
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
     from ensemble_core.runtime import ModelInfo
 
 _EVENTS = "Server-sent events: each carries a chunk of the same object; the last carries `[DONE]`."
-_NAMED_EVENTS = "Server-sent events, each with a name and a number; the last has the whole response."
+_NAMED_EVENTS = "Server-sent events, each with a name; there is no `[DONE]`."
 
 router = APIRouter(responses=REFUSALS, route_class=BodyRoute)
 
@@ -72,6 +74,16 @@ async def create_response(body: ResponseRequest, request: Request, services: Ser
         prompt, limit = await responses.fitted(body, partial(services.runtime.tightest, body.model))
         job = responses.plan(body, prompt, limit)
         return await _run(job, bool(body.stream), request, services)
+
+
+@router.post("/v1/messages", response_model=None, responses=_answers(MessageReply, _NAMED_EVENTS))
+async def create_message(body: MessagesRequest, request: Request, services: ServicesOf) -> Response:
+    """Answer a conversation in Anthropic's form.
+
+    With `stream` the answer is server-sent events with names, from `message_start` to `message_stop`.
+    """
+    with messages.message_words(body):
+        return await _run(messages.plan(body), bool(body.stream), request, services)
 
 
 async def _run(job: Job, stream: bool, request: Request, services: Services) -> Response:

@@ -114,7 +114,7 @@ class Gate:
         refusal = _refusal(missing=key is None)
         self._metrics.rejected("unauthorized")
         logger.info("refused: status=%d code=%s", refusal.status, refusal.code)
-        await refusal.response()(scope, receive, send)
+        await refusal.response(route_path(scope))(scope, receive, send)
 
 
 def route_path(scope: Scope) -> str:
@@ -124,8 +124,11 @@ def route_path(scope: Scope) -> str:
 
 
 def _bearer(scope: Scope) -> bytes | None:
-    """The key in the Authorization header; None for no header, several headers or another scheme."""
+    """The key in the Authorization header, else in X-Api-Key; None for none, several headers or another scheme."""
     values = [value for name, value in scope["headers"] if name == b"authorization"]
+    if not values:
+        keys = [value.strip() for name, value in scope["headers"] if name == b"x-api-key"]
+        return keys[0] if len(keys) == 1 else None
     if len(values) != 1:
         return None
     scheme, _, key = values[0].partition(b" ")

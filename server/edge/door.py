@@ -35,7 +35,7 @@ class Door:
             await self._app(scope, receive, send)
             return
         self._metrics.rejected("invalid_request")
-        await refusal.response()(scope, receive, send)
+        await refusal.response(str(scope["path"]))(scope, receive, send)
 
     def _refusal(self, scope: Scope) -> ApiError | None:
         headers = Headers(scope=scope)
