@@ -8,18 +8,20 @@ one last output, whatever happens to the request, the engine or the client. Does
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import queue
 import threading
 import time
 from collections import abc
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, TypeVar
 
 from ensemble_core import factory
-from ensemble_core.admission import Admission
+from ensemble_core.assembly import Loaded
+from ensemble_core.changes import Changes, MemberReport
 from ensemble_core.config import Config
 from ensemble_core.councils.chamber import Chamber
 from ensemble_core.councils.door import EngineDoor
@@ -27,12 +29,14 @@ from ensemble_core.decoding.requests import GenerationRequest, Output, Prompt
 from ensemble_core.decoding.sequence import Sequence
 from ensemble_core.engine import Engine, News
 from ensemble_core.errors import NotReadyError, UnisonoError
-from ensemble_core.permissions import Permissions
+from ensemble_core.members.loading.standstill import DEFAULT_DTYPE
 from ensemble_core.recipes import ModelInfo, list_models
+from ensemble_core.roster import Roster
 from ensemble_core.stats import Record, discard
 from ensemble_core.streaming import OutputStream
+from ensemble_core.tokens import Tokenized, detokenized, tightest_of, tokenized, tokenizer_facts
 
-__all__ = ["ModelInfo", "OutputStream", "Runtime", "State", "Status", "Tokenized"]
+__all__ = ["Changes", "MemberReport", "ModelInfo", "OutputStream", "Runtime", "State", "Status", "Tokenized"]
 
 logger = logging.getLogger(__name__)
 
@@ -51,20 +55,6 @@ class Status:
 
     state: State
     reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class Tokenized:
-    """A prompt as tokens: ids, their text, and the context length that they must fit."""
-
-    token_ids: tuple[int, ...]
-    tokens: tuple[str, ...]
-    max_model_len: int
-
-    @property
-    def room(self) -> int:
-        """Tokens that the context has left."""
-        return self.max_model_len - len(self.token_ids)
 
 
 @dataclass(slots=True)
@@ -88,9 +78,8 @@ class Runtime:
         factory.check(config)
         self._config = config
         self._record = record
-        self._permissions = Permissions(config)
         self._status = Status("loading", "members and matrices are being loaded")
-        self._loaded: factory.Loaded | None = None
+        self._loaded: Loaded | None = None
         self._failure: BaseException | None = None
         self._settled = threading.Event()  # set once loading has succeeded or failed
         self._commands: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
@@ -98,6 +87,10 @@ class Runtime:
         self._chamber: Chamber | None = None  # where councils are run
         self._num_reserved = 0  # places that councils hold
         self._over = False  # councils may make no more calls
+        self.roster = Roster(config.members)
+        self.meetings: dict[int, frozenset[str]] = {}  # councils at work -> the members that they may ask
+        self._meeting_ids = itertools.count()
+        self.changes = Changes(self)
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._beat = time.monotonic()  # when the engine's loop last went round
         self._ended = threading.Event()
@@ -119,7 +112,7 @@ class Runtime:
     def models(self) -> list[ModelInfo]:
         """All ensembles and members. Until everything is loaded, lengths are the configured ones."""
         if self._loaded is not None:
-            return self._loaded.models
+            return [replace(model, lacks=self.roster.away(model.members)) for model in self._loaded.models]
         return list_models(self._config, {name: member.max_len for name, member in self._config.members.items()})
 
     async def submit(self, requests: abc.Sequence[GenerationRequest]) -> OutputStream:
@@ -128,20 +121,25 @@ class Runtime:
         Raises NotReadyError, ModelNotFoundError, InvalidRequestError or QueueFullError before any output. Closing
         the stream aborts the unfinished requests.
         """
-        self._require_ready()
+        loaded = self._require_ready()
         if self._chamber is not None and requests and requests[0].model in self._chamber:
             return await self._chamber.submit(requests)
-        return await self._submit(requests)
+        return await self._submit(loaded, requests)
 
-    async def _submit(self, requests: abc.Sequence[GenerationRequest]) -> OutputStream:
+    async def _submit(self, loaded: Loaded, requests: abc.Sequence[GenerationRequest]) -> OutputStream:
         """Requests to members and token-level ensembles."""
-        loaded = self._require_ready(within=all(request.reserved for request in requests))
+        self._require_ready(within=all(request.reserved for request in requests))
         for request in {each.group: each for each in requests}.values():  # choices of a prompt choose the same
-            self._permissions.check(request.model, request.overrides)
-        sequences = await asyncio.to_thread(loaded.admission.admit_all, requests)
+            loaded.permissions.check(request.model, request.overrides)
+        sequences = await asyncio.to_thread(self._admitted, loaded, requests)
         stream = self._stream(self._abort)
-        await self._enqueue(sequences, stream)
+        await self._enqueue(loaded, sequences, stream)
         return stream
+
+    @staticmethod
+    def _admitted(loaded: Loaded, requests: abc.Sequence[GenerationRequest]) -> list[Sequence]:
+        with DEFAULT_DTYPE.computing():  # a request may choose a fusion that is built now
+            return loaded.admission.admit_all(requests)
 
     def _stream(self, abort: Callable[[list[int]], None]) -> OutputStream:
         limits = self._config.server.limits
@@ -152,23 +150,31 @@ class Runtime:
 
         Raises as `submit`.
         """
-        admission = self._require_ready().admission
-        speakers = {model} if self._chamber is None else self._chamber.speakers(model)
-        found = [await _tokenized(admission, name, prompt) for name in sorted(speakers)]
-        return min(found, key=lambda each: each.room)
+        loaded = self._require_ready()
+        return await tightest_of(loaded.admission, loaded.councils.speakers(model), prompt)
 
-    async def _room(self, model: str, prompt: Prompt) -> int:
+    async def _room(self, loaded: Loaded, model: str, prompt: Prompt) -> int:
         """Tokens that a context has left behind a prompt, for a call of a council to a member or an ensemble."""
-        return (await _tokenized(self._require_ready(within=True).admission, model, prompt)).room
+        self._require_ready(within=True)
+        return (await tokenized(loaded.admission, model, prompt)).room
 
-    async def _reserve(self, places: int) -> Reservation:
-        """Places in the queue. Raises QueueFullError."""
-        await self._on_engine(lambda engine: engine.scheduler.reserve(places))
+    async def _reserve(self, loaded: Loaded, model: str, places: int) -> Reservation:
+        """Places in the queue for a council. Raises QueueFullError, MemberAwayError."""
+        members = loaded.members_of(model)
+        self.roster.require(model, members)
+        meeting = next(self._meeting_ids)
+        self.meetings[meeting] = frozenset(members)
+        try:
+            await self.on_engine(lambda engine: engine.scheduler.reserve(places))
+        except BaseException:
+            del self.meetings[meeting]
+            raise
         self._num_reserved += places
-        return Reservation(partial(self._release, places))
+        return Reservation(partial(self._release, places, meeting))
 
-    def _release(self, places: int) -> None:
+    def _release(self, places: int, meeting: int) -> None:
         self._num_reserved -= places
+        del self.meetings[meeting]
 
         def command(engine: Engine) -> list[News]:
             engine.scheduler.release(places)
@@ -178,25 +184,15 @@ class Runtime:
 
     async def tokenize(self, model: str, prompt: Prompt, add_special_tokens: bool = True) -> Tokenized:
         """A prompt in the tokens of a model's main member. Raises as `submit`."""
-        return await _tokenized(self._require_ready().admission, model, prompt, add_special_tokens)
+        return await tokenized(self._require_ready().admission, model, prompt, add_special_tokens)
 
     async def detokenize(self, model: str, token_ids: abc.Sequence[int]) -> str:
         """The text of the main member's ids, with control tokens by name. Raises as `submit`."""
-        admission = self._require_ready().admission
-        ids, main = await asyncio.to_thread(admission.tokenize, model, tuple(token_ids), False)
-        return b"".join(main.vocabulary.tokens[token_id] for token_id in ids).decode("utf-8", "replace")
+        return await detokenized(self._require_ready().admission, model, token_ids)
 
     def tokenizer_info(self, model: str) -> dict[str, Any]:
         """Facts about the tokenizer of a model's main member. Raises NotReadyError, ModelNotFoundError."""
-        name, main = self._require_ready().admission.main_of(model)
-        return {
-            "member": name,
-            "vocab_size": len(main.vocabulary),
-            "stop_token_ids": sorted(main.vocabulary.stop_ids),
-            "max_model_len": main.max_len,
-            "fingerprint": main.vocabulary.fingerprint,
-            **main.prompts.describe(),
-        }
+        return tokenizer_facts(self._require_ready().admission, model)
 
     async def drain(self, seconds: float) -> None:
         """Refuse new requests, give open ones up to `seconds` to end, then abort the rest."""
@@ -226,14 +222,18 @@ class Runtime:
             self._thread.join(seconds)
         return not self._thread.is_alive()
 
-    def _require_ready(self, within: bool = False) -> factory.Loaded:
+    def loaded(self) -> Loaded:
+        """What serves now. Raises NotReadyError."""
+        return self._require_ready()
+
+    def _require_ready(self, within: bool = False) -> Loaded:
         """within: of a council that is at work; it may go on while the server drains."""
         goes_on = within and self._status.state == "draining" and not self._over
         if (self._status.state != "ready" and not goes_on) or self._loaded is None:
             raise NotReadyError(f"the server is {self._status.state}: {self._status.reason}; try again later")
         return self._loaded
 
-    async def _enqueue(self, sequences: list[Sequence], stream: OutputStream) -> None:
+    async def _enqueue(self, loaded: Loaded, sequences: list[Sequence], stream: OutputStream) -> None:
         """Hand sequences to the engine's thread and wait until it has queued or refused them."""
         loop = asyncio.get_running_loop()
 
@@ -241,28 +241,34 @@ class Runtime:
             return lambda output: _call(loop, stream.put, index, output)
 
         def add(engine: Engine) -> None:
+            for each in sequences:
+                self.roster.require(each.request.model, each.tracks, within=each.request.reserved)
+                self.roster.require_voices(each.request.model, {name: loaded.voices[name] for name in each.tracks})
             engine.add(sequences)
             self._listeners.update((s.seq_id, listener(i)) for i, s in enumerate(sequences))
 
         stream.follow([sequence.seq_id for sequence in sequences])
         try:
-            await self._on_engine(add)
+            await self.on_engine(add)
         except asyncio.CancelledError:
             self._abort([s.seq_id for s in sequences])
             raise
 
-    async def _on_engine(self, work: Callable[[Engine], None]) -> None:
-        """Do something in the engine's thread and wait until it is done. Raises the UnisonoError that it raises."""
+    async def on_engine(self, work: Callable[[Engine], Found]) -> Found:
+        """Do something in the engine's thread, between steps, and wait until it is done: what it returns.
+
+        Raises what it raises, if that is a UnisonoError; anything else ends the engine.
+        """
         loop = asyncio.get_running_loop()
-        done: asyncio.Future[None] = loop.create_future()
+        done: asyncio.Future[Found] = loop.create_future()
 
         def command(engine: Engine) -> list[News]:
             try:
-                work(engine)
+                found = work(engine)
             except UnisonoError as error:
-                _call(loop, _settle, done, error)
+                _call(loop, _settle, done, None, error)
                 return []
-            _call(loop, _settle, done, None)
+            _call(loop, _settle, done, found, None)
             return []
 
         self._commands.put(command)
@@ -270,7 +276,22 @@ class Runtime:
             await asyncio.wait([done], timeout=1.0)
             if self._status.state == "dead" and not done.done():  # died before it saw the command
                 raise NotReadyError(self._status.reason)
-        done.result()
+        return done.result()
+
+    def publish(self, news: list[News]) -> None:
+        """Hand outputs to whoever listens; in the engine's thread."""
+        self._publish(news)
+
+    def serve(self, loaded: Loaded) -> None:
+        """Serve what comes from now on with these recipes. What is under way goes on with those before."""
+        door = EngineDoor(
+            partial(self._submit, loaded),
+            partial(self._room, loaded),
+            partial(self._reserve, loaded),
+            self._stream,
+        )
+        self._loaded = loaded
+        self._chamber = Chamber(loaded.councils, door, self._record) if loaded.councils else None
 
     def _abort(self, seq_ids: list[int]) -> None:
         self._commands.put(lambda engine: engine.abort(seq_ids))
@@ -283,9 +304,10 @@ class Runtime:
             self._die(error, "loading failed")
             return
         self._beat = time.monotonic()
-        door = EngineDoor(self._submit, self._room, self._reserve, self._stream)
-        self._chamber = Chamber(loaded.councils, door, self._record) if loaded.councils else None
-        self._loaded, self._status = loaded, Status("ready", "")
+        for name, voice in loaded.voices.items():
+            self.roster.put(name, "ready", voice=voice)
+        self.serve(loaded)
+        self._status = Status("ready", "")
         self._settled.set()
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
         try:
@@ -321,7 +343,8 @@ class Runtime:
                     return
                 self._publish(command(engine))
             if engine.has_work:
-                self._publish(engine.step())
+                with DEFAULT_DTYPE.computing():
+                    self._publish(engine.step())
             engine.report_caches()
 
     def _pending(self, busy: bool) -> list[Command | None]:
@@ -353,14 +376,6 @@ class Runtime:
         self._publish([(seq_id, lost) for seq_id in list(self._listeners)])
 
 
-async def _tokenized(
-    admission: Admission, model: str, prompt: Prompt, add_special_tokens: bool = True
-) -> Tokenized:
-    ids, main = await asyncio.to_thread(admission.tokenize, model, prompt, add_special_tokens)
-    names = tuple(main.vocabulary.name_of(token_id) for token_id in ids)
-    return Tokenized(tuple(ids), names, main.max_len)
-
-
 def _call(loop: asyncio.AbstractEventLoop, function: Callable[..., object], *args: object) -> None:
     """Run a function in an event loop. A closed loop has no listener left, so nothing is run."""
     try:
@@ -369,10 +384,10 @@ def _call(loop: asyncio.AbstractEventLoop, function: Callable[..., object], *arg
         logger.debug("an event loop closed before its request ended")
 
 
-def _settle(future: asyncio.Future[None], error: UnisonoError | None) -> None:
+def _settle(future: asyncio.Future[Found], found: Any, error: UnisonoError | None) -> None:
     if future.done():
         return
     if error is None:
-        future.set_result(None)
+        future.set_result(found)
     else:
         future.set_exception(error)

@@ -50,6 +50,7 @@ class FakeModel:
     kind: str
     max_model_len: int
     recipe: dict[str, Any] | None
+    lacks: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -59,6 +59,21 @@ class Failures:
         """Like `lose`, for an error that a member raised."""
         self.lose(sequence, member, cause_of(error), str(error))
 
+    def attach(self, member: str) -> None:
+        """One more member, which works as far as is known."""
+        self._incarnations[member] = self._pool.members[member].incarnation
+        if member in self._down:
+            self._record(HealthStats(member, None))
+        self._down.discard(member)
+        self._away.discard(member)
+
+    def take_away(self, sequence: Sequence, member: str, detail: str) -> None:
+        """A member that is unloaded by force: as `lose`, but it has not failed."""
+        if sequence.recipe.can_lose(member):
+            self._drop(sequence, member, "unloaded", detail)
+        else:
+            fail(sequence, detail)
+
     def see(self, sequences: Iterable[Sequence]) -> None:
         """Take in which members have lost their caches: no sequence goes on with what is gone."""
         for name, member in self._pool.members.items():

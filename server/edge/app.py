@@ -13,11 +13,11 @@ from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
 from ensemble_core.config import ServerConfig
-from server.api import probes, routes, tokenizers
+from server.api import admin, probes, routes, tokenizers
 from server.api.services import Services
 from server.edge import errors
 from server.edge.access import log_access
-from server.edge.auth import Gate, KeyRing, load_keys
+from server.edge.auth import Gate, KeyRing, load_admin_keys, load_keys
 from server.edge.bodies import BodyLimit
 from server.edge.door import Door
 from server.edge.exchange import Exchange
@@ -39,7 +39,7 @@ def create_app(runtime: Runtime, config: ServerConfig, metrics: PrometheusMetric
 
     Raises ConfigError if the API keys cannot be loaded, and if traces cannot be sent.
     """
-    keys = load_keys(config)
+    keys, admin_keys = load_keys(config), load_admin_keys(config)
     traces = open_traces() if config.traces else None
 
     @asynccontextmanager
@@ -63,9 +63,9 @@ def create_app(runtime: Runtime, config: ServerConfig, metrics: PrometheusMetric
         **_WITHOUT_TELEMETRY,
     )
     app.state.services = Services(runtime, config, metrics, created=int(time.time()), keyed=bool(keys))
-    for module in (routes, tokenizers, probes):
+    for module in (routes, tokenizers, probes, *([admin] if admin_keys else [])):
         app.include_router(module.router)
-    _add_middleware(app, config, keys, metrics, _observers(config, traces))
+    _add_middleware(app, config, (keys, admin_keys), metrics, _observers(config, traces))
     errors.install(app, metrics)
     return app
 
@@ -79,15 +79,20 @@ def _observers(config: ServerConfig, traces: Traces | None) -> list[Callable[[Ex
 def _add_middleware(
     app: FastAPI,
     config: ServerConfig,
-    keys: KeyRing,
+    rings: tuple[KeyRing, KeyRing],
     metrics: PrometheusMetrics,
     observers: Sequence[Callable[[Exchange], None]],
 ) -> None:
-    """Add the innermost first. CORS is outside the gate: a preflight has no key, and web pages can read a 401."""
+    """Add the innermost first. CORS is outside the gate: a preflight has no key, and web pages can read a 401.
+
+    rings: the clients' keys, and the admin's.
+    """
+    keys, admin_keys = rings
     app.add_middleware(BodyLimit, max_bytes=config.max_body_bytes, limits=config.limits)
-    if keys:
-        app.add_middleware(Gate, keys=keys, protect_metrics=config.protect_metrics, metrics=metrics)
-        require_key(app)
+    if keys or admin_keys:
+        protect = config.protect_metrics
+        app.add_middleware(Gate, keys=keys, protect_metrics=protect, metrics=metrics, admin_keys=admin_keys)
+        require_key(app, clients=bool(keys))
     if config.cors_origins:
         app.add_middleware(
             CORSMiddleware,

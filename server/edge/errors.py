@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 from fastapi import FastAPI, Request, Response
@@ -17,7 +17,9 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
 from ensemble_core.errors import (
+    ChangeConflictError,
     InvalidRequestError,
+    MemberAwayError,
     ModelNotFoundError,
     NotReadyError,
     QueueFullError,
@@ -93,6 +95,11 @@ def to_api_error(error: Exception) -> ApiError:
             return ApiError(404, str(error), param="model", code="model_not_found", reason="model_not_found")
         case QueueFullError():
             return _come_back(429, "rate_limit_error", "queue_full", str(error), seconds=1)
+        case MemberAwayError():
+            refusal = _come_back(503, "service_unavailable", "lacks_members", str(error), seconds=5)
+            return replace(refusal, param="model", reason="not_ready")
+        case ChangeConflictError():
+            return ApiError(409, str(error), code="change_conflict", headers={"Retry-After": "5"})
         case NotReadyError():
             return _come_back(503, "service_unavailable", "not_ready", str(error), seconds=5)
         case RequestTimeoutError():

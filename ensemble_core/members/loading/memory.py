@@ -9,7 +9,10 @@ Knows checkpoints, devices and the system's memory; does not load models and doe
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import logging
+import resource
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,6 +85,24 @@ def free_memory(device: torch.device) -> int:
     fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines())
     available = int(fields["MemAvailable"].split()[0]) * 1024
     return min([available, *cgroup_rooms(Path("/sys/fs/cgroup"), Path("/proc/self/cgroup"))])
+
+
+def resident_bytes() -> int:
+    """What this process holds of the machine's memory now; 0 where the system does not tell."""
+    try:
+        return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * resource.getpagesize()
+    except (OSError, ValueError, IndexError):
+        return 0
+
+
+def give_back() -> None:
+    """Return what nobody refers to any more: Python's circles, torch's cache on GPUs, the C library's free lists."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def cgroup_rooms(mount: Path, own: Path) -> Iterable[int]:

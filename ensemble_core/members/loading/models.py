@@ -33,10 +33,12 @@ from ensemble_core.members.kernels.base import Kernels
 from ensemble_core.members.kernels.choice import choose
 from ensemble_core.members.loading.placement import DTYPES, page_size, resolve_device
 from ensemble_core.members.loading.proof import Proof, attention_layers
+from ensemble_core.members.loading.standstill import guard_default_dtype
 from ensemble_core.members.local import LocalMember
 from ensemble_core.text.vocabulary import Vocabulary
 
 logger = logging.getLogger(__name__)
+guard_default_dtype()
 
 _MAX_ROWS = 4096
 _MAX_BATCH = 64
