@@ -28,12 +28,13 @@ from ensemble_core.errors import (
     ChangeConflictError,
     ConfigError,
     InvalidRequestError,
+    MemberError,
     ModelNotFoundError,
     TransferMatrixError,
     UnisonoError,
     quoted,
 )
-from ensemble_core.members.base import Member
+from ensemble_core.members.base import Member, Sleeper
 from ensemble_core.members.loading.memory import give_back, resident_bytes
 from ensemble_core.members.threads import Allotment, threads
 from ensemble_core.roster import MemberState, Roster, Standing
@@ -114,6 +115,7 @@ class Changes:
     def __init__(self, hold: Hold) -> None:
         self._hold = hold
         self._change: str | None = None  # under way
+        self._asleep: dict[str, Member] = {}
 
     async def report(self) -> ProcessReport:
         """How all members stand."""
@@ -141,6 +143,14 @@ class Changes:
         """
         return await self._alone(f"unload of {name}", lambda: self._unload(name, Leave(seconds, force)))
 
+    async def sleep(self, name: str, seconds: float | None = None, *, force: bool = False) -> MemberReport:
+        """Give back a member's cache, and its memory on a GPU; arguments as of `Leave`. Raises as `load`."""
+        return await self._alone(f"sleep of {name}", lambda: self._sleep(name, Leave(seconds, force)))
+
+    async def wake(self, name: str) -> MemberReport:
+        """Bring back a member that sleeps, sooner than a load. Raises as `load`."""
+        return await self._alone(f"wake of {name}", lambda: self._wake(name))
+
     async def put_recipe(self, name: str, section: Mapping[str, Any]) -> bool:
         """Add a recipe or replace it, checked as the YAML is. False: there was none. Raises as `load`."""
         return await self._alone(f"recipe {name}", lambda: self._put_recipe(name, section))
@@ -164,7 +174,7 @@ class Changes:
         ]
 
     def _memory(self, name: str, engine: Engine) -> Mapping[str, int]:
-        member = engine.members.get(name)
+        member = engine.members.get(name) or self._asleep.get(name)
         return {} if member is None else member.memory_bytes()
 
     async def _alone(self, what: str, work: Callable[[], Awaitable[Found]]) -> Found:
@@ -198,8 +208,8 @@ class Changes:
         is_new = name not in loaded.config.members
         if is_new and section is None:
             self._hold.roster.of(name)
-        elif not is_new and self._hold.roster.of(name).state == "ready":
-            return await self.report_of(name)
+        elif not is_new and self._hold.roster.of(name).state != "unloaded":
+            return await self._wake(name)
         part = await self._loading(loaded, config, name)
         voice = loaded.voices.get(name)
         if voice is None or not _same(voice, part.voice):
@@ -236,9 +246,45 @@ class Changes:
         self._hold.roster.put(name, "ready", voice=voice)
 
     async def _unload(self, name: str, leave: Leave) -> MemberReport:
-        if self._hold.roster.of(name).state != "unloaded":
-            _exit = await self._let_go([name], leave, "unloaded")
-            await _aside(_exit.close)
+        state, gone = self._hold.roster.of(name).state, _Exit()
+        if state == "asleep":
+            gone.members.append(self._asleep.pop(name))
+            self._hold.roster.put(name, "unloaded")
+        elif state != "unloaded":
+            gone = await self._let_go([name], leave, "unloaded")
+        await _aside(gone.close)
+        return await self.report_of(name)
+
+    async def _sleep(self, name: str, leave: Leave) -> MemberReport:
+        standing = self._hold.roster.of(name)
+        if standing.state == "unloaded":
+            raise ChangeConflictError(f"member {name!r} is unloaded, and has nothing to give back; load it first")
+        if standing.state == "ready":
+            await self._hold.on_engine(lambda engine: _require_sleeper(engine.members[name]))
+            gone = await self._let_go([name], leave, "asleep")
+            member = gone.members.pop()
+            assert isinstance(member, Sleeper)
+            self._asleep[name] = member
+            await _aside(member.sleep)
+            await _aside(give_back)
+        return await self.report_of(name)
+
+    async def _wake(self, name: str) -> MemberReport:
+        standing = self._hold.roster.of(name)
+        if standing.state == "unloaded":
+            raise ChangeConflictError(f"member {name!r} does not sleep, it is unloaded; load it")
+        if (member := self._asleep.get(name)) is None:
+            return await self.report_of(name)
+        assert isinstance(member, Sleeper)
+        self._hold.roster.put(name, "waking")
+        try:
+            await _aside(member.wake)
+        except Exception as error:  # whatever a device raises where it has no room
+            self._hold.roster.put(name, "asleep", f"{type(error).__name__}: {error}")
+            raise MemberError(name, f"it cannot wake: {type(error).__name__}: {error}") from error
+        part = Part(member, self._hold.loaded().voices[name])
+        del self._asleep[name]
+        await self._hold.on_engine(lambda engine: self._attach(engine, name, part, part.voice))
         return await self.report_of(name)
 
     async def _let_go(
@@ -347,6 +393,14 @@ def _with_member(config: Config, name: str, section: Mapping[str, Any]) -> Confi
             "member",
         )
     return found
+
+
+def _require_sleeper(member: Member) -> None:
+    if not isinstance(member, Sleeper):
+        raise InvalidRequestError(
+            f"member {member.name!r} lives elsewhere and cannot sleep; unload it, or let its own server sleep",
+            "name",
+        )
 
 
 def _as_request(error: UnisonoError, param: str) -> UnisonoError:

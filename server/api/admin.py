@@ -14,7 +14,17 @@ from server.api.routes import card_of
 from server.api.services import REFUSALS, ServicesOf
 from server.edge.auth import ADMIN, ADMIN_PATH
 from server.edge.bodies import BodyRoute
-from server.schema.admin import Deleted, LeaveBody, LoadBody, MemberCard, MemberCards, RecipeBody, RecipeCard
+from server.schema.admin import (
+    AdminBody,
+    Deleted,
+    LeaveBody,
+    LoadBody,
+    MemberCard,
+    MemberCards,
+    RecipeBody,
+    RecipeCard,
+    SleepBody,
+)
 
 if TYPE_CHECKING:
     from ensemble_core.runtime import MemberReport
@@ -56,6 +66,19 @@ async def unload_member(name: str, services: ServicesOf, body: LeaveBody | None 
     """Give back a member's weights and cache, once the requests that use it have ended."""
     leave = body or LeaveBody()
     return _card(await services.runtime.changes.unload(name, leave.drain_seconds, force=leave.force))
+
+
+@router.post("/members/{name}/sleep")
+async def put_to_sleep(name: str, services: ServicesOf, body: SleepBody | None = None) -> MemberCard:
+    """Give back a member's cache and keep its weights, in this machine's memory where they lie on a GPU."""
+    leave = body or SleepBody()
+    return _card(await services.runtime.changes.sleep(name, leave.drain_seconds, force=leave.force))
+
+
+@router.post("/members/{name}/wake")
+async def wake_member(name: str, services: ServicesOf, _body: AdminBody | None = None) -> MemberCard:
+    """Bring back a member that sleeps. One that is awake stays as it is."""
+    return _card(await services.runtime.changes.wake(name))
 
 
 @router.post("/ensembles")

@@ -40,6 +40,12 @@ class LeaveBody(AdminBody):
     )
 
 
+class SleepBody(LeaveBody):
+    """How a member goes to sleep."""
+
+    level: Literal[1] = Field(1, description="1: the cache is given back, weights are kept. To drop them, unload.")
+
+
 class RecipeBody(AdminBody):
     """A recipe and its name."""
 

@@ -42,7 +42,9 @@ def test_a_change_waits_for_those_who_compute_and_they_for_it() -> None:
     assert order == ["changed", "over", "computed"]
 
 
-def test_a_model_that_is_loaded_beside_others_never_changes_their_dtype(tiny_checkpoints: dict[Kind, Path]) -> None:
+def test_a_model_that_is_loaded_beside_others_never_changes_their_dtype(
+    tiny_checkpoints: dict[Kind, Path],
+) -> None:
     guard_default_dtype()
     seen: set[torch.dtype] = set()
     stop = threading.Event()

@@ -98,7 +98,8 @@ def make_member(
     """
     layers = attention_layers(name, model)
     max_len, device = min(config.max_len, _longest(model)), layers[-1].device
-    cache = _cache(name, config, layers, max_len, model.dtype)
+    renew = partial(_cache, name, config, layers, max_len, model.dtype)
+    cache = renew()
     kernels = choose((layer.device for layer in layers), model.dtype)
     with torch.inference_mode():
         proof = Proof(name, model, len(vocabulary), max_len)
@@ -111,15 +112,14 @@ def make_member(
     if deterministic:
         _make_steady(name, body, cache, kernels)
         few = max_len
-    member = LocalMember(name, vocabulary, max_len, body, cache, kernels, device, attention, few)
+    member = LocalMember(name, vocabulary, max_len, body, cache, kernels, device, attention, few, renew)
     proof.check(member)
     if deterministic:
         proof.check_steady(member)
     capture = capture or _capture(attention, layers)
     if isinstance(cache, PagedCache) and capture is not None:
         sizes = bucket_sizes(max_batch)
-        graphed = partial(GraphedBody, body, cache, attention, device, sizes, capture)
-        _adopt_graphs(member, body, graphed, proof, sizes)
+        _adopt_graphs(member, _graphed(body, attention, device, sizes, capture), proof, sizes)
     return member
 
 
@@ -196,9 +196,19 @@ def _capture(attention: Attention, layers: Sequence[LayerShape]) -> Capture | No
     return cuda_graphs(layers[0].device) if attention is by_kernel and len(devices) == 1 else None
 
 
-def _adopt_graphs(
-    member: LocalMember, body: Body, graphed: Callable[[], Body], proof: Proof, sizes: list[int]
-) -> None:
+def _graphed(
+    body: Body, attention: Attention, device: torch.device, sizes: Sequence[int], capture: Capture
+) -> Callable[[Cache], Body]:
+    """What captures graphs over a cache."""
+
+    def make(cache: Cache) -> Body:
+        assert isinstance(cache, PagedCache), "graphs read pages"
+        return GraphedBody(body, cache, attention, device, sizes, capture)
+
+    return make
+
+
+def _adopt_graphs(member: LocalMember, graphed: Callable[[Cache], Body], proof: Proof, sizes: list[int]) -> None:
     """Decode through graphs if they can be captured and answer as the body itself does; else stay without."""
     try:
         expected = {size: proof.step(member, size) for size in sizes}
@@ -207,7 +217,7 @@ def _adopt_graphs(
             proof.check_step(member, size, expected[size])
     except Exception as error:  # whatever libraries raise in a capture
         logger.warning("%s: decoding goes on without graphs: %s", member.name, error)
-        member.adopt(lambda: body)
+        member.adopt(None)
 
 
 def _check_memory(name: str, memory: int, needed: int) -> None:

@@ -1,0 +1,326 @@
+"""Members and recipes that come and go over an engine of fakes: who waits, who is refused, who goes on."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+from fakes import FakeMaker, FakeMember, byte_vocabulary, fake_config, fake_loaded, pair_vocabulary
+
+from ensemble_core import factory
+from ensemble_core.assembly import Loaded
+from ensemble_core.config import Config
+from ensemble_core.decoding.requests import GenerationRequest, Output, Overrides
+from ensemble_core.decoding.sampling_params import SamplingParams
+from ensemble_core.errors import (
+    ChangeConflictError,
+    CheckpointError,
+    InvalidRequestError,
+    MemberAwayError,
+    ModelNotFoundError,
+)
+from ensemble_core.runtime import Runtime
+from ensemble_core.stats import CacheStats, Record, Stats
+
+DUO = {"members": {"alpha": 0.5, "beta": 0.5}, "main": "alpha"}
+POLL = {"kind": "vote", "models": {"duo": 2, "beta": 1}, "answer": "exact"}
+MOA = {"kind": "graph", "nodes": {"a": "alpha", "end": "duo"}, "edges": [["a", "end"]]}
+
+
+class Stage:
+    """A runtime over fakes, and what they are."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, config: Config) -> None:
+        self.members = {
+            "alpha": FakeMember("alpha", byte_vocabulary(), seed=1),
+            "beta": FakeMember("beta", pair_vocabulary(), seed=2),
+        }
+        self.records: list[Stats] = []
+
+        def load(config: Config, record: Record) -> Loaded:
+            return fake_loaded(config, self.members, record)
+
+        monkeypatch.setattr(factory, "load", load)
+        self.runtime = Runtime(config, self.records.append)
+        self.changes = self.runtime.changes
+
+    @property
+    def maker(self) -> FakeMaker:
+        maker = self.runtime.loaded().maker
+        assert isinstance(maker, FakeMaker)
+        return maker
+
+    async def text(self, *requests: GenerationRequest) -> str:
+        return "".join([output.text async for _, output in await self.runtime.submit(requests)])
+
+    async def begun(self, request: GenerationRequest) -> asyncio.Task[list[Output]]:
+        """A request whose member is held at its gate, so that it stays under way."""
+        for member in self.members.values():
+            member.entered.clear()
+            member.gate.clear()
+        stream = await self.runtime.submit([request])
+        await asyncio.to_thread(self.members["alpha"].entered.wait, 5.0)
+
+        async def read() -> list[Output]:
+            return [output async for _, output in stream]
+
+        return asyncio.create_task(read())
+
+    def go_on(self) -> None:
+        for member in self.members.values():
+            member.gate.set()
+
+    def states(self) -> dict[str, str]:
+        return {name: self.runtime.roster.of(name).state for name in self.runtime.loaded().config.members}
+
+
+@contextmanager
+def stage(monkeypatch: pytest.MonkeyPatch, **sections: Any) -> Iterator[Stage]:
+    made = Stage(monkeypatch, fake_config(**({"ensembles": {"duo": DUO, "poll": POLL, "moa": MOA}} | sections)))
+    made.runtime.start()
+    made.runtime.wait_ready()
+    try:
+        yield made
+    finally:
+        made.go_on()
+        made.runtime.stop()
+
+
+def play(
+    monkeypatch: pytest.MonkeyPatch, act: Callable[[Stage], Coroutine[Any, Any, None]], **sections: Any
+) -> None:
+    with stage(monkeypatch, **sections) as made:
+        asyncio.run(asyncio.wait_for(act(made), 30.0))
+
+
+def request(max_tokens: int = 8, model: str = "duo", **overrides: Any) -> GenerationRequest:
+    params = SamplingParams(max_tokens=max_tokens, temperature=0.0)
+    return GenerationRequest("r", model, "abc", params, Overrides(**overrides))
+
+
+def test_a_member_goes_and_comes_back_and_answers_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def act(on: Stage) -> None:
+        alone = await on.text(request(model="alpha"))
+        report = await on.changes.unload("beta")
+        assert (report.standing.state, report.memory, report.num_requests) == ("unloaded", {}, 0)
+        lacking = {model.name: dict(model.lacks) for model in on.runtime.models()}
+        assert lacking == {name: {"beta": "unloaded"} for name in ("duo", "poll", "moa", "beta")} | {"alpha": {}}
+        for model in ("duo", "poll", "moa", "beta"):
+            with pytest.raises(MemberAwayError, match=f"'{model}' lacks the member 'beta'"):
+                await on.text(request(model=model))
+        assert await on.text(request(model="alpha")) == alone
+        assert await on.text(request(members=("alpha",))) == alone, "a subset that is there is served"
+        assert (await on.changes.load("beta")).standing.state == "ready"
+        assert await on.text(request())
+        assert await on.text(request(model="moa"))
+        assert await on.text(request(model="alpha")) == alone
+        last = [each for each in on.records if isinstance(each, CacheStats) and each.member == "beta"]
+        assert {0, 1024} <= {sum(each.memory_bytes.values()) for each in last}
+
+    play(monkeypatch, act)
+
+
+@pytest.mark.parametrize("model", ["duo", "moa"])
+def test_what_is_under_way_ends_first(monkeypatch: pytest.MonkeyPatch, model: str) -> None:
+    """A council too, though its later calls come while the member drains."""
+
+    async def act(on: Stage) -> None:
+        reading = await on.begun(request(6, model=model))
+        leaving = asyncio.create_task(on.changes.unload("beta"))
+        await asyncio.sleep(0.1)
+        assert on.states()["beta"] == "draining"
+        on.go_on()
+        outputs = await reading
+        assert outputs[-1].finish_reason == "length"
+        assert (await leaving).standing.state == "unloaded"
+
+    play(monkeypatch, act)
+
+
+def test_no_new_request_comes_to_a_member_that_drains(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def act(on: Stage) -> None:
+        reading = await on.begun(request(60))
+        leaving = asyncio.create_task(on.changes.unload("beta"))
+        await asyncio.sleep(0.05)
+        late = [asyncio.create_task(on.text(request(model=model))) for model in ("duo", "moa", "alpha")]
+        await asyncio.sleep(0.05)
+        on.go_on()
+        found = await asyncio.gather(*late, return_exceptions=True)
+        assert [isinstance(each, MemberAwayError) for each in found] == [True, True, False]
+        assert (await reading)[-1].finish_reason == "length"
+        await leaving
+
+    play(monkeypatch, act)
+
+
+@pytest.mark.parametrize(
+    ("policy", "force", "reason"),
+    [("fail", False, "error"), ("drop", False, "error"), ("fail", True, "error"), ("drop", True, "length")],
+)
+def test_what_has_not_ended_in_time_is_ended_by_name(
+    monkeypatch: pytest.MonkeyPatch, policy: str, force: bool, reason: str
+) -> None:
+    """The recipe's own policy counts only where the admin says so."""
+
+    async def act(on: Stage) -> None:
+        reading = await on.begun(request(200))
+        leaving = asyncio.create_task(on.changes.unload("beta", 0.0, force=force))
+        await asyncio.sleep(0.1)
+        on.go_on()
+        await leaving
+        last = (await reading)[-1]
+        assert last.finish_reason == reason
+        if reason == "error":
+            assert "member 'beta' is taken out of service" in (last.error or "")
+        else:
+            assert last.dropped == {"beta": "unloaded"}
+        assert all(member.is_empty for member in on.members.values())
+
+    play(monkeypatch, act, ensembles={"duo": {**DUO, "on_member_failure": policy}})
+
+
+def test_sleep_and_wake(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def act(on: Stage) -> None:
+        before = await on.text(request())
+        report = await on.changes.sleep("beta")
+        assert (report.standing.state, report.memory) == ("asleep", {"cpu": 512})
+        assert on.members["beta"].asleep
+        with pytest.raises(MemberAwayError, match="asleep"):
+            await on.text(request())
+        assert (await on.changes.sleep("beta")).standing.state == "asleep", "again: nothing happens"
+        assert (await on.changes.wake("beta")).memory == {"cpu": 1024}
+        assert (await on.changes.wake("beta")).standing.state == "ready"
+        assert await on.text(request()) == before
+        assert on.maker.made == [], "nothing was loaded"
+        await on.changes.sleep("beta")
+        assert (await on.changes.load("beta")).standing.state == "ready", "who sleeps is woken"
+        await on.changes.sleep("beta")
+        assert (await on.changes.unload("beta")).memory == {}
+        for change in (on.changes.sleep, on.changes.wake):
+            with pytest.raises(ChangeConflictError, match="load it"):
+                await change("beta")  # type: ignore[operator]
+
+    play(monkeypatch, act)
+
+
+def test_a_wake_that_fails_leaves_it_asleep(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def act(on: Stage) -> None:
+        await on.changes.sleep("beta")
+        on.members["beta"].broken_calls["wake"] = RuntimeError("no room on the device")
+        with pytest.raises(Exception, match="no room on the device"):
+            await on.changes.wake("beta")
+        assert on.runtime.roster.of("beta").failure == "RuntimeError: no room on the device"
+        on.members["beta"].broken_calls.clear()
+        assert (await on.changes.wake("beta")).standing.failure is None
+
+    play(monkeypatch, act)
+
+
+def test_one_change_at_a_time_and_to_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def act(on: Stage) -> None:
+        await on.changes.unload("beta")
+        on.maker.gate.clear()
+        loading = asyncio.create_task(on.changes.load("beta"))
+        await asyncio.sleep(0.05)
+        assert on.states()["beta"] == "loading"
+        assert (await on.changes.report()).change == "load of beta"
+        others = (on.changes.unload("alpha"), on.changes.load("beta"), on.changes.put_recipe("trio", DUO))
+        for other in others:
+            with pytest.raises(ChangeConflictError, match="load of beta is under way"):
+                await other
+        assert await on.text(request(model="alpha")), "others are served meanwhile"
+        loading.cancel()  # its caller goes away
+        on.maker.gate.set()
+        for _ in range(100):
+            if on.states()["beta"] == "ready":
+                break
+            await asyncio.sleep(0.02)
+        assert on.states()["beta"] == "ready"
+        assert await on.text(request())
+
+    play(monkeypatch, act)
+
+
+def test_a_load_that_fails_leaves_everything_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def act(on: Stage) -> None:
+        await on.changes.unload("beta")
+        on.maker.fails = CheckpointError("the weights are gone")
+        with pytest.raises(CheckpointError, match="the weights are gone"):
+            await on.changes.load("beta")
+        assert on.runtime.roster.of("beta").failure == "the weights are gone"
+        on.maker.fails = CheckpointError("no such folder")
+        with pytest.raises(CheckpointError):
+            await on.changes.load("gamma", {"model": "fake-gamma"})
+        assert set(on.states()) == {"alpha", "beta"}
+        assert await on.text(request(model="alpha"))
+        assert (await on.changes.load("beta")).standing.failure is None
+
+    play(monkeypatch, act)
+
+
+def test_a_member_is_declared_and_serves_in_a_new_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def act(on: Stage) -> None:
+        for wrong, words in (({"model": ""}, "members.gamma.model"), ({"modle": "x"}, "members.gamma.modle")):
+            with pytest.raises(InvalidRequestError, match=words):
+                await on.changes.load("gamma", wrong)
+        with pytest.raises(InvalidRequestError, match="declared otherwise"):
+            await on.changes.load("beta", {"model": "another"})
+        with pytest.raises(ModelNotFoundError, match="not declared"):
+            await on.changes.load("gamma")
+        assert (await on.changes.load("gamma", {"model": "fake-gamma"})).models == ("gamma",)
+        assert await on.text(request(model="gamma"))
+        recipe = {"members": {"gamma": 1, "beta": 1}, "main": "gamma", "fusion": "projection"}
+        assert not await on.changes.put_recipe("pair", recipe)
+        assert await on.text(request(model="pair"))
+        assert await on.changes.put_recipe("pair", {**recipe, "main": "beta"})
+        await on.changes.unload("gamma")
+        assert {m.name for m in on.runtime.models() if m.lacks} == {"gamma", "pair"}
+
+    play(monkeypatch, act)
+
+
+@pytest.mark.parametrize(
+    ("name", "section", "words"),
+    [
+        ("trio", {"members": {"nobody": 1}, "main": "nobody"}, "ensembles.trio.members: .*nobody"),
+        ("trio", {**DUO, "fusion": "magic"}, "ensembles.trio.fusion.name: unknown fusion 'magic'"),
+        ("trio", {**DUO, "sort": 1}, "ensembles.trio.sort"),
+        ("alpha", DUO, "a member has this name already"),
+        ("no way", DUO, "ensembles.no way"),
+        ("duo", {"kind": "vote", "models": {"duo": 1}, "answer": "exact"}, "circle"),
+        ("poll", {**POLL, "limits": {"max_calls": 1}}, "max_calls"),
+    ],
+)
+def test_recipes_are_checked_as_the_file_is(
+    monkeypatch: pytest.MonkeyPatch, name: str, section: dict[str, Any], words: str
+) -> None:
+    async def act(on: Stage) -> None:
+        before = on.runtime.models()
+        with pytest.raises(InvalidRequestError, match=words):
+            await on.changes.put_recipe(name, section)
+        assert on.runtime.models() == before
+        assert await on.text(request(model="duo"))
+
+    play(monkeypatch, act)
+
+
+def test_requests_end_with_the_recipe_that_they_began_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def act(on: Stage) -> None:
+        whole = await on.text(request(20, model="moa"))
+        reading = await on.begun(request(20, model="moa"))
+        changing = asyncio.create_task(on.changes.delete_recipe("moa"))
+        await asyncio.sleep(0.05)
+        on.go_on()
+        await changing
+        assert "".join(output.text for output in await reading) == whole
+        with pytest.raises(ModelNotFoundError):
+            await on.text(request(model="moa"))
+        with pytest.raises(InvalidRequestError, match=r"\['duo'\] are neither members nor ensembles"):
+            await on.changes.delete_recipe("duo")  # poll calls it
+        with pytest.raises(ModelNotFoundError, match="recipe 'nobody'"):
+            await on.changes.delete_recipe("nobody")
+
+    play(monkeypatch, act)
