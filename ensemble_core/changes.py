@@ -1,12 +1,8 @@
 """Members and recipes that come and go while others serve: one change at a time, each whole or not at all.
 
 What takes long (loading, checking, giving memory back) happens in a thread of its own, on one core; the engine's
-thread only takes members out and puts them in, between two steps. A member that is to leave drains first: it takes no
-new requests, and those that use it end, councils that may still ask it included. What has not ended when the time is
-over ends with an error that names the member.
-
-Invariants: no change leaves a recipe without what it was checked with; a change that fails leaves everything as it
-was. Knows the runtime by what a change needs of it (`Hold`); does not know HTTP.
+thread only takes members out and puts them in, between two steps (`doorway`). Invariants: no change leaves a recipe
+without what it was checked with; a change that fails leaves everything as it was. Does not know HTTP.
 """
 
 from __future__ import annotations
@@ -14,15 +10,15 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from ensemble_core.assembly import Loaded, Part, Voice, assembled
 from ensemble_core.config import Config
-from ensemble_core.engine import Engine, News
+from ensemble_core.doorway import Doorway, Exit, Hold, Leave
+from ensemble_core.engine import Engine
 from ensemble_core.errors import (
     ArtefactError,
     ChangeConflictError,
@@ -34,10 +30,11 @@ from ensemble_core.errors import (
     UnisonoError,
     quoted,
 )
+from ensemble_core.member_reports import MemberReport, ProcessReport, member_reports
 from ensemble_core.members.base import Member, Sleeper
 from ensemble_core.members.loading.memory import give_back, resident_bytes
 from ensemble_core.members.threads import Allotment, threads
-from ensemble_core.roster import MemberState, Roster, Standing
+from ensemble_core.reloading import Difference, engine_limits, require_no_restart
 
 logger = logging.getLogger(__name__)
 
@@ -45,82 +42,18 @@ Found = TypeVar("Found")
 _POLL_SECONDS = 0.05  # between looks at a member that drains
 
 
-class Hold(Protocol):
-    """What a change needs of the runtime. meetings: councils at work -> the members that they may ask."""
-
-    roster: Roster
-    meetings: dict[int, frozenset[str]]
-
-    def loaded(self) -> Loaded:
-        """What serves now. Raises NotReadyError."""
-
-    async def on_engine(self, work: Callable[[Engine], Found]) -> Found:
-        """Do something in the engine's thread, between two steps."""
-
-    def publish(self, news: list[News]) -> None:
-        """Hand outputs on; in the engine's thread."""
-
-    def serve(self, loaded: Loaded) -> None:
-        """Serve with these recipes from now on; in the event loop's thread."""
-
-
-@dataclass(frozen=True, slots=True)
-class Leave:
-    """How a member leaves. seconds: that its requests have to end; None: as at shutdown. force: those that are left
-    are treated as where the member fails: recipes with `on_member_failure: drop` go on without it.
-    """
-
-    seconds: float | None = None
-    force: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class MemberReport:
-    """One declared member. memory: device -> bytes; num_requests: that use it now; models: that need it."""
-
-    name: str
-    model: str
-    standing: Standing
-    device: str | None
-    memory: Mapping[str, int]
-    num_requests: int
-    models: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class ProcessReport:
-    """All members; the process' resident memory in bytes; the change that is under way."""
-
-    members: list[MemberReport]
-    resident: int
-    change: str | None
-
-
-@dataclass(slots=True)
-class _Exit:
-    """What the engine's thread has let go. Nothing else refers to it, so that its memory can be given back."""
-
-    members: list[Member] = field(default_factory=list)
-
-    def close(self) -> None:
-        """End them and give their memory back."""
-        while self.members:
-            self.members.pop().close()
-        give_back()
-
-
 class Changes:
     """See the module. All methods belong to the event loop's thread."""
 
     def __init__(self, hold: Hold) -> None:
-        self._hold = hold
+        self._hold, self._doorway = hold, Doorway(hold)
         self._change: str | None = None  # under way
         self._asleep: dict[str, Member] = {}
 
     async def report(self) -> ProcessReport:
         """How all members stand."""
         loaded = self._hold.loaded()
-        found = await self._hold.on_engine(partial(self._report, loaded))
+        found = await self._hold.on_engine(partial(member_reports, loaded, self._hold.roster, self._asleep))
         return ProcessReport(found, resident_bytes(), self._change)
 
     async def report_of(self, name: str) -> MemberReport:
@@ -151,6 +84,14 @@ class Changes:
         """Bring back a member that sleeps, sooner than a load. Raises as `load`."""
         return await self._alone(f"wake of {name}", lambda: self._wake(name))
 
+    async def reload(self, read: Callable[[], Config]) -> Difference:
+        """Serve what a file says from now on: members, recipes and limits that changed, all or nothing.
+
+        read: the file's configuration. What only the admin's routes have declared is gone afterwards. Raises what
+        reading and loading raise, and ConfigError for what cannot be changed without a restart.
+        """
+        return await self._alone("reload of the configuration", lambda: self._reload(read))
+
     async def put_recipe(self, name: str, section: Mapping[str, Any]) -> bool:
         """Add a recipe or replace it, checked as the YAML is. False: there was none. Raises as `load`."""
         return await self._alone(f"recipe {name}", lambda: self._put_recipe(name, section))
@@ -158,24 +99,6 @@ class Changes:
     async def delete_recipe(self, name: str) -> None:
         """Take a recipe away; its requests go on to their ends. Raises as `load`."""
         await self._alone(f"deletion of recipe {name}", lambda: self._delete_recipe(name))
-
-    def _report(self, loaded: Loaded, engine: Engine) -> list[MemberReport]:
-        return [
-            MemberReport(
-                name,
-                section.model,
-                self._hold.roster.of(name),
-                _device(engine.members.get(name)),
-                self._memory(name, engine),
-                len(engine.scheduler.using(name)),
-                tuple(info.name for info in loaded.models if name in info.members),
-            )
-            for name, section in loaded.config.members.items()
-        ]
-
-    def _memory(self, name: str, engine: Engine) -> Mapping[str, int]:
-        member = engine.members.get(name) or self._asleep.get(name)
-        return {} if member is None else member.memory_bytes()
 
     async def _alone(self, what: str, work: Callable[[], Awaitable[Found]]) -> Found:
         """Make a change, to its end even where the caller goes away. Raises ChangeConflictError beside another."""
@@ -220,7 +143,7 @@ class Changes:
                 self._note_failure(name, is_new, error)
                 raise _as_request(error, "member") from error
             voice = part.voice
-        await self._hold.on_engine(lambda engine: self._attach(engine, name, part, voice))
+        await self._hold.on_engine(lambda engine: self._doorway.attach(engine, name, part, voice))
         self._hold.serve(loaded)
         return await self.report_of(name)
 
@@ -241,17 +164,13 @@ class Changes:
         if not is_new:
             self._hold.roster.put(name, "unloaded", str(error))
 
-    def _attach(self, engine: Engine, name: str, part: Part, voice: Voice) -> None:
-        engine.attach(part.member, part.cost)
-        self._hold.roster.put(name, "ready", voice=voice)
-
     async def _unload(self, name: str, leave: Leave) -> MemberReport:
-        state, gone = self._hold.roster.of(name).state, _Exit()
+        state, gone = self._hold.roster.of(name).state, Exit()
         if state == "asleep":
             gone.members.append(self._asleep.pop(name))
             self._hold.roster.put(name, "unloaded")
         elif state != "unloaded":
-            gone = await self._let_go([name], leave, "unloaded")
+            gone = await self._doorway.let_go([name], leave, "unloaded")
         await _aside(gone.close)
         return await self.report_of(name)
 
@@ -261,7 +180,7 @@ class Changes:
             raise ChangeConflictError(f"member {name!r} is unloaded, and has nothing to give back; load it first")
         if standing.state == "ready":
             await self._hold.on_engine(lambda engine: _require_sleeper(engine.members[name]))
-            gone = await self._let_go([name], leave, "asleep")
+            gone = await self._doorway.let_go([name], leave, "asleep")
             member = gone.members.pop()
             assert isinstance(member, Sleeper)
             self._asleep[name] = member
@@ -284,67 +203,8 @@ class Changes:
             raise MemberError(name, f"it cannot wake: {type(error).__name__}: {error}") from error
         part = Part(member, self._hold.loaded().voices[name])
         del self._asleep[name]
-        await self._hold.on_engine(lambda engine: self._attach(engine, name, part, part.voice))
+        await self._hold.on_engine(lambda engine: self._doorway.attach(engine, name, part, part.voice))
         return await self.report_of(name)
-
-    async def _let_go(
-        self,
-        names: Sequence[str],
-        leave: Leave,
-        state: MemberState,
-        then: Callable[[Engine], None] = lambda _: None,
-    ) -> _Exit:
-        """Drain members and take them out of the engine, all or none.
-
-        then: done in the same moment. Raises ChangeConflictError where a call to one of them has not returned.
-        """
-        standings = {name: self._hold.roster.of(name) for name in names}
-        for name, standing in standings.items():
-            self._hold.roster.put(name, "draining", voice=standing.voice)
-        gone = _Exit()
-        try:
-            seconds = self._hold.loaded().config.server.drain_seconds if leave.seconds is None else leave.seconds
-            await self._drained(names, seconds)
-            await self._hold.on_engine(lambda engine: self._take_out(engine, names, leave, state, then, gone))
-        except BaseException:
-            for name, standing in standings.items():
-                self._hold.roster.put(name, standing.state, standing.failure, standing.voice)
-            raise
-        return gone
-
-    async def _drained(self, names: Sequence[str], seconds: float) -> None:
-        """Until nobody uses the members any more, or the time is over."""
-        deadline = time.monotonic() + seconds
-        while True:
-            meeting = any(members.intersection(names) for members in self._hold.meetings.values())
-            if not meeting and await self._hold.on_engine(lambda engine: all(map(engine.can_detach, names))):
-                return
-            if time.monotonic() > deadline:
-                logger.warning(
-                    "draining %s took longer than %.0f s; ending what is left", ", ".join(names), seconds
-                )
-                return
-            await asyncio.sleep(_POLL_SECONDS)
-
-    def _take_out(
-        self,
-        engine: Engine,
-        names: Iterable[str],
-        leave: Leave,
-        state: MemberState,
-        then: Callable[[Engine], None],
-        gone: _Exit,
-    ) -> None:
-        """In the engine's thread: end what is left, and let the members go."""
-        for name in names:
-            reason = f"member {name!r} is taken out of service, and the time for its requests is over"
-            self._hold.publish(engine.end_users(name, reason, go_on=leave.force))
-        if stuck := [name for name in names if not engine.can_detach(name)]:
-            raise ChangeConflictError(f"a call to {', '.join(stuck)} has not returned; try again later")
-        for name in names:
-            gone.members.append(engine.detach(name))
-            self._hold.roster.put(name, state)
-        then(engine)
 
     async def _put_recipe(self, name: str, section: Mapping[str, Any]) -> bool:
         loaded = self._hold.loaded()
@@ -369,6 +229,47 @@ class Changes:
             raise _as_request(error, f"ensembles.{name}") from error
         await self._hold.on_engine(lambda engine: engine.forget([name]))
         self._hold.serve(changed)
+
+    async def _reload(self, read: Callable[[], Config]) -> Difference:
+        before, after = self._hold.loaded(), await _aside(read)
+        require_no_restart(before.config, after)
+        found = Difference.of(before.config, after)
+        parts: dict[str, Part] = {}
+        try:
+            for name in (*found.new, *found.changed):
+                make = partial(before.maker.part, after, name, before.voices.get(name), measured=False)
+                parts[name] = await _aside(make)
+            voices = {name: part.voice for name, part in parts.items()}
+            loaded = await self._assembled(after, before, voices)
+            gone = await self._exchange(found, parts, loaded)
+        except BaseException:
+            for part in parts.values():
+                part.member.close()
+            parts.clear()
+            await _aside(give_back)
+            raise
+        self._hold.serve(loaded)
+        await _aside(gone.close)
+        logger.info("change: the configuration is what the file says; changed: %s", found)
+        return found
+
+    async def _exchange(self, found: Difference, parts: Mapping[str, Part], loaded: Loaded) -> Exit:
+        """Take members that are gone or declared anew out of the engine, and put those of `parts` in, in one go."""
+
+        def put_in(engine: Engine) -> None:
+            for name, part in parts.items():
+                self._doorway.attach(engine, name, part, part.voice)
+            for name in found.gone:
+                self._hold.roster.forget(name)
+            engine.limit(engine_limits(loaded.config), prefix_reuse=loaded.config.scheduler.prefix_reuse)
+            engine.forget(found.recipes)
+
+        leaving = [*found.gone, *found.changed]
+        there = [name for name in leaving if self._hold.roster.of(name).state == "ready"]
+        leave = Leave(loaded.config.server.drain_seconds)
+        gone = await self._doorway.let_go(there, leave, "unloaded", put_in)
+        gone.members += [self._asleep.pop(name) for name in leaving if name in self._asleep]
+        return gone
 
     async def _assembled(self, config: Config, loaded: Loaded, voices: Mapping[str, Voice]) -> Loaded:
         made = partial(assembled, config, loaded.engine, {**loaded.voices, **voices}, loaded.maker, loaded)
@@ -415,10 +316,6 @@ def _same(one: Voice, other: Voice) -> bool:
     mine, theirs = one.speaker, other.speaker
     alike = (mine.max_len, mine.abilities) == (theirs.max_len, theirs.abilities)
     return alike and one.spoken == other.spoken
-
-
-def _device(member: Member | None) -> str | None:
-    return None if member is None else str(member.device)
 
 
 def _heard(task: asyncio.Future[Any]) -> None:

@@ -329,8 +329,9 @@ class Config(Section):
             config = Config.model_validate(given)
         except ValidationError as error:
             raise ConfigError("; ".join(_lines(error))) from error
-        config = _resolve_paths(config, Path.cwd() if self._source is None else self._source.resolve().parent)
-        config._source = self._source
+        if self._source is not None:
+            config = _resolve_paths(config, self._source.resolve().parent)
+            config._source = self._source
         return config
 
     @property

@@ -93,6 +93,12 @@ class Engine:
                 fail(sequence, reason)
         return self._retire()
 
+    def limit(self, limits: Limits, *, prefix_reuse: bool) -> None:
+        """Other limits from the next step on; what waits or runs stays."""
+        self.scheduler.limit(limits)
+        self._failures.max_behind = limits.token_budget
+        self._prefix_reuse = prefix_reuse
+
     def forget(self, models: Iterable[str]) -> None:
         """What was learnt of the drafts of models, whose recipes are others from now on."""
         gone = set(models)

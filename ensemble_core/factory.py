@@ -22,7 +22,6 @@ from ensemble_core.assembly import Loaded, Part, Spoken, Voice, assembled, check
 from ensemble_core.config import Config
 from ensemble_core.councils.book import CouncilBook
 from ensemble_core.decoding.guidance import Grammars
-from ensemble_core.decoding.scheduler import Limits
 from ensemble_core.engine import Engine
 from ensemble_core.fusion.base import FusionSpace
 from ensemble_core.members.base import Member
@@ -32,6 +31,7 @@ from ensemble_core.members.loading.models import load_member
 from ensemble_core.members.loading.placement import log_plan, measure, plan_cores
 from ensemble_core.members.remote.elsewhere import Elsewhere
 from ensemble_core.recipes import RecipeBook, SpaceOf
+from ensemble_core.reloading import engine_limits
 from ensemble_core.stats import Record
 from ensemble_core.text.prompt import PromptEncoder, read_template
 from ensemble_core.text.vocabulary import Vocabulary
@@ -115,17 +115,9 @@ def _load_here(config: Config, vocabularies: Mapping[str, Vocabulary]) -> dict[s
 
 def _engine(config: Config, members: Mapping[str, Member], record: Record) -> Engine:
     scheduler = config.scheduler
-    limits = Limits(
-        scheduler.max_running,
-        scheduler.max_waiting,
-        scheduler.token_budget,
-        scheduler.max_stretch,
-        scheduler.max_queued_tokens,
-        scheduler.spare,
-    )
     return Engine(
         members,
-        limits,
+        engine_limits(config),
         scheduler.num_candidates,
         record,
         prefix_reuse=scheduler.prefix_reuse,

@@ -21,7 +21,7 @@ from typing import Any, Literal, TypeVar
 
 from ensemble_core import factory
 from ensemble_core.assembly import Loaded
-from ensemble_core.changes import Changes, MemberReport
+from ensemble_core.changes import Changes
 from ensemble_core.config import Config
 from ensemble_core.councils.chamber import Chamber
 from ensemble_core.councils.door import EngineDoor
@@ -29,6 +29,7 @@ from ensemble_core.decoding.requests import GenerationRequest, Output, Prompt
 from ensemble_core.decoding.sequence import Sequence
 from ensemble_core.engine import Engine, News
 from ensemble_core.errors import NotReadyError, UnisonoError
+from ensemble_core.member_reports import MemberReport
 from ensemble_core.members.loading.standstill import DEFAULT_DTYPE
 from ensemble_core.recipes import ModelInfo, list_models
 from ensemble_core.roster import Roster
@@ -290,7 +291,7 @@ class Runtime:
             partial(self._reserve, loaded),
             self._stream,
         )
-        self._loaded = loaded
+        self._loaded, self._config = loaded, loaded.config
         self._chamber = Chamber(loaded.councils, door, self._record) if loaded.councils else None
 
     def _abort(self, seq_ids: list[int]) -> None:
@@ -324,8 +325,8 @@ class Runtime:
 
     def _watch(self) -> None:
         """The watchdog's function: declare the engine dead if its loop stands still."""
-        bound = self._config.scheduler.stall_seconds
-        while not self._ended.wait(min(bound / 4, 1.0)):
+        while not self._ended.wait(min(self._config.scheduler.stall_seconds / 4, 1.0)):
+            bound = self._config.scheduler.stall_seconds
             stalled = time.monotonic() - self._beat
             if stalled > bound:
                 logger.error("the engine has taken no step for %.0f s and counts as dead", stalled)

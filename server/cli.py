@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import closing, contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -112,8 +112,8 @@ def serve(
     tls_key_password_env: Annotated[str | None, typer.Option(help="Replaces server.tls_key_password_env.")] = None,
 ) -> None:
     """Load the models and serve them over HTTP until a signal arrives."""
-    with _one_line_errors():
-        settings = _load(config)
+
+    def chosen(settings: Config) -> Config:
         server = _chosen(
             settings.server,
             host=host,
@@ -126,7 +126,10 @@ def serve(
             tls_key_file=tls_key_file,
             tls_key_password_env=tls_key_password_env,
         )
-        _serve(settings.model_copy(update={"server": server}))
+        return settings.model_copy(update={"server": server})
+
+    with _one_line_errors():
+        _serve(chosen(_load(config)), lambda: chosen(load_config(config)))
 
 
 def _chosen(server: ServerConfig, **options: object) -> ServerConfig:
@@ -150,7 +153,8 @@ def _all_keys(server: ServerConfig, given: list[str] | None) -> list[object] | N
     return [*server.api_keys, *more] if more else None
 
 
-def _serve(settings: Config) -> None:
+def _serve(settings: Config, read: Callable[[], Config]) -> None:
+    """read: the same configuration from its file as it is then."""
     from ensemble_core.runtime import Runtime
     from server.edge.app import create_app
     from server.edge.metrics import PrometheusMetrics
@@ -159,7 +163,7 @@ def _serve(settings: Config) -> None:
     metrics = PrometheusMetrics()
     runtime = Runtime(settings, metrics.record)
     say = _say if settings.server.log_format == "text" else logger.info
-    serve_app(create_app(runtime, settings.server, metrics), runtime, settings.server, say)
+    serve_app(create_app(runtime, settings.server, metrics), runtime, settings.server, say, read)
 
 
 @app.command()

@@ -37,7 +37,7 @@ class Failures:
     """See the module's docstring. max_behind: most tokens that a member may have to catch up after it was busy."""
 
     def __init__(self, pool: MemberPool, record: Record, max_behind: int) -> None:
-        self._pool, self._record, self._max_behind = pool, record, max_behind
+        self._pool, self._record, self.max_behind = pool, record, max_behind
         self._failed: dict[str, Cause] = {}  # in this step
         self._down: set[str] = set()
         self._away: set[str] = set()  # of these, those that are lost
@@ -122,7 +122,7 @@ class Failures:
                 if self._pool.is_stuck(member):
                     fail(sequence, f"member {member!r}: an earlier call has not returned")
                 return None
-            if share.prefill or share.counts[member] > self._max_behind:
+            if share.prefill or share.counts[member] > self.max_behind:
                 self._drop(sequence, member, "busy", "an earlier call has not returned")
         counts = _kept(share.counts, busy, sequence)
         decodes = share.decides and not share.prefill  # main has drafted what is decided without the busy members

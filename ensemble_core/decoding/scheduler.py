@@ -109,6 +109,11 @@ class Scheduler:
         assert not self.using(member), f"{member} is in use"
         del self._capacities[member]
 
+    def limit(self, limits: Limits) -> None:
+        """Other limits from now on; what waits or runs beyond them stays."""
+        self._limits, self._settled = limits, False
+        self.pace.max_stretch = limits.max_stretch
+
     def using(self, member: str) -> list[Sequence]:
         """The running and waiting sequences that use a member."""
         return [s for s in (*self.running, *self.waiting) if member in s.tracks]

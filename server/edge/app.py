@@ -21,6 +21,7 @@ from server.edge.auth import Gate, KeyRing, load_admin_keys, load_keys
 from server.edge.bodies import BodyLimit
 from server.edge.door import Door
 from server.edge.exchange import Exchange
+from server.edge.live import LiveConfig
 from server.edge.metrics import PrometheusMetrics
 from server.edge.middleware import RequestContext, RootPath
 from server.edge.openapi import require_key
@@ -41,13 +42,14 @@ def create_app(runtime: Runtime, config: ServerConfig, metrics: PrometheusMetric
     """
     keys, admin_keys = load_keys(config), load_admin_keys(config)
     traces = open_traces() if config.traces else None
+    live = LiveConfig(config)
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncGenerator[None]:
         runtime.start()
         try:
             yield
-            await runtime.drain(config.drain_seconds)
+            await runtime.drain(live.config.drain_seconds)
         finally:
             await asyncio.to_thread(runtime.stop)
             if traces is not None:
@@ -62,10 +64,10 @@ def create_app(runtime: Runtime, config: ServerConfig, metrics: PrometheusMetric
         redirect_slashes=False,
         **_WITHOUT_TELEMETRY,
     )
-    app.state.services = Services(runtime, config, metrics, created=int(time.time()), keyed=bool(keys))
+    app.state.services = Services(runtime, live, metrics, created=int(time.time()), keyed=bool(keys))
     for module in (routes, tokenizers, probes, *([admin] if admin_keys else [])):
         app.include_router(module.router)
-    _add_middleware(app, config, (keys, admin_keys), metrics, _observers(config, traces))
+    _add_middleware(app, live, (keys, admin_keys), metrics, _observers(config, traces))
     errors.install(app, metrics)
     return app
 
@@ -78,7 +80,7 @@ def _observers(config: ServerConfig, traces: Traces | None) -> list[Callable[[Ex
 
 def _add_middleware(
     app: FastAPI,
-    config: ServerConfig,
+    live: LiveConfig,
     rings: tuple[KeyRing, KeyRing],
     metrics: PrometheusMetrics,
     observers: Sequence[Callable[[Exchange], None]],
@@ -87,8 +89,8 @@ def _add_middleware(
 
     rings: the clients' keys, and the admin's.
     """
-    keys, admin_keys = rings
-    app.add_middleware(BodyLimit, max_bytes=config.max_body_bytes, limits=config.limits)
+    (keys, admin_keys), config = rings, live.config
+    app.add_middleware(BodyLimit, live=live)
     if keys or admin_keys:
         protect = config.protect_metrics
         app.add_middleware(Gate, keys=keys, protect_metrics=protect, metrics=metrics, admin_keys=admin_keys)
@@ -101,7 +103,7 @@ def _add_middleware(
             allow_headers=["*"],
             expose_headers=["X-Request-Id", "Retry-After"],
         )
-    app.add_middleware(Door, config=config, keyed=bool(keys), metrics=metrics)
+    app.add_middleware(Door, live=live, keyed=bool(keys), metrics=metrics)
     app.add_middleware(RequestContext, observers=observers)
     if config.root_path:
         app.add_middleware(RootPath, root_path=config.root_path)

@@ -20,8 +20,8 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ensemble_core.config import ServerConfig
-from ensemble_core.limits import LimitsConfig
 from server.edge.errors import RefusedBodyError
+from server.edge.live import LiveConfig
 
 _SMALL = 64 * 2**10  # bytes that are parsed at once, without a thread
 _MAX_FIELDS = 256
@@ -34,10 +34,9 @@ class BodyLimit:
     does not read the body is not limited; the connection throws the body away.
     """
 
-    def __init__(self, app: ASGIApp, max_bytes: int, limits: LimitsConfig) -> None:
+    def __init__(self, app: ASGIApp, live: LiveConfig) -> None:
         self._app = app
-        self._max_bytes = max_bytes
-        self._limits = limits
+        self._live = live
         self._held = 0  # bytes of all bodies that are not whole yet
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -53,20 +52,21 @@ class BodyLimit:
 
     def check_size(self, num_bytes: int) -> None:
         """Raise a 413 for a body that is too large."""
-        if num_bytes > self._max_bytes:
-            message = f"the body is over the limit of {self._max_bytes} bytes (server.max_body_bytes)"
+        most = self._live.config.max_body_bytes
+        if num_bytes > most:
+            message = f"the body is over the limit of {most} bytes (server.max_body_bytes)"
             raise HTTPException(413, message)
 
     def hold(self, num_bytes: int) -> None:
         """Count bytes as held; a negative number releases them. Raises a 503 for too many."""
         self._held += num_bytes
-        if num_bytes > 0 and self._held > self._limits.body_memory:
+        if num_bytes > 0 and self._held > self._live.config.limits.body_memory:
             raise HTTPException(503, "too many bodies arrive at once (server.limits.body_memory); try again later")
 
     @property
     def seconds(self) -> float:
         """How long a body may take."""
-        return self._limits.body_seconds
+        return self._live.config.limits.body_seconds
 
 
 class _Arriving:

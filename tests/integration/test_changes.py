@@ -18,6 +18,7 @@ from ensemble_core.decoding.sampling_params import SamplingParams
 from ensemble_core.errors import (
     ChangeConflictError,
     CheckpointError,
+    ConfigError,
     InvalidRequestError,
     MemberAwayError,
     ModelNotFoundError,
@@ -322,5 +323,107 @@ def test_requests_end_with_the_recipe_that_they_began_with(monkeypatch: pytest.M
             await on.changes.delete_recipe("duo")  # poll calls it
         with pytest.raises(ModelNotFoundError, match="recipe 'nobody'"):
             await on.changes.delete_recipe("nobody")
+
+    play(monkeypatch, act)
+
+
+def changed(on: Stage, **sections: Any) -> Callable[[], Config]:
+    """What the file says now: as the configuration that serves, but for some sections."""
+    config = on.runtime.loaded().config
+    return lambda: config.replaced(**sections)
+
+
+def test_a_file_that_is_read_again_is_served(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def act(on: Stage) -> None:
+        config = on.runtime.loaded().config
+        before = await on.text(request(model="alpha"))
+        await on.changes.put_recipe("passing", DUO)
+        reading = await on.begun(request(60, model="beta"))
+        members = {
+            "alpha": config.members["alpha"],
+            "beta": {"model": "fake-beta", "max_len": 128},
+            "gamma": {"model": "fake-gamma"},
+        }
+        recipes = {
+            "duo": {**DUO, "main": "beta"},
+            "three": {"members": dict.fromkeys(members, 1), "main": "gamma"},
+        }
+        scheduler = {"max_waiting": 3, "max_stretch": 3.0}
+        read = changed(on, members=members, ensembles=recipes, scheduler=scheduler)
+        reloading = asyncio.create_task(on.changes.reload(read))
+        await asyncio.sleep(0.1)
+        on.go_on()
+        found = await reloading
+        assert (await reading)[-1].finish_reason == "length", "what used the member before has ended first"
+        assert (found.gone, found.new, found.changed) == ((), ("gamma",), ("beta",))
+        assert set(found.recipes) == {"duo", "poll", "moa", "passing", "three"}
+        assert found.fields == ("scheduler.max_waiting", "scheduler.max_stretch")
+        names = [model.name for model in on.runtime.models()]
+        assert names == ["duo", "three", "alpha", "beta", "gamma"]
+        assert on.states() == dict.fromkeys(members, "ready")
+        for model in ("duo", "three", "beta", "gamma"):
+            assert await on.text(request(model=model))
+        assert await on.text(request(model="alpha")) == before
+        with pytest.raises(InvalidRequestError, match=r"max_waiting.*got 4"):
+            await on.runtime.submit([request() for _ in range(4)])
+        with pytest.raises(ModelNotFoundError):
+            await on.text(request(model="passing"))
+
+    play(monkeypatch, act)
+
+
+def test_members_that_the_file_has_no_more_are_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def act(on: Stage) -> None:
+        config = on.runtime.loaded().config
+        await on.changes.sleep("beta")
+        await on.changes.reload(changed(on, members={"alpha": config.members["alpha"]}, ensembles={}))
+        assert [model.name for model in on.runtime.models()] == ["alpha"]
+        with pytest.raises(ModelNotFoundError):
+            on.runtime.roster.of("beta")
+        assert await on.text(request(model="alpha"))
+        await on.changes.load("beta", {"model": "fake-beta"})
+        assert await on.text(request(model="beta"))
+
+    play(monkeypatch, act)
+
+
+@pytest.mark.parametrize(
+    ("sections", "words"),
+    [
+        ({"server": {"port": 9}}, r"server.port: cannot be changed without a restart"),
+        ({"server": {"host": "0.0.0.0", "api_keys": ["k"]}}, r"server.host, server.api_keys: cannot"),
+        ({"server": {"limits": {"keep_alive_seconds": 5}}}, "server.limits.keep_alive_seconds"),
+        ({"scheduler": {"num_candidates": 9, "max_waiting": 9}}, "scheduler.num_candidates: cannot"),
+        ({"matrices": {"top_k": 3}}, "matrices.top_k"),
+        ({"deterministic": True}, "deterministic: cannot"),
+        ({"ensembles": {"duo": {**DUO, "fusion": "magic"}}}, "ensembles.duo.fusion.name"),
+        ({"ensembles": {"duo": {"members": {"x": 1}, "main": "x"}}}, "ensembles.duo.members"),
+    ],
+)
+def test_a_file_that_cannot_be_served_changes_nothing(
+    monkeypatch: pytest.MonkeyPatch, sections: dict[str, Any], words: str
+) -> None:
+    async def act(on: Stage) -> None:
+        before = on.runtime.models()
+        with pytest.raises(ConfigError, match=words):
+            await on.changes.reload(changed(on, **sections))
+        assert on.runtime.models() == before
+        assert on.maker.made == []
+        assert await on.text(request())
+
+    play(monkeypatch, act)
+
+
+def test_a_member_that_cannot_be_loaded_leaves_all_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def act(on: Stage) -> None:
+        config = on.runtime.loaded().config
+        members = {**config.members, "beta": {"model": "other"}, "gamma": {"model": "fake-gamma"}}
+        before = await on.text(request())
+        on.maker.fails = CheckpointError("no weights")
+        with pytest.raises(CheckpointError, match="no weights"):
+            await on.changes.reload(changed(on, members=members, scheduler={"max_waiting": 1}))
+        assert set(on.states().items()) == {("alpha", "ready"), ("beta", "ready")}
+        assert await on.text(request()) == before
+        assert len([o async for _, o in await on.runtime.submit([request(1), request(1)])]) == 2
 
     play(monkeypatch, act)
