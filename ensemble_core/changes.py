@@ -185,7 +185,7 @@ class Changes:
             assert isinstance(member, Sleeper)
             self._asleep[name] = member
             await _aside(member.sleep)
-            await _aside(give_back)
+            await _aside(partial(give_back, circles=False))
         return await self.report_of(name)
 
     async def _wake(self, name: str) -> MemberReport:

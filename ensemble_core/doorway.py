@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
@@ -19,6 +20,7 @@ from ensemble_core.engine import Engine, News
 from ensemble_core.errors import ChangeConflictError
 from ensemble_core.members.base import Member
 from ensemble_core.members.loading.memory import give_back
+from ensemble_core.members.parking import tensors_of
 from ensemble_core.roster import MemberState, Roster
 
 logger = logging.getLogger(__name__)
@@ -64,9 +66,10 @@ class Exit:
 
     def close(self) -> None:
         """End them and give their memory back."""
+        held = [weakref.ref(tensor) for tensor in tensors_of(self.members)]
         while self.members:
             self.members.pop().close()
-        give_back()
+        give_back(circles=any(tensor() is not None for tensor in held))
 
 
 class Doorway:
