@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 import time
 from collections.abc import Awaitable, Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, TypeVar
 
-from ensemble_core.assembly import Loaded, Part, Voice, assembled
+from ensemble_core.assembly import Loaded, Part, Voice, assembled, check
 from ensemble_core.config import Config
 from ensemble_core.doorway import Doorway, Exit, Hold, Leave
 from ensemble_core.engine import Engine
@@ -233,6 +233,7 @@ class Changes:
     async def _reload(self, read: Callable[[], Config]) -> Difference:
         before, after = self._hold.loaded(), await _aside(read)
         require_no_restart(before.config, after)
+        check(after)  # before anything is loaded
         found = Difference.of(before.config, after)
         parts: dict[str, Part] = {}
         try:
@@ -325,14 +326,31 @@ def _heard(task: asyncio.Future[Any]) -> None:
 
 
 async def _aside(work: Callable[[], Found]) -> Found:
-    """In a thread of its own, whose operations take one core."""
+    """In a thread of its own, whose operations take one core; nobody waits for it when the process ends."""
+    loop = asyncio.get_running_loop()
+    done: asyncio.Future[Found] = loop.create_future()
 
-    def on_one_core() -> Found:
-        with threads(Allotment(1)):
-            return work()
+    def on_one_core() -> None:
+        try:
+            with threads(Allotment(1)):
+                found = work()
+        except BaseException as error:
+            _tell(loop, done, done.set_exception, error)
+        else:
+            _tell(loop, done, done.set_result, found)
 
-    pool = ThreadPoolExecutor(1, "change")
+    threading.Thread(target=on_one_core, name="change", daemon=True).start()
+    return await done
+
+
+def _tell(
+    loop: asyncio.AbstractEventLoop, done: asyncio.Future[Any], tell: Callable[[Any], None], what: object
+) -> None:
+    def told() -> None:
+        if not done.done():
+            tell(what)
+
     try:
-        return await asyncio.get_running_loop().run_in_executor(pool, on_one_core)
-    finally:
-        pool.shutdown(wait=False)
+        loop.call_soon_threadsafe(told)
+    except RuntimeError:
+        logger.debug("an event loop closed before its change was made")

@@ -342,7 +342,8 @@ class Runtime:
                 if command is None:
                     self._publish(engine.abort(list(self._listeners)))
                     return
-                self._publish(command(engine))
+                with DEFAULT_DTYPE.computing():
+                    self._publish(command(engine))
             if engine.has_work:
                 with DEFAULT_DTYPE.computing():
                     self._publish(engine.step())

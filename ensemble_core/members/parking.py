@@ -53,7 +53,7 @@ def _copied(storage: torch.UntypedStorage, device: torch.device) -> torch.Untype
 
 
 def tensors_of(body: object) -> list[Tensor]:
-    """Every tensor that an object of ours or a module holds, each once."""
+    """Every tensor that a part of a member or a module holds, each once."""
     return list({id(tensor): tensor for tensor in _found(body, set())}.values())
 
 
@@ -75,7 +75,7 @@ def _parts(thing: object) -> Iterator[Any]:
         yield from thing
     elif isinstance(thing, partial):
         yield from (*thing.args, *thing.keywords.values())
-    elif isinstance(thing, nn.Module) or type(thing).__module__.startswith("ensemble_core."):
+    elif isinstance(thing, nn.Module) or type(thing).__module__.startswith("ensemble_core.members."):
         yield from getattr(thing, "__dict__", {}).values()
         names = (name for kind in type(thing).__mro__ for name in getattr(kind, "__slots__", ()))
         yield from (getattr(thing, name) for name in names if hasattr(thing, name))
