@@ -238,8 +238,7 @@ class Changes:
         parts: dict[str, Part] = {}
         try:
             for name in (*found.new, *found.changed):
-                make = partial(before.maker.part, after, name, before.voices.get(name), measured=False)
-                parts[name] = await _aside(make)
+                parts[name] = await self._reloaded(before, after, name)
             voices = {name: part.voice for name, part in parts.items()}
             loaded = await self._assembled(after, before, voices)
             gone = await self._exchange(found, parts, loaded)
@@ -253,6 +252,14 @@ class Changes:
         await _aside(gone.close)
         logger.info("change: the configuration is what the file says; changed: %s", found)
         return found
+
+    async def _reloaded(self, before: Loaded, after: Config, name: str) -> Part:
+        """A member of a file that is read again. Raises ConfigError that names it."""
+        try:
+            voice = before.voices.get(name)
+            return await _aside(partial(before.maker.part, after, name, voice, measured=False))
+        except UnisonoError as error:
+            raise ConfigError(f"members.{name}: {error}") from error
 
     async def _exchange(self, found: Difference, parts: Mapping[str, Part], loaded: Loaded) -> Exit:
         """Take members that are gone or declared anew out of the engine, and put those of `parts` in, in one go."""

@@ -75,7 +75,7 @@ class LocalMember:
         """See `Sleeper.sleep`."""
         assert self._renew is not None, "this member's cache cannot be made again"
         assert self._parked is None, "it sleeps already"
-        with torch.inference_mode(), self._lane.work():
+        with self._lane.work():
             self._body = self._plain  # graphs hold the cache
             del self._cache
             self._parked = Parked(self._plain)
@@ -85,10 +85,10 @@ class LocalMember:
         """See `Sleeper.wake`."""
         assert self._renew is not None, "this member's cache cannot be made again"
         assert self._parked is not None, "it is awake"
-        with torch.inference_mode(), self._lane.work():
+        with self._lane.work():  # not in inference mode: the cache is wiped outside of it
             self._parked.bring_back()
             self._cache = self._renew()
-            self._body = self._plain if self._graphed is None else self._graphed(self._cache)
+        self.adopt(self._graphed)
         self._parked = None
         self._memory = self._weigh()
 

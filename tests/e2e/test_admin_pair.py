@@ -213,7 +213,7 @@ def test_the_file_is_read_again_on_sighup(server: Server) -> None:
             "server.host: cannot be",
         ),
         ({**good, "ensembles": {"duet": {**RECIPE, "main": "nobody"}}}, "ensembles.duet"),
-        ({**good, "members": {**good["members"], "third": {"model": "./nothing"}}}, "third"),
+        ({**good, "members": {**good["members"], "third": {"model": "./nothing"}}}, "members.third"),
     ):
         server.reloaded(wrong, "nothing is changed")
         assert words in server.log.read_text().rpartition("SIGHUP")[2]

@@ -67,7 +67,11 @@ def test_a_member_that_has_slept_answers_as_before(
     assert member.free_pages == member.num_pages
     assert member.reuse(2, list(range(3, 40))) == 0, "what was cached is gone"
     assert torch.equal(answered(member), before)
+    member.release(1, keep=True)
+    assert member.reuse(2, list(range(3, 40)))
+    member.release(2)
     member.check_cache()
+    assert torch.equal(answered(member), before)
 
 
 def answered(member: LocalMember) -> torch.Tensor:
