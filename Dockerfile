@@ -7,7 +7,7 @@
 
 FROM python:3.11-slim AS build
 ARG TORCH_INDEX=""
-ARG EXTRAS="cpu,demo,otel"
+ARG EXTRAS="cpu,demo,lora,otel"
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 WORKDIR /src
 RUN python -m venv /opt/unisono

@@ -6,53 +6,94 @@ Thread-safe: it only reads shared state. Knows recipes, prompts and lengths; doe
 from __future__ import annotations
 
 import itertools
+from collections import abc
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
-from ensemble_core.decoding.guidance import Grammars
+from ensemble_core.decoding.bans import Bans, bans_of
+from ensemble_core.decoding.calling import calls_form, constraint_of
+from ensemble_core.decoding.forms import TextForm
+from ensemble_core.decoding.guidance import Constraint, Grammars
+from ensemble_core.decoding.guide import Guide
 from ensemble_core.decoding.perplexity import PromptLikelihood
 from ensemble_core.decoding.recipe import Recipe
 from ensemble_core.decoding.requests import Conversation, GenerationRequest, Overrides, Prompt
 from ensemble_core.decoding.sampling_params import SamplingParams
 from ensemble_core.decoding.scoring import PromptScores
 from ensemble_core.decoding.sequence import Sequence
+from ensemble_core.decoding.thinking import MarkTokens, ThinkingGuide
 from ensemble_core.errors import ConfigError, InvalidRequestError
 from ensemble_core.members.base import ALL_ABILITIES, Abilities
 from ensemble_core.recipes import RecipeBook
+from ensemble_core.stats import Reason
 from ensemble_core.text.alignment import Track
 from ensemble_core.text.prompt import PromptEncoder
+from ensemble_core.text.reasoning import ReasoningReader, opened_by, stage_within
+from ensemble_core.text.tools import ToolUse
+from ensemble_core.text.variables import reads_effort
 from ensemble_core.text.vocabulary import Vocabulary
 
 # No known token spells more characters than this. A prompt with more per token cannot fit and is not tokenised.
 _MAX_CHARS_PER_TOKEN = 256
+_NUM_LAST = 256  # tokens at a prompt's end that may hold a marker and the white space behind it
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Speaker:
-    """What admission needs to know of a member."""
+    """What admission needs to know of a member. thinking: how it spells the marks of its reasoning, if it has any."""
 
     vocabulary: Vocabulary
     prompts: PromptEncoder
     max_len: int
     grammars: Grammars
     abilities: Abilities = ALL_ABILITIES
+    thinking: MarkTokens | None = None
+
+    @cached_property
+    def answering(self) -> Vocabulary:
+        """The vocabulary of answers to conversations: control tokens that mark reasoning are part of the text."""
+        marks = {} if self.thinking is None else self.thinking.control
+        return self.vocabulary.with_text(marks.values()) if marks else self.vocabulary
+
+    @cached_property
+    def calling(self) -> Vocabulary:
+        """The same where answers may call tools: those that mark calls are part of the text, too."""
+        marks = self.prompts.call_form.marks(self.vocabulary.special_names)
+        return self.answering.with_text(marks.values()) if marks else self.answering
 
 
 @dataclass(slots=True)
 class _Reading:
-    """What all choices of one prompt share: the recipe, the text and each member's ids, computed on first use."""
+    """What all choices of one prompt share: the recipe, the text and each member's ids, computed on first use.
+
+    prompt: that of the request, cut where it asks for that. dropped: assistants of the ensemble whose context cannot
+    hold the prompt, and why; the recipe is without them.
+    """
 
     request: GenerationRequest
     recipe: Recipe
+    prompt: Prompt
     text: str | None = None
+    dropped: dict[str, Reason] | None = None
     ids: dict[str, list[int]] = field(default_factory=dict)  # tracks share these lists and never change them
+    form: TextForm | None = None  # of its answers
+    banned: dict[tuple[tuple[int, ...], tuple[str, ...]], Bans | None] = field(default_factory=dict)
+
+    def bans(self, params: SamplingParams, vocabulary: Vocabulary) -> Bans | None:
+        """What a choice must not write, spelt once for all choices that ban the same."""
+        asked = (params.allowed_token_ids, params.bad_words)
+        if asked not in self.banned:
+            self.banned[asked] = bans_of(params, vocabulary)
+        return self.banned[asked]
 
     def serves(self, other: GenerationRequest) -> bool:
         """Whether another request of the group can use this reading. Shared objects make the comparison cheap."""
         mine = self.request
         same_prompt = mine.prompt is other.prompt or mine.prompt == other.prompt
         same_model = mine.model == other.model and mine.overrides == other.overrides
-        return same_prompt and same_model and mine.add_special_tokens == other.add_special_tokens
+        same_ids = mine.add_special_tokens == other.add_special_tokens and mine.truncate == other.truncate
+        return same_prompt and same_model and same_ids
 
 
 class Admission:
@@ -81,11 +122,37 @@ class Admission:
         for request in requests:
             reading = readings.get(request.group or "")
             if request.group is None or reading is None or not reading.serves(request):
-                reading = _Reading(request, self._book.resolve(request.model, request.overrides))
+                reading = self._reading(request)
                 readings[request.group or ""] = reading
             self._check(request, reading.recipe)
             made.append(self._sequence(request, reading))
         return made
+
+    def forms(self, requests: Iterable[GenerationRequest]) -> list[tuple[Grammars, TextForm]]:
+        """What `admit_all` will compile: it is faster where that is known by then. Raises as it does."""
+        found = {}
+        for request in requests:
+            if request.params.form is not None or _tools_of(request) is not None:
+                recipe = self._book.resolve(request.model, request.overrides)
+                self._check(request, recipe)
+                if (form := self._form(request, recipe)) is not None:
+                    found[recipe.main, form] = (self._speakers[recipe.main].grammars, form)
+        return list(found.values())
+
+    def _reading(self, request: GenerationRequest) -> _Reading:
+        """The reading of a prompt, the last `truncate` of main's tokens if there are more."""
+        recipe, prompt, most = (
+            self._book.resolve(request.model, request.overrides),
+            request.prompt,
+            request.truncate,
+        )
+        if most is None or isinstance(prompt, Conversation):
+            return _Reading(request, recipe, prompt)
+        main = self._speakers[recipe.main]
+        ids = self._encode(main, prompt, request.add_special_tokens)
+        if most == -1:
+            most = max(main.max_len - request.params.max_tokens, 1)
+        return _Reading(request, recipe, tuple(ids[-most:]) if len(ids) > most else prompt)
 
     def check_ensembles(self, names: Iterable[str]) -> None:
         """Raise ConfigError where an ensemble, as it is configured, needs more than a member can do."""
@@ -105,9 +172,17 @@ class Admission:
             raise ConfigError(f"{where}: {model}: {error}") from error
 
     def tokenize(self, model: str, prompt: Prompt, add_special_tokens: bool) -> tuple[list[int], Speaker]:
-        """A prompt's ids in a model's main member, and that member. Raises as `admit`."""
-        main = self._speakers[self._book.resolve(model, Overrides()).main]
-        return self._encode(main, prompt, add_special_tokens, is_main=True), main
+        """A prompt's ids in a model's main member (none for an empty text), and that member. Raises as `admit`."""
+        _, main = self.main_of(model)
+        if prompt == "":
+            return main.prompts.tokenize(prompt, add_special_tokens), main
+        return self._encode(main, prompt, add_special_tokens), main
+
+    def spell(self, model: str, token_ids: abc.Sequence[int]) -> str:
+        """The text of main's ids, with control tokens by name. Raises InvalidRequestError, ModelNotFoundError."""
+        vocabulary = self.main_of(model)[1].vocabulary
+        _check_ids("tokens", token_ids, vocabulary)
+        return b"".join(vocabulary.tokens[token_id] for token_id in token_ids).decode("utf-8", "replace")
 
     def main_of(self, model: str) -> tuple[str, Speaker]:
         """The name of a model's main member, and that member. Raises ModelNotFoundError."""
@@ -118,19 +193,49 @@ class Admission:
         """Raise for what can be refused before the prompt is encoded."""
         params, main = request.params, self._speakers[recipe.main]
         _check_ids("logit_bias", [token_id for token_id, _ in params.logit_bias], main.vocabulary)
+        _check_ids("allowed_token_ids", params.allowed_token_ids, main.vocabulary)
         _check_ids("stop_token_ids", params.stop_token_ids, main.vocabulary)
-        scored = _is_scored(params)
-        if scored and recipe.fusion is not None and recipe.fusion.full_vocabulary:
+        what, param = _scoring(params)
+        if params.scores_prompt and recipe.fusion is not None and recipe.fusion.full_vocabulary:
             raise InvalidRequestError(
-                "echo with logprobs works on candidates; ask for a fusion with `support: closed`", "echo"
+                f"{what} works on candidates; ask for a fusion with `support: closed`", param
             )
-        if scored and recipe.tau is not None:
+        if params.scores_prompt and recipe.tau is not None:
             raise InvalidRequestError(
-                "echo with logprobs scores the prompt, but weights by perplexity are known only after it; send "
+                f"{what} scores the prompt, but weights by perplexity are known only after it; send "
                 "`ensemble: {weighting: fixed}`, or leave one of them out",
-                "echo",
+                param,
             )
         self._check_abilities(request, recipe)
+        if not request.reserved:  # a council's models need not all of them reason
+            self.check_reasoning(request, recipe.members, {recipe.main})
+
+    def check_reasoning(self, request: GenerationRequest, members: Iterable[str], mains: Iterable[str]) -> None:
+        """Raise where a request says how to reason and nobody would listen.
+
+        members: whose templates read its messages. mains: who may write its answer.
+        """
+        effort = isinstance(request.prompt, Conversation) and request.prompt.variables.needs_reader
+        if effort and not any(reads_effort(self._speakers[name].prompts.template) for name in members):
+            raise InvalidRequestError(
+                "reasoning_effort: no chat template of this model has a variable for it (reasoning_effort, "
+                "enable_thinking); leave it out or send none",
+                "reasoning_effort",
+            )
+        if request.params.budget is None:
+            return
+        if not isinstance(request.prompt, Conversation) or not any(self._speakers[m].thinking for m in mains):
+            raise InvalidRequestError(
+                "thinking_token_budget: this model's answers have no reasoning, since its main member has no markers "
+                "for it (members.NAME.reasoning); leave it out or send -1",
+                "thinking_token_budget",
+            )
+
+    def check_council(self, request: GenerationRequest, models: Iterable[str]) -> None:
+        """The same for a council. models: those that may write its answer. Raises as `check_reasoning`."""
+        recipes = [self._book.resolve(model, Overrides()) for model in models]
+        members = {member for recipe in recipes for member in recipe.members}
+        self.check_reasoning(request, members, {recipe.main for recipe in recipes})
 
     def _check_abilities(self, request: GenerationRequest, recipe: Recipe) -> None:
         """Raise where the request needs more than a member can do.
@@ -139,9 +244,10 @@ class Admission:
         """
         params = request.params
         whole = recipe.members if recipe.fusion is not None and recipe.fusion.full_vocabulary else ()
-        if params.json_schema is not None:
+        param = "ensemble.fusion"
+        if _tools_of(request) is not None or params.form is not None:
             whole = (*whole, recipe.main)
-        param = "ensemble.fusion" if params.json_schema is None else "response_format"
+            param = "tools" if params.form is None else params.form.field
         for member in whole:
             if (most := self._speakers[member].abilities.max_k) is not None:
                 raise InvalidRequestError(
@@ -149,36 +255,97 @@ class Admission:
                     "most; leave it out",
                     param,
                 )
-        param = "echo" if _is_scored(params) else "ensemble.weighting"
-        for member in recipe.members if _is_scored(params) or recipe.tau is not None else ():
+        param = _scoring(params)[1] if params.scores_prompt else "ensemble.weighting"
+        for member in recipe.members if params.scores_prompt or recipe.tau is not None else ():
             if not self._speakers[member].abilities.every_position:
                 raise InvalidRequestError(
                     f"{param} needs every position of the prompt, and member {member!r} answers at its last one "
                     "alone; leave it out",
                     param,
                 )
-        most_also, num = self._speakers[recipe.main].abilities.max_also, sum(b > 0 for _, b in params.logit_bias)
+        most_also, num = self._speakers[recipe.main].abilities.max_also, len(params.pinned_ids)
+        num += params.budget is not None  # the end marker that it may force
         if most_also is not None and num > most_also:
+            param = "allowed_token_ids" if params.allowed_token_ids else "logit_bias"
             raise InvalidRequestError(
-                f"logit_bias: {num} ids are raised, and member {recipe.main!r} can be asked for {most_also} at most; "
-                "send fewer",
-                "logit_bias",
+                f"{param}: {num} ids must be among the candidates, and member {recipe.main!r} can be asked for "
+                f"{most_also} at most; send fewer",
+                param,
             )
 
     def _sequence(self, request: GenerationRequest, reading: _Reading) -> Sequence:
+        self._drop_full(reading)
         recipe, params = reading.recipe, request.params
-        main, schema = self._speakers[recipe.main], params.json_schema
+        main, use = self._speakers[recipe.main], _tools_of(request)
         tracks = {member: self._track(member, request, reading) for member in recipe.members}
+        reader = self._reader(reading)
         return Sequence(
             seq_id=next(self._ids),
             request=request,
             recipe=recipe,
             tracks=tracks,
             prompt_text=self._text(reading),
-            constraint=None if schema is None else main.grammars.compile(schema, request.group),
-            scores=PromptScores(params.logprobs or 0) if _is_scored(params) else None,
+            constraint=self._guide(request, reading, reader),
+            call_form=None if use is None else main.prompts.call_form,
+            reasoning=reader,
+            bans=reading.bans(params, main.vocabulary),
+            scores=_scores(params),
             likelihood=PromptLikelihood() if recipe.tau is not None else None,
+            dropped=dict(reading.dropped or {}),
         )
+
+    def _reader(self, reading: _Reading) -> ReasoningReader | None:
+        """What splits an answer, beginning where main's prompt leaves off; None where main has no marks."""
+        main, prompt = self._speakers[reading.recipe.main], reading.request.prompt
+        if main.thinking is None or not isinstance(prompt, Conversation):
+            return None
+        marks = main.thinking.marks
+        if prompt.continue_final:
+            return ReasoningReader(marks, stage_within(str(prompt.messages[-1]["content"]), marks))
+        last = reading.ids[reading.recipe.main][-_NUM_LAST:]
+        text = b"".join(main.vocabulary.tokens[token_id] for token_id in last).decode("utf-8", "replace")
+        return ReasoningReader(marks, "inside" if opened_by(text, marks) else "before")
+
+    def _guide(
+        self, request: GenerationRequest, reading: _Reading, reader: ReasoningReader | None
+    ) -> Guide | None:
+        form, budget = self._constraint(request, reading), request.params.budget
+        main = self._speakers[reading.recipe.main]
+        if reader is None or main.thinking is None or (form is None and budget is None):
+            return form
+        return ThinkingGuide(reader, main.thinking, budget, form, len(main.vocabulary))
+
+    def _form(self, request: GenerationRequest, recipe: Recipe) -> TextForm | None:
+        """What the text of an answer must be, its calls included."""
+        main, use = self._speakers[recipe.main], _tools_of(request)
+        if use is None:
+            return request.params.form
+        return calls_form(use, main.prompts.call_form, main.vocabulary, request.params.form)
+
+    def _constraint(self, request: GenerationRequest, reading: _Reading) -> Constraint | None:
+        if reading.form is None:
+            reading.form = self._form(request, reading.recipe)
+        grammars = self._speakers[reading.recipe.main].grammars
+        return None if reading.form is None else constraint_of(grammars, reading.form)
+
+    def _drop_full(self, reading: _Reading) -> None:
+        """Leave out assistants that have no room for the prompt, once for all choices; see `Recipe.on_full`."""
+        if reading.dropped is not None:
+            return
+        reading.dropped, whole = {}, reading.recipe
+        self._prompt_ids(whole.main, reading)  # its ids are checked before anybody reads their text
+        if whole.on_full == "drop":
+            full = [member for member in whole.members[1:] if not self._holds(member, reading)]
+            reading.recipe = whole.without(full)
+            gone = [member for member in whole.members if member not in reading.recipe.members]
+            reading.dropped = {member: "full" if member in full else "idle" for member in gone}
+
+    def _holds(self, assistant: str, reading: _Reading) -> bool:
+        speaker, prompt = self._speakers[assistant], reading.prompt
+        if not isinstance(prompt, Conversation) and _is_hopeless(self._text(reading), speaker):
+            return False
+        room = speaker.max_len - len(self._prompt_ids(assistant, reading))
+        return room >= min(1, reading.request.params.max_tokens)
 
     def _track(self, member: str, request: GenerationRequest, reading: _Reading) -> Track:
         speaker, is_main = self._speakers[member], member == reading.recipe.main
@@ -191,28 +358,36 @@ class Admission:
                 f"{len(ids)} and max_tokens is {request.params.max_tokens}; shorten the prompt or lower it",
                 "prompt" if room < 1 else "max_tokens",
             )
-        return Track(speaker.vocabulary, ids)
+        vocabulary = _vocabulary(speaker, request) if is_main else speaker.vocabulary
+        return Track(vocabulary, ids, max_len=speaker.max_len)
 
     def _prompt_ids(self, member: str, reading: _Reading) -> list[int]:
         """A member's prompt ids, encoded once. Where the request sends ids, assistants encode their text."""
         if member not in reading.ids:
-            request, is_main = reading.request, member == reading.recipe.main
-            prompt = request.prompt
-            if isinstance(prompt, tuple) and not is_main:
-                prompt = self._text(reading)
-            speaker = self._speakers[member]
-            reading.ids[member] = self._encode(speaker, prompt, request.add_special_tokens, is_main=is_main)
+            reading.ids[member] = self._read(member, reading)
         return reading.ids[member]
 
-    def _encode(self, speaker: Speaker, prompt: Prompt, add_special_tokens: bool, *, is_main: bool) -> list[int]:
+    def _read(self, member: str, reading: _Reading) -> list[int]:
+        request, speaker = reading.request, self._speakers[member]
+        if member == reading.recipe.main or not isinstance(reading.prompt, tuple):
+            return self._encode(speaker, reading.prompt, request.add_special_tokens)
+        if text := self._text(reading):
+            return self._encode(speaker, text, request.add_special_tokens)
+        # Control tokens alone: there is no text to read, so the assistant begins as it begins any text.
+        ids = speaker.prompts.tokenize("", request.add_special_tokens) or speaker.prompts.start()
+        return ids or self._encode(speaker, "", request.add_special_tokens)
+
+    def _encode(self, speaker: Speaker, prompt: Prompt, add_special_tokens: bool) -> list[int]:
         if isinstance(prompt, Conversation):
-            return speaker.prompts.encode_chat([dict(m) for m in prompt.messages], prompt.continue_final)
+            return speaker.prompts.encode_chat(
+                prompt.messages, prompt.continue_final, prompt.tools, prompt.variables
+            )
         if isinstance(prompt, tuple):
             _check_ids("prompt", prompt, speaker.vocabulary)
             if not prompt:
                 raise InvalidRequestError("prompt is an empty list of ids; send at least one", "prompt")
             return list(prompt)
-        if len(prompt) > speaker.max_len * _MAX_CHARS_PER_TOKEN:
+        if _is_hopeless(prompt, speaker):
             raise InvalidRequestError(
                 f"the prompt has {len(prompt)} characters, which cannot fit a context of {speaker.max_len} tokens; "
                 "shorten it",
@@ -223,7 +398,7 @@ class Admission:
     def _text(self, reading: _Reading) -> str:
         """The text of a prompt, decoded once. Main's ids must have been checked."""
         if reading.text is None:
-            reading.text = _spelt(reading.request.prompt, self._speakers[reading.recipe.main].vocabulary)
+            reading.text = _spelt(reading.prompt, self._speakers[reading.recipe.main].vocabulary)
         return reading.text
 
 
@@ -236,8 +411,34 @@ def _spelt(prompt: Prompt, main: Vocabulary) -> str:
     return b"".join(main.text_bytes(token_id) for token_id in prompt).decode("utf-8", "replace")
 
 
-def _is_scored(params: SamplingParams) -> bool:
-    return params.echo and params.logprobs is not None
+def _vocabulary(main: Speaker, request: GenerationRequest) -> Vocabulary:
+    """The vocabulary of main's answer to a request."""
+    if _tools_of(request) is not None:
+        return main.calling
+    return main.answering if isinstance(request.prompt, Conversation) else main.vocabulary
+
+
+def _tools_of(request: GenerationRequest) -> ToolUse | None:
+    """The tools that the answer may call."""
+    tools = request.prompt.tools if isinstance(request.prompt, Conversation) else None
+    return tools if tools is not None and tools.binds else None
+
+
+def _is_hopeless(text: str, speaker: Speaker) -> bool:
+    """Whether a text cannot fit, whatever its tokens are."""
+    return len(text) > speaker.max_len * _MAX_CHARS_PER_TOKEN
+
+
+def _scoring(params: SamplingParams) -> tuple[str, str]:
+    """What asks for the prompt's log-probabilities, in words, and its field."""
+    return ("echo with logprobs", "echo") if params.prompt_logprobs is None else ("prompt_logprobs",) * 2
+
+
+def _scores(params: SamplingParams) -> PromptScores | None:
+    if not params.scores_prompt:
+        return None
+    echoed = (params.logprobs or 0) if params.echo else 0
+    return PromptScores(max(echoed, params.prompt_logprobs or 0), ranks=params.prompt_logprobs is not None)
 
 
 def _check_ids(param: str, token_ids: Iterable[int], vocabulary: Vocabulary) -> None:

@@ -7,6 +7,7 @@ resolved against the folder of the file. It does not know which fusions and mode
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -21,10 +22,12 @@ from pydantic import (
     model_validator,
 )
 
+from ensemble_core.adapter_config import check_adapters, with_bases
 from ensemble_core.council_config import COUNCIL_KINDS, CouncilConfig, RouteConfig, circle_of
 from ensemble_core.errors import ConfigError
 from ensemble_core.hosts import HostConfig
 from ensemble_core.limits import LimitsConfig, OverridesConfig
+from ensemble_core.reasoning_config import ReasoningConfig
 from ensemble_core.section import Section, Size, parse_size
 
 _SECRETS = {"api_keys", "admin_keys"}  # no message quotes the value of these fields
@@ -43,6 +46,14 @@ class MemberConfig(Section):
 
     model: str = Field(min_length=1, description="Hub id, folder, or demo:NAME (see `unisono pull`).")
     revision: str | None = Field(None, description="Branch, tag or commit on the hub; ignored by folders.")
+    base: str | None = Field(
+        None,
+        description="Member whose weights this one shares, with `adapter`; what is not said here is as there.",
+    )
+    adapter: str | None = Field(
+        None, min_length=1, description="LoRA adapter in PEFT's format: hub id or folder; see docs/adapters.md."
+    )
+    adapter_revision: str | None = Field(None, description="Of an adapter on the hub; ignored by folders.")
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
         "auto", description="Of weights and cache. auto: the dtype that the checkpoint was saved in."
     )
@@ -67,6 +78,11 @@ class MemberConfig(Section):
     )
     chat_template: str | None = Field(
         None, description="Jinja text or the path of a .jinja file, used instead of the tokenizer's own template."
+    )
+    reasoning: Literal["auto", "none"] | ReasoningConfig = Field(
+        "auto",
+        description="What marks reasoning in this member's answers: {start, end}, or none. auto: as its chat "
+        "template shows, or its vocabulary.",
     )
     trust_remote_code: bool = Field(False, description="Run Python code that comes with the checkpoint.")
     host: HostConfig | None = Field(
@@ -94,6 +110,18 @@ class MemberConfig(Section):
             raise ValueError("device and device_map exclude each other; keep one of them")
         if self.max_memory is not None and self.device_map is None:
             raise ValueError("max_memory only acts with device_map; add `device_map: auto` or drop it")
+        return self
+
+    @model_validator(mode="after")
+    def _adapts(self) -> MemberConfig:
+        if (self.adapter is None) != (self.base is None):
+            raise ValueError(
+                "adapter and base go together: files, and the member that they adapt; set both or neither"
+            )
+        if self.adapter_revision is not None and self.adapter is None:
+            raise ValueError("adapter_revision only acts with `adapter`; set it or drop adapter_revision")
+        if self.adapter is not None and self.host is not None:
+            raise ValueError("host: an adapter shares its base's memory, in the server's process; drop host")
         return self
 
     @model_validator(mode="after")
@@ -170,6 +198,11 @@ class EnsembleConfig(Section):
     on_member_failure: Literal["fail", "drop"] = Field(
         "fail",
         description="When an assistant fails. fail: the request fails too. drop: it goes on without that member.",
+    )
+    on_full_context: Literal["drop", "end"] = Field(
+        "drop",
+        description="When a text becomes too long for an assistant, but not for main. drop: it goes on without that "
+        "member. end: it ends there, and a prompt that is too long is refused.",
     )
 
     @model_validator(mode="after")
@@ -276,6 +309,9 @@ class ServerConfig(Section):
         description="Host names that requests may address, or * for any. None: any, but on loopback without keys "
         "only localhost and IP addresses, so that no web page can reach the server under its own name.",
     )
+    files_folder: Path | None = Field(
+        None, description="Where /v1/files and /v1/batches keep what they are given; None: both are off."
+    )
     limits: LimitsConfig = Field(default_factory=lambda: LimitsConfig())
     allow_overrides: OverridesConfig = Field(default_factory=lambda: OverridesConfig())
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Of our loggers.")
@@ -344,6 +380,27 @@ class Config(Section):
         """Seconds that a call to a member may take: a member that lives elsewhere may never answer."""
         far = any(member.host is not None for member in self.members.values())
         return self.scheduler.member_timeout or (FAR_TIMEOUT if far else None)
+
+    def owner(self, member: str) -> str:
+        """The member whose weights a member runs: an adapter's base, else itself."""
+        return self.members[member].base or member
+
+    def owners(self, members: Iterable[str]) -> tuple[str, ...]:
+        """The owners of several members, each once, in their order."""
+        return tuple(dict.fromkeys(self.owner(member) for member in members))
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_bases(cls, raw: object) -> object:
+        """What is not said of an adapter is as its base has it."""
+        if not isinstance(raw, dict) or not isinstance(members := raw.get("members"), dict):
+            return raw
+        return {**raw, "members": with_bases(members)}
+
+    @model_validator(mode="after")
+    def _adapters(self) -> Config:
+        check_adapters(self.members)
+        return self
 
     @model_validator(mode="after")
     def _hosts(self) -> Config:
@@ -483,6 +540,7 @@ def _resolve_paths(config: Config, folder: Path) -> Config:
         name: member.model_copy(
             update={
                 "model": _resolve_model(member.model, folder),
+                "adapter": None if member.adapter is None else _resolve_model(member.adapter, folder),
                 "chat_template": _resolve_template(member.chat_template, folder),
                 "host": _resolve_host(member.host, folder),
             }
@@ -496,7 +554,8 @@ def _resolve_paths(config: Config, folder: Path) -> Config:
 
 
 def _resolve_server_files(server: ServerConfig, folder: Path) -> dict[str, Path]:
-    files = {name: getattr(server, name) for name in ("api_key_file", "tls_cert_file", "tls_key_file")}
+    names = ("api_key_file", "tls_cert_file", "tls_key_file", "files_folder")
+    files = {name: getattr(server, name) for name in names}
     return {name: (folder / file.expanduser()).resolve() for name, file in files.items() if file is not None}
 
 

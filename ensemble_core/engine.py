@@ -108,6 +108,7 @@ class Engine:
         """Queue sequences, all or none. Raises QueueFullError."""
         self.scheduler.add(sequences)
         for sequence in sequences:
+            self._failures.note(sequence)
             drafted: Kind = "greedy" if sequence.request.params.greedy else "sampled"
             sequence.habits = self._habits_of(sequence.recipe.model, drafted)
             sequence.guess_habits = self._habits_of(sequence.recipe.model, "guessed")
@@ -252,10 +253,24 @@ class Engine:
             if dropped := track.respell(text):
                 rollbacks[member] = rollbacks.get(member, 0) + dropped
             if len(track) > self.members[member].max_len:
-                if sequence.cramp():
-                    self._respell(sequence, rollbacks)
-                    return
-                sequence.finish("length")
+                self._overflow(sequence, member, rollbacks)
+                return
+        if sequence.drafted and sequence.drafted[0].held:
+            text = sequence.spelling_of(len(sequence.drafted) - sequence.num_guessed)[0]
+            full = [member for member in sequence.recipe.members[1:] if not sequence.tracks[member].holds(text)]
+            if full:
+                self._overflow(sequence, full[0], rollbacks)
+
+    def _overflow(self, sequence: Sequence, member: str, rollbacks: dict[str, int]) -> None:
+        """An assistant cannot hold the text: it drafts no further ahead, or goes, or the text ends; see `Recipe`."""
+        if sequence.cramp():
+            self._respell(sequence, rollbacks)
+        elif sequence.recipe.on_full == "drop":
+            sequence.relax()
+            self._failures.lose_full(sequence, member)
+            self._respell(sequence, rollbacks)
+        else:
+            sequence.finish("length")
 
     def _retire(self) -> list[News]:
         """Release finished sequences in every member; returns their last news."""

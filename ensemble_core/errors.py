@@ -43,6 +43,10 @@ class ModelNotFoundError(UnisonoError):
     """The request names a model that is neither an ensemble nor a member."""
 
 
+class NotStoredError(UnisonoError):
+    """The request names a file or a batch that its client does not have."""
+
+
 class QueueFullError(UnisonoError):
     """The bounded queue of waiting sequences is full; the client should try again later."""
 
@@ -92,10 +96,13 @@ class WireError(UnisonoError):
 
 
 class ConstraintError(UnisonoError):
-    """The text of a request can no longer follow its grammar. Ends only that request."""
+    """The text of a request can no longer have its form. Ends only that request.
 
-    def __init__(self, reason: str) -> None:
-        super().__init__(f"response_format: the text cannot follow its JSON schema: {reason}; simplify the schema")
+    field: the client's name of the form. noun: what it is.
+    """
+
+    def __init__(self, field: str, noun: str, reason: str) -> None:
+        super().__init__(f"{field}: the text cannot follow its {noun}: {reason}; simplify it")
         self.reason = reason
 
 

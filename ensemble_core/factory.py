@@ -11,7 +11,6 @@ import importlib
 import logging
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from typing import Protocol
 
 import torch
@@ -19,27 +18,31 @@ from tqdm import tqdm
 
 from ensemble_core.admission import Speaker
 from ensemble_core.assembly import Loaded, Part, Spoken, Voice, assembled, check
-from ensemble_core.config import Config
+from ensemble_core.config import Config, MemberConfig
 from ensemble_core.councils.book import CouncilBook
 from ensemble_core.decoding.guidance import Grammars
+from ensemble_core.decoding.thinking import MarkTokens
 from ensemble_core.engine import Engine
+from ensemble_core.errors import ConfigError
 from ensemble_core.fusion.base import FusionSpace
 from ensemble_core.members.base import Member
+from ensemble_core.members.loading.adapters import read_adapter
 from ensemble_core.members.loading.checkpoints import load_tokenizer, load_vocabulary, resolve_folder
 from ensemble_core.members.loading.memory import plan_caches
-from ensemble_core.members.loading.models import load_member
+from ensemble_core.members.loading.models import Making, load_family
 from ensemble_core.members.loading.placement import log_plan, measure, plan_cores
 from ensemble_core.members.remote.elsewhere import Elsewhere
 from ensemble_core.recipes import RecipeBook, SpaceOf
 from ensemble_core.reloading import engine_limits
 from ensemble_core.stats import Record
 from ensemble_core.text.prompt import PromptEncoder, read_template
+from ensemble_core.text.reasoning import Marks, marks_of
 from ensemble_core.text.vocabulary import Vocabulary
 from ensemble_core.transfer.build import origin_of, recipe_of
 from ensemble_core.transfer.matrix import TransferMatrix, common_anchors
 from ensemble_core.transfer.store import load_matrix, matrix_path
 
-__all__ = ["Loaded", "Spaces", "Workshop", "check", "load", "load_recipes"]
+__all__ = ["Loaded", "MemberMaker", "Spaces", "check", "load", "load_recipes", "thinking_of"]
 
 logger = logging.getLogger(__name__)
 
@@ -54,11 +57,9 @@ def load(config: Config, record: Record) -> Loaded:
     check(config)
     log_plan(config.members)
     vocabularies = {name: load_vocabulary(name, member) for name, member in config.members.items()}
-    grammars = {name: Grammars(vocabulary) for name, vocabulary in vocabularies.items()}
-    workshop = Workshop()
-    RecipeBook(
-        config, workshop.spaces(config, _spoken(vocabularies)).space
-    ).warm()  # a missing matrix shows in seconds
+    grammars, maker = _grammars(config, vocabularies), MemberMaker()
+    spaces = maker.spaces(config, _spoken(vocabularies))
+    RecipeBook(config, spaces.space).warm()  # before the models: a missing matrix is found in seconds
     CouncilBook(config)
     with ThreadPoolExecutor(1, "grammars") as pool:
         warmed = [pool.submit(each.warm) for each in grammars.values()]
@@ -67,11 +68,17 @@ def load(config: Config, record: Record) -> Loaded:
         for future in warmed:
             future.result()
         voices = {name: _voice(name, config, members[name], grammars[name]) for name in members}
-        return assembled(config, _engine(config, members, record), voices, workshop)
+        return assembled(config, _engine(config, members, record), voices, maker)
     except BaseException:
         for member in members.values():
             member.close()
         raise
+
+
+def _grammars(config: Config, vocabularies: Mapping[str, Vocabulary]) -> dict[str, Grammars]:
+    """Adapters have those of their base."""
+    own = {name: Grammars(vocabularies[name]) for name in config.members if config.owner(name) == name}
+    return {name: own[config.owner(name)] for name in config.members}
 
 
 def load_recipes(config: Config) -> tuple[RecipeBook, dict[str, Vocabulary]]:
@@ -105,11 +112,15 @@ def _load_here(config: Config, vocabularies: Mapping[str, Vocabulary]) -> dict[s
     here = {name: member for name, member in config.members.items() if member.host is None}
     folders = {name: resolve_folder(member) for name, member in here.items()}
     planned = plan_caches(here, folders, config.scheduler.max_running)
-    load = partial(load_member, max_batch=config.scheduler.max_running, deterministic=config.deterministic)
-    for name, member in tqdm(planned.items(), desc="loading members", unit="member", disable=None):
-        loaded = load(name, member, folders[name], vocabularies[name])
-        logger.info("%s: ready, cache of %d pages of %d tokens", name, loaded.num_pages, loaded.page_size)
-        members[name] = loaded
+    adapters = [read_adapter(name, member) for name, member in planned.items() if member.adapter is not None]
+    how = Making(config.scheduler.max_running, deterministic=config.deterministic)
+    bases = [name for name in planned if config.owner(name) == name]
+    for base in tqdm(bases, desc="loading members", unit="model", disable=None):
+        family = {name: member for name, member in planned.items() if config.owner(name) == base}
+        own = [adapter for adapter in adapters if adapter.member in family]
+        for name, loaded in load_family(base, family, folders[base], vocabularies[base], how, own).items():
+            logger.info("%s: ready, cache of %d pages of %d tokens", name, loaded.num_pages, loaded.page_size)
+            members[name] = loaded
     return members
 
 
@@ -129,11 +140,35 @@ def _engine(config: Config, members: Mapping[str, Member], record: Record) -> En
 def _voice(name: str, config: Config, member: Member, grammars: Grammars) -> Voice:
     template = read_template(name, config.members[name].chat_template)
     prompts = PromptEncoder(name, load_tokenizer(name, config.members[name]), template)
-    speaker = Speaker(member.vocabulary, prompts, member.max_len, grammars, member.abilities)
+    thinking = thinking_of(name, config.members[name], member.vocabulary, prompts.template)
+    speaker = Speaker(member.vocabulary, prompts, member.max_len, grammars, member.abilities, thinking)
     return Voice(speaker, Spoken(member.vocabulary, member.device))
 
 
-class Workshop:
+def thinking_of(name: str, config: MemberConfig, vocabulary: Vocabulary, template: str) -> MarkTokens | None:
+    """How a member marks its reasoning: as configured, or as its checkpoint shows; None: it has no marks.
+
+    Raises ConfigError for configured marks that cannot work.
+    """
+    match config.reasoning:
+        case "none":
+            return None
+        case "auto":
+            marks = marks_of(template, vocabulary.tokens)
+        case chosen:
+            marks = Marks(chosen.start, chosen.end)
+    if marks is None:
+        return None
+    tokens = MarkTokens(marks, vocabulary)
+    if tokens.fault is None:
+        return tokens
+    if config.reasoning != "auto":
+        raise ConfigError(f"members.{name}.reasoning: {tokens.fault}; use other markers, or none")
+    logger.warning("%s: its reasoning is not split off: %s", name, tokens.fault)
+    return None
+
+
+class MemberMaker:
     """Loads members one by one; see `assembly.Maker`. Matrices that are loaded are kept for all."""
 
     def __init__(self) -> None:
@@ -166,7 +201,7 @@ class Workshop:
 
     def spaces(self, config: Config, spoken: Mapping[str, Spoken]) -> Spaces:
         """The spaces of members, with the matrices of those sets that an ensemble has."""
-        used = {frozenset(ensemble.members) for ensemble in config.ensembles.values()}
+        used = {frozenset(config.owners(ensemble.members)) for ensemble in config.ensembles.values()}
         self._matrices = {key: matrix for key, matrix in self._matrices.items() if key[0] in used}
         return Spaces(config, spoken, self._matrices)
 
@@ -196,7 +231,10 @@ class Spaces:
         self._matrices = {} if matrices is None else matrices
 
     def space(self, members: tuple[str, ...], whole: tuple[str, ...]) -> FusionSpace:
-        """The space of `members` (main first), with matrices made for `whole`, the ensemble's full set."""
+        """The space of `members` (main first), with matrices made for `whole`, the ensemble's full set.
+
+        An adapter has its base's matrix: it leaves the embeddings, of which a matrix is made, as they are.
+        """
         return FusionSpace(
             vocabularies=[self._members[name].vocabulary for name in members],
             matrices=lambda: [self._matrix(name, whole) for name in members],
@@ -205,9 +243,10 @@ class Spaces:
         )
 
     def _matrix(self, name: str, whole: tuple[str, ...]) -> TransferMatrix:
-        key = (frozenset(whole), name)
+        owner, owners = self._config.owner(name), self._config.owners(whole)
+        key = (frozenset(owners), owner)
         if key not in self._matrices:
-            self._matrices[key] = self._load(name, whole)
+            self._matrices[key] = self._load(owner, owners)
         return self._matrices[key]
 
     def _load(self, name: str, whole: tuple[str, ...]) -> TransferMatrix:

@@ -38,6 +38,16 @@ class LimitsConfig(Section):
         2**20, ge=1024, description="Output that waits for one slow reader; beyond it the stream ends."
     )
     request_seconds: float = Field(1800.0, gt=0.0, description="From arrival to the last token; then it ends.")
+    files: int = Field(100, ge=1, description="Files, and batches, that are kept for each API key.")
+    file_bytes: Size = Field(100 * 2**20, ge=1024, description="One uploaded file; a larger one gets a 413.")
+    file_seconds: float = Field(300.0, gt=0.0, description="To receive an uploaded file; a slower one gets a 408.")
+    batch_lines: int = Field(50_000, ge=1, description="Requests of one batch.")
+    batch_share: float = Field(
+        0.5,
+        gt=0.0,
+        le=1.0,
+        description="Batches begin a request only while fewer than this share of scheduler.max_running are open.",
+    )
     keep_alive_seconds: float = Field(
         75.0, gt=0.0, description="An idle connection is closed after this; keep it above a proxy's own time."
     )

@@ -37,14 +37,16 @@ from ensemble_core.members.base import Member
 from ensemble_core.offline import OfflineCouncils
 from ensemble_core.recipes import ModelInfo
 from ensemble_core.stats import Reason, Record, discard
+from ensemble_core.text.tools import ToolCall, folded
 
 
 @dataclass(frozen=True, slots=True)
 class Completion:
     """The answer to one prompt. token_ids and num_prompt_tokens are the main member's.
 
-    dropped: members that failed while the answer went on without them, with the reason. served_by, report: of a
-    council's answer, the model that wrote it and all calls.
+    calls: of tools, where the prompt is a conversation that has some; reasoning: what the model thought before its
+    text, where the prompt is a conversation. dropped: members that the answer went on without, with the reason.
+    served_by, report: of a council's answer, the model that wrote it and all calls.
     """
 
     text: str
@@ -54,9 +56,12 @@ class Completion:
     num_prompt_tokens: int
     logprobs: tuple[TokenLogprob, ...] = ()
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
+    calls: tuple[ToolCall, ...] = ()
     dropped: Mapping[str, Reason] = field(default_factory=dict)
     served_by: str = ""
     report: CouncilReport | None = None
+    reasoning: str = ""
+    num_reasoning_tokens: int | None = None
 
     @property
     def num_generated(self) -> int:
@@ -94,6 +99,8 @@ class LLM:
         prompts = [prompts] if isinstance(prompts, str) else prompts
         if model in self._councils.book:
             asked = self._asked(prompts, params, model, overrides, watched=False)
+            for request in asked:
+                self._admission.check_council(request, sorted(self._councils.book.speakers(request.model)))
             found = self._councils.answers(asked, self._config.scheduler.max_running)
             return [_completion([each]) for each in found]
         requests = self._requests(prompts, params, model, overrides, watched=False)
@@ -111,7 +118,7 @@ class LLM:
         model: str | None = None,
         overrides: Overrides | None = None,
     ) -> Iterator[str]:
-        """Complete one prompt and yield its text in pieces. Closing the generator aborts the request."""
+        """Complete one prompt and yield its text, without calls. Closing the generator aborts the request."""
         requests = self._requests([prompt], params, model, overrides, watched=True)
         for _, output in self._run(requests):
             if output.error:
@@ -228,7 +235,10 @@ def _completion(outputs: list[Output]) -> Completion:
         num_prompt_tokens=whole.num_prompt_tokens,
         logprobs=whole.logprobs,
         prompt_logprobs=whole.prompt_logprobs,
+        calls=tuple(folded(whole.calls)),
         dropped=whole.dropped,
         served_by=whole.served_by,
         report=whole.report,
+        reasoning=whole.reasoning,
+        num_reasoning_tokens=whole.num_reasoning_tokens,
     )

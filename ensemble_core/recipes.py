@@ -40,7 +40,8 @@ _MAX_FUSIONS = 64  # most fusions chosen by clients that are kept
 class ModelInfo:
     """A model that a client can request. recipe: None for a single member.
 
-    members: all that it may need. lacks: those of them that take no requests now, and how they stand.
+    members: all that it may need. lacks: those of them that take no requests now, and how they stand. parent: of an
+    adapter, the member whose weights it runs.
     """
 
     name: str
@@ -49,6 +50,7 @@ class ModelInfo:
     recipe: dict[str, Any] | None
     members: tuple[str, ...] = ()
     lacks: Mapping[str, str] = field(default_factory=dict)
+    parent: str | None = None
 
 
 def check_strategies(config: Config) -> None:
@@ -89,7 +91,7 @@ def _require_drafter(mode: ModeChoice, ensemble: EnsembleConfig, where: str) -> 
 def list_models(config: Config, max_len: Mapping[str, int]) -> list[ModelInfo]:
     """All ensembles, then councils, then members. max_len: member -> tokens per sequence."""
     ensembles = [
-        ModelInfo(name, "ensemble", max_len[ensemble.main], _described(ensemble), tuple(ensemble.members))
+        ModelInfo(name, "ensemble", _context_of(ensemble, max_len), _described(ensemble), tuple(ensemble.members))
         for name, ensemble in config.ensembles.items()
     ]
     lengths = {each.name: each.max_model_len for each in ensembles} | dict(max_len)
@@ -99,7 +101,10 @@ def list_models(config: Config, max_len: Mapping[str, int]) -> list[ModelInfo]:
         )
         for name, council in config.councils.items()
     ]
-    members = [ModelInfo(name, "member", max_len[name], None, (name,)) for name in config.members]
+    members = [
+        ModelInfo(name, "member", max_len[name], None, (name,), parent=member.base)
+        for name, member in config.members.items()
+    ]
     return ensembles + councils + members
 
 
@@ -118,6 +123,12 @@ def needed(model: str, config: Config) -> tuple[str, ...]:
             seen.update(called)
             ahead += reversed(called)
     return tuple(found)
+
+
+def _context_of(ensemble: EnsembleConfig, max_len: Mapping[str, int]) -> int:
+    """Main's context; where a text ends with an assistant's, the shortest one."""
+    members = [ensemble.main] if ensemble.on_full_context == "drop" else [*ensemble.members]
+    return min(max_len[member] for member in members)
 
 
 def _length_of(model: str, config: Config, lengths: Mapping[str, int]) -> int:
@@ -173,6 +184,7 @@ class RecipeBook:
             _mode(ensemble, overrides, alone=fusion is None),
             tau=_tau(ensemble, overrides) if fusion is not None else None,
             on_failure=ensemble.on_member_failure,
+            on_full=ensemble.on_full_context,
             apart=self._config.deterministic,
             fusion_key=key,
             refit=partial(self._refit, model, ensemble, overrides),
@@ -187,7 +199,8 @@ class RecipeBook:
         for name in self._config.ensembles:
             recipe = self.resolve(name, Overrides())
             self._built.pin()  # at once: the shelf drops what it holds beyond its size
-            for member in filter(recipe.can_lose, recipe.members):
+            may_go = recipe.members[1:] if recipe.on_full == "drop" else filter(recipe.can_lose, recipe.members)
+            for member in may_go:
                 recipe.without((member,))
                 self._built.pin()
         self._shelf_before = None
@@ -318,4 +331,5 @@ def _described(ensemble: EnsembleConfig) -> dict[str, Any]:
         "fusion": {"name": ensemble.fusion.name, "options": ensemble.fusion.options},
         "mode": ensemble.mode.name,
         "on_member_failure": ensemble.on_member_failure,
+        "on_full_context": ensemble.on_full_context,
     }

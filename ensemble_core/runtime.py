@@ -27,6 +27,7 @@ from ensemble_core.councils.chamber import Chamber
 from ensemble_core.councils.door import EngineDoor
 from ensemble_core.decoding.requests import GenerationRequest, Output, Prompt
 from ensemble_core.decoding.sequence import Sequence
+from ensemble_core.decoding.workshop import Workshop
 from ensemble_core.engine import Engine, News
 from ensemble_core.errors import NotReadyError, UnisonoError
 from ensemble_core.member_reports import MemberReport
@@ -85,6 +86,7 @@ class Runtime:
         self._settled = threading.Event()  # set once loading has succeeded or failed
         self._commands: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
         self._listeners: dict[int, Listener] = {}
+        self._workshop = Workshop()  # where forms are compiled
         self._chamber: Chamber | None = None  # where councils are run
         self._num_reserved = 0  # places that councils hold
         self._over = False  # councils may make no more calls
@@ -110,6 +112,16 @@ class Runtime:
         """Safe from any thread."""
         return self._status
 
+    @property
+    def num_places(self) -> int:
+        """Sequences that run at the same time, at most."""
+        return self._config.scheduler.max_running
+
+    @property
+    def num_open(self) -> int:
+        """Sequences that run or wait. Safe from any thread."""
+        return len(self._listeners)
+
     def models(self) -> list[ModelInfo]:
         """All ensembles and members. Until everything is loaded, lengths are the configured ones."""
         if self._loaded is not None:
@@ -124,6 +136,7 @@ class Runtime:
         """
         loaded = self._require_ready()
         if self._chamber is not None and requests and requests[0].model in self._chamber:
+            loaded.admission.check_council(requests[0], sorted(loaded.councils.speakers(requests[0].model)))
             return await self._chamber.submit(requests)
         return await self._submit(loaded, requests)
 
@@ -132,15 +145,13 @@ class Runtime:
         self._require_ready(within=all(request.reserved for request in requests))
         for request in {each.group: each for each in requests}.values():  # choices of a prompt choose the same
             loaded.permissions.check(request.model, request.overrides)
-        sequences = await asyncio.to_thread(self._admitted, loaded, requests)
+        leaders = list({each.group or each.request_id: each for each in requests}.values())
+        for grammars, form in await asyncio.to_thread(_undisturbed, loaded.admission.forms, leaders):
+            await self._workshop.prepare(grammars, form)
+        sequences = await asyncio.to_thread(_undisturbed, loaded.admission.admit_all, requests)
         stream = self._stream(self._abort)
         await self._enqueue(loaded, sequences, stream)
         return stream
-
-    @staticmethod
-    def _admitted(loaded: Loaded, requests: abc.Sequence[GenerationRequest]) -> list[Sequence]:
-        with DEFAULT_DTYPE.computing():  # a request may choose a fusion that is built now
-            return loaded.admission.admit_all(requests)
 
     def _stream(self, abort: Callable[[list[int]], None]) -> OutputStream:
         limits = self._config.server.limits
@@ -321,6 +332,7 @@ class Runtime:
         finally:
             self._ended.set()
             loaded.engine.close()
+            self._workshop.close()
             self._end_all()
 
     def _watch(self) -> None:
@@ -376,6 +388,14 @@ class Runtime:
         """Send each open request its last output, since the engine is gone."""
         lost = Output("", (), 0, 0, "error", error=f"the engine is gone: {self._status.reason}")
         self._publish([(seq_id, lost) for seq_id in list(self._listeners)])
+
+
+def _undisturbed(
+    read: Callable[[abc.Sequence[GenerationRequest]], Found], requests: abc.Sequence[GenerationRequest]
+) -> Found:
+    """Read requests while no model is being made: one may choose a fusion that is built now."""
+    with DEFAULT_DTYPE.computing():
+        return read(requests)
 
 
 def _call(loop: asyncio.AbstractEventLoop, function: Callable[..., object], *args: object) -> None:

@@ -117,4 +117,4 @@ class OutputStream(AsyncIterator[tuple[int, Output]]):
 def rough_size(output: Output) -> int:
     """About how many bytes an output takes in memory."""
     entries = sum(1 + len(entry.top) for entry in (*output.logprobs, *output.prompt_logprobs) if entry is not None)
-    return 500 + len(output.text) + 200 * entries + 4000 * len(output.traces)
+    return 500 + len(output.text) + len(output.reasoning) + 200 * entries + 4000 * len(output.traces)

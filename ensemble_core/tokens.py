@@ -16,7 +16,7 @@ from ensemble_core.decoding.requests import Prompt
 
 @dataclass(frozen=True, slots=True)
 class Tokenized:
-    """A prompt as tokens: ids, their text, and the context length that they must fit."""
+    """A prompt as tokens: ids, how the vocabulary writes them, and the context length that they must fit."""
 
     token_ids: tuple[int, ...]
     tokens: tuple[str, ...]
@@ -33,8 +33,7 @@ async def tokenized(
 ) -> Tokenized:
     """A prompt in the tokens of a model's main member. Raises ModelNotFoundError, InvalidRequestError."""
     ids, main = await asyncio.to_thread(admission.tokenize, model, prompt, add_special_tokens)
-    names = tuple(main.vocabulary.name_of(token_id) for token_id in ids)
-    return Tokenized(tuple(ids), names, main.max_len)
+    return Tokenized(tuple(ids), tuple(main.prompts.pieces(ids)), main.max_len)
 
 
 async def tightest_of(admission: Admission, models: Iterable[str], prompt: Prompt) -> Tokenized:
@@ -45,8 +44,7 @@ async def tightest_of(admission: Admission, models: Iterable[str], prompt: Promp
 
 async def detokenized(admission: Admission, model: str, token_ids: Sequence[int]) -> str:
     """The text of the main member's ids, with control tokens by name. Raises as `tokenized`."""
-    ids, main = await asyncio.to_thread(admission.tokenize, model, tuple(token_ids), False)
-    return b"".join(main.vocabulary.tokens[token_id] for token_id in ids).decode("utf-8", "replace")
+    return await asyncio.to_thread(admission.spell, model, token_ids)
 
 
 def tokenizer_facts(admission: Admission, model: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The command line: `unisono serve | build | pull | generate | evaluate | tune | fit | inspect`.
+"""The command line: `unisono serve | batch | build | pull | generate | evaluate | tune | fit | inspect`.
 
 Heavy imports are inside the commands, so that `unisono --help` is instant and so that the switches for progress
 bars are set before the libraries read them. A UnisonoError becomes one line on stderr and exit code 1.
@@ -9,8 +9,8 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Callable, Generator
-from contextlib import closing, contextmanager
+from collections.abc import Callable
+from contextlib import closing
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -19,7 +19,8 @@ import typer
 
 from ensemble_core.config import Config, ServerConfig, load_config
 from ensemble_core.decoding.sampling_params import PARAMETERS, SamplingParams
-from ensemble_core.errors import ConfigError, UnisonoError
+from ensemble_core.errors import ConfigError
+from server.terminal import DEFAULT_CONFIG, ConfigPath, load, load_quietly, one_line_errors, say
 
 if TYPE_CHECKING:
     from ensemble_core.llm import LLM
@@ -32,33 +33,14 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-ConfigPath = Annotated[
-    Path, typer.Option("--config", "-c", envvar="UNISONO_CONFIG", help="The YAML configuration file.")
-]
 logger = logging.getLogger(__name__)
 
-DEFAULT_CONFIG = Path("configs/demo.yaml")
 _KEY_VARIABLES = ("UNISONO_API_KEY", "UNISONO_API_KEYS")  # clients use the first one, too
 
 
 def main() -> None:
     """Entry point of `unisono`."""
     app()
-
-
-@contextmanager
-def _one_line_errors() -> Generator[None]:
-    """Turn a UnisonoError into one line and exit code 1."""
-    try:
-        yield
-    except UnisonoError as error:
-        message = " ".join(str(error).split())
-        typer.echo(f"unisono: {message}", err=True)
-        raise typer.Exit(1) from error
-
-
-def _say(line: str) -> None:
-    typer.echo(line, err=True)
 
 
 def _show_version(wanted: bool) -> None:
@@ -76,15 +58,6 @@ def _before(
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-
-
-def _load(path: Path) -> Config:
-    """The configuration, with logging set to its level and format."""
-    from server.edge import logs
-
-    config = load_config(path)
-    logs.configure(config.server.log_level, config.server.log_format)
-    return config
 
 
 @app.command()
@@ -128,8 +101,8 @@ def serve(
         )
         return settings.model_copy(update={"server": server})
 
-    with _one_line_errors():
-        _serve(chosen(_load(config)), lambda: chosen(load_config(config)))
+    with one_line_errors():
+        _serve(chosen(load(config)), lambda: chosen(load_config(config)))
 
 
 def _chosen(server: ServerConfig, **options: object) -> ServerConfig:
@@ -162,8 +135,30 @@ def _serve(settings: Config, read: Callable[[], Config]) -> None:
 
     metrics = PrometheusMetrics()
     runtime = Runtime(settings, metrics.record)
-    say = _say if settings.server.log_format == "text" else logger.info
-    serve_app(create_app(runtime, settings.server, metrics), runtime, settings.server, say, read)
+    announce = say if settings.server.log_format == "text" else logger.info
+    serve_app(create_app(runtime, settings.server, metrics), runtime, settings.server, announce, read)
+
+
+@app.command()
+def batch(
+    requests: Annotated[
+        Path, typer.Option("--input", help="JSONL, a request a line: custom_id, method, url, body.")
+    ],
+    output: Annotated[Path, typer.Option(help="JSONL, an answer a line, in the order in which they come.")],
+    config: ConfigPath = DEFAULT_CONFIG,
+    errors: Annotated[Path | None, typer.Option(help="Takes the lines that failed.  [default: --output]")] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Keep the answers that --output has, and do all other lines.")
+    ] = False,
+) -> None:
+    """Answer a file of requests in OpenAI's batch format, without a server."""
+    with one_line_errors():
+        settings = load_quietly(config)
+
+        from server.batches.command import BatchFiles, run_batch
+
+        code = run_batch(settings, config, BatchFiles(requests, output, errors, resume), say)
+    raise typer.Exit(code)
 
 
 @app.command()
@@ -177,8 +172,8 @@ def build(
     ] = False,
 ) -> None:
     """Build the transfer matrices."""
-    with _one_line_errors():
-        settings = _load(config)
+    with one_line_errors():
+        settings = load(config)
 
         from ensemble_core.transfer.build import build_matrices
 
@@ -195,8 +190,8 @@ def _report_line(report: BuildReport) -> str:
 @app.command()
 def pull(config: ConfigPath = DEFAULT_CONFIG) -> None:
     """Download every member's files."""
-    with _one_line_errors():
-        settings = _load(config)
+    with one_line_errors():
+        settings = load(config)
 
         from ensemble_core.members.loading import checkpoints
 
@@ -216,7 +211,7 @@ def generate(
     stream: Annotated[bool, typer.Option("--stream", help="Print text as it is generated.")] = False,
 ) -> None:
     """Continue prompts without a server."""
-    with _one_line_errors():
+    with one_line_errors():
         from server.edge import logs
 
         params = SamplingParams(max_tokens=max_tokens, temperature=temperature, stop=tuple(stop or ()), seed=seed)
@@ -286,8 +281,8 @@ def evaluate(
     cache: CacheFolder = None,
 ) -> None:
     """Compare ensembles and members on tasks, with 95 % intervals."""
-    with _one_line_errors():
-        settings = _load_quietly(config)
+    with one_line_errors():
+        settings = load_quietly(config)
 
         from ensemble_core.evaluation import run
 
@@ -325,8 +320,8 @@ def tune(
     cache: CacheFolder = None,
 ) -> None:
     """Find an ensemble's weights on one half of the tasks, and report on the other half."""
-    with _one_line_errors():
-        settings = _load_quietly(config)
+    with one_line_errors():
+        settings = load_quietly(config)
 
         from ensemble_core.evaluation import run
 
@@ -335,7 +330,7 @@ def tune(
             raise ConfigError(f"--vary only acts with --method swarm, not {method}")
         goal = config if write else None
         if method == "swarm":
-            from ensemble_core.fitting.tune_swarm import SwarmSearch, tune_options
+            from ensemble_core.fitting.run import SwarmSearch, tune_options
 
             search = SwarmSearch(tuple(vary or ()), positions, budget, seed)
             typer.echo(tune_options(settings, chosen, ensemble, search, goal))
@@ -370,13 +365,13 @@ def fit(
     cache: CacheFolder = None,
 ) -> None:
     """Learn a council's router, counts or edges on one half of the tasks, and report on the other half."""
-    with _one_line_errors():
+    with one_line_errors():
         if (strong is None) != (share is None):
             raise ConfigError("--strong and --share go together; give both or neither")
-        settings = _load_quietly(config)
+        settings = load_quietly(config)
 
         from ensemble_core.evaluation import run
-        from ensemble_core.fitting.fit import Calibration, Search, fit_council
+        from ensemble_core.fitting.run import Calibration, Search, fit_council
 
         chosen = run.Chosen(task, split, limit, shots, cache, skip_bad)
         calibration = None if strong is None or share is None else Calibration(strong, share)
@@ -395,18 +390,10 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Report on transfer matrices: recipe, size, retained and self mass, nearest anchors."""
-    with _one_line_errors():
-        settings = _load_quietly(config)
+    with one_line_errors():
+        settings = load_quietly(config)
 
         from ensemble_core.transfer.report import inspect_matrices, shown, shown_as_json
 
         reports = inspect_matrices(settings, paths, token or [])
         typer.echo((shown_as_json if as_json else shown)(reports))
-
-
-def _load_quietly(path: Path) -> Config:
-    """The configuration, with logging set to warnings so that the output is the result alone."""
-    from server.edge import logs
-
-    logs.configure("warning")
-    return load_config(path)

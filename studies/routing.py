@@ -26,7 +26,7 @@ from ensemble_core.config import load_config
 from ensemble_core.evaluation.measures import Selection
 from ensemble_core.evaluation.tasks import load_task
 from ensemble_core.evaluation.workbench import Workbench
-from ensemble_core.fitting.fit import Fitted, fit_router, router_of, without
+from ensemble_core.fitting.fit_router import Fitted, fit_router, router_of, without
 from studies import domains, trained_pair
 from studies.trained_pair import FULL, SMALL, TrainingPlan
 

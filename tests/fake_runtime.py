@@ -1,8 +1,8 @@
 """A scripted runtime: what the HTTP edge sees of the engine, without an engine.
 
-Each request answers with the pieces of `script` (or its own, by prompt), one piece a token; a prompt counts one
-token a word. Log-probabilities, traces and echoes are filled where they were asked for, as an engine does. It
-records what it was asked for, what was aborted, and whether it was drained and stopped.
+Each request answers with the pieces of `script` (or its own, by prompt), one piece a token: text, or news of a call;
+a prompt counts one token a word. Log-probabilities, traces and echoes are filled where they were asked for, as an
+engine does. It records what it was asked for, what was aborted, and whether it was drained and stopped.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from ensemble_core.decoding.requests import (
     Trace,
 )
 from ensemble_core.errors import InvalidRequestError, ModelNotFoundError, NotReadyError, quoted
+from ensemble_core.text.tools import CallPiece
 from server.edge.app import create_app
 from server.edge.metrics import PrometheusMetrics
 from server.edge.serving import settings_of
@@ -51,6 +52,7 @@ class FakeModel:
     max_model_len: int
     recipe: dict[str, Any] | None
     lacks: dict[str, str] = field(default_factory=dict)
+    parent: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +71,7 @@ RECIPE = {
 MODELS = [
     FakeModel("duo", "ensemble", 512, RECIPE),
     FakeModel("a", "member", 512, None),
-    FakeModel("b", "member", 1024, None),
+    FakeModel("b", "member", 1024, None, parent="a"),
 ]
 
 
@@ -88,14 +90,18 @@ def id_of(word: str) -> int:
     return int(named[1]) if named else zlib.crc32(word.encode()) % VOCAB_SIZE
 
 
-def outputs_of(pieces: Sequence[str], prompt: Prompt, finish: str = "stop") -> list[Output]:
+def outputs_of(pieces: Sequence[str | CallPiece], prompt: Prompt, finish: str = "stop") -> list[Output]:
     """One output a piece; the last has the finish reason."""
     words = len(words_of(prompt))
     last = len(pieces) - 1
-    return [
-        Output(piece, (rank,), words, rank + 1, finish if rank == last else None)  # type: ignore[arg-type]
-        for rank, piece in enumerate(pieces)
-    ]
+    if any(isinstance(piece, CallPiece) for piece in pieces):
+        finish = "tool_calls"
+    made: list[Output] = []
+    for rank, piece in enumerate(pieces):
+        text, calls = (piece, ()) if isinstance(piece, str) else ("", (piece,))
+        reason: Any = finish if rank == last else None
+        made.append(Output(text, (rank,), words, rank + 1, reason, calls=calls))
+    return made
 
 
 def logprob_of(token_id: int, seed: int | None) -> float:
@@ -117,7 +123,7 @@ def trace_of(text: str) -> Trace:
 
 @dataclass
 class FakeRuntime:
-    script: Sequence[str] = (" Hello", " wörld", " 😀", "!")
+    script: Sequence[str | CallPiece] = (" Hello", " wörld", " 😀", "!")
     outputs: dict[Any, list[Output]] = field(default_factory=dict)  # prompt -> its own outputs
     refuse: Exception | None = None  # raised by submit
     refuse_once: list[Exception] = field(default_factory=list)  # raised by the first submits
@@ -130,6 +136,7 @@ class FakeRuntime:
     seen: list[GenerationRequest] = field(default_factory=list)
     aborted: list[str] = field(default_factory=list)
     log: list[str] = field(default_factory=list)
+    num_places: int = 32
     num_open: int = 0  # submitted and not over
     aborting: bool = False
 
@@ -207,6 +214,7 @@ class FakeRuntime:
             self._check_ids(request.prompt, "prompt")
         self._check_ids(request.params.stop_token_ids, "stop_token_ids")
         self._check_ids([token_id for token_id, _ in request.params.logit_bias], "logit_bias")
+        self._check_ids(list(request.params.allowed_token_ids), "allowed_token_ids")
         if room < request.params.max_tokens:
             param = "prompt" if room < 1 else "max_tokens"
             raise InvalidRequestError(f"{param}: the context has room for {room} tokens", param)
@@ -291,18 +299,19 @@ def _with_extras(request: GenerationRequest, outputs: list[Output]) -> list[Outp
 
 
 def _echo(request: GenerationRequest, words: list[str]) -> dict[str, Any]:
-    if not request.params.echo:
-        return {}
-    if request.params.logprobs is None:
-        return {"prompt_text": "".join(words)}
+    params = request.params
+    text = {"prompt_text": "".join(words)} if params.echo else {}
+    if not params.scores_prompt:
+        return text
+    num_top = max(params.logprobs or 0, params.prompt_logprobs or 0)
     entries, offset = [], 0
     for rank, word in enumerate(words):
         if rank == 0:
             entries.append(TokenLogprob(id_of(word), word.encode(), None, 0))
         else:
-            entries.append(entry(id_of(word), word, offset, request.params.logprobs, None))
+            entries.append(replace(entry(id_of(word), word, offset, num_top, None), rank=1))
         offset += len(word)
-    return {"prompt_text": "".join(words), "prompt_logprobs": tuple(entries)}
+    return text | {"prompt_logprobs": tuple(entries)}
 
 
 @contextmanager

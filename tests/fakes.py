@@ -7,11 +7,13 @@ from collections import abc
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
+import jinja2
 import torch
 
 from ensemble_core.admission import Speaker
 from ensemble_core.assembly import Loaded, Part, Spoken, Voice, assembled
-from ensemble_core.config import Config
+from ensemble_core.config import Config, MemberConfig
+from ensemble_core.decoding.bans import bans_of
 from ensemble_core.decoding.guidance import Grammars
 from ensemble_core.decoding.recipe import Recipe
 from ensemble_core.decoding.requests import GenerationRequest, Output
@@ -19,6 +21,7 @@ from ensemble_core.decoding.sampling_params import SamplingParams
 from ensemble_core.decoding.scheduler import Limits
 from ensemble_core.decoding.sequence import Sequence
 from ensemble_core.engine import Engine
+from ensemble_core.factory import thinking_of
 from ensemble_core.fusion.base import Fusion, FusionSpace
 from ensemble_core.fusion.relative import RelativeFusion, RelativeOptions
 from ensemble_core.members.base import Member
@@ -77,8 +80,11 @@ def sequence(
 ) -> Sequence:
     """A request in flight, its prompt spelt by each member's own vocabulary."""
     request = GenerationRequest(f"request-{seq_id}", recipe.model, prompt, params)
-    tracks = {member.name: Track(member.vocabulary, member.vocabulary.encode(prompt)) for member in members}
-    return Sequence(seq_id, request, recipe, tracks)
+    tracks = {
+        member.name: Track(member.vocabulary, member.vocabulary.encode(prompt), max_len=member.max_len)
+        for member in members
+    }
+    return Sequence(seq_id, request, recipe, tracks, bans=bans_of(params, members[0].vocabulary))
 
 
 class Records(list[Stats]):
@@ -177,6 +183,16 @@ class FakeTokenizer:
     def __call__(self, text: str, **_: object) -> dict[str, list[int]]:
         return {"input_ids": self._vocabulary.encode(text)}
 
+    def convert_ids_to_tokens(self, token_ids: list[int]) -> list[str]:
+        return [self._vocabulary.name_of(token_id) for token_id in token_ids]
+
+    def apply_chat_template(
+        self, messages: list[dict[str, Any]], *, chat_template: str | None, tokenize: bool, **variables: Any
+    ) -> str:
+        """The text alone, as `tokenize=False` gives it."""
+        assert not tokenize
+        return jinja2.Template(chat_template or self.chat_template or "").render(messages=messages, **variables)
+
 
 def fake_config(members: abc.Sequence[str] = ("alpha", "beta"), **sections: Any) -> Config:
     """A configuration of fake members; an ensemble `duo` of the first two, and what `sections` say."""
@@ -202,14 +218,16 @@ def fake_loaded(config: Config, members: Mapping[str, FakeMember], record: Recor
         member_timeout=scheduler.member_timeout,
     )
     maker = FakeMaker(members)
-    return assembled(config, engine, {name: fake_voice(member) for name, member in members.items()}, maker)
+    voices = {name: fake_voice(config.members[name], member) for name, member in members.items()}
+    return assembled(config, engine, voices, maker)
 
 
-def fake_voice(member: FakeMember) -> Voice:
+def fake_voice(section: MemberConfig, member: FakeMember) -> Voice:
     """What is kept of a fake member."""
     vocabulary = member.vocabulary
-    prompts = PromptEncoder(member.name, FakeTokenizer(vocabulary))
-    speaker = Speaker(vocabulary, prompts, member.max_len, Grammars(vocabulary), member.abilities)
+    prompts = PromptEncoder(member.name, FakeTokenizer(vocabulary), section.chat_template)
+    thinking = thinking_of(member.name, section, vocabulary, prompts.template)
+    speaker = Speaker(vocabulary, prompts, member.max_len, Grammars(vocabulary), member.abilities, thinking)
     return Voice(speaker, Spoken(vocabulary, member.device))
 
 
@@ -236,7 +254,7 @@ class FakeMaker:
         vocabulary = self.vocabularies.setdefault(name, byte_vocabulary())
         member = FakeMember(name, vocabulary, max_len=self.max_len.get(name, 256))
         self.made.append(member)
-        return Part(member, fake_voice(member))
+        return Part(member, fake_voice(config.members[name], member))
 
     def space_of(self, config: Config, voices: Mapping[str, Voice]) -> SpaceOf:
         """See `Maker.space_of`; matrices are exact."""

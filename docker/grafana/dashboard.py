@@ -54,6 +54,10 @@ ROWS: dict[str, list[Panel]] = {
         ]),
         ("Finished choices", "By how they ended; abort: the client went away.", "reqps", [
             (rate("requests_total", MODEL, "finish_reason"), "{{finish_reason}}")]),
+        ("Requests", "That models took; each may have several choices.", "reqps", [
+            (rate("accepted_requests_total", MODEL, "model"), "{{model}}")]),
+        ("Answers", "All HTTP requests, by status.", "reqps", [
+            (rate("http_requests_total", ON, "status"), "{{status}}")]),
         ("Refused requests", "429 is queue_full; 503 is busy or not_ready.", "reqps", [
             (rate("requests_rejected_total", ON, "reason"), "{{reason}}")]),
     ],
@@ -125,6 +129,9 @@ ROWS: dict[str, list[Panel]] = {
             (f"min by (member) (unisono_member_up{{{MEMBER}}})", "{{member}}")]),
         ("Failures of members", "Steps in which a member failed, by cause.", "short", [
             (rate("member_failures_total", MEMBER, "member, cause"), "{{member}} {{cause}}")]),
+        ("Process", "Its memory, and cores in use.", "short", [
+            (f"process_resident_memory_bytes{{{ON}}} / 2 ^ 30", "GiB {{instance}}"),
+            (f"rate(process_cpu_seconds_total{{{ON}}}[$__rate_interval])", "cores {{instance}}")]),
         ("Ready", "1 while requests are accepted.", "short", [(f"unisono_ready{{{ON}}}", "{{instance}}")]),
         ("Choices that went on without a member", "Only where on_member_failure is drop.", "short", [
             (rate("member_dropped_requests_total", MODEL, "model, member"), "{{member}} in {{model}}")]),

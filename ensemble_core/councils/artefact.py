@@ -47,7 +47,10 @@ def fingerprints(config: Config, models: Sequence[str]) -> dict[str, str]:
 def _identity(config: Config, model: str) -> Any:
     if model in config.members:
         member = config.members[model]
-        return [_checkpoint(member.model), member.revision, member.chat_template]
+        identity = [_checkpoint(member.model), member.revision, member.chat_template]
+        if member.adapter is None:
+            return identity
+        return [*identity, _checkpoint(member.adapter, "adapter_config.json"), member.adapter_revision]
     if model in config.ensembles:
         recipe = config.ensembles[model]
         own = recipe.model_dump(mode="json", include={"main", "fusion", "weighting"})
@@ -57,12 +60,12 @@ def _identity(config: Config, model: str) -> Any:
     return [own, {name: _identity(config, name) for name in council.called}]
 
 
-def _checkpoint(model: str) -> list[str]:
+def _checkpoint(model: str, configuration: str = "config.json") -> list[str]:
     """A hub id as it is; of a folder the name, and the digest of its configuration: folders move."""
     folder = Path(model)
     if not folder.is_absolute():
         return [model]
-    about = folder / "config.json"
+    about = folder / configuration
     return [folder.name, hashlib.sha256(about.read_bytes()).hexdigest() if about.exists() else ""]
 
 

@@ -140,8 +140,8 @@ CostOf = Callable[[str], CallCost]
 def question_of(prompt: Prompt) -> str:
     """What is asked: the last message of a user, or the text itself."""
     if isinstance(prompt, Conversation):
-        asked = [message["content"] for message in prompt.messages if message["role"] == "user"]
-        return asked[-1] if asked else prompt.messages[-1]["content"]
+        asked = [str(message["content"]) for message in prompt.messages if message["role"] == "user"]
+        return asked[-1] if asked else str(prompt.messages[-1]["content"])
     assert isinstance(prompt, str), "a council takes no ids"
     return prompt
 
@@ -178,8 +178,10 @@ def drafting(params: SamplingParams) -> SamplingParams:
 
 _SAMPLING = (
     "repetition_penalty",
+    "thinking_token_budget",
     "presence_penalty",
     "frequency_penalty",
+    "bad_words",
     "temperature",
     "top_k",
     "top_p",

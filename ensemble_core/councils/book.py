@@ -37,12 +37,16 @@ Planner = Callable[[GenerationRequest, CouncilLimits], Plan]
 
 @dataclass(frozen=True, slots=True)
 class Council:
-    """One council: what it costs at most, and its plan for a request within given limits."""
+    """One council: what it costs at most, and its plan for a request within given limits.
+
+    calls_tools: its answer is one model's own, so it may call tools.
+    """
 
     name: str
     config: CouncilConfig
     cost: CallCost
     plan: Planner
+    calls_tools: bool
 
     @property
     def limits(self) -> CouncilLimits:
@@ -56,7 +60,13 @@ class CouncilBook:
     def __init__(self, config: Config) -> None:
         check_councils(config)
         self._councils = {
-            name: Council(name, council, cost_of(config, name), _planner(name, council, config))
+            name: Council(
+                name,
+                council,
+                cost_of(config, name),
+                _planner(name, council, config),
+                calls_tools(config, name),
+            )
             for name, council in config.councils.items()
         }
 
@@ -77,6 +87,14 @@ class CouncilBook:
         if model not in self._councils:
             return {model}
         return {name for called in self._councils[model].config.called for name in self.speakers(called)}
+
+
+def calls_tools(config: Config, model: str) -> bool:
+    """Whether a model's answer is one text of one member or token-level ensemble, as far as councils decide that."""
+    council = config.councils.get(model)
+    if council is None:
+        return True
+    return isinstance(council, RouteConfig) and all(calls_tools(config, called) for called in council.called)
 
 
 def cost_of(config: Config, model: str) -> CallCost:

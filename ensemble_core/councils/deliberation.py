@@ -70,6 +70,7 @@ class _Heard:
             completion_tokens=0 if last is None else last.num_completion_tokens,
             seconds=time.perf_counter() - self.began,
             outcome=outcome,
+            reasoning_tokens=0 if last is None else last.num_reasoning_tokens or 0,
         )
 
 
@@ -269,7 +270,9 @@ class Deliberation:
                     f"{self.council.name!r} took longer than {self.limits.seconds:g} s (limits.seconds); ask for "
                     "fewer tokens, or try again later"
                 ) from None
-            empty = replace(last, text="", token_ids=(), logprobs=(), traces=(), prompt_token_ids=())
+            empty = replace(
+                last, text="", reasoning="", calls=(), token_ids=(), logprobs=(), traces=(), prompt_token_ids=()
+            )
             hear(replace(empty, finish_reason="length"))
 
     async def _request(self, call: Call, request: GenerationRequest, *, watched: bool) -> GenerationRequest:

@@ -32,6 +32,7 @@ from ensemble_core.councils.base import (
     seeded,
 )
 from ensemble_core.councils.wording import worded
+from ensemble_core.decoding.forms import TextForm
 from ensemble_core.decoding.requests import GenerationRequest
 from ensemble_core.decoding.sampling_params import SamplingParams
 from ensemble_core.errors import CouncilError
@@ -149,15 +150,13 @@ class _Table:
             text = round_prompt(question, model, before, shown, self._form)
         else:
             text = worded("discuss_first", question=question, form=self._form)
-        params = replace(drafting(self.request.params), json_schema=self._schema(self.request.params.max_tokens))
+        params = replace(drafting(self.request.params), form=self._told(self.request.params.max_tokens))
         return Call(model, model, self._asking(text), seeded(params, model, rank), round=rank, clipped=True)
 
     def _closing(self, cut: Answer) -> Call:
         question = question_of(self.request.prompt)
         text = worded("discuss_close", question=question, reasoning=_reasoning(cut.text), form=self._form)
-        params = replace(
-            SamplingParams(), max_tokens=_CLOSING_TOKENS, temperature=0.0, json_schema=self._schema(None)
-        )
+        params = replace(SamplingParams(), max_tokens=_CLOSING_TOKENS, temperature=0.0, form=self._told(None))
         call = cut.call
         return Call(call.node, call.model, self._asking(text), params, round=call.round, sample=1, clipped=True)
 
@@ -179,8 +178,8 @@ class _Table:
             case "exact":
                 return "the answer alone, in a few words"
 
-    def _schema(self, max_tokens: int | None) -> str:
-        """max_tokens: of an answer with reasoning; None: without."""
+    def _told(self, max_tokens: int | None) -> TextForm:
+        """The form of a statement. max_tokens: of an answer with reasoning; None: without."""
         answer: dict[str, Any] = {"type": "string", "minLength": 1, "maxLength": _LONGEST_ANSWER}
         if self.config.answer == "choice":
             answer = {"enum": self._labels}
@@ -190,9 +189,8 @@ class _Table:
         if max_tokens is not None:
             room = max(2 * (max_tokens - _RESERVED_TOKENS), _LEAST_REASONING)
             fields = {"reasoning": {"type": "string", "maxLength": room}} | fields
-        return json.dumps(
-            {"type": "object", "properties": fields, "required": list(fields), "additionalProperties": False}
-        )
+        schema = {"type": "object", "properties": fields, "required": list(fields), "additionalProperties": False}
+        return TextForm("json", json.dumps(schema))
 
     def _opinion(self, answer: Answer, reasoning: str | None = None) -> Opinion | None:
         """None for a text that was cut. reasoning: what a closed answer said before."""

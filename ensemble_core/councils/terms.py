@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from ensemble_core.council_config import CouncilLimits
 from ensemble_core.councils.book import Council
-from ensemble_core.decoding.requests import CouncilBounds, GenerationRequest, Overrides
+from ensemble_core.decoding.requests import Conversation, CouncilBounds, GenerationRequest, Overrides
 from ensemble_core.errors import InvalidRequestError
 
 
@@ -63,11 +63,17 @@ def check(request: GenerationRequest, council: Council) -> None:
     one = f"{name!r} is a council, whose models have different tokens; send it to one of its models"
     for param, given in (
         ("logit_bias", params.logit_bias),
+        ("allowed_token_ids", params.allowed_token_ids),
         ("stop_token_ids", params.stop_token_ids),
         ("prompt", isinstance(request.prompt, tuple)),
     ):
         if given:
             raise InvalidRequestError(f"{param}: {'token ids' if param == 'prompt' else 'this'}: {one}", param)
+    if params.prompt_logprobs is not None:
+        raise InvalidRequestError(
+            f"prompt_logprobs: {name!r} is a council, which scores no prompts; ask one of its models",
+            "prompt_logprobs",
+        )
     if params.echo:
         raise InvalidRequestError(
             f"echo: {name!r} is a council, which scores no prompts; ask one of its models", "echo"
@@ -75,6 +81,13 @@ def check(request: GenerationRequest, council: Council) -> None:
     if replace(request.overrides, bounds=None) != Overrides():
         raise InvalidRequestError(
             f"ensemble: {name!r} is a council, for which a request may set limits and trace alone", "ensemble"
+        )
+    tools = request.prompt.tools if isinstance(request.prompt, Conversation) else None
+    if tools is not None and tools.binds and not council.calls_tools:
+        raise InvalidRequestError(
+            f"tools: the answer of {name!r} comes of several texts, so it can call none; send tool_choice: none, or "
+            "ask one of its models",
+            "tools",
         )
     if council.config.kind == "discuss":
         _check_discussion(request, name)
@@ -87,10 +100,10 @@ def _check_discussion(request: GenerationRequest, name: str) -> None:
             f"logprobs: the answer of {name!r} is put together from a discussion, so its tokens have none",
             "logprobs",
         )
-    if params.json_schema is not None:
+    if params.form is not None:
         raise InvalidRequestError(
-            f"response_format: the answer of {name!r} has the form of its discussion; leave it out",
-            "response_format",
+            f"{params.form.field}: the answer of {name!r} has the form of its discussion; leave it out",
+            params.form.field,
         )
     if getattr(request.prompt, "continue_final", False):
         raise InvalidRequestError(

@@ -8,6 +8,7 @@
 | lost | the member, for requests that need it meanwhile, or that it had cached | the rest of the request |
 | busy | the member, for other requests that decode | the steps until it is back |
 | busy | the member, for requests in prefill, or more than `max_behind` tokens behind | the rest of the request |
+| full | the member, for a request whose text it cannot hold, if the recipe says so | the rest of the request |
 
 After a failure it is unknown what the member's cache holds of the request, so the member is not asked again. A
 request that cannot lose the member, because it is main or the recipe says so, fails instead. Such a request waits for
@@ -74,6 +75,15 @@ class Failures:
         else:
             fail(sequence, detail)
 
+    def lose_full(self, sequence: Sequence, member: str) -> None:
+        """Go on without a member whose context is full, which is no failure of it."""
+        self._drop(sequence, member, "full", "its context is full")
+
+    def note(self, sequence: Sequence) -> None:
+        """Report what a sequence has lost before it came."""
+        for member, reason in sequence.dropped.items():
+            self._report(sequence, member, reason, "its context cannot hold the prompt")
+
     def see(self, sequences: Iterable[Sequence]) -> None:
         """Take in which members have lost their caches: no sequence goes on with what is gone."""
         for name, member in self._pool.members.items():
@@ -133,11 +143,14 @@ class Failures:
             return
         for gone in sequence.drop(member, reason):
             self._pool.release(gone, sequence.seq_id)
-            told = sequence.dropped[gone]
-            self._record(DropStats(sequence.recipe.model, gone, told))
-            logger.warning(
-                "request %s goes on without member %s (%s): %s", sequence.request.request_id, gone, told, detail
-            )
+            self._report(sequence, gone, sequence.dropped[gone], detail)
+
+    def _report(self, sequence: Sequence, member: str, reason: Reason, detail: str) -> None:
+        self._record(DropStats(sequence.recipe.model, member, reason))
+        logger.log(
+            logging.INFO if reason == "full" else logging.WARNING,
+            "request %s goes on without member %s (%s): %s", sequence.request.request_id, member, reason, detail,
+        )  # fmt: skip
 
 
 def _kept(counts: Mapping[str, int], busy: frozenset[str], sequence: Sequence) -> dict[str, int]:

@@ -76,7 +76,7 @@ class Feeding:
         sequence = share.sequence
         track, is_main = sequence.tracks[member], member == sequence.recipe.main
         token_ids, top_k = track.uncached(count), self._top_k(share, member)
-        last = sequence.biased if is_main and share.decides else ()
+        last = _also(sequence) if is_main and share.decides else ()
         if sequence.scoring:
             following = track.prompt_ids[track.num_cached + 1 : track.num_cached + 1 + count]
             also = tuple([(token_id,) for token_id in following] + [last] * (count - len(following)))
@@ -92,10 +92,11 @@ class Feeding:
         sequence = share.sequence
         recipe, is_main = sequence.recipe, member == sequence.recipe.main
         whole = recipe.fusion is not None and recipe.fusion.full_vocabulary
-        if whole or (is_main and share.decides and sequence.constraint is not None):
+        guide = sequence.constraint if is_main and share.decides else None
+        if whole or (guide is not None and guide.chooses):
             return self._sizes[member]
-        num_biased = len(sequence.biased) if is_main and share.decides else 0
-        return min(self._num_candidates + num_biased, self._most[member])
+        num_more = sequence.num_extra + len(_forced(sequence)) if is_main and share.decides else 0
+        return min(self._num_candidates + num_more, self._most[member])
 
     def _score(self, sequence: Sequence, member: str, feed: Feed, answers: Answers, number: int) -> None:
         if sequence.scores is None or not sequence.scoring or not feed.wanted:
@@ -104,10 +105,21 @@ class Feeding:
         if not part.logprobs.amax(dim=1).isfinite().all():
             self._failures.lose_unsound(sequence, member)
             return
-        # Biased ids at the last position serve the token decision; they are not part of a score.
+        # Pinned ids at the last position serve the token decision; they are not part of a score.
         num_following = len(sequence.tracks[member].prompt_ids) - (feed.keep or 0) - 1
         kept = [ids if i < num_following else () for i, ids in enumerate(feed.also)]
         sequence.scores.add(member, narrow(part, min(self._num_candidates, self._most[member]), kept))
+
+
+def _also(sequence: Sequence) -> tuple[int, ...]:
+    """Main's ids that its answer must hold."""
+    return (*sequence.pinned, *_forced(sequence))
+
+
+def _forced(sequence: Sequence) -> tuple[int, ...]:
+    """Main's only id that may come next, where that is known in advance."""
+    forced = None if sequence.constraint is None else sequence.constraint.forced
+    return () if forced is None else (forced,)
 
 
 def _take_turn(step: Step, share: Share, own: Mapping[str, int]) -> None:

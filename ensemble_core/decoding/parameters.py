@@ -11,9 +11,10 @@ from collections.abc import Sized
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from ensemble_core.decoding.forms import TextForm
 from ensemble_core.errors import InvalidRequestError, quoted
 
-ValueKind = Literal["integer", "number", "boolean", "text", "texts", "ids", "biases"]
+ValueKind = Literal["integer", "number", "boolean", "form", "texts", "ids", "biases"]
 MAX_INT = 2**31 - 1  # stands for no bound: descriptions leave it out
 
 
@@ -48,8 +49,8 @@ class Parameter:
                 _check_number(name, value, low, high, self.above)
             case "boolean" if not isinstance(value, bool):
                 raise InvalidRequestError(f"{name} must be true or false, got {quoted(value)}", name)
-            case "text" if len(value) > high:
-                raise InvalidRequestError(f"{name} takes up to {high} characters, got {len(value)}", name)
+            case "form" if not isinstance(value, TextForm):
+                raise InvalidRequestError(f"{name} must be a TextForm, got {quoted(value)}", name)
             case "texts":
                 self._check_texts(name, value)
             case "ids":
@@ -91,7 +92,7 @@ class Parameter:
         most = f"up to {self.most}" if self.most < MAX_INT else ""
         if self.kind == "boolean" or self.high >= MAX_INT:
             return most
-        if self.kind in ("text", "texts"):
+        if self.kind == "texts":
             return ", ".join(part for part in (most, f"of up to {self.high} characters") if part)
         bounds = f"over {self.low:g}, up to {self.high:g}" if self.above else f"{self.low:g}..{self.high:g}"
         return ", ".join(part for part in (bounds, most) if part)

@@ -26,7 +26,8 @@ class Recipe:
     """How one model of the API answers: members (main first), their weights, how they are fused.
 
     mode: how steps are taken. tau: temperature of weights by perplexity (`decoding/perplexity.py`); None: the weights
-    are fixed. on_failure: whether an assistant's failure fails the request or drops the assistant. apart: each
+    are fixed. on_failure: whether an assistant's failure fails the request or drops the assistant. on_full: whether a
+    text that an assistant's context cannot hold drops the assistant or ends there. apart: each
     position is fused by itself, never in a batch, so that its numbers cannot depend on others. fusion_key: recipes
     with the same key fuse the same members in the same way; empty: unknown. refit: gives the same fusion over fewer
     members (main first, two or more), or None if it needs the others.
@@ -40,6 +41,7 @@ class Recipe:
     mode: ModeChoice = ModeChoice()
     tau: float | None = None
     on_failure: Literal["fail", "drop"] = "fail"
+    on_full: Literal["drop", "end"] = "end"
     apart: bool = False
     fusion_key: str = ""
     refit: Callable[[tuple[str, ...]], Fusion | None] | None = field(default=None, compare=False, repr=False)

@@ -23,16 +23,18 @@ from ensemble_core.text.alignment import Track
 NUM_TRACED = 5  # candidates of each member in a trace
 
 
-def score(token_ids: Tensor, logprobs: Tensor, token_id: int, num_top: int) -> Scored:
+def score(token_ids: Tensor, logprobs: Tensor, token_id: int, num_top: int, *, ranks: bool = False) -> Scored:
     """A token's log-probability in one row (S,), and the `num_top` likeliest ids, with the token always among them.
 
-    An id may occur twice in a row; the likelier entry counts. A token without mass gets `LEAST_LOGPROB`.
+    An id may occur twice in a row; the likelier entry counts. A token without mass gets `LEAST_LOGPROB`. ranks: also
+    count the ids that are likelier.
     """
     own = max(logprobs[token_ids == token_id].amax().item(), LEAST_LOGPROB)
     best = _best(token_ids, logprobs, num_top)
     if num_top and token_id not in (other for other, _ in best):
         best = (*best, (token_id, own))
-    return Scored(own, best)
+    rank = 1 + len(set(token_ids[logprobs > own].tolist())) if ranks else None
+    return Scored(own, best, rank)
 
 
 def trace(

@@ -13,9 +13,11 @@ from typing import Any, Literal, NamedTuple
 from ensemble_core.config import DEFAULT_TAU
 from ensemble_core.decoding.sampling_params import SamplingParams
 from ensemble_core.stats import Reason
+from ensemble_core.text.tools import CallPiece, Message, ToolUse, merged
+from ensemble_core.text.variables import TemplateVariables
 from ensemble_core.text.vocabulary import readable
 
-FinishReason = Literal["stop", "length", "abort", "error"]
+FinishReason = Literal["stop", "length", "tool_calls", "abort", "error"]
 LEAST_LOGPROB = -9999.0  # of a token without mass, as in vLLM, since JSON has no infinity
 
 
@@ -54,12 +56,15 @@ class Overrides:
 class Conversation:
     """Messages for each member's own chat template.
 
-    messages: role and content. continue_final: the answer continues the last message; otherwise the template opens a
-    new turn of the assistant.
+    messages: role and content, and what belongs to calls of tools and to reasoning. continue_final: the answer
+    continues the last message; otherwise the template opens a new turn of the assistant. tools: what the answer may
+    call. variables: for the templates.
     """
 
-    messages: tuple[Mapping[str, str], ...]
+    messages: tuple[Message, ...]
     continue_final: bool = False
+    tools: ToolUse | None = None
+    variables: TemplateVariables = field(default_factory=TemplateVariables)
 
 
 Prompt = str | tuple[int, ...] | Conversation  # ids are the main member's, taken as they are
@@ -73,7 +78,7 @@ class GenerationRequest:
     report what each member proposed for every token. group: requests of one group have the same prompt and share its
     prefill. owner: who shares the places of the engine fairly with others: a client, and one request of that client.
     watched: somebody waits for each of its tokens, not for the whole answer. reserved: its place in the queue was
-    taken before.
+    taken before. truncate: of a longer prompt, the last so many of main's tokens are used; -1: as many as fit.
     """
 
     request_id: str
@@ -87,6 +92,7 @@ class GenerationRequest:
     owner: tuple[str, str] = ("", "")
     watched: bool = True
     reserved: bool = False
+    truncate: int | None = None
 
 
 class Alternative(NamedTuple):
@@ -108,7 +114,8 @@ class TokenLogprob:
 
     spelling: its bytes, which may be part of a character; for a control token, its name. text_offset: where its text
     begins, in characters of the prompt (with echo) and completion. top: the likeliest alternatives, with the token
-    itself among them. The prompt's first token has no log-probability and no alternatives.
+    itself among them. rank: of the token in the fused distribution, 1 for the likeliest, where it was asked for. The
+    prompt's first token has no log-probability and no alternatives.
     """
 
     token_id: int
@@ -116,6 +123,7 @@ class TokenLogprob:
     logprob: float | None
     text_offset: int
     top: tuple[Alternative, ...] = ()
+    rank: int | None = None
 
     @property
     def text(self) -> str:
@@ -169,6 +177,7 @@ class CallReport:
     completion_tokens: int
     seconds: float
     outcome: str
+    reasoning_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,11 +192,12 @@ class CouncilReport:
 class Output:
     """One step's news of one request. The last output has a `finish_reason`.
 
-    text: whole characters, without stop strings unless they were asked for; may be empty. token_ids, logprobs,
-    traces: for main's tokens since the last output (logprobs and traces only on request). prompt_logprobs: with echo
-    and logprobs, only in the first output. num_*: main's tokens so far. dropped: members that this request has lost
-    for good, and why. served_by: the model whose text this is, where a council answers; report: of the council, in
-    the last output.
+    text: whole characters, without stop strings unless they were asked for; may be empty. reasoning: what the
+    model thinks before its text; calls: news of calls of tools; neither is part of the text. token_ids, logprobs,
+    traces: for main's tokens since the last output (logprobs and traces only on request). prompt_logprobs: with
+    echo and logprobs, only in the first output. num_*: main's tokens so far; num_reasoning_tokens: None where
+    this model's answers have no reasoning. dropped: members that this request has lost for good, and why.
+    served_by: the model whose text this is, where a council answers; report: of the council, in the last output.
     """
 
     text: str
@@ -204,6 +214,9 @@ class Output:
     prompt_token_ids: tuple[int, ...] = ()  # only in the first output
     num_cached_tokens: int = 0  # prompt tokens that main had cached at the start
     dropped: Mapping[str, Reason] = field(default_factory=dict)
+    calls: tuple[CallPiece, ...] = ()
+    reasoning: str = ""
+    num_reasoning_tokens: int | None = None
     served_by: str = ""
     report: CouncilReport | None = None
 
@@ -213,10 +226,12 @@ def join(outputs: Sequence[Output]) -> Output:
     return replace(
         outputs[-1],
         text="".join(each.text for each in outputs),
+        reasoning="".join(each.reasoning for each in outputs),
         token_ids=tuple(chain.from_iterable(each.token_ids for each in outputs)),
         logprobs=tuple(chain.from_iterable(each.logprobs for each in outputs)),
         traces=tuple(chain.from_iterable(each.traces for each in outputs)),
         prompt_logprobs=tuple(chain.from_iterable(each.prompt_logprobs for each in outputs)),
         prompt_text="".join(each.prompt_text for each in outputs),
         prompt_token_ids=tuple(chain.from_iterable(each.prompt_token_ids for each in outputs)),
+        calls=tuple(merged(chain.from_iterable(each.calls for each in outputs))),
     )

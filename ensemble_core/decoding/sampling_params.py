@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
+from ensemble_core.decoding.forms import TextForm
 from ensemble_core.decoding.parameters import Parameter, declared
 
 MAX_SEED = 2**63 - 1
-MAX_GRAMMAR_LENGTH = 65_536
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,8 +22,9 @@ class SamplingParams:
     Defaults from there on change nothing, and temperature 1 samples as fused. Token ids are the main member's.
     temperature: 0 is greedy. top_k: 0 is off. logprobs: number of alternatives to report per token, from the fused
     distribution before penalties, bias and temperature; None: no log-probabilities. echo: also report the prompt
-    (with logprobs: its teacher-forced fused log-probabilities); only then may max_tokens be 0. json_schema: the text
-    must be JSON that follows this schema ("" allows any JSON object); None: free text.
+    (with logprobs: its teacher-forced fused log-probabilities); only then may max_tokens be 0. prompt_logprobs: the
+    same log-probabilities without the text, with ranks. form: what the text must be; None: free text.
+    thinking_token_budget: tokens of reasoning; None or -1: any number.
     """
 
     max_tokens: int = declared("integer", 16, "maximum number of tokens of each choice", 5, low=1)
@@ -46,8 +47,13 @@ class SamplingParams:
         "integer", None, "send each token's fused log-probability and those of this many alternatives", 3, high=20
     )
     echo: bool = declared("boolean", False, "the prompt comes first in `text`, and in `logprobs`", True)
-    json_schema: str | None = declared(
-        "text", None, "the text is JSON of this schema", "", high=MAX_GRAMMAR_LENGTH
+    prompt_logprobs: int | None = declared(
+        "integer", None, "send the fused log-probability of each token of the prompt, its rank and those of this "
+        "many alternatives; not with `stream`", 2, high=20,
+    )  # fmt: skip
+    form: TextForm | None = declared("form", None, "what the text must be", None)  # noqa: RUF009, as the others
+    thinking_token_budget: int | None = declared(
+        "integer", None, "after so many tokens of reasoning its end marker is forced; -1: no bound", 5, low=-1
     )
     repetition_penalty: float = declared(
         "number", 1.0, "over 1 makes tokens of prompt and completion less likely", 1.2, low=0.01, high=10
@@ -66,6 +72,11 @@ class SamplingParams:
     logit_bias: tuple[tuple[int, float], ...] = declared(
         "biases", (), "token id -> added to its log-probability", {"50": -100}, low=-100, high=100, most=1024
     )
+    allowed_token_ids: tuple[int, ...] = declared("ids", (), "no other token may be written", [1, 2], most=1024)
+    bad_words: tuple[str, ...] = declared(
+        "texts", (), "in the tokens that spell them, alone or behind a space, none is written", ["never"],
+        low=1, high=256, most=128,
+    )  # fmt: skip
     temperature: float = declared("number", 1.0, "0 is greedy: always the likeliest token", 0.5, high=2)
     top_k: int = declared("integer", 0, "keep this many of the likeliest tokens; 0 or -1 is off", 40)
     top_p: float = declared(
@@ -81,7 +92,16 @@ class SamplingParams:
                 parameter.check(name, getattr(self, name))
         PARAMETERS["max_tokens"].check("max_tokens", self.max_tokens, low=0 if self.echo else None)
         PARAMETERS["min_tokens"].check("min_tokens", self.min_tokens, high=self.max_tokens)
-        PARAMETERS["json_schema"].check("response_format", self.json_schema)
+
+    @property
+    def scores_prompt(self) -> bool:
+        """True if log-probabilities of the prompt are asked for."""
+        return self.prompt_logprobs is not None or (self.echo and self.logprobs is not None)
+
+    @property
+    def budget(self) -> int | None:
+        """Tokens of reasoning; None: any number."""
+        return None if self.thinking_token_budget == -1 else self.thinking_token_budget
 
     @property
     def greedy(self) -> bool:
@@ -90,8 +110,19 @@ class SamplingParams:
 
     @property
     def shapes_logits(self) -> bool:
-        """True if penalties or biases change the fused distribution."""
-        return self.penalises or self.logit_bias != PARAMETERS["logit_bias"].default
+        """True if penalties, biases or bans change the fused distribution."""
+        return self.penalises or bool(self.logit_bias or self.allowed_token_ids or self.bad_words)
+
+    @property
+    def pinned_ids(self) -> tuple[int, ...]:
+        """Main's ids that must be among the candidates: those with a positive bias, and the allowed ones."""
+        raised = (token_id for token_id, bias in self.logit_bias if bias > 0)
+        return tuple(dict.fromkeys((*raised, *self.allowed_token_ids)))
+
+    @property
+    def looks_back(self) -> bool:
+        """True if tokens of the completion change what may follow them."""
+        return self.penalises or bool(self.bad_words)
 
     @property
     def penalises(self) -> bool:
@@ -100,7 +131,7 @@ class SamplingParams:
 
 
 PARAMETERS: Mapping[str, Parameter] = {each.name: each.metadata["parameter"] for each in fields(SamplingParams)}
-_OWN_CHECKS = ("max_tokens", "min_tokens", "json_schema")  # they depend on other fields, or have other names
+_OWN_CHECKS = ("max_tokens", "min_tokens")  # they depend on other fields
 _NEUTRAL = tuple(
     PARAMETERS[name].default for name in ("repetition_penalty", "presence_penalty", "frequency_penalty")
 )

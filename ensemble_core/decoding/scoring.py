@@ -78,10 +78,11 @@ class PromptScores:
     """The scores of one sequence's prompt, in progress.
 
     described: empty until `finish`, then an entry for every prompt token, the first without a number. num_ready:
-    positions that `advance` could have fused but left because of its limit.
+    positions that `advance` could have fused but left because of its limit. ranks: whether they are asked for.
     """
 
     num_top: int
+    ranks: bool = False
     described: tuple[TokenLogprob, ...] = ()
     num_ready: int = 0
     _answers: dict[str, _AnsweredRows] = field(default_factory=dict)
@@ -159,7 +160,7 @@ class PromptScores:
             fused = recipe.fusion.fuse(parts, torch.tensor([recipe.weights] * len(block), device=device))
         positions = [place[recipe.main] for place in block]
         return {
-            p: score(fused.token_ids[row], fused.logprobs[row], ids[p + 1], self.num_top)
+            p: score(fused.token_ids[row], fused.logprobs[row], ids[p + 1], self.num_top, ranks=self.ranks)
             for row, p in enumerate(positions)
         }
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from enum import Enum, auto
 from typing import TYPE_CHECKING
 
+from ensemble_core.decoding.bans import Bans
 from ensemble_core.decoding.counts import TokenCounts, TokenValues
 from ensemble_core.decoding.habits import Habits
 from ensemble_core.decoding.logprobs import Scored, describe_token
@@ -23,11 +24,14 @@ from ensemble_core.stats import Reason
 from ensemble_core.text.alignment import Track
 from ensemble_core.text.detokenizer import Detokenizer
 from ensemble_core.text.lookup import Lookup
+from ensemble_core.text.reasoning import ReasoningReader
+from ensemble_core.text.shown import shown_text
 
 if TYPE_CHECKING:
-    from ensemble_core.decoding.guidance import Constraint
+    from ensemble_core.decoding.guide import Guide
     from ensemble_core.decoding.perplexity import PromptLikelihood
     from ensemble_core.decoding.scoring import PromptScores
+    from ensemble_core.text.call_forms import CallForm
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,13 +92,15 @@ class Phase(Enum):
 class Sequence:
     """One request in flight.
 
-    prompt_text: the prompt's text, for echo and for the offsets of a scored prompt. constraint: its position in its
-    grammar. scores: log-probabilities of the prompt, if they are asked for. likelihood: of the prompt in every
-    member, if the weights depend on it. dropped: members that it has lost; recipe and tracks no longer hold them.
-    num_reused: prompt tokens that main had cached at the start. drafted: the tokens at the end of main's track that
-    are not final; no client has seen them. habits: what its mode has learnt of its drafts; guess_habits: of
-    guesses. lookup: of main's final tokens. cramped: an assistant has no room for a draft of more than one token.
-    ends: what its mode wants to remember of the end of the final text. ahead: what an assistant has drafted behind.
+    prompt_text: the prompt's text, for echo and for the offsets of a scored prompt. constraint: what says which
+    tokens may come next. call_form: of the calls that its text may have. reasoning: splits its text, where its
+    model may reason. bans: tokens that it must not write. scores: log-probabilities of the prompt, if they are
+    asked for. likelihood: of the prompt in every member, if the weights depend on it. dropped: members that it
+    has lost, some before it came; recipe and tracks no longer hold them. num_reused: prompt tokens that main had
+    cached at the start. drafted: the tokens at the end of main's track that are not final; no client has seen them.
+    habits: what its mode has learnt of its drafts; guess_habits: of guesses. lookup: of main's final tokens. cramped:
+    an assistant has no room for a draft of more than one token. ends: what its mode wants to remember of the end of
+    the final text. ahead: what an assistant has drafted behind.
     """
 
     seq_id: int
@@ -102,7 +108,10 @@ class Sequence:
     recipe: Recipe
     tracks: dict[str, Track]  # main first
     prompt_text: str = ""
-    constraint: Constraint | None = None
+    constraint: Guide | None = None
+    call_form: CallForm | None = None
+    reasoning: ReasoningReader | None = None
+    bans: Bans | None = None
     scores: PromptScores | None = None
     likelihood: PromptLikelihood | None = None
     dropped: dict[str, Reason] = field(default_factory=dict)
@@ -125,7 +134,8 @@ class Sequence:
     last_token: float | None = None
     rng: random.Random = field(init=False)
     biases: TokenValues = field(init=False)
-    biased: tuple[int, ...] = field(init=False)  # main's ids with a positive bias, always in the support
+    pinned: tuple[int, ...] = field(init=False)  # main's ids that are always in the support
+    num_extra: int = field(init=False)  # candidates of main beyond K: pinned ids, and as many as bans may take
     counts: TokenCounts = field(init=False)  # of main's tokens in the text
     shown: Detokenizer = field(init=False)  # the text as the client sees it
     spelt: Detokenizer = field(init=False)  # the text that assistants spell, without control tokens' names
@@ -137,9 +147,11 @@ class Sequence:
         params = self.request.params
         self.rng = generator(params.seed)
         self.biases = TokenValues(dict(params.logit_bias))
-        self.biased = tuple(token_id for token_id, bias in params.logit_bias if bias > 0)
+        self.pinned = params.pinned_ids
+        self.num_extra = len(self.pinned) + (0 if self.bans is None else self.bans.most)
         self.counts = TokenCounts(self.main)
-        self.shown = Detokenizer(params.stop, include_stop=params.include_stop_str_in_output)
+        keeps, exact = params.include_stop_str_in_output, params.form is not None
+        self.shown = shown_text(params.stop, keeps, self.call_form, self.reasoning, exact)
         self.spelt = self.shown if params.skip_special_tokens else Detokenizer()
 
     @property
@@ -187,7 +199,8 @@ class Sequence:
         """Whether what may come next depends on every token before, so that nothing can be drafted ahead."""
         params = self.request.params
         early = self.num_completion_tokens < params.min_tokens
-        return early or params.penalises or self.constraint is not None
+        bound = self.constraint is not None and self.constraint.binds
+        return early or params.looks_back or bound
 
     @property
     def scoring(self) -> bool:
@@ -288,6 +301,12 @@ class Sequence:
             self._redraft(list(self.drafted[:1]))
         return shorter
 
+    def relax(self) -> None:
+        """Take the draft back, and draft as far as pays again: the assistant that had no room for more will go."""
+        self.cramped, self.ahead = False, None
+        if self.drafted:
+            self._redraft([])
+
     def take(self) -> Output:
         """The output since the last one. The first output also carries the prompt's ids and reports."""
         pending, self._pending = self._pending, _Pending()
@@ -310,6 +329,9 @@ class Sequence:
             prompt_token_ids=tuple(prompt_ids) if first else (),
             num_cached_tokens=self.num_reused,
             dropped=dict(self.dropped),
+            calls=self.shown.take_calls(),
+            reasoning=self.shown.take_reasoning(),
+            num_reasoning_tokens=self.shown.num_reasoning,
         )
 
     def finish(self, reason: FinishReason, stop: str | int | None = None, error: str | None = None) -> None:
@@ -382,7 +404,8 @@ class Sequence:
         if self.shown.stop is not None:
             self.finish("stop", stop=self.shown.stop)
         elif self.stops_at(token_id):
-            self.finish("stop", stop=token_id if token_id in params.stop_token_ids else None)
+            reason: FinishReason = "tool_calls" if self.shown.called else "stop"
+            self.finish(reason, stop=token_id if token_id in params.stop_token_ids else None)
         elif self.num_completion_tokens >= params.max_tokens:
             self.finish("length")
 

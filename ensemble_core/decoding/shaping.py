@@ -1,9 +1,11 @@
 """Changes a request's fused distribution before sampling: penalties, biases, bans and constraints.
 
-Order: repetition penalty, presence and frequency penalties, bias, then forbidden tokens. Only tokens of the support
-can change; biased ids and ids that a constraint allows are requested from main, so that they are in it. Nothing here
-raises: a row with numbers that are not finite keeps them. A row whose constraint allows nothing becomes -inf
-everywhere, which the sampler reports. Rows do not affect one another. Does not know members or fusion.
+Order: repetition penalty, presence and frequency penalties, bias, then forbidden tokens: those that are not among the
+allowed ids, that would complete a bad word, that the constraint does not allow, that would end the text too early.
+Only tokens of the support can change; raised and allowed ids, and ids that a constraint allows, are requested from
+main, so that they are in it. Nothing here raises: a row with numbers that are not finite keeps them. A row where
+nothing is allowed becomes -inf everywhere, which the sampler reports. Rows do not affect one another. Does not know
+members or fusion.
 
 For a single model the repetition penalty divides the raw logits of tokens in the prompt or completion. A fused
 distribution has only log-probabilities, which are at most 0. Dividing them would reward repetition, and multiplying
@@ -60,6 +62,16 @@ def _asks(sequence: Sequence, mask: Tensor | None) -> bool:
     return mask is not None or sequence.request.params.shapes_logits or _bans_stops(sequence)
 
 
+def _forbids(sequence: Sequence, mask: Tensor | None) -> bool:
+    """True if some ids are forbidden, so that others must be reachable, however unlikely."""
+    return mask is not None or sequence.bans is not None or _bans_stops(sequence)
+
+
+def _is_forced(sequence: Sequence) -> bool:
+    """True where one token alone may come, which no ban can forbid."""
+    return sequence.constraint is not None and sequence.constraint.forced is not None
+
+
 def _bans_stops(sequence: Sequence) -> bool:
     """True before min_tokens, while tokens that would end the text are banned."""
     return sequence.num_completion_tokens < sequence.request.params.min_tokens
@@ -69,11 +81,11 @@ def _shaped(
     ids: Ids, logprobs: Tensor, sequences: abc.Sequence[Sequence], masks: abc.Sequence[Tensor | None]
 ) -> Tensor:
     """(n, S) fully shaped log-probabilities of `ids`."""
-    bias, closed, banned = _biases(ids, sequences), _closed(ids, masks), _banned(ids, sequences)
+    bias, closed, banned = _biases(ids, sequences), _closed(ids, sequences, masks), _banned(ids, sequences)
     # min_tokens gives way where the constraint or the support leaves only tokens that end the text.
     forbidden = closed | banned
     forbidden = np.where(forbidden.all(axis=1, keepdims=True), closed, forbidden)
-    is_bound = [mask is not None or _bans_stops(sequence) for mask, sequence in zip(masks, sequences, strict=True)]
+    is_bound = [_forbids(sequence, mask) for sequence, mask in zip(sequences, masks, strict=True)]
     wanted = (bias > 0) | (np.array(is_bound)[:, None] & ~forbidden)
     moved = _penalised(ids, _lifted(ids, logprobs, wanted), sequences)
     moved += torch.from_numpy(bias).to(moved.device)
@@ -89,12 +101,14 @@ def _biases(ids: Ids, sequences: abc.Sequence[Sequence]) -> npt.NDArray[np.float
     return bias
 
 
-def _closed(ids: Ids, masks: abc.Sequence[Tensor | None]) -> Flags:
-    """(n, S): True for ids that constraints do not allow."""
+def _closed(ids: Ids, sequences: abc.Sequence[Sequence], masks: abc.Sequence[Tensor | None]) -> Flags:
+    """(n, S): True for ids that a request does not allow, by its list of ids, its bad words or its constraint."""
     closed = np.zeros(ids.shape, dtype=np.bool_)
-    for row, mask in enumerate(masks):
+    for row, (sequence, mask) in enumerate(zip(sequences, masks, strict=True)):
         if mask is not None:
             closed[row] = ~mask.numpy()[ids[row]]
+        if sequence.bans is not None and not _is_forced(sequence):
+            closed[row] |= sequence.bans.of(ids[row], sequence.main.completion_ids)
     return closed
 
 

@@ -25,7 +25,7 @@ from ensemble_core.evaluation.scores import MemberScores, Scores, join_scores, l
 from ensemble_core.evaluation.spelling import Document, Spelling, SpeltDocument, spell
 from ensemble_core.llm import LLM
 from ensemble_core.members.base import Candidates, Feed, Member, ask, stacked
-from ensemble_core.members.loading.checkpoints import resolve_folder
+from ensemble_core.members.loading.checkpoints import resolve_adapter, resolve_folder
 from ensemble_core.text.alignment import Track
 
 logger = logging.getLogger(__name__)
@@ -97,9 +97,15 @@ class Collector:
 
 def _identity(member: MemberConfig) -> list[object]:
     """What a member's answers depend on, its files included; where it lives changes nothing of them."""
-    files = sorted(resolve_folder(member).glob("*"))
-    stamps = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files if file.is_file()]
-    return [member.model, member.revision, member.dtype, stamps]
+    identity: list[object] = [member.model, member.revision, member.dtype, _stamps(resolve_folder(member))]
+    if member.adapter is None:
+        return identity
+    return [*identity, member.adapter, member.adapter_revision, _stamps(resolve_adapter(member))]
+
+
+def _stamps(folder: Path) -> list[list[object]]:
+    files = sorted(folder.glob("*"))
+    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files if file.is_file()]
 
 
 def _member_scores(member: Member, spellings: Sequence[Spelling], top_k: int, budget: int) -> MemberScores:

@@ -131,8 +131,8 @@ def _require_whole(variant: Variant, done: Sequence[Completion]) -> None:
     """An answer that lost a member is not the ensemble's result. Raises EvaluationError."""
     if lost := {member: reason for answer in done for member, reason in answer.dropped.items()}:
         raise EvaluationError(
-            f"{variant.label}: members {lost} failed and were dropped from answers that would count as the whole "
-            "ensemble's; see the log, or evaluate it with fewer members"
+            f"{variant.label}: members {lost} were dropped from answers that would count as the whole ensemble's; "
+            "see the log, or evaluate it with fewer members (full: or with shorter prompts)"
         )
 
 

@@ -12,23 +12,20 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ensemble_core.config import Config
 from ensemble_core.decoding.recipe import Recipe
 from ensemble_core.errors import EvaluationError
 from ensemble_core.evaluation.likelihood import Likelihood
 from ensemble_core.evaluation.measures import Selection
 from ensemble_core.evaluation.offline import SharedPositions, shared_positions
-from ensemble_core.evaluation.run import Chosen, told, write_tuned
 from ensemble_core.evaluation.scores import Scores
 from ensemble_core.evaluation.tasks import Task
 from ensemble_core.evaluation.tune import NUM_POSITIONS, Tuned, judged, rounded, stored
-from ensemble_core.evaluation.variants import Variant, parse_variant
+from ensemble_core.evaluation.variants import Variant
 from ensemble_core.evaluation.weights import Weights
 from ensemble_core.evaluation.workbench import Workbench
 from ensemble_core.fitting.swarm import BestPoint, random_search, swarm_search, uniform
@@ -124,21 +121,6 @@ class SwarmSearch:
     num_positions: int = NUM_POSITIONS
     budget: int = 100
     seed: int = 0
-
-
-def tune_options(config: Config, chosen: Chosen, ensemble: str, search: SwarmSearch, write_to: Path | None) -> str:
-    """Tune, write the weights into a configuration file if one is given; what came of it, in words.
-
-    Raises EvaluationError, also where options were varied and something is to be written: the weights belong to them.
-    """
-    variant = parse_variant(ensemble)
-    if write_to is not None and (variant.label != variant.model or search.vary):
-        raise EvaluationError(
-            f"--write: sets weights alone; put the options of {ensemble!r} into the file by hand"
-        )
-    with Workbench(config, chosen.cache) as bench:
-        found = tune_by_swarm(bench, variant, chosen.parsed_tasks(), chosen.selection, search)
-    return f"{told_together(found)}\n\n{told(found.tuned, write_tuned(found.tuned, variant, write_to))}"
 
 
 def tune_by_swarm(

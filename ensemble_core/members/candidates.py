@@ -50,7 +50,7 @@ def top_candidates(
             _force(token_ids[row], wanted)
     logprobs = logits.gather(1, token_ids).float() - normaliser.unsqueeze(1)
     candidates = Candidates(token_ids, logprobs, log_rest(logprobs))
-    return _in_order(candidates) if any(also) else candidates
+    return in_order(candidates) if any(also) else candidates
 
 
 def likelihoods(
@@ -80,7 +80,7 @@ def narrow(candidates: Candidates, num: int, keep: Sequence[tuple[int, ...]]) ->
     for row, wanted in enumerate(keep):
         if wanted:
             kept[row, _columns(token_ids[row], torch.tensor(wanted, device=token_ids.device))] = True
-    return _in_order(candidates.at(ranked(candidates.logprobs.masked_fill(kept, torch.inf), width, token_ids)))
+    return in_order(candidates.at(ranked(candidates.logprobs.masked_fill(kept, torch.inf), width, token_ids)))
 
 
 def _width(num: int, asked: Sequence[tuple[int, ...]]) -> int:
@@ -106,6 +106,7 @@ def _force(token_ids: Tensor, wanted: tuple[int, ...]) -> None:
         token_ids.copy_(torch.tensor(ids))
 
 
-def _in_order(candidates: Candidates) -> Candidates:
+def in_order(candidates: Candidates) -> Candidates:
+    """The same with each row from likely to unlikely, of equals the lowest id first."""
     num = candidates.token_ids.shape[1]
     return candidates.at(ranked(candidates.logprobs, num, candidates.token_ids))

@@ -13,6 +13,7 @@ Knows no member, no cache and no tensor.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import accumulate
@@ -30,6 +31,7 @@ class Track:
 
     prompt_ids: as the member's own template made them, never touched again. num_cached: of these tokens. num_held:
     tokens that the member keeps pages for; more than num_cached until its next feed rolls back what was dropped.
+    max_len: of these tokens that the member can hold.
     """
 
     vocabulary: Vocabulary
@@ -37,6 +39,7 @@ class Track:
     completion_ids: list[int] = field(default_factory=list)
     num_cached: int = 0
     num_held: int = 0
+    max_len: int = sys.maxsize
     _text: str | None = None  # what the completion ids spell, if they were respelt
     _foreseen: tuple[str, int, list[int]] | None = None  # a text, and what `_spell` says of it
 
@@ -62,6 +65,10 @@ class Track:
     def spells(self, text: str) -> bool:
         """Whether the completion is known to spell this text."""
         return text == self._text or (not text and not self.completion_ids)
+
+    def holds(self, text: str) -> bool:
+        """Whether the member can hold this text as the completion."""
+        return len(self.prompt_ids) + len(self.spelling(text)[1]) <= self.max_len
 
     def append(self, token_id: int) -> None:
         """Main's way: the sampled token is the truth."""

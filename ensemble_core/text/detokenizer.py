@@ -12,14 +12,17 @@ import codecs
 from collections.abc import Sequence
 
 from ensemble_core.text.stops import StopState
+from ensemble_core.text.tools import CallPiece
 
 
 class Detokenizer:
     """One sequence's text so far.
 
     text: all whole characters so far, held-back ones included; cut before a stop string once one is found.
-    stop: the stop string that ended the text, if one did.
+    stop: the stop string that ended the text, if one did. called: calls of tools have begun (`shown.AnswerText`).
     """
+
+    called = False
 
     def __init__(self, stops: Sequence[str] = (), *, include_stop: bool = False) -> None:
         self.text = ""
@@ -34,6 +37,11 @@ class Detokenizer:
     def mid_character(self) -> bool:
         """True while the last character is incomplete."""
         return bool(self._decoder.getstate()[0])
+
+    @property
+    def num_reasoning(self) -> int | None:
+        """Tokens of reasoning so far; None: a text alone can have none."""
+        return None
 
     def foresee(self, data: bytes) -> tuple[str, bool]:
         """What the text would be with `data` behind it, in whole characters; and whether it would end within one."""
@@ -54,6 +62,19 @@ class Detokenizer:
         """The end: everything held back; an incomplete character becomes U+FFFD."""
         shown = self._grow(self._decoder.decode(b"", final=True))
         return shown + self._release(len(self.text))
+
+    def take_calls(self) -> tuple[CallPiece, ...]:
+        """News of calls since the last time; a text alone has none."""
+        return ()
+
+    def take_reasoning(self) -> str:
+        """Reasoning since the last time; a text alone has none."""
+        return ""
+
+    def release(self) -> str:
+        """Everything held back, which the text that follows does not continue: no stop string ends in both."""
+        self._ending = self._beginning
+        return "" if self.stop is not None else self._release(len(self.text))
 
     def _grow(self, more: str, armed: bool = True) -> str:
         if self.stop is not None or not more:

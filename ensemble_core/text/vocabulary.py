@@ -14,7 +14,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -70,9 +70,20 @@ class Vocabulary:
             return b""
         return self.tokens[token_id]
 
+    def with_text(self, token_ids: Iterable[int]) -> Vocabulary:
+        """The same with control tokens that add their names to a completion's text."""
+        return replace(self, special_ids=self.special_ids - frozenset(token_ids))
+
     def name_of(self, token_id: int) -> str:
         """A token for people to read."""
         return readable(self.tokens[token_id])
+
+    @cached_property
+    def special_names(self) -> dict[str, int]:
+        """Name -> id of every control token."""
+        names = {self.name_of(token_id): token_id for token_id in sorted(self.special_ids, reverse=True)}
+        names.pop("", None)  # ids that no token has
+        return names
 
     @cached_property
     def fingerprint(self) -> str:

@@ -65,9 +65,12 @@ def build_matrices(config: Config, *, force: bool, only_missing: bool) -> list[B
 
 
 def member_sets(config: Config) -> list[tuple[str, ...]]:
-    """The distinct sets of members (sorted) that some ensemble combines by relative fusion."""
+    """The distinct sets of members (sorted) that some ensemble combines by relative fusion.
+
+    In place of an adapter its base stands, whose embeddings are the adapter's.
+    """
     relative = [e for e in config.ensembles.values() if e.fusion.name == "relative" and len(e.members) > 1]
-    return sorted({tuple(sorted(ensemble.members)) for ensemble in relative})
+    return sorted({tuple(sorted(config.owners(ensemble.members))) for ensemble in relative})
 
 
 def recipe_of(matrices: MatricesConfig) -> RowRecipe:

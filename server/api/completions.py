@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 from ensemble_core.decoding.requests import Alternative, Output, TokenLogprob
 from ensemble_core.decoding.sampling_params import SamplingParams
 from ensemble_core.errors import InvalidRequestError
-from server.api.jobs import Job, end_of, finite, trace_steps
+from server.api.jobs import ChoiceJob, end_of, finite, token_name, trace_steps
 from server.api.tickets import Ticket, check_count, make_ticket, sampling_params
 from server.schema.completions import CompletionRequest, Logprobs, TextChoice, TextCompletion
 
@@ -18,7 +19,12 @@ def plan(body: CompletionRequest, max_choices: int) -> CompletionJob:
     prompts = body.prompts
     counts = _counts(body, len(prompts), max_choices)
     params = _params(body, ranked=counts[0] < counts[1])
-    ticket = make_ticket(body, "cmpl", prompts, params, counts, body.add_special_tokens is not False)
+    most = body.truncate_prompt_tokens
+    if most == 0:
+        raise InvalidRequestError(
+            "truncate_prompt_tokens must be -1 or at least 1, got 0", "truncate_prompt_tokens"
+        )
+    ticket = make_ticket(body, "cmpl-", prompts, params, counts, body.add_special_tokens is not False, most)
     return CompletionJob(ticket, body)
 
 
@@ -40,12 +46,13 @@ def _params(body: CompletionRequest, ranked: bool) -> SamplingParams:
     return sampling_params(body, max_tokens=body.max_tokens, echo=body.echo, logprobs=logprobs)
 
 
-class CompletionJob(Job):
+class CompletionJob(ChoiceJob):
     """One body of /v1/completions."""
 
     def __init__(self, ticket: Ticket, body: CompletionRequest) -> None:
-        super().__init__(ticket, bool(body.return_token_ids))
-        self._sends_logprobs = body.logprobs is not None
+        super().__init__(ticket, body)
+        self._num_top = body.logprobs
+        self._echoes = bool(body.echo)
         self._sends_trace = bool(body.ensemble and body.ensemble.trace)
 
     def piece(self, index: int, output: Output, *, first: bool) -> TextCompletion:
@@ -64,7 +71,10 @@ class CompletionJob(Job):
             for start in range(0, len(outputs), size)
             for output in best(outputs[start : start + size], self.ticket.num_choices)
         ]
-        return self._completion([self._choice(index, output, True) for index, output in enumerate(kept)])
+        choices = [self._choice(index, output, True) for index, output in enumerate(kept)]
+        for choice, output in zip(choices, kept, strict=True):
+            choice.prompt_logprobs = self._prompt_logprobs(output)
+        return self._completion(choices)
 
     def _completion(self, choices: list[TextChoice]) -> TextCompletion:
         ticket = self.ticket
@@ -73,11 +83,13 @@ class CompletionJob(Job):
         )
 
     def _choice(self, index: int, output: Output, first: bool) -> TextChoice:
+        reason = end_of(output)
+        assert reason != "tool_calls"  # a prompt has no tools
         choice = TextChoice(
             index=index,
             text=output.prompt_text + output.text,
-            logprobs=to_logprobs(output.prompt_logprobs + output.logprobs) if self._sends_logprobs else None,
-            finish_reason=end_of(output),
+            logprobs=self._logprobs(output),
+            finish_reason=reason,
             stop_reason=output.stop_reason,
         )
         if self._sends_ids:
@@ -89,6 +101,13 @@ class CompletionJob(Job):
             if output.report is not None:
                 choice.council = dict(output.report.trace)
         return choice
+
+    def _logprobs(self, output: Output) -> Logprobs | None:
+        if self._num_top is None:
+            return None
+        echoed = output.prompt_logprobs if self._echoes else ()
+        prompt = [replace(token, top=token.top[: self._num_top]) for token in echoed]
+        return to_logprobs([*prompt, *output.logprobs], as_ids=self._names_ids)
 
 
 def best(outputs: Sequence[Output], num_kept: int) -> list[Output]:
@@ -103,21 +122,22 @@ def _mean_logprob(output: Output) -> float:
     return sum(values) / len(values) if values else -math.inf
 
 
-def to_logprobs(tokens: Sequence[TokenLogprob]) -> Logprobs:
-    """Parallel lists, one entry for each token."""
+def to_logprobs(tokens: Sequence[TokenLogprob], *, as_ids: bool = False) -> Logprobs:
+    """Parallel lists, one entry for each token. as_ids: tokens are named by their ids."""
     return Logprobs(
-        tokens=[token.text for token in tokens],
+        tokens=[token_name(token, as_ids) for token in tokens],
         token_logprobs=[None if token.logprob is None else finite(token.logprob) for token in tokens],
-        top_logprobs=[_alternatives(token) for token in tokens],
+        top_logprobs=[_alternatives(token, as_ids) for token in tokens],
         text_offset=[token.text_offset for token in tokens],
     )
 
 
-def _alternatives(token: TokenLogprob) -> dict[str, float] | None:
-    """Text -> log-probability, including the token itself; of two with the same text the likelier is kept."""
+def _alternatives(token: TokenLogprob, as_ids: bool) -> dict[str, float] | None:
+    """Name -> log-probability, including the token itself; of two with the same name the likelier is kept."""
     if token.logprob is None:
         return None
     found: dict[str, float] = {}
     for each in (*token.top, Alternative(token.token_id, token.spelling, token.logprob)):
-        found[each.text] = max(found.get(each.text, -math.inf), finite(each.logprob))
+        name = token_name(each, as_ids)
+        found[name] = max(found.get(name, -math.inf), finite(each.logprob))
     return found

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from importlib.metadata import version
 
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Request, Response
 
 from ensemble_core.errors import NotReadyError
 from server.api.services import REFUSALS, ServicesOf
-from server.edge.metrics import CONTENT_TYPE
 
 router = APIRouter(responses=REFUSALS)
 
@@ -38,9 +37,11 @@ async def get_version() -> dict[str, str]:
 
 
 @router.get("/metrics", response_class=Response)
-async def get_metrics(services: ServicesOf) -> Response:
-    """All metrics in Prometheus' text format."""
+async def get_metrics(request: Request, services: ServicesOf) -> Response:
+    """All metrics in Prometheus' text format, or in OpenMetrics where the Accept header asks for it."""
     runtime = services.runtime
     state = runtime.status().state
     services.metrics.state(runtime.models(), state in ("ready", "draining"), state == "ready")
-    return Response(services.metrics.render(), headers={"Content-Type": CONTENT_TYPE})
+    accept = ",".join(request.headers.getlist("accept"))
+    text, content_type = services.metrics.render(accept)
+    return Response(text, headers={"Content-Type": content_type, "Vary": "Accept"})

@@ -1,14 +1,15 @@
-"""The endpoints of models: completions, chat completions, the list. There are no globals."""
+"""The endpoints of models: completions, chat completions, responses, the list. There are no globals."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, Request, Response
 
 from ensemble_core.errors import ModelNotFoundError, quoted
-from server.api import chat, completions
+from server.api import chat, completions, responses
 from server.api.jobs import Job
 from server.api.services import REFUSALS, Services, ServicesOf
 from server.api.streams import begin, unless_gone
@@ -17,19 +18,22 @@ from server.edge.bodies import BodyRoute
 from server.edge.exchange import Generation, accepted
 from server.schema.chat import ChatCompletion, ChatRequest
 from server.schema.completions import CompletionRequest, TextCompletion
-from server.schema.replies import ModelCard, ModelList
+from server.schema.replies import ModelCard, ModelList, ModelPermission
+from server.schema.response_replies import ResponseObject
+from server.schema.responses import ResponseRequest
 
 if TYPE_CHECKING:
     from ensemble_core.runtime import ModelInfo
 
 _EVENTS = "Server-sent events: each carries a chunk of the same object; the last carries `[DONE]`."
-_STREAM = {"text/event-stream": {"schema": {"description": _EVENTS}}}
+_NAMED_EVENTS = "Server-sent events, each with a name and a number; the last has the whole response."
 
 router = APIRouter(responses=REFUSALS, route_class=BodyRoute)
 
 
-def _answers(model: type) -> dict[int | str, dict[str, Any]]:
-    return {200: {"model": model, "content": _STREAM, "description": "An answer, or its stream."}}
+def _answers(model: type, events: str = _EVENTS) -> dict[int | str, dict[str, Any]]:
+    stream = {"text/event-stream": {"schema": {"description": events}}}
+    return {200: {"model": model, "content": stream, "description": "An answer, or its stream."}}
 
 
 @router.post("/v1/completions", response_model=None, responses=_answers(TextCompletion))
@@ -58,6 +62,18 @@ async def create_chat_completion(body: ChatRequest, request: Request, services: 
         return await _run(job, bool(body.stream), request, services)
 
 
+@router.post("/v1/responses", response_model=None, responses=_answers(ResponseObject, _NAMED_EVENTS))
+async def create_response(body: ResponseRequest, request: Request, services: ServicesOf) -> Response:
+    """Answer a conversation in the form of OpenAI's newer API; nothing is stored.
+
+    With `stream` the answer is server-sent events with names and numbers; the last has the whole response.
+    """
+    with responses.response_words():
+        prompt, limit = await responses.fitted(body, partial(services.runtime.tightest, body.model))
+        job = responses.plan(body, prompt, limit)
+        return await _run(job, bool(body.stream), request, services)
+
+
 async def _run(job: Job, stream: bool, request: Request, services: Services) -> Response:
     """The whole answer, or a stream once it has begun. Errors before that get real statuses."""
     client = str(request.scope.get(CLIENT, ""))
@@ -66,7 +82,7 @@ async def _run(job: Job, stream: bool, request: Request, services: Services) -> 
     accepted(_generation(job, stream))
     try:
         if stream:
-            return await begin(job.chunks(outputs), request.receive, job.headers)
+            return await begin(job.chunks(outputs), request.receive, job.headers, job.wire)
         answer = await unless_gone(request.receive, job.answer(outputs))
         text = answer.model_dump_json(exclude_unset=True)
         return Response(text, media_type="application/json", headers=job.headers())
@@ -107,4 +123,7 @@ def card_of(model: ModelInfo, services: Services) -> ModelCard:
         recipe=model.recipe,
         status="lacks_members" if model.lacks else "ready",
         lacks=dict(model.lacks),
+        root=model.name,
+        parent=model.parent,
+        permission=[ModelPermission(id=f"modelperm-{model.name}", created=services.created)],
     )

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 from fastapi import Depends, Request
 
 from ensemble_core.config import ServerConfig
+from server.batches.desk import BatchDesk
 from server.edge.live import LiveConfig
 from server.edge.metrics import PrometheusMetrics
 from server.schema.replies import ErrorBody
@@ -25,6 +26,7 @@ class Services:
     metrics: PrometheusMetrics
     created: int  # Unix time of the app's start
     keyed: bool  # a client needs a key
+    batches: BatchDesk | None = None  # with server.files_folder
 
     @property
     def config(self) -> ServerConfig:

@@ -18,7 +18,7 @@ from pydantic import BaseModel
 from starlette.types import Message, Receive, Scope, Send
 
 from ensemble_core.errors import UnisonoError
-from server.edge.errors import ClientGoneError, to_api_error
+from server.edge.errors import ApiError, ClientGoneError, to_api_error
 from server.edge.exchange import failed
 
 logger = logging.getLogger(__name__)
@@ -57,8 +57,22 @@ async def _disconnected(receive: Receive) -> None:
         pass
 
 
+class Wire:
+    """How a stream is written: each chunk as a line of data, `[DONE]` at the end."""
+
+    end = DONE
+
+    def chunk(self, item: BaseModel) -> str:
+        """A chunk as an event."""
+        return event(item.model_dump_json(exclude_unset=True))
+
+    def failure(self, error: ApiError) -> str:
+        """What ends a stream that has failed, before `end`."""
+        return event(error.json())
+
+
 async def begin(
-    chunks: AsyncGenerator[BaseModel], receive: Receive, headers: Callable[[], Mapping[str, str]]
+    chunks: AsyncGenerator[BaseModel], receive: Receive, headers: Callable[[], Mapping[str, str]], wire: Wire
 ) -> EventStream:
     """The stream as a response, once its first chunk is there or has kept us waiting for `FIRST_SECONDS`.
 
@@ -70,7 +84,7 @@ async def begin(
         await unless_gone(receive, asyncio.wait({first}, timeout=FIRST_SECONDS))
         if first.done():
             first.result()
-        return EventStream(first, chunks, headers())
+        return EventStream(first, chunks, headers(), wire)
     except BaseException:
         first.cancel()
         await asyncio.gather(first, return_exceptions=True)
@@ -85,10 +99,14 @@ class EventStream(StreamingResponse):
     """A running stream as a response. While it has nothing to say it sends comments, so that no proxy gives it up."""
 
     def __init__(
-        self, first: Awaitable[BaseModel], rest: AsyncGenerator[BaseModel], headers: Mapping[str, str]
+        self,
+        first: Awaitable[BaseModel],
+        rest: AsyncGenerator[BaseModel],
+        headers: Mapping[str, str],
+        wire: Wire,
     ) -> None:
         self._rest = rest
-        self._events = encode(first, rest)
+        self._events = encode(first, rest, wire)
         super().__init__(self._events, headers={**HEADERS, **headers}, media_type="text/event-stream")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -132,24 +150,26 @@ class _Pulse:
                     await self._send({"type": "http.response.body", "body": KEEPALIVE, "more_body": True})
 
 
-async def encode(first: Awaitable[BaseModel], rest: AsyncGenerator[BaseModel]) -> AsyncGenerator[str]:
-    """Events of `first` and the rest. A failure becomes an event too. `[DONE]` ends every stream."""
+async def encode(first: Awaitable[BaseModel], rest: AsyncGenerator[BaseModel], wire: Wire) -> AsyncGenerator[str]:
+    """Events of `first` and the rest, as `wire` writes them. A failure becomes an event too."""
     async with aclosing(rest):
         try:
-            yield event((await first).model_dump_json(exclude_unset=True))
+            yield wire.chunk(await first)
             async for item in rest:
-                yield event(item.model_dump_json(exclude_unset=True))
+                yield wire.chunk(item)
         except UnisonoError as error:
             failed(error)
             logger.warning("failed after the headers were sent: %s", error)
-            yield event(to_api_error(error).json())
+            yield wire.failure(to_api_error(error))
         except Exception as error:
             failed(error)
             logger.exception("failed after the headers were sent")
-            yield event(to_api_error(error).json())
-    yield DONE
+            yield wire.failure(to_api_error(error))
+    if wire.end:
+        yield wire.end
 
 
-def event(data: str) -> str:
-    """One event with one line of data."""
-    return f"data: {data.translate(_LINE_BREAKS)}\n\n"
+def event(data: str, name: str | None = None) -> str:
+    """One event with one line of data. name: of the event, a word."""
+    head = "" if name is None else f"event: {name}\n"
+    return f"{head}data: {data.translate(_LINE_BREAKS)}\n\n"

@@ -16,7 +16,7 @@ from typing import Any
 from ensemble_core.decoding.requests import CouncilBounds, GenerationRequest, Overrides, Prompt, Weighting
 from ensemble_core.decoding.sampling_params import MAX_SEED, PARAMETERS, SamplingParams
 from ensemble_core.errors import InvalidRequestError
-from server.schema.sampling import EnsembleOptions, SamplingFields, WeightingChoice
+from server.schema.sampling import EnsembleOptions, GenerationFields, SamplingFields, WeightingChoice
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,16 +34,20 @@ class Ticket:
 
 
 def make_ticket(
-    body: SamplingFields,
+    body: GenerationFields,
     prefix: str,
     prompts: Sequence[Prompt],
     params: SamplingParams,
     counts: tuple[int, int],
     add_special_tokens: bool = True,
+    truncate: int | None = None,
 ) -> Ticket:
-    """The engine's requests, prompt by prompt. prefix: of the ids; counts: n and best_of, already bounded."""
-    final_usage, running_usage = stream_options(body)
-    ticket_id = f"{prefix}-{uuid.uuid4().hex}"
+    """The engine's requests, prompt by prompt. prefix: of the ids; counts: n and best_of, already bounded.
+
+    truncate: see `GenerationRequest`.
+    """
+    final_usage, running_usage = stream_options(body) if isinstance(body, SamplingFields) else (True, False)
+    ticket_id = f"{prefix}{uuid.uuid4().hex}"
     overrides = to_overrides(body.ensemble)
     trace = bool(body.ensemble and body.ensemble.trace)
     num_choices, num_sampled = counts
@@ -59,6 +63,7 @@ def make_ticket(
             trace,
             group=f"{ticket_id}-{rank}",
             watched=bool(body.stream),
+            truncate=truncate,
         )
         for rank, prompt in enumerate(prompts)
         for index, each in enumerate(seeded)
@@ -80,7 +85,7 @@ def check_count(name: str, count: int, num_prompts: int, max_choices: int) -> in
 
 
 def stream_options(body: SamplingFields) -> tuple[bool, bool]:
-    """(usage at the end, usage in each chunk). A whole answer has usage at the end."""
+    """(usage at the end, usage in each chunk, only with the former). A whole answer has usage at the end."""
     options = body.stream_options
     if not body.stream:
         if options is not None:
@@ -88,16 +93,18 @@ def stream_options(body: SamplingFields) -> tuple[bool, bool]:
         return True, False
     if options is None:
         return False, False
-    return bool(options.include_usage), bool(options.continuous_usage_stats)
+    final = bool(options.include_usage)
+    return final, final and bool(options.continuous_usage_stats)
 
 
-def sampling_params(body: SamplingFields, **own: Any) -> SamplingParams:
+def sampling_params(body: GenerationFields, **own: Any) -> SamplingParams:
     """Parameters from the shared fields and from the endpoint's own; null means the default.
 
     Raises InvalidRequestError.
     """
-    sent = {name: getattr(body, name) for name in PARAMETERS if name in SamplingFields.model_fields} | own
-    sent["stop"] = body.stops
+    shared = (SamplingFields if isinstance(body, SamplingFields) else GenerationFields).model_fields
+    sent = {name: getattr(body, name) for name in PARAMETERS if name in shared} | own
+    sent["stop"], sent["form"] = body.stops, body.form
     if body.top_k == -1:
         sent["top_k"] = 0
     return SamplingParams(**{name: _in_tuples(value) for name, value in sent.items() if value is not None})

@@ -24,10 +24,8 @@ async def tokenize(body: TokenizeRequest, services: ServicesOf) -> TokenizeReply
     special = body.add_special_tokens is not False
     found = await services.runtime.tokenize(_model(services, body.model), body.input, special)
     ids = list(found.token_ids)
-    answer = TokenizeReply(count=len(ids), max_model_len=found.max_model_len, tokens=ids)
-    if body.return_token_strs:
-        answer.token_strs = list(found.tokens)
-    return answer
+    pieces = list(found.tokens) if body.return_token_strs else None
+    return TokenizeReply(count=len(ids), max_model_len=found.max_model_len, tokens=ids, token_strs=pieces)
 
 
 @router.post("/detokenize")

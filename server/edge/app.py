@@ -5,17 +5,19 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-from fastapi import FastAPI
+from fastapi import APIRouter, FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
 from ensemble_core.config import ServerConfig
-from server.api import admin, probes, routes, tokenizers
+from server.api import admin, files, probes, routes, tokenizers
 from server.api.services import Services
-from server.edge import errors
+from server.batches.calls import InnerClient
+from server.batches.desk import BatchDesk, Caller
+from server.edge import docs, errors
 from server.edge.access import log_access
 from server.edge.auth import Gate, KeyRing, load_admin_keys, load_keys
 from server.edge.bodies import BodyLimit
@@ -23,7 +25,7 @@ from server.edge.door import Door
 from server.edge.exchange import Exchange
 from server.edge.live import LiveConfig
 from server.edge.metrics import PrometheusMetrics
-from server.edge.middleware import RequestContext, RootPath
+from server.edge.middleware import Lenient, RequestContext, RootPath
 from server.edge.openapi import require_key
 from server.edge.traces import Traces, open_traces
 
@@ -43,12 +45,14 @@ def create_app(runtime: Runtime, config: ServerConfig, metrics: PrometheusMetric
     keys, admin_keys = load_keys(config), load_admin_keys(config)
     traces = open_traces() if config.traces else None
     live = LiveConfig(config)
+    desk = _desk(runtime, config, lambda owner: InnerClient(app, owner))
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncGenerator[None]:
         runtime.start()
         try:
-            yield
+            async with nullcontext() if desk is None else desk.open():
+                yield
             await runtime.drain(live.config.drain_seconds)
         finally:
             await asyncio.to_thread(runtime.stop)
@@ -60,21 +64,42 @@ def create_app(runtime: Runtime, config: ServerConfig, metrics: PrometheusMetric
         summary="Several language models answer as one.",
         version=version("unisono"),
         lifespan=lifespan,
+        docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
         **_WITHOUT_TELEMETRY,
     )
-    app.state.services = Services(runtime, live, metrics, created=int(time.time()), keyed=bool(keys))
-    for module in (routes, tokenizers, probes, *([admin] if admin_keys else [])):
-        app.include_router(module.router)
-    _add_middleware(app, live, (keys, admin_keys), metrics, _observers(config, traces))
+    app.state.services = Services(runtime, live, metrics, int(time.time()), bool(keys), desk)
+    ours = [*_routers(desk), *([admin.router] if admin_keys else [])]
+    for router in (routes.router, tokenizers.router, probes.router, docs.router, *ours):
+        app.include_router(router)
+    _add_middleware(app, live, (keys, admin_keys), metrics, _observers(config, metrics, traces))
     errors.install(app, metrics)
     return app
 
 
-def _observers(config: ServerConfig, traces: Traces | None) -> list[Callable[[Exchange], None]]:
+def _desk(runtime: Runtime, config: ServerConfig, caller: Caller) -> BatchDesk | None:
+    """Who works on batches, if the server keeps files. Raises ConfigError for their folder."""
+    folder = config.files_folder
+    return None if folder is None else BatchDesk(folder, config, runtime, caller)
+
+
+def _routers(desk: BatchDesk | None) -> tuple[APIRouter, ...]:
+    return () if desk is None else (files.files, files.batches)
+
+
+def _observers(
+    config: ServerConfig, metrics: PrometheusMetrics, traces: Traces | None
+) -> list[Callable[[Exchange], None]]:
     """What learns of each exchange when it has ended."""
-    observers: list[Callable[[Exchange], None]] = [log_access] if config.access_log else []
+
+    def count(exchange: Exchange) -> None:
+        taken = exchange.generation
+        metrics.answered(exchange.route, exchange.status, None if taken is None else taken.model)
+
+    observers: list[Callable[[Exchange], None]] = [count]
+    if config.access_log:
+        observers.append(log_access)
     return observers if traces is None else [*observers, traces.record]
 
 
@@ -90,7 +115,8 @@ def _add_middleware(
     rings: the clients' keys, and the admin's.
     """
     (keys, admin_keys), config = rings, live.config
-    app.add_middleware(BodyLimit, live=live)
+    uploads = frozenset[str]() if config.files_folder is None else frozenset({files.UPLOAD_PATH})
+    app.add_middleware(BodyLimit, live=live, uploads=uploads)
     if keys or admin_keys:
         protect = config.protect_metrics
         app.add_middleware(Gate, keys=keys, protect_metrics=protect, metrics=metrics, admin_keys=admin_keys)
@@ -104,6 +130,7 @@ def _add_middleware(
             expose_headers=["X-Request-Id", "Retry-After"],
         )
     app.add_middleware(Door, live=live, keyed=bool(keys), metrics=metrics)
+    app.add_middleware(Lenient)
     app.add_middleware(RequestContext, observers=observers)
     if config.root_path:
         app.add_middleware(RootPath, root_path=config.root_path)

@@ -28,7 +28,8 @@ logger = logging.getLogger(__name__)
 OPEN_PATHS = frozenset({"/health", "/ready", "/version"})
 ADMIN_PATH = "/v1/admin"
 ADMIN = "unisono.admin"  # in the scope: the key was one of the admin's
-CLIENT = "unisono.client"  # in the scope: whose key it was, so that places are shared among clients
+# In the scope: whose key it was, so that places are shared among clients. Calls from inside the process come with it.
+CLIENT = "unisono.client"
 _METRICS = "/metrics"
 _KEY = re.compile(r"[\x21-\x7e]+")
 
@@ -138,13 +139,14 @@ class Gate:
         path = route_path(scope) if scope["type"] == "http" else ""
         is_admin = bool(self._admin_keys) and (path == ADMIN_PATH or path.startswith(f"{ADMIN_PATH}/"))
         keys = self._admin_keys if is_admin else self._keys
-        if scope["type"] != "http" or path in self._open or not keys:
+        inner = CLIENT in scope and not is_admin
+        if scope["type"] != "http" or inner or path in self._open or not keys:
             await self._app(scope, receive, send)
             return
         key = _bearer(scope)
         if key is not None and keys.admits(key):
-            known = {ADMIN: True} if is_admin else {CLIENT: _digest(key).hex()}
-            await self._app({**scope, **known}, receive, send)
+            scope.update({ADMIN: True} if is_admin else {CLIENT: _digest(key).hex()})
+            await self._app(scope, receive, send)
             return
         refusal = _refusal(missing=key is None)
         self._metrics.rejected("unauthorized")

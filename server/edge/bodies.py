@@ -1,5 +1,7 @@
 """Bodies: how large, how slow and how many, and their JSON, bounded before anything looks at its values.
 
+Compressed bodies are undone as they arrive; what is said here of bytes is true of both forms.
+
 Invariants: all bodies that are being received hold at most `body_memory` bytes; the number of JSON values is bounded
 by a count of commas and brackets before they are parsed, since a body of 4 MiB may hold 2 million of them; large
 bodies are parsed off the event loop; lists are measured before their items are validated. Does not know what fields
@@ -20,11 +22,15 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ensemble_core.config import ServerConfig
+from server.edge.auth import route_path
+from server.edge.encodings import Inflater, encoding_of
 from server.edge.errors import RefusedBodyError
 from server.edge.live import LiveConfig
 
 _SMALL = 64 * 2**10  # bytes that are parsed at once, without a thread
 _MAX_FIELDS = 256
+_ENVELOPE = 2**16  # bytes that an upload may have around its file
+_LONG = {"messages": ("content",), "input": ("content", "output")}  # lists of messages -> lists in each
 
 
 class BodyLimit:
@@ -34,9 +40,11 @@ class BodyLimit:
     does not read the body is not limited; the connection throws the body away.
     """
 
-    def __init__(self, app: ASGIApp, live: LiveConfig) -> None:
+    def __init__(self, app: ASGIApp, live: LiveConfig, uploads: frozenset[str] = frozenset()) -> None:
+        """uploads: paths whose bodies hold a file; the route writes it to the disk as it comes."""
         self._app = app
         self._live = live
+        self._uploads = uploads
         self._held = 0  # bytes of all bodies that are not whole yet
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -44,18 +52,19 @@ class BodyLimit:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        body = _Arriving(self, _declared(scope), receive)
+        is_upload = route_path(scope) in self._uploads
+        body = _Arriving(self, Headers(scope=scope), receive, is_upload)
         try:
             await self._app(scope, body.receive, send)
         finally:
             body.release()
 
-    def check_size(self, num_bytes: int) -> None:
+    def check_size(self, num_bytes: int, is_upload: bool) -> None:
         """Raise a 413 for a body that is too large."""
-        most = self._live.config.max_body_bytes
+        most = self._most(is_upload)
         if num_bytes > most:
-            message = f"the body is over the limit of {most} bytes (server.max_body_bytes)"
-            raise HTTPException(413, message)
+            where = "server.limits.file_bytes" if is_upload else "server.max_body_bytes"
+            raise HTTPException(413, f"the body is over the limit of {most} bytes ({where})")
 
     def hold(self, num_bytes: int) -> None:
         """Count bytes as held; a negative number releases them. Raises a 503 for too many."""
@@ -63,19 +72,30 @@ class BodyLimit:
         if num_bytes > 0 and self._held > self._live.config.limits.body_memory:
             raise HTTPException(503, "too many bodies arrive at once (server.limits.body_memory); try again later")
 
-    @property
-    def seconds(self) -> float:
-        """How long a body may take."""
-        return self._live.config.limits.body_seconds
+    def inflater(self, encoding: str, is_upload: bool) -> Inflater:
+        """What undoes a body's compression within the limit."""
+        return Inflater(encoding, self._most(is_upload), lambda size: self.check_size(size, is_upload))
+
+    def bound(self, is_upload: bool) -> tuple[float, str]:
+        """How long a body may take, and the field that says so."""
+        limits = self._live.config.limits
+        return (limits.file_seconds, "file_seconds") if is_upload else (limits.body_seconds, "body_seconds")
+
+    def _most(self, is_upload: bool) -> int:
+        config = self._live.config
+        return config.limits.file_bytes + _ENVELOPE if is_upload else config.max_body_bytes
 
 
 class _Arriving:
     """One body while it is received."""
 
-    def __init__(self, limit: BodyLimit, declared: int, receive: Receive) -> None:
+    def __init__(self, limit: BodyLimit, headers: Headers, receive: Receive, is_upload: bool) -> None:
         self._limit = limit
-        self._declared = declared
+        self._declared = _declared(headers)
+        self._encoding = ", ".join(headers.getlist("content-encoding"))
+        self._inflater: Inflater | None = None
         self._receive = receive
+        self._is_upload = is_upload
         self._deadline: float | None = None
         self._num_bytes = 0
         self._held = 0
@@ -85,15 +105,19 @@ class _Arriving:
         """The next message. Once the body is whole, there is no bound: the next message is the disconnect."""
         if self._whole:
             return await self._receive()
-        self._limit.check_size(self._declared)
+        if self._deadline is None:
+            self._begin()
         message = await self._in_time()
+        if self._inflater is not None and message["type"] == "http.request":
+            body = self._inflater.feed(message.get("body", b""), last=not message.get("more_body", False))
+            message = {**message, "body": body}
         chunk = len(message.get("body", b""))
         self._num_bytes += chunk
-        self._limit.check_size(self._num_bytes)
+        self._limit.check_size(self._num_bytes, self._is_upload)
         self._whole = not message.get("more_body", False)
         if self._whole:
             self.release()
-        else:
+        elif not self._is_upload:
             self._held += chunk
             self._limit.hold(chunk)
         return message
@@ -103,19 +127,25 @@ class _Arriving:
         self._limit.hold(-self._held)
         self._held = 0
 
+    def _begin(self) -> None:
+        """Refuse what the headers show to be too large or unreadable, and start the clock."""
+        self._limit.check_size(self._declared, self._is_upload)
+        if encoding := encoding_of(self._encoding):
+            self._inflater = self._limit.inflater(encoding, self._is_upload)
+        self._deadline = asyncio.get_running_loop().time() + self._limit.bound(self._is_upload)[0]
+
     async def _in_time(self) -> Message:
-        if self._deadline is None:
-            self._deadline = asyncio.get_running_loop().time() + self._limit.seconds
+        seconds, field = self._limit.bound(self._is_upload)
         try:
             async with asyncio.timeout_at(self._deadline):
                 return await self._receive()
         except TimeoutError:
-            seconds = f"{self._limit.seconds:g} s (server.limits.body_seconds)"
-            raise HTTPException(408, f"the body took longer than {seconds}") from None
+            message = f"the body took longer than {seconds:g} s (server.limits.{field})"
+            raise HTTPException(408, message) from None
 
 
-def _declared(scope: Scope) -> int:
-    length = Headers(scope=scope).get("content-length", "")
+def _declared(headers: Headers) -> int:
+    length = headers.get("content-length", "")
     return int(length) if length.isdecimal() and len(length) < 20 else 0
 
 
@@ -183,13 +213,16 @@ def check_lengths(body: object, config: ServerConfig) -> None:
         return
     if len(body) > _MAX_FIELDS:
         raise RefusedBodyError(400, f"the body has {len(body)} fields; allowed are {_MAX_FIELDS}")
-    messages = body.get("messages")
-    if isinstance(messages, list):
-        _at_most("messages", messages, config.limits.messages)
+    for name, inner in _LONG.items():
+        messages = body.get(name)
+        if not isinstance(messages, list):
+            continue
+        _at_most(name, messages, config.limits.messages)
         for rank, message in enumerate(messages):
-            content = message.get("content") if isinstance(message, dict) else None
-            if isinstance(content, list):
-                _at_most(f"messages.{rank}.content", content, config.limits.messages)
+            for part in inner:
+                content = message.get(part) if isinstance(message, dict) else None
+                if isinstance(content, list):
+                    _at_most(f"{name}.{rank}.{part}", content, config.limits.messages)
 
 
 def _at_most(path: str, items: list[object], most: int) -> None:

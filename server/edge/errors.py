@@ -22,6 +22,7 @@ from ensemble_core.errors import (
     MemberAwayError,
     ModelNotFoundError,
     NotReadyError,
+    NotStoredError,
     QueueFullError,
     RequestTimeoutError,
     UnisonoError,
@@ -48,8 +49,10 @@ class RequestFailedError(UnisonoError):
 class RefusedBodyError(HTTPException):
     """A body that is refused before it is validated. param: the field at fault, if it is one."""
 
-    def __init__(self, status: int, message: str, param: str | None = None) -> None:
-        super().__init__(status, message)
+    def __init__(
+        self, status: int, message: str, param: str | None = None, headers: Mapping[str, str] | None = None
+    ) -> None:
+        super().__init__(status, message, headers)
         self.param = param
 
 
@@ -69,11 +72,19 @@ class ApiError:
     reason: str | None = None
     headers: Mapping[str, str] = field(default_factory=dict)
 
-    def json(self) -> str:
-        """The body: bounded, and pure ASCII, so that a message may quote text that UTF-8 cannot encode."""
+    def detail(self) -> dict[str, str | None]:
+        """What the client is told, bounded."""
         param = None if self.param is None else _cut(self.param, _MAX_PARAM)
-        error = {"message": _cut(self.message, _MAX_MESSAGE), "type": self.type, "param": param, "code": self.code}
-        return json.dumps({"error": error})
+        return {
+            "message": _cut(self.message, _MAX_MESSAGE),
+            "type": self.type,
+            "param": param,
+            "code": self.code,
+        }
+
+    def json(self) -> str:
+        """The body: pure ASCII, so that a message may quote text that UTF-8 cannot encode."""
+        return json.dumps({"error": self.detail()})
 
     def response(self) -> Response:
         """The whole answer."""
@@ -93,6 +104,8 @@ def to_api_error(error: Exception) -> ApiError:
             return ApiError(400, str(error), param=param, reason="invalid_request")
         case ModelNotFoundError():
             return ApiError(404, str(error), param="model", code="model_not_found", reason="model_not_found")
+        case NotStoredError():
+            return ApiError(404, str(error), code="not_found", reason="invalid_request")
         case QueueFullError():
             return _come_back(429, "rate_limit_error", "queue_full", str(error), seconds=1)
         case MemberAwayError():
@@ -152,6 +165,8 @@ def from_http(error: HTTPException, request: Request) -> ApiError:
             return ApiError(404, f"there is no route {where}; see /docs", code="not_found")
         case 405:
             allowed = headers.get("Allow", "another method")
+            if "GET" in allowed and "HEAD" not in allowed:
+                allowed = headers["Allow"] = f"{allowed}, HEAD"
             message = f"{where}: this method is not allowed; allowed: {allowed}"
             return ApiError(405, message, code="method_not_allowed", headers=headers)
         case 413:
@@ -161,7 +176,7 @@ def from_http(error: HTTPException, request: Request) -> ApiError:
         case 503:
             return _come_back(503, "service_unavailable", "busy", error.detail, seconds=1)
         case status if isinstance(error, RefusedBodyError):
-            return ApiError(status, error.detail, param=error.param, reason="invalid_request")
+            return ApiError(status, error.detail, param=error.param, reason="invalid_request", headers=headers)
         case status:
             kind = INVALID if status < 500 else SERVER
             return ApiError(status, error.detail, kind, reason="invalid_request", headers=headers)

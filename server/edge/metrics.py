@@ -9,9 +9,19 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, assert_never, get_args
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    gc_collector,
+    generate_latest,
+    platform_collector,
+    process_collector,
+)
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from prometheus_client.metrics_core import Metric
+from prometheus_client.openmetrics import exposition as openmetrics
 from prometheus_client.registry import Collector
 
 from ensemble_core.decoding.requests import FinishReason
@@ -35,24 +45,11 @@ from ensemble_core.stats import (
     StepStats,
     TokenStats,
 )
+from server.edge import buckets
+from server.edge.reasons import REASONS
 
 if TYPE_CHECKING:
     from ensemble_core.runtime import ModelInfo
-
-CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
-
-# 1, 2.5, 5 in each decade: parts of a step from 0.1 ms, steps and gaps from 1 ms, whole requests from 10 ms.
-PART_BUCKETS = (1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0)
-STEP_BUCKETS = (1e-3, 2.5e-3, 5e-3, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
-REQUEST_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 50.0, 100.0, 250.0)
-BATCH_BUCKETS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0)
-REASONS = (
-    "invalid_request", "model_not_found", "unauthorized", "body_too_large", "body_too_slow", "busy", "queue_full",
-    "not_ready", "timeout", "failed",
-)  # fmt: skip
-SHARE_BUCKETS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
-ROUND_BUCKETS = (1.0, 2.0, 3.0, 4.0, 5.0, 8.0)
-MASS_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0)
 
 
 class PrometheusMetrics:
@@ -60,6 +57,9 @@ class PrometheusMetrics:
 
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
+        process_collector.ProcessCollector(registry=self._registry)
+        platform_collector.PlatformCollector(registry=self._registry)
+        gc_collector.GCCollector(registry=self._registry)
         self._requests = _RequestMetrics(self._registry)
         self._engine = _EngineMetrics(self._registry)
         self._members = _MemberMetrics(self._registry)
@@ -116,6 +116,12 @@ class PrometheusMetrics:
         """Count one HTTP request that was refused."""
         self._requests.rejected.labels(reason).inc()
 
+    def answered(self, route: str | None, status: int | None, model: str | None = None) -> None:
+        """Count one HTTP request that is over. status None: the client left. model: that took it, if one did."""
+        self._requests.answers.labels(route or "none", status or "none").inc()
+        if model is not None:
+            self._requests.accepted.labels(model).inc()
+
     def state(self, models: Iterable[ModelInfo], up: bool, ready: bool) -> None:
         """Set what a scrape asks for: readiness, and whether members are up. Counters of known labels begin at 0.
 
@@ -124,6 +130,7 @@ class PrometheusMetrics:
         self._engine.ready.set(ready)
         self._engine.step_seconds.labels(MIXED)
         for model in models:
+            self._requests.accepted.labels(model.name)
             if model.kind == "council":  # its calls count as requests to the models that it calls
                 self._councils.begin(model.name)
                 continue
@@ -136,9 +143,13 @@ class PrometheusMetrics:
                 self._engine.step_seconds.labels(model.recipe["mode"])
                 self._ensembles.begin(model.name, set(model.recipe["members"]) - {model.recipe["main"]})
 
-    def render(self) -> bytes:
-        """All metrics in Prometheus' text format; its content type is `CONTENT_TYPE`."""
-        return generate_latest(_WithoutCreated(self._registry))
+    def render(self, accept: str = "") -> tuple[bytes, str]:
+        """All metrics and their content type: OpenMetrics if the Accept header asks for it, else Prometheus' text."""
+        shown = _WithoutCreated(self._registry)
+        if "application/openmetrics-text" in accept:
+            text: bytes = openmetrics.generate_latest(shown)  # type: ignore[no-untyped-call]
+            return text, openmetrics.CONTENT_TYPE_LATEST
+        return generate_latest(shown), CONTENT_TYPE_PLAIN_0_0_4
 
 
 class _WithoutCreated(Collector):
@@ -173,15 +184,21 @@ class _RequestMetrics(_Family):
     def __init__(self, registry: CollectorRegistry) -> None:
         super().__init__(registry)
         self.requests = self._counter("requests_total", "Finished choices.", "model", "finish_reason")
+        self.accepted = self._counter(
+            "accepted_requests_total", "HTTP requests that a model took, whatever the number of choices.", "model"
+        )
+        self.answers = self._counter("http_requests_total", "HTTP requests.", "route", "status")
         self.rejected = self._counter("requests_rejected_total", "Refused HTTP requests.", "reason")
         self.running = self._gauge("num_requests_running", "Sequences that are running.")
         self.waiting = self._gauge("num_requests_waiting", "Sequences in the queue.")
         self.prompt = self._counter("prompt_tokens_total", "Prompt tokens of finished choices.", "model")
         self.generated = self._counter("generation_tokens_total", "Tokens of finished choices.", "model")
         self.gap = self._histogram(
-            "inter_token_latency_seconds", "Time between consecutive tokens of a choice.", STEP_BUCKETS, "model"
+            "inter_token_latency_seconds", "Time between consecutive tokens of a choice.", buckets.STEP, "model"
         )
-        self.ttft = self._latency("time_to_first_token_seconds", "From arrival to the first token.")
+        self.ttft = self._histogram(
+            "time_to_first_token_seconds", "From arrival to the first token.", buckets.FIRST, "model"
+        )
         self.e2e = self._latency("e2e_request_latency_seconds", "From arrival to the last token.")
         self.queued = self._latency("request_queue_time_seconds", "From arrival to admission.")
         for reason in REASONS:
@@ -194,7 +211,7 @@ class _RequestMetrics(_Family):
             counter.labels(model)
 
     def _latency(self, name: str, text: str) -> Histogram:
-        return self._histogram(name, text, REQUEST_BUCKETS, "model")
+        return self._histogram(name, text, buckets.REQUEST, "model")
 
     def queues(self, stats: QueueStats) -> None:
         self.running.set(stats.num_running)
@@ -213,14 +230,14 @@ class _RequestMetrics(_Family):
 class _EngineMetrics(_Family):
     def __init__(self, registry: CollectorRegistry) -> None:
         super().__init__(registry)
-        self.step_seconds = self._histogram("step_seconds", "One step of the engine.", STEP_BUCKETS, "mode")
+        self.step_seconds = self._histogram("step_seconds", "One step of the engine.", buckets.STEP, "mode")
         self.forwards_seconds = self._histogram(
-            "forwards_seconds", "From the start of a step's first forward to the end of its last.", STEP_BUCKETS
+            "forwards_seconds", "From the start of a step's first forward to the end of its last.", buckets.STEP
         )
-        self.fusion_seconds = self._histogram("fusion_seconds", "One fused group of rows.", PART_BUCKETS, "fusion")
-        self.alignment_seconds = self._histogram("alignment_seconds", "Retokenisation in one step.", PART_BUCKETS)
-        self.sampling_seconds = self._histogram("sampling_seconds", "Sampling in one step.", PART_BUCKETS)
-        self.batch = self._histogram("step_batch_size", "Sequences that got a token.", BATCH_BUCKETS)
+        self.fusion_seconds = self._histogram("fusion_seconds", "One fused group of rows.", buckets.PART, "fusion")
+        self.alignment_seconds = self._histogram("alignment_seconds", "Retokenisation in one step.", buckets.PART)
+        self.sampling_seconds = self._histogram("sampling_seconds", "Sampling in one step.", buckets.PART)
+        self.batch = self._histogram("step_batch_size", "Sequences that got a token.", buckets.BATCH)
         self.ready = self._gauge("ready", "1 while requests are accepted: loaded, not draining, not dead.")
         self.preemptions = self._counter(
             "preemptions_total",
@@ -240,10 +257,10 @@ class _MemberMetrics(_Family):
     def __init__(self, registry: CollectorRegistry) -> None:
         super().__init__(registry)
         self.forward = self._histogram(
-            "member_forward_seconds", "One forward of a member.", STEP_BUCKETS, "member", "phase"
+            "member_forward_seconds", "One forward of a member.", buckets.STEP, "member", "phase"
         )
         self.wait = self._histogram(
-            "member_wait_seconds", "Wait for the step's slowest member.", PART_BUCKETS, "member"
+            "member_wait_seconds", "Wait for the step's slowest member.", buckets.PART, "member"
         )
         self.tokens = self._counter("member_tokens_total", "Tokens fed to a member.", "member", "phase")
         self.rollback = self._counter(
@@ -255,13 +272,10 @@ class _MemberMetrics(_Family):
         self.kv_usage = self._gauge("member_kv_usage_ratio", "Used share of the cache's pages.", "member")
         self.memory = self._gauge("member_memory_bytes", "Weights and cache.", "member", "device")
         self.up = self._gauge(
-            "member_up", "1 if the member can serve, 0 while it is not loaded or after a failed forward.", "member"
+            "member_up", "1 if it can serve, 0 while it is not loaded or after a failed forward.", "member"
         )
         self.failures = self._counter(
-            "member_failures_total",
-            "Steps in which a member failed, in all rows or in some.",
-            "member",
-            "cause",
+            "member_failures_total", "Steps in which a member failed, in all rows or in some.", "member", "cause"
         )
 
     def begin(self, member: str) -> None:
@@ -290,13 +304,11 @@ class _CouncilMetrics(_Family):
             "council_answers_total", "Answers of a council by the model that wrote them.", "model", "served_by"
         )
         self.agreement = self._histogram(
-            "council_agreement_ratio", "Share of the votes that the answer had.", SHARE_BUCKETS, "model"
+            "council_agreement_ratio", "Share of the votes that the answer had.", buckets.SHARE, "model"
         )
-        self.rounds = self._histogram(
-            "council_rounds", "Rounds of calls before an answer.", ROUND_BUCKETS, "model"
-        )
+        self.rounds = self._histogram("council_rounds", "Rounds before an answer.", buckets.ROUND, "model")
         self.seconds = self._histogram(
-            "council_seconds", "From a council's first call to its last token.", REQUEST_BUCKETS, "model"
+            "council_seconds", "From a council's first call to its last token.", buckets.REQUEST, "model"
         )
 
     def begin(self, model: str) -> None:
@@ -320,11 +332,9 @@ class _EnsembleMetrics(_Family):
             "agreement_total", "Steps by whether a member's likeliest token is the chosen one.",
             "model", "member", "agrees",
         )  # fmt: skip
-        self.overruled = self._counter(
-            "main_overruled_total", "Steps where the chosen token is not main's likeliest.", "model"
-        )
+        self.overruled = self._counter("main_overruled_total", "Steps whose token was not main's first.", "model")
         self.unmapped = self._histogram(
-            "unmapped_mass", "Mass that maps to no token of main's vocabulary.", MASS_BUCKETS, "model", "member"
+            "unmapped_mass", "Mass that maps to no token of main's vocabulary.", buckets.MASS, "model", "member"
         )
         self.drafted = self._counter(
             "draft_tokens_total", "Tokens that were decided after main drafted them.", "model"

@@ -1,4 +1,4 @@
-"""Middleware for every route: a request id, an access line, a 500 for bugs.
+"""Middleware for every route: a request id, an access line, a 500 for bugs, HEAD, slashes at the end of paths.
 
 Pure ASGI, so that streams pass through unchanged and disconnects reach the route.
 """
@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from server.edge.auth import route_path
 from server.edge.errors import to_api_error
 from server.edge.exchange import CURRENT, Exchange
 from server.edge.logs import REQUEST_ID
@@ -68,6 +69,45 @@ class RequestContext:
             if exchange.status is not None:
                 raise  # the headers are sent, so only a broken connection can report the failure
             await to_api_error(error).response()(exchange.scope, noted_receive, noted_send)
+
+
+class Lenient:
+    """Serves HEAD like GET without the body, and a path with a slash at its end like the one without.
+
+    No redirect, which would lose a body. Around the routes and the keys, so that `/health/` is as open as `/health`.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one connection."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        inner = {**scope, "path": _without_slash(scope)}
+        if scope["method"] == "HEAD":
+            inner["method"] = "GET"
+            send = _headers_alone(send)
+        try:
+            await self._app(inner, receive, send)
+        finally:
+            if "route" in inner:
+                scope["route"] = inner["route"]  # for the access line
+
+
+def _without_slash(scope: Scope) -> str:
+    path = str(scope["path"])
+    return path[:-1] if path.endswith("/") and route_path(scope) != "/" else path
+
+
+def _headers_alone(send: Send) -> Send:
+    async def send_without_body(message: Message) -> None:
+        if message["type"] == "http.response.body":
+            message = {**message, "body": b""}
+        await send(message)
+
+    return send_without_body
 
 
 class RootPath:

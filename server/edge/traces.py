@@ -26,7 +26,11 @@ logger = logging.getLogger(__name__)
 
 Value = str | int | float | bool | list[str]
 
-_OPERATIONS = {"/v1/completions": "text_completion", "/v1/chat/completions": "chat"}
+_OPERATIONS = {
+    "/v1/completions": "text_completion",
+    "/v1/chat/completions": "chat",
+    "/v1/responses": "chat",
+}
 _SERVICE = "unisono"
 _PROVIDER = "unisono"
 # Variables of the SDK's own set-up, which is not used here: their values must agree with what is done.

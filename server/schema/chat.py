@@ -5,20 +5,33 @@ A message is flattened to role and text here. Each member's own template decides
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, ClassVar, Final, Literal, cast
 
-from pydantic import BaseModel, ConfigDict, Field, PlainValidator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationInfo, model_validator
+from pydantic_core import PydanticKnownError
 
 from ensemble_core.decoding.requests import Conversation
-from ensemble_core.errors import InvalidRequestError
-from server.schema.json_values import Strict, Text, text
-from server.schema.replies import Reply, TraceStep
+from ensemble_core.errors import InvalidRequestError, quoted
+from ensemble_core.text.tools import ToolUse
+from ensemble_core.text.variables import Effort, TemplateVariables
+from server.schema.json_values import Integer, Strict, Text, Variables, text
+from server.schema.replies import PromptToken, Reply, Sent, TraceStep
 from server.schema.sampling import SamplingFields, parameter
+from server.schema.tools import (
+    MAX_TOOLS,
+    EarlierCall,
+    ToolCallDelta,
+    ToolCallReply,
+    ToolChoiceField,
+    Tools,
+)
 from server.schema.unsupported import CHAT_IGNORED, CHAT_REFUSED, Ignored, Refused
 
 # Fields of a message that would change the answer; null and empty lists are neutral.
-_MESSAGE_UNSUPPORTED = ("audio", "function_call", "tool_call_id", "tool_calls")
+_MESSAGE_UNSUPPORTED = ("audio", "function_call")
+_REASONING = ("reasoning", "reasoning_content")  # two names of one thing
+_MISSING: Final = object()  # content that was not sent
 
 
 class TextPart(BaseModel):
@@ -28,8 +41,13 @@ class TextPart(BaseModel):
     text: str
 
 
-def _content(value: object) -> str:
-    """Text as it is, or text parts joined by line breaks."""
+def _content(value: object, info: ValidationInfo) -> str:
+    """Text as it is, or text parts joined by line breaks. Only calls and reasoning can stand without."""
+    beside = any(info.data.get(name) for name in ("tool_calls", *_REASONING))
+    if (value is None or value is _MISSING) and beside:
+        return ""
+    if value is _MISSING:
+        raise PydanticKnownError("missing")
     if isinstance(value, str):
         return text(value)
     if not isinstance(value, list) or not value:
@@ -45,14 +63,37 @@ def _part(part: object) -> str:
     return text(part.get("text"))
 
 
+def _call_id(value: object, info: ValidationInfo) -> str | None:
+    """The id of a result's call; other messages have none."""
+    of_tool = info.data.get("role") == "tool"
+    if value is None and of_tool:
+        raise PydanticKnownError("missing")
+    if value is not None and not of_tool:
+        raise ValueError("is of messages of role tool alone; leave it out")
+    return None if value is None else text(value)
+
+
 class Message(Strict):
     """One message of a conversation."""
 
-    role: Literal["system", "developer", "user", "assistant"] = Field(
+    role: Literal["system", "developer", "user", "assistant", "tool"] = Field(
         description="developer is treated as system, the name that templates know."
     )
-    content: Annotated[str, PlainValidator(_content, json_schema_input_type=str | list[TextPart])] = Field(
-        description="Text, or text parts; parts are joined by line breaks."
+    tool_calls: list[EarlierCall] | None = Field(
+        None, max_length=MAX_TOOLS, fail_fast=True, description="Calls of an assistant's turn."
+    )
+    tool_call_id: Annotated[
+        str | None, PlainValidator(_call_id, json_schema_input_type=str | None), Field(validate_default=True)
+    ] = Field(None, description="Of a message of role tool: the earlier call that it answers.")
+    reasoning: Text | None = Field(
+        None, description="What an assistant thought in an earlier turn; for templates that read it."
+    )
+    reasoning_content: Text | None = Field(None, description="Another name of `reasoning`.")
+    content: Annotated[str, PlainValidator(_content, json_schema_input_type=str | list[TextPart] | None)] = Field(
+        default_factory=lambda: cast(str, _MISSING),
+        validate_default=True,
+        description="Text, or text parts; parts are joined by line breaks. May be null beside `tool_calls` and "
+        "`reasoning`.",
     )
     name: str | None = Field(None, description="Accepted; changes nothing.")
 
@@ -64,39 +105,46 @@ class Message(Strict):
                 raise ValueError(f"{name} is not supported in messages; leave it out")
         return value
 
-    def flat(self) -> dict[str, str]:
-        """Role and text, in the form that templates take."""
-        return {"role": "system" if self.role == "developer" else self.role, "content": self.content}
-
-
-class JsonSchema(Strict):
-    """The schema that the answer's JSON follows."""
-
-    model_config = ConfigDict(populate_by_name=True)
-
-    name: Text | None = Field(None, description="Accepted; changes nothing.")
-    description: str | None = Field(None, description="Accepted; changes nothing.")
-    schema_: dict[str, Any] = Field(alias="schema", description="A JSON schema.")
-    strict: bool | None = Field(None, description="Accepted; the schema always binds.")
-
-
-class ResponseFormat(Strict):
-    """What the text must be."""
-
-    type: Literal["text", "json_object", "json_schema"]
-    json_schema: JsonSchema | None = Field(None, description="With type json_schema.")
-
     @model_validator(mode="after")
-    def _schema_where_needed(self) -> ResponseFormat:
-        if (self.type == "json_schema") != (self.json_schema is not None):
-            raise ValueError("json_schema must be sent with type json_schema, and only with it")
+    def _calls_of_assistants(self) -> Message:
+        if self.tool_calls and self.role != "assistant":
+            raise ValueError("tool_calls are of messages of role assistant alone; leave them out")
         return self
 
+    @model_validator(mode="after")
+    def _reasoning_of_assistants(self) -> Message:
+        given = {name: value for name in _REASONING if (value := getattr(self, name))}
+        if given and self.role != "assistant":
+            raise ValueError(f"{next(iter(given))} is of messages of role assistant alone; leave it out")
+        if len(set(given.values())) > 1:
+            raise ValueError("reasoning and reasoning_content are two names of one thing; send one of them")
+        return self
 
-def to_conversation(messages: list[Message], goes_on: bool, opens_turn: bool) -> Conversation:
+    def flat(self) -> dict[str, Any]:
+        """Role, text and what belongs to calls and to reasoning, in the form that templates take."""
+        flat: dict[str, Any] = {
+            "role": "system" if self.role == "developer" else self.role,
+            "content": self.content,
+        }
+        if self.tool_calls:
+            flat["tool_calls"] = [call.model_dump() for call in self.tool_calls]
+        if self.tool_call_id is not None:
+            flat["tool_call_id"] = self.tool_call_id
+        if thought := self.reasoning or self.reasoning_content:
+            flat |= dict.fromkeys(_REASONING, thought)
+        return flat
+
+
+def to_conversation(
+    messages: list[Message],
+    goes_on: bool,
+    opens_turn: bool,
+    tools: ToolUse | None = None,
+    variables: TemplateVariables | None = None,
+) -> Conversation:
     """Messages in the engine's form: continue the last message, or let the templates open the assistant's turn.
 
-    Raises InvalidRequestError where the flags contradict each other or the messages.
+    Raises InvalidRequestError where the flags contradict each other or the messages, and for a result of no call.
     """
     if goes_on == opens_turn:
         raise InvalidRequestError(
@@ -109,7 +157,30 @@ def to_conversation(messages: list[Message], goes_on: bool, opens_turn: bool) ->
             f"{messages[-1].role!r}",
             "continue_final_message",
         )
-    return Conversation(tuple(message.flat() for message in messages), goes_on)
+    if goes_on and messages[-1].tool_calls:
+        raise InvalidRequestError(
+            "continue_final_message: the last message ends with tool_calls, which nothing continues; leave it out",
+            "continue_final_message",
+        )
+    return Conversation(tuple(_flattened(messages)), goes_on, tools, variables or TemplateVariables())
+
+
+def _flattened(messages: list[Message]) -> Iterator[dict[str, Any]]:
+    """Each message; results with the name of what was called, which some templates write."""
+    called: dict[str, str] = {}
+    for rank, message in enumerate(messages):
+        flat = message.flat()
+        called |= {call.id: call.function.name for call in message.tool_calls or ()}
+        if message.tool_call_id is not None:
+            where = f"messages.{rank}.tool_call_id"
+            if message.tool_call_id not in called:
+                raise InvalidRequestError(
+                    f"{where}: {quoted(message.tool_call_id)} is no call of a message before; send the assistant's "
+                    "message with its tool_calls, too",
+                    where,
+                )
+            flat["name"] = called[message.tool_call_id]
+        yield flat
 
 
 class ChatRequest(SamplingFields):
@@ -124,27 +195,54 @@ class ChatRequest(SamplingFields):
     messages: list[Message] = Field(
         min_length=1,
         fail_fast=True,
-        description="text or a list of text parts; other parts, `tool_calls`, `audio`: 400; `name` changes nothing",
+        description="text or a list of text parts; an assistant's `tool_calls` and their results (role `tool`), its "
+        "`reasoning` or `reasoning_content`; other parts, `audio`, `function_call`: 400; `name` changes nothing",
         examples=[[{"role": "user", "content": [{"type": "text", "text": "Bye!"}]}]],
     )
-    max_completion_tokens: int | None = Field(
+    max_completion_tokens: Integer | None = Field(
         None,
         description="maximum number of tokens of each choice; the rest of the context if not sent",
         examples=[5],
         json_schema_extra={"minimum": 1},
     )
-    max_tokens: int | None = Field(
+    max_tokens: Integer | None = Field(
         None, description="older name of `max_completion_tokens`", examples=[5], json_schema_extra={"minimum": 1}
     )
     logprobs: bool | None = Field(
         None, description="`{content: [{token, logprob, bytes, top_logprobs}]}`", examples=[True]
     )
-    top_logprobs: int | None = parameter("logprobs", "alternatives for each token; only with `logprobs`")
-    response_format: ResponseFormat | None = Field(
+    top_logprobs: Integer | None = parameter("logprobs", "alternatives for each token; only with `logprobs`")
+    tools: Tools = Field(
         None,
-        description="`text`, `json_object`, `json_schema`; a mask over the fused distribution, so the schema always "
-        "binds; a text that can no longer follow it ends with an error",
-        examples=[{"type": "json_object"}],
+        description=f"up to {MAX_TOOLS} functions that the answer may call; see [tools](tools.md)",
+        examples=[[{"type": "function", "function": {"name": "f"}}]],
+    )
+    tool_choice: ToolChoiceField = Field(
+        None,
+        description="`auto` if not sent; `none`, `required`, a function by name, or `allowed_tools`; a grammar "
+        "binds, so a call always follows its schema",
+        examples=["none"],
+    )
+    parallel_tool_calls: bool | None = Field(
+        None, description="true if not sent; false: one call in an answer at most", examples=[False]
+    )
+    reasoning_effort: Effort | None = Field(
+        None,
+        description="for chat templates with a variable `reasoning_effort` or `enable_thinking` (false for `none` "
+        "and `minimal`); where no member's has one: 400, but for `none`; see [reasoning](reasoning.md)",
+        examples=["low"],
+    )
+    thinking_token_budget: int | None = parameter("thinking_token_budget")
+    include_reasoning: bool | None = Field(
+        None,
+        description="true if not sent; false: do not send reasoning, which is written all the same",
+        examples=[False],
+    )
+    chat_template_kwargs: Variables = Field(
+        None,
+        description="variables for every member's chat template; what none of them reads changes nothing; names that "
+        "steer the rendering (`tokenize`, `tools`, ...): 400",
+        examples=[{"enable_thinking": False}],
     )
     add_generation_prompt: bool | None = Field(
         None,
@@ -178,24 +276,40 @@ class ChatLogprobs(BaseModel):
     content: list[ChatToken]
 
 
-class AssistantMessage(BaseModel):
-    """The answer."""
+class AssistantMessage(Sent):
+    """The answer. Content is null where nothing but calls or reasoning was written."""
+
+    always: ClassVar[tuple[str, ...]] = (
+        "refusal", "annotations", "audio", "function_call", "reasoning", "reasoning_content",
+    )  # fmt: skip
 
     role: Literal["assistant"]
-    content: str
+    content: str | None
+    reasoning: str | None = Field(None, description="What the model thought before; null without.")
+    reasoning_content: str | None = Field(None, description="The same, by another name.")
+    tool_calls: list[ToolCallReply] | None = Field(None, description="Calls of tools; not sent without.")
+    refusal: None = Field(None, description="Always null, as the next ones.")
+    annotations: None = None
+    audio: None = None
+    function_call: None = None
 
 
 class Delta(BaseModel):
     """A piece of the answer. The first piece of a choice has the role."""
 
     role: Literal["assistant"] | None = None
-    content: str
+    content: str | None = None
+    reasoning: str | None = None
+    reasoning_content: str | None = None
+    tool_calls: list[ToolCallDelta] | None = None
 
 
-class _ChatBase(BaseModel):
+class _ChatBase(Sent):
+    always: ClassVar[tuple[str, ...]] = ("token_ids",)
+
     index: int
     logprobs: ChatLogprobs | None
-    finish_reason: Literal["stop", "length"] | None
+    finish_reason: Literal["stop", "length", "tool_calls"] | None
     stop_reason: str | int | None
     token_ids: list[int] | None = Field(None, description="With return_token_ids.")
     trace: list[TraceStep] | None = Field(None, description="With ensemble.trace: one entry for each token.")
@@ -221,6 +335,9 @@ class ChatCompletion(Reply):
 
     object: Literal["chat.completion"]
     choices: list[ChatChoice]
+    prompt_logprobs: list[dict[int, PromptToken] | None] | None = Field(
+        None, description="With prompt_logprobs: a map of ids for each token, null for the first."
+    )
     prompt_token_ids: list[int] | None = Field(None, description="With return_token_ids.")
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from server.schema.json_values import Prompts
-from server.schema.replies import Reply, TraceStep
+from ensemble_core.decoding.parameters import MAX_INT
+from server.schema.json_values import Integer, Prompts
+from server.schema.replies import PromptToken, Reply, Sent, TraceStep
 from server.schema.sampling import SamplingFields, parameter
 from server.schema.unsupported import COMPLETION_IGNORED, COMPLETION_REFUSED, Ignored, Refused
 
@@ -26,10 +27,10 @@ class CompletionRequest(SamplingFields):
         description="a text, token ids of the main member, or a list of either; none may be empty",
         examples=[[[1, 2], [3]]],
     )
-    max_tokens: int | None = parameter(
+    max_tokens: Integer | None = parameter(
         "max_tokens", "maximum number of tokens of each choice; 0 only with `echo`", minimum=0
     )
-    best_of: int | None = Field(
+    best_of: Integer | None = Field(
         None,
         description="sample this many, send the n with the highest mean log-probability, best first; `usage` counts "
         "all; at least n, and with `stream` not more than n",
@@ -37,7 +38,13 @@ class CompletionRequest(SamplingFields):
         json_schema_extra={"minimum": 1},
     )
     echo: bool | None = parameter("echo")
-    logprobs: int | None = parameter("logprobs")
+    logprobs: Integer | None = parameter("logprobs")
+    truncate_prompt_tokens: Annotated[Integer, Field(ge=-1, le=MAX_INT)] | None = Field(
+        None,
+        description="of a longer prompt only the last so many of main's tokens are used; -1: as many as the context "
+        "holds beside `max_tokens`",
+        examples=[10],
+    )
     add_special_tokens: bool | None = Field(
         None,
         description="true if not sent; tokenizers add their own tokens in front of a text prompt",
@@ -64,14 +71,19 @@ class Logprobs(BaseModel):
     text_offset: list[int]
 
 
-class TextChoice(BaseModel):
+class TextChoice(Sent):
     """One choice, or a piece of it. index = prompt index * n + i."""
+
+    always: ClassVar[tuple[str, ...]] = ("prompt_token_ids", "token_ids")
 
     index: int
     text: str
     logprobs: Logprobs | None
     finish_reason: Literal["stop", "length"] | None
     stop_reason: str | int | None
+    prompt_logprobs: list[dict[int, PromptToken] | None] | None = Field(
+        None, description="With prompt_logprobs: a map of ids for each token, null for the first."
+    )
     prompt_token_ids: list[int] | None = Field(None, description="With return_token_ids.")
     token_ids: list[int] | None = Field(None, description="With return_token_ids.")
     trace: list[TraceStep] | None = Field(None, description="With ensemble.trace: one entry for each token.")

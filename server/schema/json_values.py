@@ -1,8 +1,8 @@
 """JSON values of fields: strict types, text that UTF-8 can encode, token ids; one line for each mistake.
 
-Invariants: JSON types are strict (a string is not a number, a bool is not an integer, but an integer is a valid
-float). null means the default. `SamplingParams` checks its own ranges, so they are not checked here. This module
-does not know the endpoints.
+Invariants: JSON types are strict (a string is not a number, a bool is not an integer). As in JSON Schema an integer
+is a valid number, and a number without a fraction (5.0) a valid integer. null means the default. `SamplingParams`
+checks its own ranges, so they are not checked here. This module does not know the endpoints.
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ import re
 from collections.abc import Callable
 from typing import Annotated, Any, TypeAlias
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainValidator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator
 
 from ensemble_core.decoding.parameters import MAX_INT
 from ensemble_core.decoding.sampling_params import PARAMETERS
+from ensemble_core.text.variables import check_variables
 
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 _TOKEN_ID = re.compile(r"0|[1-9][0-9]{0,9}")
@@ -43,7 +44,13 @@ def _texts(value: object) -> str | list[str]:
     raise ValueError("must be a string or a list of strings")
 
 
+def whole(value: object) -> object:
+    """A number without a fraction as an integer, anything else as it is."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
 def _token_id(value: object) -> int:
+    value = whole(value)
     if isinstance(value, bool) or not isinstance(value, int):
         raise ValueError("a token id must be a valid integer")
     if not 0 <= value <= MAX_INT:
@@ -67,7 +74,7 @@ def _prompt(value: object) -> str | list[str] | list[int] | list[list[int]]:
         )
     if isinstance(value, list) and isinstance(value[0], list):
         return [token_ids(item) for item in value]
-    if isinstance(value, list) and isinstance(value[0], int):
+    if isinstance(value, list) and isinstance(value[0], int | float):
         return token_ids(value)
     return _texts(value)
 
@@ -80,6 +87,20 @@ def _stop(value: object) -> str | list[str]:
 def _stop_token_ids(value: object) -> list[int]:
     _check_most("stop_token_ids", value, "entries")
     return token_ids(value)
+
+
+def _allowed_token_ids(value: object) -> list[int]:
+    _check_most("allowed_token_ids", value, "entries")
+    if value == []:
+        raise ValueError("must not be empty: no token could be written")
+    return token_ids(value)
+
+
+def _bad_words(value: object) -> list[str]:
+    _check_most("bad_words", value, "strings")
+    if not isinstance(value, list):
+        raise ValueError("must be a list of strings")
+    return [text(item) for item in value]
 
 
 def _logit_bias(value: object) -> dict[int, float]:
@@ -118,16 +139,33 @@ def optional(check: Callable[[object], Any]) -> Callable[[object], Any]:
 
 
 Text: TypeAlias = Annotated[str, BeforeValidator(text)]
-TokenIds: TypeAlias = Annotated[list[int], PlainValidator(token_ids, json_schema_input_type=list[int])]
+Integer: TypeAlias = Annotated[int, BeforeValidator(whole)]
+_Id: TypeAlias = Annotated[int, Field(ge=0, le=MAX_INT)]
+_Ids: TypeAlias = Annotated[list[_Id], Field(min_length=1)]
+_Line: TypeAlias = Annotated[str, Field(min_length=1)]
+_Lines: TypeAlias = Annotated[list[_Line], Field(min_length=1)]
+TokenIds: TypeAlias = Annotated[list[int], PlainValidator(token_ids, json_schema_input_type=list[_Id])]
 Prompts: TypeAlias = Annotated[
     str | list[str] | list[int] | list[list[int]],
-    PlainValidator(_prompt, json_schema_input_type=str | list[str] | list[int] | list[list[int]]),
+    PlainValidator(
+        _prompt, json_schema_input_type=_Line | _Lines | _Ids | Annotated[list[_Ids], Field(min_length=1)]
+    ),
 ]
 Stop: TypeAlias = Annotated[
     str | list[str] | None, PlainValidator(optional(_stop), json_schema_input_type=str | list[str] | None)
 ]
 StopTokenIds: TypeAlias = Annotated[
     list[int] | None, PlainValidator(optional(_stop_token_ids), json_schema_input_type=list[int] | None)
+]
+Variables: TypeAlias = Annotated[
+    dict[str, Any] | None,
+    PlainValidator(optional(check_variables), json_schema_input_type=dict[str, Any] | None),
+]
+AllowedTokenIds: TypeAlias = Annotated[
+    list[int] | None, PlainValidator(optional(_allowed_token_ids), json_schema_input_type=list[int] | None)
+]
+BadWords: TypeAlias = Annotated[
+    list[str] | None, PlainValidator(optional(_bad_words), json_schema_input_type=list[str] | None)
 ]
 LogitBias: TypeAlias = Annotated[
     dict[int, float] | None,

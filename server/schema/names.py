@@ -13,17 +13,30 @@ from pydantic import BaseModel
 
 from server.schema.chat import ChatRequest
 from server.schema.completions import CompletionRequest
+from server.schema.responses import ResponseRequest
 from server.schema.tokenizers import DetokenizeRequest, TokenizeRequest
-from server.schema.unsupported import CHAT_IGNORED, CHAT_REFUSED, COMPLETION_REFUSED
+from server.schema.unsupported import (
+    CHAT_IGNORED,
+    CHAT_REFUSED,
+    COMPLETION_REFUSED,
+    RESPONSE_IGNORED,
+    RESPONSE_REFUSED,
+)
 
-BODIES: tuple[type[BaseModel], ...] = (CompletionRequest, ChatRequest, TokenizeRequest, DetokenizeRequest)
+BODIES: tuple[type[BaseModel], ...] = (
+    CompletionRequest,
+    ChatRequest,
+    ResponseRequest,
+    TokenizeRequest,
+    DetokenizeRequest,
+)
 _MAX_INDEX_DIGITS = 7
 
 
 @cache
 def declared_names() -> frozenset[str]:
     """The names of the fields of all bodies and of the objects in them, refused and ignored parameters included."""
-    names = {*COMPLETION_REFUSED, *CHAT_REFUSED, *CHAT_IGNORED}
+    names = {*COMPLETION_REFUSED, *CHAT_REFUSED, *CHAT_IGNORED, *RESPONSE_REFUSED, *RESPONSE_IGNORED}
     for body in BODIES:
         names |= properties(body.model_json_schema())
     return frozenset(names)

@@ -3,15 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, Field
+
+
+class Sent(BaseModel):
+    """A part of an answer. What is not set is not sent, except for the fields of `always`, which are then null.
+
+    These are the fields that vLLM sends as null: its clients read them without asking whether they are there.
+    """
+
+    always: ClassVar[tuple[str, ...]] = ()
+
+    def model_post_init(self, _context: Any) -> None:
+        """Count the fields of `always` as set."""
+        self.__pydantic_fields_set__.update(self.always)
 
 
 class PromptTokensDetails(BaseModel):
     """Details of `prompt_tokens`."""
 
     cached_tokens: int = Field(description="Found in the main member's cache of earlier prompts.")
+
+
+class CompletionTokensDetails(BaseModel):
+    """Details of `completion_tokens`."""
+
+    reasoning_tokens: int = Field(description="Of reasoning, without the markers around it.")
 
 
 class CallUsage(BaseModel):
@@ -26,6 +45,7 @@ class CallUsage(BaseModel):
     cached_tokens: int
     completion_tokens: int
     seconds: float
+    reasoning_tokens: int
     outcome: str = Field(description="stop, length, or why there is no answer: failed, timeout, ended early.")
 
 
@@ -39,10 +59,21 @@ class Usage(BaseModel):
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
+    completion_tokens_details: CompletionTokensDetails | None = Field(
+        None, description="Of models that may reason; not sent for others."
+    )
     calls: list[CallUsage] | None = Field(None, description="Of a council; not sent for other models.")
     dropped_members: dict[str, str] | None = Field(
         None, description="Member -> why a choice went on without it; not sent if no member was lost."
     )
+
+
+class PromptToken(BaseModel):
+    """A token of the prompt, or an alternative to it, in vLLM's form."""
+
+    logprob: float
+    rank: int = Field(description="In the fused distribution; 1 is the likeliest.")
+    decoded_token: str
 
 
 class Reply(BaseModel):
@@ -55,6 +86,13 @@ class Reply(BaseModel):
     choices: Sequence[BaseModel]
     usage: Usage | None = None
     served_by: str | None = Field(None, description="Of a council: the models that answered; not sent for others.")
+    service_tier: None = Field(None, description="Null in whole answers: there is one tier.")
+    system_fingerprint: None = Field(None, description="Null in whole answers.")
+    kv_transfer_params: None = Field(None, description="Null in whole answers: there is one server.")
+
+    def close(self) -> None:
+        """Send null in a whole answer where vLLM does."""
+        self.service_tier = self.system_fingerprint = self.kv_transfer_params = None
 
 
 class TracedToken(BaseModel):
@@ -90,6 +128,23 @@ class TraceStep(BaseModel):
     draft: TracedDraft | None = Field(None, description="Null where the token was not drafted.")
 
 
+class ModelPermission(BaseModel):
+    """What may be done with a model: the same for all, in the form of OpenAI's older API."""
+
+    id: str
+    object: Literal["model_permission"] = "model_permission"
+    created: int
+    allow_create_engine: bool = False
+    allow_sampling: bool = True
+    allow_logprobs: bool = True
+    allow_search_indices: bool = False
+    allow_view: bool = True
+    allow_fine_tuning: bool = False
+    organization: str = "*"
+    group: str | None = None
+    is_blocking: bool = False
+
+
 class ModelCard(BaseModel):
     """One servable model. An ensemble has a `recipe`: members with weights, main, fusion, mode; a council its own.
 
@@ -100,6 +155,8 @@ class ModelCard(BaseModel):
     object: Literal["model"] = "model"
     created: int
     owned_by: str = "unisono"
+    root: str = Field(description="Its own id.")
+    parent: str | None = Field(description="Of an adapter, the member whose weights it runs.")
     kind: Literal["ensemble", "council", "member"]
     max_model_len: int
     recipe: dict[str, Any] | None
@@ -108,6 +165,7 @@ class ModelCard(BaseModel):
         default_factory=dict,
         description="Member that takes no requests now -> why: draining, unloaded, asleep, loading, waking.",
     )
+    permission: list[ModelPermission]
 
 
 class ModelList(BaseModel):

@@ -12,9 +12,20 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
+from ensemble_core.decoding.forms import TextForm
 from ensemble_core.decoding.sampling_params import PARAMETERS
 from ensemble_core.errors import InvalidRequestError, quoted, shortened
-from server.schema.json_values import LogitBias, Stop, StopTokenIds, Strict, Text
+from server.schema.forms import FormFields
+from server.schema.json_values import (
+    AllowedTokenIds,
+    BadWords,
+    Integer,
+    LogitBias,
+    Stop,
+    StopTokenIds,
+    Strict,
+    Text,
+)
 from server.schema.unsupported import Ignored, Refused, refuse_unsupported
 
 logger = logging.getLogger(__name__)
@@ -45,7 +56,9 @@ class StreamOptions(Strict):
     include_usage: bool | None = Field(
         None, description="Send one more chunk before [DONE], with the usage and without choices."
     )
-    continuous_usage_stats: bool | None = Field(None, description="Send the usage so far in each chunk.")
+    continuous_usage_stats: bool | None = Field(
+        None, description="Send the usage so far in each chunk; only with include_usage, else it changes nothing."
+    )
 
 
 class StrategyChoice(Strict):
@@ -78,8 +91,8 @@ class LimitsChoice(Strict):
 
     model_config = ConfigDict(extra="forbid")
 
-    max_calls: Annotated[int, Field(ge=1)] | None = Field(None, description="Calls to models.")
-    max_tokens: Annotated[int, Field(ge=1)] | None = Field(None, description="Tokens that all calls may generate.")
+    max_calls: Annotated[Integer, Field(ge=1)] | None = Field(None, description="Calls to models.")
+    max_tokens: Annotated[Integer, Field(ge=1)] | None = Field(None, description="Tokens of all calls.")
     seconds: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] | None = Field(
         None, description="From arrival to the last token."
     )
@@ -124,7 +137,7 @@ class EnsembleOptions(Strict):
         return value
 
 
-class SamplingFields(Strict):
+class GenerationFields(Strict):
     """A body that asks for text. Subclasses list the parameters that they refuse and those that they ignore."""
 
     refused: ClassVar[Mapping[str, Refused]] = {}
@@ -135,37 +148,23 @@ class SamplingFields(Strict):
     )
     temperature: float | None = parameter("temperature")
     top_p: float | None = parameter("top_p")
-    top_k: int | None = parameter("top_k", minimum=-1)
+    top_k: Integer | None = parameter("top_k", minimum=-1)
     min_p: float | None = parameter("min_p")
     presence_penalty: float | None = parameter("presence_penalty")
     frequency_penalty: float | None = parameter("frequency_penalty")
     repetition_penalty: float | None = parameter("repetition_penalty")
     logit_bias: LogitBias = parameter("logit_bias")
-    n: int | None = Field(
-        None,
-        description="1 if not sent; number of choices of each prompt; they share its prefill",
-        examples=[2],
-        json_schema_extra={"minimum": 1},
-    )
-    seed: int | None = parameter("seed")
+    allowed_token_ids: AllowedTokenIds = parameter("allowed_token_ids")
+    bad_words: BadWords = parameter("bad_words")
+    seed: Integer | None = parameter("seed")
     stop: Stop = parameter("stop")
     stop_token_ids: StopTokenIds = parameter("stop_token_ids")
     include_stop_str_in_output: bool | None = parameter("include_stop_str_in_output")
     ignore_eos: bool | None = parameter("ignore_eos")
-    min_tokens: int | None = parameter("min_tokens")
+    min_tokens: Integer | None = parameter("min_tokens")
     skip_special_tokens: bool | None = parameter("skip_special_tokens")
-    return_token_ids: bool | None = Field(
-        None,
-        description="send the token ids of the prompt and of each choice; in a stream the prompt's come once",
-        examples=[True],
-    )
     stream: bool | None = Field(
         None, description="send text in server-sent events as it is generated, then `[DONE]`", examples=[True]
-    )
-    stream_options: StreamOptions | None = Field(
-        None,
-        description="`include_usage`, `continuous_usage_stats`; only with `stream`",
-        examples=[{"include_usage": True}],
     )
     ensemble: EnsembleOptions | None = Field(
         None, description="our extension, see below", examples=[{"members": ["a"]}]
@@ -182,6 +181,36 @@ class SamplingFields(Strict):
         return body
 
     @property
+    def form(self) -> TextForm | None:
+        """What the text must be; None for free text. Raises InvalidRequestError."""
+        return None
+
+    @property
     def stops(self) -> tuple[str, ...]:
         """The stop strings, as a tuple."""
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+
+class SamplingFields(FormFields, GenerationFields):
+    """A body that asks for choices: those of completions and chat."""
+
+    n: Integer | None = Field(
+        None,
+        description="1 if not sent; number of choices of each prompt; they share its prefill",
+        examples=[2],
+        json_schema_extra={"minimum": 1},
+    )
+    prompt_logprobs: Integer | None = parameter("prompt_logprobs")
+    return_tokens_as_token_ids: bool | None = Field(
+        None, description='tokens in log-probabilities are named by their ids, `"token_id:123"`', examples=[True]
+    )
+    return_token_ids: bool | None = Field(
+        None,
+        description="send the token ids of the prompt and of each choice; in a stream the prompt's come once",
+        examples=[True],
+    )
+    stream_options: StreamOptions | None = Field(
+        None,
+        description="`include_usage`, `continuous_usage_stats`; only with `stream`",
+        examples=[{"include_usage": True}],
+    )

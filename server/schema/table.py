@@ -12,19 +12,24 @@ from typing import Any
 
 from server.schema.chat import ChatRequest
 from server.schema.completions import CompletionRequest
-from server.schema.sampling import SamplingFields
+from server.schema.responses import ResponseRequest
+from server.schema.sampling import GenerationFields, SamplingFields
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "api.md"
-TABLES: dict[str, type[SamplingFields]] = {"completions": CompletionRequest, "chat": ChatRequest}
+TABLES: dict[str, type[GenerationFields]] = {
+    "completions": CompletionRequest,
+    "chat": ChatRequest,
+    "responses": ResponseRequest,
+}
 _IDLE = "user"  # a field only so that its type is checked
 
 
-def table(kind: type[SamplingFields]) -> str:
+def table(kind: type[GenerationFields]) -> str:
     """Supported parameters (the endpoint's own first), then refused ones, then those without effect."""
     return "\n".join(("| parameter | status | example | notes |", "|---|---|---|---|", *_rows(kind)))
 
 
-def _rows(kind: type[SamplingFields]) -> Iterator[str]:
+def _rows(kind: type[GenerationFields]) -> Iterator[str]:
     shared = SamplingFields.model_fields.keys() - {"model"}
     for name in sorted(kind.model_fields, key=lambda name: (name != "model", name in shared)):
         found = kind.model_fields[name]

@@ -5,8 +5,10 @@ from __future__ import annotations
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from ensemble_core.decoding.requests import Conversation
+from ensemble_core.text.variables import TemplateVariables
 from server.schema.chat import Message, to_conversation
-from server.schema.json_values import Strict, Text, TokenIds
+from server.schema.json_values import Strict, Text, TokenIds, Variables
+from server.schema.tools import Tools, to_tool_use
 
 
 class _TokenizerBody(Strict):
@@ -25,15 +27,19 @@ class TokenizeRequest(_TokenizerBody):
     messages: list[Message] | None = Field(
         None, min_length=1, fail_fast=True, description="A conversation; excludes prompt."
     )
+    tools: Tools = Field(None, description="As in chat completions; only with messages.")
     add_special_tokens: bool | None = Field(None, description="As in completions; true if not sent.")
     add_generation_prompt: bool | None = Field(None, description="As in chat completions.")
     continue_final_message: bool | None = Field(None, description="As in chat completions.")
-    return_token_strs: bool | None = Field(None, description="Also send each token's text.")
+    chat_template_kwargs: Variables = Field(None, description="As in chat completions.")
+    return_token_strs: bool | None = Field(None, description="Also send each token as the vocabulary writes it.")
 
     @model_validator(mode="after")
     def _one_of_both(self) -> TokenizeRequest:
         if (self.prompt is None) == (self.messages is None):
             raise ValueError("either prompt or messages must be sent")
+        if self.tools and self.messages is None:
+            raise ValueError("tools are only allowed with messages")
         return self
 
     @property
@@ -41,9 +47,10 @@ class TokenizeRequest(_TokenizerBody):
         """What to tokenise. Raises InvalidRequestError as chat completions do."""
         if self.messages is None:
             return self.prompt or ""
-        return to_conversation(
-            self.messages, bool(self.continue_final_message), self.add_generation_prompt is not False
-        )
+        tools = to_tool_use(self.tools or (), None, parallel=True)
+        variables = TemplateVariables(self.chat_template_kwargs or {})
+        opens_turn = self.add_generation_prompt is not False
+        return to_conversation(self.messages, bool(self.continue_final_message), opens_turn, tools, variables)
 
 
 class TokenizeReply(BaseModel):
@@ -52,7 +59,7 @@ class TokenizeReply(BaseModel):
     count: int
     max_model_len: int
     tokens: list[int]
-    token_strs: list[str] | None = Field(None, description="With return_token_strs.")
+    token_strs: list[str] | None = Field(description="With return_token_strs: as the vocabulary writes them.")
 
 
 class DetokenizeRequest(_TokenizerBody):

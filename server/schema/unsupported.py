@@ -32,63 +32,51 @@ class Ignored:
 
 
 _REFUSED: dict[str, Refused] = {
-    "structured_outputs": Refused({"regex": "a+"}, why="chat completions have `response_format`"),
-    "guided_json": Refused({"type": "object"}, why="older name of `structured_outputs`"),
-    "guided_regex": Refused("a+", why="older name of `structured_outputs`"),
-    "guided_choice": Refused(["a", "b"], why="older name of `structured_outputs`"),
-    "guided_grammar": Refused("root ::= x", why="older name of `structured_outputs`"),
+    "guided_whitespace_pattern": Refused(" ?", why="`structured_outputs` has `whitespace_pattern`"),
     "use_beam_search": Refused(True, (False,)),
     "length_penalty": Refused(2.0, (1,), "there is no beam search"),
-    "allowed_token_ids": Refused([1, 2]),
-    "bad_words": Refused(["x"], ([],)),
     "logits_processors": Refused(["x"], ([],), "would run code"),
-    "prompt_logprobs": Refused(1, why="`echo` with `logprobs` reports the same"),
     "logprob_token_ids": Refused([1, 2], ([],)),
-    "truncate_prompt_tokens": Refused(10, why="a prompt that is too long is refused"),
-    "return_tokens_as_token_ids": Refused(True, (False,), "`return_token_ids` has them"),
     "spaces_between_special_tokens": Refused(False, (True,)),
     "repetition_detection": Refused({"max_pattern_size": 3}),
-    "thinking_token_budget": Refused(5),
+    "thinking_token_budget": Refused(5, (-1,), "chat completions have it"),
     "cache_salt": Refused("salt", why="the cache has no such isolation"),
 }
 COMPLETION_REFUSED: dict[str, Refused] = _REFUSED | {
     "suffix": Refused("the end", ("",), "members cannot fill in the middle"),
-    "response_format": Refused({"type": "json_object"}, ({"type": "text"},), "chat completions have it"),
+    "truncation_side": Refused("right", ("left",), "the end of a prompt is kept"),
     "prompt_embeds": Refused("AAAA", why="members have different embeddings"),
 }
-CHAT_REFUSED: dict[str, Refused] = _REFUSED | {
-    "tools": Refused([{"type": "function"}], ([],)),
-    "tool_choice": Refused("required", ("none", "auto")),
-    "functions": Refused([{"name": "f"}], ([],)),
-    "function_call": Refused({"name": "f"}, ("none", "auto")),
+CHAT_REFUSED: dict[str, Refused] = {
+    name: refused for name, refused in _REFUSED.items() if name != "thinking_token_budget"
+} | {
+    "functions": Refused([{"name": "f"}], ([],), "older form of `tools`"),
+    "function_call": Refused({"name": "f"}, ("none", "auto"), "older form of `tool_choice`"),
     "modalities": Refused(["audio"], (["text"],)),
     "audio": Refused({"voice": "x"}),
     "prediction": Refused({"type": "content"}),
     "web_search_options": Refused({}),
     "moderation": Refused({"model": "x"}),
-    "reasoning_effort": Refused("high", ("none",)),
     "verbosity": Refused("low", ("medium",)),
     "add_special_tokens": Refused(True, (False,), "templates write their own"),
     "best_of": Refused(2, (1,), "completions have it"),
     "echo": Refused(True, (False,), "completions have it"),
     "chat_template": Refused("{{ messages }}", why="templates run code: set it in the server's YAML"),
-    "chat_template_kwargs": Refused({"x": 1}, ({},)),
     "documents": Refused([{"text": "x"}], ([],)),
     "mm_processor_kwargs": Refused({"x": 1}, ({},)),
-    "structured_outputs": Refused({"regex": "a+"}, why="`response_format` takes JSON schemas"),
-    "prompt_logprobs": Refused(1, why="completions have `echo` with `logprobs`"),
+    "truncate_prompt_tokens": Refused(10, why="completions have it; a conversation is not cut"),
 }
 COMPLETION_IGNORED: dict[str, Ignored] = {
-    "truncation_side": Ignored("left", "nothing is truncated"),
     "return_token_offsets": Ignored(True, "belongs to routes that do not exist here"),
     "priority": Ignored(1, "first come, first served"),
     "request_id": Ignored("mine", "use the `X-Request-Id` header"),
     "kv_transfer_params": Ignored({}, "there is one server"),
     "ec_transfer_params": Ignored({}, "there is one server"),
+    "guided_decoding_backend": Ignored("guidance", "there is one, llguidance"),
     "vllm_xargs": Ignored({"x": 1}, "there are no such extensions"),
 }
 CHAT_IGNORED: dict[str, Ignored] = COMPLETION_IGNORED | {
-    "parallel_tool_calls": Ignored(False, "there are no tools"),
+    "truncation_side": Ignored("left", "nothing is truncated"),
     "metadata": Ignored({"a": "b"}, "nothing is stored"),
     "store": Ignored(True, "nothing is stored"),
     "service_tier": Ignored("flex", "there is one tier"),
@@ -96,7 +84,52 @@ CHAT_IGNORED: dict[str, Ignored] = COMPLETION_IGNORED | {
     "prompt_cache_key": Ignored("key", "would affect speed only"),
     "prompt_cache_options": Ignored({}, "would affect speed only"),
     "prompt_cache_retention": Ignored("24h", "would affect speed only"),
-    "include_reasoning": Ignored(True, "answers have no reasoning part"),
+}
+
+_STATELESS = "nothing is stored; send the conversation as `input`"
+RESPONSE_REFUSED: dict[str, Refused] = _REFUSED | {
+    "previous_response_id": Refused("resp_1", why=_STATELESS),
+    "previous_response": Refused({"id": "resp_1"}, why=_STATELESS),
+    "previous_input_messages": Refused([{"role": "user"}], ([],), _STATELESS),
+    "conversation": Refused("conv_1", why=_STATELESS),
+    "prompt": Refused({"id": "pmpt_1"}, why="no prompts are stored; send `instructions` and `input`"),
+    "background": Refused(True, (False,), "nothing is stored; use `stream`"),
+    "context_management": Refused([{"type": "compaction"}], ([],), "`truncation` shortens the input"),
+    "moderation": Refused({"model": "x"}),
+    "access_programs": Refused({"cyber": "standard"}, ({},)),
+    "prompt_cache_options": Refused(
+        {"prewarm": True}, ({}, {"mode": "implicit"}, {"mode": "explicit"}), "every prompt is answered"
+    ),
+    "n": Refused(2, (1,), "an answer is one text; chat completions have it"),
+    "messages": Refused([{"role": "user", "content": "x"}], why="this endpoint takes `input`"),
+    "max_tokens": Refused(5, why="this endpoint takes `max_output_tokens`"),
+    "max_completion_tokens": Refused(5, why="this endpoint takes `max_output_tokens`"),
+    "response_format": Refused({"type": "json_object"}, ({"type": "text"},), "this endpoint takes `text.format`"),
+    "guided_json": Refused({"type": "object"}, why="older name of `structured_outputs`"),
+    "guided_regex": Refused("a+", why="older name of `structured_outputs`"),
+    "guided_choice": Refused(["a", "b"], why="older name of `structured_outputs`"),
+    "guided_grammar": Refused('root ::= "x"', why="older name of `structured_outputs`"),
+    "logprobs": Refused(True, (False,), "`include` asks for them"),
+    "prompt_logprobs": Refused(1, why="completions have `echo` with `logprobs`"),
+    "reasoning_effort": Refused("high", ("none",), "this endpoint takes `reasoning.effort`"),
+    "verbosity": Refused("low", ("medium",), "this endpoint takes `text.verbosity`"),
+    "return_token_ids": Refused(True, (False,), "chat completions have it"),
+    "echo": Refused(True, (False,), "completions have it"),
+    "best_of": Refused(2, (1,), "completions have it"),
+    "enable_response_messages": Refused(True, (False,)),
+    "mm_processor_kwargs": Refused({"x": 1}, ({},)),
+    "chat_template": Refused("{{ messages }}", why="templates run code: set it in the server's YAML"),
+    "chat_template_kwargs": Refused({"x": 1}, ({},)),
+}
+RESPONSE_IGNORED: dict[str, Ignored] = COMPLETION_IGNORED | {
+    "truncation_side": Ignored("left", "`truncation` leaves out the oldest turns"),
+    "store": Ignored(True, "nothing is stored; the answer says `store: false`"),
+    "service_tier": Ignored("flex", "there is one tier"),
+    "safety_identifier": Ignored("me", "nothing is kept about users"),
+    "prompt_cache_key": Ignored("key", "would affect speed only"),
+    "prompt_cache_retention": Ignored("24h", "would affect speed only"),
+    "max_tool_calls": Ignored(3, "counts calls of built-in tools, and none are served"),
+    "image": Ignored({"context_compression": "auto"}, "there are no images"),
 }
 
 

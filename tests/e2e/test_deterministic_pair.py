@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 
 from ensemble_core.config import Config
+from ensemble_core.decoding.forms import TextForm
 from ensemble_core.decoding.sampling_params import SamplingParams
 from ensemble_core.llm import LLM
 
@@ -25,7 +26,7 @@ ASKED = [
     (HEAD * 12 + "In the end", SEEDED),
     ("中国的首都是", replace(SEEDED, seed=-7)),
     ("def fibonacci(n):\n    ", replace(GREEDY, logit_bias=tuple((i, 2.0) for i in range(300, 400)))),
-    ("Water boils at a temperature of", replace(GREEDY, json_schema=SCHEMA)),
+    ("Water boils at a temperature of", replace(GREEDY, form=TextForm("json", SCHEMA))),
     ("😀 means", replace(SEEDED, repetition_penalty=1.2, frequency_penalty=0.3)),
     (HEAD, replace(GREEDY, echo=True, max_tokens=2)),
 ]

@@ -17,6 +17,7 @@ from processes import free_port, wait_until_ready
 from prompts import PROMPTS
 
 from ensemble_core.config import Config
+from ensemble_core.decoding.forms import TextForm
 from ensemble_core.decoding.sampling_params import SamplingParams
 from ensemble_core.errors import HostError, InvalidRequestError
 from ensemble_core.hosts import HostConfig, ServerHost
@@ -191,7 +192,9 @@ def test_texts_are_the_local_pair_s(
         assert llm.generate(PROMPTS[:2], biased, model="duet-smollm2")
         if server.kind == "vllm":
             with pytest.raises(InvalidRequestError, match="needs whole distributions, and member 'smollm2'"):
-                llm.generate("a", replace(GREEDY, json_schema='{"type": "object"}'), model="duet-smollm2")
+                llm.generate(
+                    "a", replace(GREEDY, form=TextForm("json", '{"type": "object"}')), model="duet-smollm2"
+                )
         with pytest.raises(
             InvalidRequestError, match="echo needs every position of the prompt, and member 'smollm2'"
         ):

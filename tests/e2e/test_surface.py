@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import httpx
@@ -54,6 +55,34 @@ def test_a_chat_stream_joins_to_the_whole(client: openai.OpenAI) -> None:
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == whole
 
 
+@pytest.mark.parametrize("mode", ["lockstep", "verify"])
+def test_a_prompt_of_control_tokens_alone_is_answered(client: openai.OpenAI, mode: str) -> None:
+    """2 is Gemma's BOS."""
+    for model in ("duet", "gemma3"):
+        extra = {"ensemble": {"mode": mode}} if model == "duet" else {}
+        answer = client.completions.create(model=model, prompt=[2], max_tokens=4, temperature=0, extra_body=extra)
+        assert answer.choices[0].finish_reason in ("length", "stop")
+        assert answer.usage is not None
+        assert answer.usage.prompt_tokens == 1
+
+
+def test_a_window_of_mains_whole_context_is_scored(client: openai.OpenAI) -> None:
+    """As lm-evaluation-harness sends them. The assistant spells the same text in more tokens than it can hold."""
+    ids = httpx.post(
+        f"{client.base_url}".removesuffix("/v1/") + "/tokenize",
+        json={"model": "duet", "prompt": "Ω≈ç√∫˜µ≤≥÷ 日本語 " * 400, "add_special_tokens": False},
+    ).json()["tokens"]
+    window = ids[:2047]
+    answer = client.completions.create(
+        model="duet", prompt=[window], max_tokens=1, temperature=0, echo=True, logprobs=1, timeout=300
+    )
+    (choice,) = answer.choices
+    assert choice.logprobs is not None
+    assert len(choice.logprobs.token_logprobs or []) == 2048
+    assert answer.usage is not None
+    assert answer.usage.dropped_members == {"smollm2": "full"}  # type: ignore[attr-defined]
+
+
 def test_a_schema_is_kept_by_the_ensemble(client: openai.OpenAI) -> None:
     answer = client.chat.completions.create(
         model="duet-smollm2",
@@ -66,6 +95,24 @@ def test_a_schema_is_kept_by_the_ensemble(client: openai.OpenAI) -> None:
     parsed = json.loads(str(answer.choices[0].message.content))
     assert isinstance(parsed["city"], str)
     assert isinstance(parsed["inhabitants"], int)
+
+
+@pytest.mark.parametrize("model", ["duet", "duet-smollm2"])
+def test_patterns_and_choices_are_kept_by_the_ensemble(client: openai.OpenAI, model: str) -> None:
+    asked: dict[str, Any] = {
+        "model": model,
+        "prompt": "The capital of France is",
+        "max_tokens": 24,
+        "temperature": 0.7,
+    }
+    dated = client.completions.create(**asked, extra_body={"structured_outputs": {"regex": "[0-9]{4}-[0-9]{2}"}})
+    assert re.fullmatch("[0-9]{4}-[0-9]{2}", dated.choices[0].text)
+    cities = ["Paris", "Łódź", "New York"]
+    chosen = list(client.completions.create(**asked, stream=True, extra_body={"guided_choice": cities}))
+    assert "".join(chunk.choices[0].text for chunk in chosen) in cities
+    assert chosen[-1].choices[0].finish_reason == "stop"
+    bad = client.completions.create(**asked | {"temperature": 0}, extra_body={"bad_words": ["Paris", "the"]})
+    assert "Paris" not in bad.choices[0].text
 
 
 def test_echoed_logprobs_are_parallel_and_cover_prompt_and_completion(client: openai.OpenAI) -> None:

@@ -16,6 +16,7 @@ from tiny_models import Kind
 from torch import Tensor
 
 from ensemble_core.config import MemberConfig, load_config
+from ensemble_core.decoding.forms import TextForm
 from ensemble_core.decoding.sampling_params import SamplingParams
 from ensemble_core.errors import ConfigError, UnsupportedModelError
 from ensemble_core.llm import LLM
@@ -36,7 +37,7 @@ ASKED: list[tuple[str, str, SamplingParams]] = [
     ("duet", HEAD * 4 + "0 1 2", replace(GREEDY, max_tokens=9)),
     ("duet", HEAD * 4 + "x = 1\n", replace(SEEDED, seed=-3, max_tokens=40)),
     ("duet", "你好", replace(SEEDED, logit_bias=tuple((i, 1.5) for i in range(20, 90)))),
-    ("duet", HEAD, replace(GREEDY, json_schema=SCHEMA, max_tokens=16)),
+    ("duet", HEAD, replace(GREEDY, form=TextForm("json", SCHEMA), max_tokens=16)),
     ("duet", HEAD + "one", replace(GREEDY, repetition_penalty=1.3, presence_penalty=0.5, frequency_penalty=0.2)),
     ("duet", HEAD + "two", replace(SEEDED, echo=True, max_tokens=3)),
     ("weighed", HEAD + "three", replace(SEEDED, min_p=0.01)),

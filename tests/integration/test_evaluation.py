@@ -37,6 +37,7 @@ TEXTS = [
     "Take 250 g of flour, 3 eggs and a little salt. Stir, wait 20 minutes, and bake it until it is golden.",
     "for word in words:\n\tcounts[word] = counts.get(word, 0) + 1\nprint(sorted(counts))\n",
 ]
+CONTRASTIVE = "duet?fusion=contrastive&options.expert=llama&options.base=gpt2"
 SCORING = SamplingParams(max_tokens=0, echo=True, logprobs=0)
 
 
@@ -295,9 +296,9 @@ def test_tune_by_swarm_finds_weights_and_options(config: Path, tmp_path: Path) -
     values = [_bits(each.stdout, "after") for each in (plain, exact)]
     assert values[0] == pytest.approx(values[1], rel=2e-3)
 
-    both = invoke(*swarm, "--ensemble", "duet?fusion=contrastive", "--vary", "alpha=0.0..3.0")
+    both = invoke(*swarm, "--ensemble", CONTRASTIVE, "--vary", "alpha=0.0..3.0")
     assert both.exit_code == 0, both.output
-    before, found, chance = map(float, re.findall(r"(\d\.\d{5}) (?:as|by)", both.stdout))
+    before, found, chance = map(float, re.findall(r"(\d+\.\d{5}) (?:as|by)", both.stdout))
     assert min(found, chance) < before
     assert re.search(r"fusion options: \{alpha: [0-3]", both.stdout)
     assert _bits(both.stdout, "after") <= _bits(both.stdout, "before")
@@ -318,7 +319,7 @@ def test_what_a_swarm_cannot_vary_is_refused(config: Path, tmp_path: Path, extra
     records = tmp_path / "texts.jsonl"
     records.write_text("\n".join(json.dumps({"text": text}) for text in TEXTS))
     command = ["tune", "--config", str(config), "--task", f"t={records}", "--cache", str(tmp_path)]
-    found = invoke(*command, "--ensemble", "duet?fusion=contrastive", "--method", "swarm", *extra)
+    found = invoke(*command, "--ensemble", CONTRASTIVE, "--method", "swarm", *extra)
     assert found.exit_code == 1
     assert words in found.output
 

@@ -19,6 +19,7 @@ from prompts import together
 from tiny_models import Kind
 
 from ensemble_core.config import Config, load_config
+from ensemble_core.decoding.forms import TextForm
 from ensemble_core.decoding.requests import Overrides
 from ensemble_core.decoding.sampling_params import SamplingParams
 from ensemble_core.errors import HostError, UnisonoError
@@ -41,7 +42,7 @@ ASKED: list[tuple[str, str, SamplingParams]] = [
     ("verified", "Numbers: 0 1 2", SEEDED),
     ("weighed", HEAD + "three", replace(SEEDED, min_p=0.01)),
     ("gemma3", HEAD * 2, GREEDY),
-    ("trio", "def add(left", replace(GREEDY, json_schema='{"type": "object"}', max_tokens=12)),
+    ("trio", "def add(left", replace(GREEDY, form=TextForm("json", '{"type": "object"}'), max_tokens=12)),
 ]
 TIMEOUT = 1.5
 

@@ -46,17 +46,24 @@ def chunks(text: str) -> list[dict[str, Any]]:
     return [json.loads(body) for body in bodies]
 
 
+MESSAGE_NULLS = ("refusal", "annotations", "audio", "function_call", "reasoning", "reasoning_content")
+
+
 def test_the_answer_has_exactly_the_contracts_fields(client: TestClient) -> None:
     answer = post(client).json()
-    assert set(answer) == {"id", "object", "created", "model", "choices", "usage"}
+    told = {"id", "object", "created", "model", "choices", "usage"}
+    nulls = {"service_tier", "system_fingerprint", "kv_transfer_params", "prompt_token_ids", "prompt_logprobs"}
+    assert set(answer) == told | nulls
+    assert all(answer[name] is None for name in nulls)
     assert answer["object"] == "chat.completion"
     assert answer["choices"] == [
         {
             "index": 0,
-            "message": {"role": "assistant", "content": TEXT},
+            "message": {"role": "assistant", "content": TEXT} | dict.fromkeys(MESSAGE_NULLS),
             "logprobs": None,
             "finish_reason": "stop",
             "stop_reason": None,
+            "token_ids": None,
         }
     ]
     assert answer["usage"]["completion_tokens"] == 4
@@ -100,11 +107,12 @@ def test_json_schemas_reach_the_engine_as_text(client: TestClient, runtime: Fake
     schema = {"type": "object", "properties": {"a": {"type": "integer"}}}
     wanted = {"type": "json_schema", "json_schema": {"name": "x", "strict": True, "schema": schema}}
     assert post(client, response_format=wanted).status_code == 200
-    assert json.loads(runtime.seen[0].params.json_schema or "") == schema
+    form = runtime.seen[0].params.form
+    assert form is not None
+    assert (form.kind, json.loads(form.source), form.field) == ("json", schema, "response_format")
 
 
 IMAGE = [{"type": "image_url", "image_url": {"url": "data:,x"}}]
-TOOL = [{"type": "function", "function": {"name": "f"}}]
 BAD = [
     ({"model": "nope"}, 404, "model", "unknown"),
     ({"model": "nope", "max_tokens": 5}, 404, "model", "unknown"),
@@ -114,9 +122,9 @@ BAD = [
     ({"messages": ["hi"]}, 400, "messages.0", "dictionary"),
     ({"messages": [{"content": "x"}]}, 400, "messages.0.role", "required"),
     ({"messages": [{"role": "user"}]}, 400, "messages.0.content", "required"),
-    ({"messages": [{"role": "tool", "content": "x"}]}, 400, "messages.0.role", "'user'"),
+    ({"messages": [{"role": "function", "content": "x"}]}, 400, "messages.0.role", "'user'"),
     ({"messages": [{"role": "user", "content": IMAGE}]}, 400, "messages.0.content", "'image_url'"),
-    ({"messages": [USER, BEGUN | {"tool_calls": TOOL}]}, 400, "messages.1", "tool_calls"),
+    ({"messages": [USER, BEGUN | {"function_call": {"name": "f"}}]}, 400, "messages.1", "function_call"),
     ({"messages": [{"role": "user", "content": "a " * 600}]}, 400, "messages", "context"),
     ({"messages": [{"role": "user", "content": "a " * 600}], "max_tokens": 5}, 400, "messages", "context"),
     ({"max_tokens": 512}, 400, "max_tokens", "context"),
@@ -124,9 +132,6 @@ BAD = [
     ({"max_completion_tokens": 0}, 400, "max_completion_tokens", "max_completion_tokens must be"),
     ({"max_tokens": 0}, 400, "max_tokens", "from 1 to"),
     ({"max_tokens": 1, "max_completion_tokens": 2}, 400, "max_tokens", "send one of them"),
-    ({"tools": TOOL}, 400, "tools", "not supported"),
-    ({"tool_choice": "required"}, 400, "tool_choice", 'send "none" or "auto" or null'),
-    ({"tool_choice": {"type": "function"}}, 400, "tool_choice", "not supported"),
     ({"functions": [{"name": "f"}]}, 400, "functions", "not supported"),
     ({"function_call": {"name": "f"}}, 400, "function_call", "not supported"),
     ({"modalities": ["text", "audio"]}, 400, "modalities", 'send ["text"]'),
@@ -197,7 +202,7 @@ def test_tokenize_and_detokenize_undo_each_other(client: TestClient) -> None:
     text = client.post("/detokenize", json={"model": "a"} | ids).json()
     assert text == {"prompt": " t5 t17 t9999"}
     answer = client.post("/tokenize", json={"model": "a", "add_special_tokens": False} | text).json()
-    assert answer == {"count": 3, "max_model_len": 512} | ids
+    assert answer == {"count": 3, "max_model_len": 512, "token_strs": None} | ids
 
 
 def test_tokenize_adds_special_tokens_and_tells_texts_where_asked(client: TestClient) -> None:

@@ -65,7 +65,10 @@ def usage_of(prompt: int, completion: int) -> dict[str, Any]:
 
 def test_the_answer_has_exactly_the_contracts_fields(client: TestClient) -> None:
     answer = post(client).json()
-    assert set(answer) == {"id", "object", "created", "model", "choices", "usage"}
+    told = {"id", "object", "created", "model", "choices", "usage"}
+    nulls = {"service_tier", "system_fingerprint", "kv_transfer_params"}
+    assert set(answer) == told | nulls
+    assert all(answer[name] is None for name in nulls)
     assert (answer["object"], answer["model"]) == ("text_completion", "duo")
     assert answer["choices"] == [
         {
@@ -74,6 +77,9 @@ def test_the_answer_has_exactly_the_contracts_fields(client: TestClient) -> None
             "logprobs": None,
             "finish_reason": "stop",
             "stop_reason": None,
+            "token_ids": None,
+            "prompt_token_ids": None,
+            "prompt_logprobs": None,
         }
     ]
     assert answer["usage"] == usage_of(3, 4)
@@ -218,8 +224,14 @@ BAD = [
     ({"logit_bias": {"10000": 1}}, 400, "logit_bias", "10000"),
     ({"logit_bias": [[1, 2]]}, 400, "logit_bias", "object"),
     ({"return_token_ids": 1}, 400, "return_token_ids", "boolean"),
-    ({"response_format": {"type": "json_object"}}, 400, "response_format", "not supported"),
-    ({"guided_json": {}}, 400, "guided_json", "leave it out or send null"),
+    ({"guided_whitespace_pattern": " "}, 400, "guided_whitespace_pattern", "leave it out or send null"),
+    ({"guided_json": {}, "response_format": {"type": "json_object"}}, 400, "guided_json", "response_format and"),
+    ({"guided_regex": "a", "guided_choice": ["a"]}, 400, "guided_choice", "send one of them"),
+    ({"structured_outputs": {"structural_tag": "x"}}, 400, "structured_outputs.structural_tag", "not supported"),
+    ({"structured_outputs": {"choice": []}}, 400, "structured_outputs.choice", "1 to"),
+    ({"allowed_token_ids": []}, 400, "allowed_token_ids", "empty"),
+    ({"allowed_token_ids": [10000]}, 400, "allowed_token_ids", "10000"),
+    ({"bad_words": [""]}, 400, "bad_words", "1 to 256"),
     ({"user": 5}, 400, "user", "string"),
     ({"ensemble": []}, 400, "ensemble", "dictionary"),
     (

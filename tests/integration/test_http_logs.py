@@ -20,6 +20,7 @@ from ensemble_core.errors import MemberError, NotReadyError
 
 BASE: dict[str, Any] = {"model": "duo", "prompt": "a secret of mine"}
 CHAT: dict[str, Any] = {"model": "duo", "messages": [{"role": "user", "content": "a secret of mine"}]}
+RESPONSE: dict[str, Any] = {"model": "duo", "input": "a secret of mine"}
 RECORD = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} [A-Z]+ [a-z_.]+ \[[\x21-\x7e]+\] ")
 FORGED = "2026-01-01 00:00:00,000 INFO server.edge.access [admin] FORGED"
 
@@ -196,7 +197,9 @@ def test_a_long_value_is_not_echoed_whole(base: str, fields: dict[str, Any]) -> 
     assert len(answer.content) < 3000
 
 
-@pytest.mark.parametrize(("path", "fields"), [("/v1/completions", BASE), ("/v1/chat/completions", CHAT)])
+@pytest.mark.parametrize(
+    ("path", "fields"), [("/v1/completions", BASE), ("/v1/chat/completions", CHAT), ("/v1/responses", RESPONSE)]
+)
 def test_an_answer_has_one_access_record(
     base: str, json_log: io.StringIO, runtime: FakeRuntime, path: str, fields: dict[str, Any]
 ) -> None:
@@ -206,7 +209,8 @@ def test_an_answer_has_one_access_record(
     assert (told["method"], told["route"], told["status"], told["level"]) == ("POST", path, 200, "INFO")
     assert (told["model"], told["id"]) == ("duo", answer.json()["id"])
     assert told["bytes"] == len(answer.content)
-    assert told["prompt_tokens"] == answer.json()["usage"]["prompt_tokens"]
+    usage = answer.json()["usage"]
+    assert told["prompt_tokens"] == usage["input_tokens" if path == "/v1/responses" else "prompt_tokens"]
     assert told["completion_tokens"] == 4
     assert 0.08 <= told["first_byte"] <= told["seconds"] < 5
     assert {"error", "disconnected"}.isdisjoint(told)
@@ -325,3 +329,11 @@ def test_without_a_key_no_route_is_reached(json_log: io.StringIO, runtime: FakeR
         told = last_access(json_log, "k")
     assert (told["route"], told["status"]) == ("-", 401)
     assert "sk-" not in json_log.getvalue()
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/completions/"])
+def test_with_a_key_the_route_is_named(json_log: io.StringIO, runtime: FakeRuntime, path: str) -> None:
+    with live_server(runtime, ServerConfig(api_keys=("sk-mine",), drain_seconds=0.2)) as base:  # type: ignore[arg-type]
+        key = {"Authorization": "Bearer sk-mine"}
+        httpx.post(f"{base}{path}", json=BASE, headers=headers("w") | key)
+        assert last_access(json_log, "w")["route"] == "/v1/completions"

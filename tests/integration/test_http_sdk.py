@@ -13,6 +13,7 @@ import pytest
 from fake_runtime import FakeRuntime, live_server
 
 from ensemble_core.config import ServerConfig
+from ensemble_core.decoding.forms import TextForm
 from ensemble_core.errors import NotReadyError, QueueFullError
 
 TEXT = " Hello wörld 😀!"
@@ -134,7 +135,7 @@ def test_structured_answers_through_the_sdk(client: openai.OpenAI, runtime: Fake
     }
     answer = client.chat.completions.create(model="duo", messages=MESSAGES, response_format=wanted)
     assert answer.choices[0].message.content == '{"a": 5}'
-    assert runtime.seen[0].params.json_schema == '{"type":"object"}'
+    assert runtime.seen[0].params.form == TextForm("json", '{"type":"object"}')
 
 
 def test_our_extension_goes_through_extra_body(client: openai.OpenAI, runtime: FakeRuntime) -> None:

@@ -92,6 +92,15 @@ def only(exporter: InMemorySpanExporter) -> tuple[ReadableSpan, dict[str, Any]]:
     return span, dict(span.attributes or {})
 
 
+def test_a_response_is_one_span(client: TestClient, exporter: InMemorySpanExporter) -> None:
+    body = {"model": "duo", "input": "a b c", "max_output_tokens": 9}
+    assert client.post("/v1/responses", json=body).status_code == 200
+    span, told = only(exporter)
+    assert (span.name, told["http.route"]) == ("chat duo", "/v1/responses")
+    assert told["gen_ai.response.id"].startswith("resp_")
+    assert (told["gen_ai.request.max_tokens"], told["gen_ai.usage.output_tokens"]) == (9, 4)
+
+
 @pytest.mark.parametrize(
     ("path", "fields", "operation"),
     [("/v1/completions", BASE, "text_completion"), ("/v1/chat/completions", CHAT, "chat")],

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from ensemble_core.config import load_config
+from ensemble_core.decoding.forms import TextForm
 from ensemble_core.decoding.sampling_params import SamplingParams
 from ensemble_core.llm import LLM, Completion
 from ensemble_core.members.base import Feed, ask
@@ -140,7 +141,7 @@ def test_constrained_text_parses_and_leaves_others_alone(llm: LLM, model: str) -
         }
     )
     free = SamplingParams(max_tokens=12, temperature=0.0)
-    bound = SamplingParams(max_tokens=120, temperature=0.0, json_schema=schema)
+    bound = SamplingParams(max_tokens=120, temperature=0.0, form=TextForm("json", schema))
     (expected,) = llm.generate("An animal", free, model)
     done = llm.generate(["An animal"] * 2, [bound, free], model)
     assert done[0].finish_reason == "stop"

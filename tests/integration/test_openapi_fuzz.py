@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,10 +24,12 @@ from schemathesis.specs.openapi.checks import (
 from starlette.testclient import TestClient
 
 from ensemble_core.config import ServerConfig
+from ensemble_core.limits import LimitsConfig
 from server.edge.app import create_app
 from server.edge.metrics import PrometheusMetrics
 from server.schema.chat import ChatRequest
 from server.schema.completions import CompletionRequest
+from server.schema.responses import ResponseRequest
 from server.schema.tokenizers import DetokenizeRequest, TokenizeRequest
 
 JSON = {"Content-Type": "application/json"}
@@ -35,7 +39,10 @@ BOUNDS = settings(
     deadline=None,
     derandomize=True,
     database=None,
-    phases=[Phase.generate],  # shrinking a failure could take minutes
+    phases=[
+        Phase.explicit,
+        Phase.generate,
+    ],  # the examples of the document, too; shrinking a failure could take minutes
     suppress_health_check=list(HealthCheck),
 )
 CHECKS = [not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]
@@ -81,7 +88,7 @@ def test_every_route_keeps_its_word(case: Any) -> None:
 def test_the_fuzz_went_past_the_checks() -> None:
     if not statuses:
         pytest.skip("runs after the fuzz")
-    for path in ("/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"):
+    for path in ("/v1/completions", "/v1/chat/completions", "/v1/responses", "/tokenize", "/detokenize"):
         assert statuses[path, 200], f"{path}: {statuses}"
         assert statuses[path, 400], f"{path}: {statuses}"
 
@@ -106,6 +113,7 @@ MESSAGES = [{"role": "user", "content": "Hi!"}]
 ROUTES: dict[str, tuple[type[Any], dict[str, Any]]] = {
     "/v1/completions": (CompletionRequest, {"model": "duo", "prompt": "Hi!"}),
     "/v1/chat/completions": (ChatRequest, {"model": "duo", "messages": MESSAGES}),
+    "/v1/responses": (ResponseRequest, {"model": "duo", "input": "Hi!"}),
     "/tokenize": (TokenizeRequest, {"model": "duo", "prompt": "Hi!"}),
     "/detokenize": (DetokenizeRequest, {"model": "duo", "tokens": [1, 2]}),
 }
@@ -161,3 +169,22 @@ def test_any_messages(client: TestClient, content: object, role: object, more: o
 def test_any_response_format(client: TestClient, schema: object, kind: str) -> None:
     wanted = {"type": kind, "json_schema": {"name": "x", "schema": schema}}
     check(client, "/v1/chat/completions", {"model": "duo", "messages": MESSAGES, "response_format": wanted})
+
+
+@cache
+def app_with_files() -> Any:
+    config = ServerConfig(
+        allowed_hosts=("*",), files_folder=Path(tempfile.mkdtemp()), limits=LimitsConfig(files=5)
+    )
+    return create_app(runtime(), config, PrometheusMetrics())  # type: ignore[arg-type]
+
+
+of_files = schemathesis.openapi.from_asgi("/openapi.json", app_with_files()).include(
+    path_regex="^/v1/(files|batches)"
+)
+
+
+@of_files.parametrize()
+@BOUNDS
+def test_every_route_of_files_keeps_its_word(case: Any) -> None:
+    case.validate_response(case.call(), checks=CHECKS)

@@ -281,6 +281,11 @@ def test_tokens_of_a_prompt_and_back(runtime: Runtime) -> None:
     assert bytes(chat.token_ids) == b"user: a\nassistant:"
 
 
+def test_no_text_and_no_tokens_are_each_others_form(runtime: Runtime) -> None:
+    assert asyncio.run(runtime.tokenize("duo", "")).token_ids == ()
+    assert asyncio.run(runtime.detokenize("duo", [])) == ""
+
+
 def test_a_tokenizer_is_described(runtime: Runtime) -> None:
     info = runtime.tokenizer_info("duo")
     assert (info["member"], info["vocab_size"], info["stop_token_ids"]) == ("alpha", 257, [256])
@@ -294,8 +299,8 @@ def test_wrong_questions_about_tokens_are_refused(runtime: Runtime) -> None:
     for wrong in ([257], [-1]):
         with pytest.raises(InvalidRequestError, match="vocabulary"):
             asyncio.run(runtime.detokenize("duo", wrong))
-    with pytest.raises(InvalidRequestError):
-        asyncio.run(runtime.tokenize("duo", ""))
+    with pytest.raises(InvalidRequestError, match=r"^tokens: "):
+        asyncio.run(runtime.detokenize("duo", [300]))
     with pytest.raises(ModelNotFoundError):
         asyncio.run(runtime.tokenize("nobody", "a"))
     with pytest.raises(ModelNotFoundError):

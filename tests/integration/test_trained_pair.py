@@ -15,7 +15,7 @@ from ensemble_core.config import load_config
 from ensemble_core.decoding.sampling_params import SamplingParams
 from ensemble_core.errors import ArtefactError
 from ensemble_core.evaluation.run import Chosen
-from ensemble_core.fitting.fit import Search, fit_council
+from ensemble_core.fitting.run import Search, fit_council
 from ensemble_core.llm import LLM
 from studies import domains, routing, trained_pair
 from studies.trained_pair import GAIN, SMALL, Measured

@@ -10,21 +10,24 @@ import pytest
 from fakes import FakeMember, FakeTokenizer, byte_vocabulary, fake_config, fake_loaded, pair_vocabulary
 
 from ensemble_core.admission import Admission
+from ensemble_core.decoding.forms import TextForm
 from ensemble_core.decoding.requests import Conversation, GenerationRequest, Overrides, Weighting
 from ensemble_core.decoding.sampling_params import SamplingParams
 from ensemble_core.decoding.sequence import Choice, Phase
 from ensemble_core.errors import InvalidRequestError, ModelNotFoundError
 from ensemble_core.members.base import Abilities
+from ensemble_core.text.prompt import PromptEncoder
 
 MAIN_LEN, ASSISTANT_LEN = 64, 24
 
 
-def admission() -> Admission:
+def admission(**duo: Any) -> Admission:
     members = {
         "alpha": FakeMember("alpha", pair_vocabulary(), max_len=MAIN_LEN),
         "beta": FakeMember("beta", byte_vocabulary(), max_len=ASSISTANT_LEN),
     }
-    return fake_loaded(fake_config(), members).admission
+    recipe = {"members": {"alpha": 0.5, "beta": 0.5}, "main": "alpha"} | duo
+    return fake_loaded(fake_config(ensembles={"duo": recipe}), members).admission
 
 
 def request(prompt: object, max_tokens: int = 4, model: str = "duo", **overrides: object) -> GenerationRequest:
@@ -78,13 +81,20 @@ def test_prompt_and_completion_fit_the_mains_context(max_tokens: int, fits: bool
 
 @pytest.mark.parametrize(("length", "fits"), [(23, True), (24, False)])
 def test_an_assistant_needs_room_for_one_token(length: int, fits: bool) -> None:
+    """Without it the request goes on without that assistant, or is refused; see `on_full_context`."""
     wanted = request("." * length, 1)
+    made = admission().admit(wanted)
+    assert {name: len(track) for name, track in made.tracks.items()} == {"alpha": length} | (
+        {"beta": length} if fits else {}
+    )
+    assert made.dropped == ({} if fits else {"beta": "full"})
+    ending = admission(on_full_context="end")
     if fits:
-        assert len(admission().admit(wanted).tracks["beta"]) == length
+        assert len(ending.admit(wanted).tracks["beta"]) == length
         return
-    error = refused(wanted)
-    assert error.param == "prompt"
-    assert "'beta'" in str(error)
+    with pytest.raises(InvalidRequestError, match="'beta'") as caught:
+        ending.admit(wanted)
+    assert caught.value.param == "prompt"
 
 
 @pytest.mark.parametrize("length", [64, 65, 64 * 256 + 1])
@@ -118,8 +128,9 @@ SIZE = len(pair_vocabulary())
         (with_params((-1,)), "prompt"),
         (with_params(()), "prompt"),
         (with_params(logit_bias=((SIZE, 1.0),)), "logit_bias"),
+        (with_params(allowed_token_ids=(0, SIZE)), "allowed_token_ids"),
         (with_params(stop_token_ids=(SIZE,)), "stop_token_ids"),
-        (with_params(json_schema="{"), "response_format"),
+        (with_params(form=TextForm("json", "{", field="response_format")), "response_format"),
     ],
 )
 def test_ids_and_schemas_are_checked_against_main(wrong: GenerationRequest, param: str) -> None:
@@ -131,7 +142,7 @@ def test_the_last_id_of_main_is_fine() -> None:
         with_params((97, SIZE - 1), logit_bias=((SIZE - 1, 1.0),), stop_token_ids=(SIZE - 1,))
     )
     assert made.main.prompt_ids == [97, SIZE - 1]
-    assert made.biased == (SIZE - 1,)
+    assert made.pinned == (SIZE - 1,)
 
 
 def test_assistants_read_the_text_of_ids_without_control_tokens() -> None:
@@ -141,6 +152,23 @@ def test_assistants_read_the_text_of_ids_without_control_tokens() -> None:
     assert made.main.prompt_ids == list(ids)
     assert bytes(made.tracks["beta"].prompt_ids) == "abc é".encode()
     assert made.prompt_text == "abc é"
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("special", [True, False])
+def test_for_control_tokens_alone_assistants_begin_a_text(count: int, special: bool) -> None:
+    """There is no text to read. The fake has no BOS, so it begins behind an end of text."""
+    (end,) = pair_vocabulary().stop_ids
+    made = admission().admit(replace(with_params((end,) * count), add_special_tokens=special))
+    assert made.main.prompt_ids == [end] * count
+    assert made.tracks["beta"].prompt_ids == [*byte_vocabulary().stop_ids]
+    assert made.prompt_text == ""
+
+
+def test_a_member_that_cannot_begin_a_text_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PromptEncoder, "start", lambda _self: [])
+    (end,) = pair_vocabulary().stop_ids
+    assert "'beta'" in str(refused(with_params((end,))))
 
 
 def test_a_conversation_can_go_on_from_its_last_message() -> None:
@@ -269,9 +297,39 @@ def test_each_choice_is_checked() -> None:
     for wrong, param in [
         (with_params(max_tokens=MAIN_LEN), "max_tokens"),
         (with_params(logit_bias=((SIZE, 1.0),)), "logit_bias"),
-        (with_params(json_schema="{"), "response_format"),
+        (with_params(allowed_token_ids=(0, SIZE)), "allowed_token_ids"),
+        (with_params(form=TextForm("json", "{", field="response_format")), "response_format"),
     ]:
         with pytest.raises(InvalidRequestError) as caught:
             shared.admit_all([*choices("ab", 2), replace(wrong, group="g")])
         assert caught.value.param == param
     assert shared.admit_all([]) == []
+
+
+@pytest.mark.parametrize("given", ["text", "ids"])
+def test_a_cut_prompt_is_its_end_in_every_member(given: str) -> None:
+    vocabulary, text = pair_vocabulary(), "abc de abc é!"
+    ids = vocabulary.encode(text)
+    cut = replace(with_params(text if given == "text" else tuple(ids)), truncate=5)
+    made = admission().admit(cut)
+    kept = b"".join(vocabulary.tokens[token_id] for token_id in ids[-5:])
+    assert made.main.prompt_ids == ids[-5:]
+    assert bytes(made.tracks["beta"].prompt_ids) == kept
+    assert made.prompt_text == kept.decode()
+    whole = admission().admit(replace(cut, truncate=len(ids)))
+    assert whole.main.prompt_ids == ids
+    assert whole.prompt_text == text
+
+
+def test_a_prompt_may_be_cut_to_what_fits() -> None:
+    long = replace(with_params(tuple([46] * 100), model="alpha"), truncate=-1)
+    made = admission().admit(long)
+    assert len(made.main.prompt_ids) == MAIN_LEN - 4
+    assert refused(replace(long, truncate=None)).param == "prompt"
+
+
+def test_choices_that_are_cut_differently_share_no_prompt() -> None:
+    requests = [replace(with_params("abcdefgh"), group="g", truncate=most) for most in (2, 3, 3)]
+    made = admission().admit_all(requests)
+    assert [len(each.main.prompt_ids) for each in made] == [2, 3, 3]
+    assert made[1].main.prompt_ids is made[2].main.prompt_ids

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 from dataclasses import dataclass, replace
 from typing import Any, get_type_hints
 
 import pytest
+from fake_runtime import FakeTokenized
 from openai.types import completion_create_params as completion_params
 from openai.types.chat import completion_create_params as chat_params
+from openai.types.responses import response_create_params as response_params
 from pydantic import ValidationError
 
+from ensemble_core.decoding.requests import Conversation
 from ensemble_core.errors import InvalidRequestError
-from server.api import chat, completions
+from server.api import chat, completions, responses
 from server.api.jobs import Job
 from server.schema import table
 from server.schema.chat import ChatRequest
 from server.schema.completions import CompletionRequest
+from server.schema.responses import ResponseRequest
 
 DOCUMENT = table.DOCUMENT.read_text(encoding="utf-8")
 ROW = re.compile(r"^\| `(\w+)` \| (supported|400|no effect) \| `(.+?)` \|", re.MULTILINE)
@@ -33,19 +38,34 @@ VLLM = """
     request_id return_tokens_as_token_ids return_token_ids return_token_offsets cache_salt kv_transfer_params
     ec_transfer_params vllm_xargs repetition_detection thinking_token_budget best_of
     """
+# What vLLM's responses take beside OpenAI's.
+VLLM_RESPONSES = """
+    logit_bias top_k skip_special_tokens include_stop_str_in_output request_id mm_processor_kwargs priority cache_salt
+    enable_response_messages previous_input_messages previous_response structured_outputs repetition_penalty seed stop
+    ignore_eos vllm_xargs
+    """
 TURNS = [{"role": "user", "content": "Hi!"}, {"role": "assistant", "content": "Well,"}]
 BASES: dict[str, dict[str, Any]] = {
     "completions": {"model": "duo", "prompt": "Hi!"},
     "chat": {"model": "duo", "messages": TURNS},
+    "responses": {"model": "duo", "input": TURNS},
 }
+TOOLS = [{"type": "function", "name": "f", "function": {"name": "f"}}]  # in both forms
 # What a parameter needs beside it.
 COMPANIONS: dict[str, dict[str, Any]] = {
     "stream_options": {"stream": True},
-    "top_logprobs": {"logprobs": True},
+    "top_logprobs": {"logprobs": True, "include": ["message.output_text.logprobs"]},
     "add_generation_prompt": {"continue_final_message": True},
     "continue_final_message": {"add_generation_prompt": False},
+    "tool_choice": {"tools": TOOLS},
+    "parallel_tool_calls": {"tools": TOOLS},
 }
-ALONE = ("stream_options", "top_logprobs")  # whose companions can be sent without them
+ALONE = (
+    "stream_options",
+    "top_logprobs",
+    "tool_choice",
+    "parallel_tool_calls",
+)  # whose companions can be sent without them
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +77,12 @@ class Row:
 
     @property
     def base(self) -> dict[str, Any]:
-        return BASES[self.table] | (COMPANIONS.get(self.name, {}) if self.name in ALONE else {})
+        return BASES[self.table] | (companions(self.table, self.name) if self.name in ALONE else {})
+
+
+def companions(table: str, name: str) -> dict[str, Any]:
+    known = KINDS[table].model_fields
+    return {key: value for key, value in COMPANIONS.get(name, {}).items() if key in known}
 
 
 def rows() -> list[Row]:
@@ -74,11 +99,19 @@ def rows() -> list[Row]:
 ROWS = rows()
 
 
+async def measured(prompt: Conversation) -> Any:
+    return FakeTokenized((0,) * 10 * len(prompt.messages), (), 100)
+
+
 def job_of(table: str, body: dict[str, Any]) -> tuple[Job, bool]:
     """The job that a body asks for, and whether its answer is a stream."""
     if table == "completions":
         completion = CompletionRequest.model_validate(body)
         return completions.plan(completion, 128), bool(completion.stream)
+    if table == "responses":
+        asked = ResponseRequest.model_validate(body)
+        prompt, limit = asyncio.run(responses.fitted(asked, measured))
+        return responses.plan(asked, prompt, limit), bool(asked.stream)
     talk = ChatRequest.model_validate(body)
     return chat.plan(talk, chat.conversation(talk), chat.length_limit(talk) or 100, 128), bool(talk.stream)
 
@@ -88,7 +121,9 @@ def effect(table: str, body: dict[str, Any]) -> object:
     job, stream = job_of(table, body)
     ticket = job.ticket
     requests = [replace(request, request_id="", group=None) for request in ticket.requests]
-    told = {name: value for name, value in vars(job).items() if name != "ticket"}
+    told = {name: value for name, value in vars(job).items() if name not in ("ticket", "wire", "_writer")}
+    if "_response" in told:
+        told["_response"] = told["_response"].model_copy(update={"id": "", "created_at": 0})
     counts = (ticket.num_choices, ticket.num_sampled, ticket.final_usage, ticket.running_usage)
     return requests, told, counts, stream
 
@@ -112,11 +147,15 @@ def test_no_parameter_of_the_sdk_or_of_vllm_is_left_out() -> None:
     of_chat = {row.name for row in ROWS if row.table == "chat"}
     assert set(get_type_hints(completion_params.CompletionCreateParamsBase)) | set(VLLM.split()) <= of_completions
     assert set(get_type_hints(chat_params.CompletionCreateParamsBase)) <= of_chat
+    of_responses = {row.name for row in ROWS if row.table == "responses"}
+    assert (
+        set(get_type_hints(response_params.ResponseCreateParamsBase)) | set(VLLM_RESPONSES.split()) <= of_responses
+    )
 
 
 @pytest.mark.parametrize("row", [row for row in ROWS if row.status == "supported"], ids=str)
 def test_what_is_supported_has_an_effect(row: Row) -> None:
-    body = BASES[row.table] | COMPANIONS.get(row.name, {}) | {row.name: row.example}
+    body = BASES[row.table] | companions(row.table, row.name) | {row.name: row.example}
     assert row.name in KINDS[row.table].model_fields
     assert effect(row.table, body) != effect(row.table, row.base)
 

@@ -13,6 +13,7 @@ from fakes import fake_config
 from scripted_engine import Failure, Script, ScriptedEngine, as_json, asked, council, text_of, whole
 
 from ensemble_core.config import Config
+from ensemble_core.decoding.forms import TextForm
 from ensemble_core.decoding.requests import Conversation, CouncilBounds, GenerationRequest, Output, Overrides
 from ensemble_core.errors import (
     CouncilError,
@@ -350,11 +351,12 @@ def test_what_belongs_to_one_vocabulary_is_refused() -> None:
     engine = ScriptedEngine(lambda _request: "x")
     for model, prompt, params, words in (
         ("poll", "a", {"logit_bias": ((1, 2.0),)}, "logit_bias"),
+        ("poll", "a", {"allowed_token_ids": (1, 2)}, "allowed_token_ids"),
         ("poll", "a", {"stop_token_ids": (1,)}, "stop_token_ids"),
         ("poll", (1, 2), {}, "prompt: token ids"),
         ("poll", "a", {"echo": True}, "scores no prompts"),
         ("table", "a", {"logprobs": 1}, "logprobs"),
-        ("table", "a", {"json_schema": ""}, "response_format"),
+        ("table", "a", {"form": TextForm("json", field="response_format")}, "response_format"),
     ):
         with pytest.raises(InvalidRequestError, match=words):
             run(engine, settings, asked(model, prompt, **params))

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from fakes import Bench, FakeMember, byte_vocabulary, fake_config, fake_loaded, mid_character, pair_vocabulary
 
+from ensemble_core.decoding.forms import TextForm, one_of
 from ensemble_core.decoding.requests import GenerationRequest, Output, Prompt, TokenLogprob
 from ensemble_core.decoding.sampling_params import SamplingParams
 from ensemble_core.decoding.sequence import Phase, Sequence
@@ -95,6 +96,33 @@ def test_a_full_negative_bias_bans() -> None:
     assert not set(free) & set(banned)
 
 
+@pytest.mark.parametrize("model", ["duo", "alpha"])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_allowed_ids_and_bad_words_hold_and_harm_nobody_beside_them(model: str, temperature: float) -> None:
+    bench = Pair()
+    params = {"max_tokens": 40, "temperature": temperature, "seed": 3}
+    few = bench.add(
+        "abc", model, allowed_token_ids=(ord("~"), ord("}"), 1), **params
+    )  # far outside of the candidates
+    free = text(alone("abc", model, **params))
+    words = (free[:1], free[1:3], free[4:7])
+    clean = bench.add("abc", model, bad_words=words, **params)
+    beside = [bench.add("abc", each, **params) for each in ("duo", "alpha", "beta")]
+    bench.run()
+    assert set(text(bench.of(few))) <= {"~", "}", "\x01"}
+    assert bench.of(few)[-1].num_completion_tokens == 40
+    assert not any(word in text(bench.of(clean)) for word in words)
+    for sequence in beside:
+        assert tokens(bench.of(sequence)) == tokens(alone("abc", sequence.request.model, **params))
+
+
+def test_bad_words_hold_in_a_constraint() -> None:
+    form = one_of(["cat", "cow"])
+    assert text(alone("abc", max_tokens=9, form=form, bad_words=("ca",), **GREEDY)) == "cow"
+    done = alone("abc", max_tokens=9, form=form, bad_words=("c",), **GREEDY)
+    assert done[-1].finish_reason == "error"
+
+
 def test_the_end_is_held_off_until_min_tokens() -> None:
     for least in (0, 5):
         bench = Pair()
@@ -114,7 +142,7 @@ def test_constrained_text_fits_and_changes_nothing_beside_it(model: str, tempera
     bench = Pair()
     schema = json.dumps({"type": "array", "items": {"enum": ["cat", 7]}, "minItems": 2, "maxItems": 4})
     params = {"max_tokens": 200, "temperature": temperature, "seed": 4}
-    bound = bench.add("abc", model, json_schema=schema, **params)
+    bound = bench.add("abc", model, form=TextForm("json", schema), **params)
     beside = [bench.add("abc", each, **params) for each in ("duo", "alpha", "beta")]
     bench.run()
     value = json.loads(text(bench.of(bound)))
@@ -124,16 +152,16 @@ def test_constrained_text_fits_and_changes_nothing_beside_it(model: str, tempera
     assert tokens(bench.of(bound))[-1] in bench.members["alpha"].vocabulary.stop_ids
     for sequence in beside:
         assert tokens(bench.of(sequence)) == tokens(alone("abc", sequence.request.model, **params))
-    assert tokens(bench.of(bound)) == tokens(alone("abc", model, json_schema=schema, **params))
+    assert tokens(bench.of(bound)) == tokens(alone("abc", model, form=TextForm("json", schema), **params))
 
 
 def test_constrained_text_that_is_cut_has_its_length() -> None:
-    done = alone("abc", max_tokens=5, json_schema='{"enum": ["a long text"]}', **GREEDY)
+    done = alone("abc", max_tokens=5, form=TextForm("json", '{"enum": ["a long text"]}'), **GREEDY)
     assert (text(done), done[-1].finish_reason) == ('"a lo', "length")
 
 
 def test_a_complete_text_ends_though_min_tokens_wants_more() -> None:
-    done = alone("abc", max_tokens=40, min_tokens=30, json_schema='{"enum": ["ab"]}', **GREEDY)
+    done = alone("abc", max_tokens=40, min_tokens=30, form=TextForm("json", '{"enum": ["ab"]}'), **GREEDY)
     assert json.loads(text(done)) == "ab"
     assert done[-1].finish_reason in ("stop", "length")
 

@@ -50,7 +50,7 @@ class Models:
         return [self.say(model, prompt, own) for prompt, own in zip(prompts, each, strict=True)]
 
     def say(self, model: str, prompt: str, params: SamplingParams) -> Completion:
-        right = int(prompt.split()[-2])
+        right = int(prompt.split()[-3])
         text = f"The answer is {right if self.knows(model, right, params.seed) else right + 1}."
         return Completion(text, (1, 2, 3), "stop", None, 5)
 

@@ -10,6 +10,7 @@ import pytest
 from fakes import byte_vocabulary, pair_vocabulary
 from tiny_models import byte_level, metaspace, replacing
 
+from ensemble_core.decoding.forms import TextForm
 from ensemble_core.decoding.guidance import Constraint, Grammars
 from ensemble_core.errors import InvalidRequestError, UnisonoError
 from ensemble_core.text.vocabulary import Vocabulary, from_tokenizer
@@ -27,6 +28,10 @@ PERSON = json.dumps(
         "additionalProperties": False,
     }
 )
+
+
+def of_schema(schema: str) -> TextForm:
+    return TextForm("json", schema, field="response_format")
 
 
 def is_person(value: object) -> bool:
@@ -63,7 +68,7 @@ SCHEMAS: list[tuple[str, Callable[[object], bool]]] = [
 
 def write(vocabulary: Vocabulary, schema: str, rng: random.Random, limit: int = 600) -> list[int]:
     """A random walk over what is allowed, which ends at a stop token."""
-    constraint = Grammars(vocabulary).compile(schema)
+    constraint = Grammars(vocabulary).compile(of_schema(schema))
     ids: list[int] = []
     for _ in range(limit):
         allowed = constraint.allowed()
@@ -92,7 +97,7 @@ def test_any_walk_is_json_of_the_schema(kind: str, schema: int) -> None:
 
 def test_no_schema_is_any_object() -> None:
     vocabulary = byte_vocabulary()
-    constraint = Grammars(vocabulary).compile("")
+    constraint = Grammars(vocabulary).compile(of_schema(""))
     allowed = constraint.allowed()
     assert allowed[ord("{")]
     assert not allowed[[ord("["), ord('"'), ord("1"), len(vocabulary) - 1]].any()
@@ -106,7 +111,7 @@ def test_every_stop_token_ends_and_only_a_complete_text() -> None:
     plain = byte_vocabulary()
     ends = frozenset({256, 257})
     two = Vocabulary([*plain.tokens, b"<end>"], ends, ends, plain.encode)
-    constraint = Grammars(two).compile('{"enum": [7]}')
+    constraint = Grammars(two).compile(of_schema('{"enum": [7]}'))
     assert constraint.allowed().nonzero().flatten().tolist() == [ord("7")]
     constraint.accept(ord("7"))
     assert constraint.allowed()[[256, 257]].all()
@@ -114,7 +119,10 @@ def test_every_stop_token_ends_and_only_a_complete_text() -> None:
 
 def test_constraints_of_one_vocabulary_stand_apart() -> None:
     grammars = Grammars(byte_vocabulary())
-    first, second = grammars.compile('{"enum": ["ab"]}'), grammars.compile('{"enum": ["ab"]}')
+    first, second = (
+        grammars.compile(of_schema('{"enum": ["ab"]}')),
+        grammars.compile(of_schema('{"enum": ["ab"]}')),
+    )
     first.accept(ord('"'))
     assert first.allowed().nonzero().flatten().tolist() == [ord("a")]
     assert second.allowed().nonzero().flatten().tolist() == [ord('"')]
@@ -126,7 +134,7 @@ def test_constraints_of_one_vocabulary_stand_apart() -> None:
 )
 def test_a_schema_that_cannot_be_used_is_refused(schema: str) -> None:
     with pytest.raises(InvalidRequestError, match="response_format") as caught:
-        Grammars(byte_vocabulary()).compile(schema)
+        Grammars(byte_vocabulary()).compile(of_schema(schema))
     assert caught.value.param == "response_format"
 
 
@@ -145,7 +153,7 @@ CHOICES = {"anyOf": [{"type": "object", "properties": {f"p{i}_{j}": {} for j in 
 @pytest.mark.parametrize("kind", VOCABULARIES)
 def test_a_schema_that_nothing_satisfies_or_that_costs_too_much_is_refused(kind: str, schema: str) -> None:
     with pytest.raises(InvalidRequestError, match=r"^response_format") as caught:
-        Grammars(VOCABULARIES[kind]()).compile(schema)
+        Grammars(VOCABULARIES[kind]()).compile(of_schema(schema))
     assert caught.value.param == "response_format"
     assert len(str(caught.value)) < 500
 
@@ -156,13 +164,13 @@ def test_a_pattern_that_costs_too_much_is_refused() -> None:
     tokens = [*plain.tokens, *(bytes(rng.choices(range(97, 123), k=rng.randrange(2, 12))) for _ in range(5000))]
     long_tokens = Vocabulary(tokens, plain.special_ids, plain.stop_ids, plain.encode)
     with pytest.raises(InvalidRequestError, match="too many"):
-        Grammars(long_tokens).compile(json.dumps({"type": "string", "pattern": pattern}))
+        Grammars(long_tokens).compile(of_schema(json.dumps({"type": "string", "pattern": pattern})))
 
 
 def test_a_grammar_that_fails_on_the_way_raises_and_lets_no_stop_token_through() -> None:
     late = {"type": "array", "prefixItems": [{"const": "abcdefgh"}, CHOICES], "minItems": 2}
     vocabulary = byte_vocabulary()
-    constraint, text = Grammars(vocabulary).compile(json.dumps(late)), b'["abcdefgh",{'
+    constraint, text = Grammars(vocabulary).compile(of_schema(json.dumps(late))), b'["abcdefgh",{'
     for byte in text[:-1]:
         allowed = constraint.allowed()
         assert allowed[byte]
@@ -183,7 +191,7 @@ def follow(constraint: Constraint, byte: int) -> None:
 
 
 def test_a_token_that_was_not_allowed_ends_the_constraint() -> None:
-    constraint = Grammars(byte_vocabulary()).compile('{"enum": [7]}')
+    constraint = Grammars(byte_vocabulary()).compile(of_schema('{"enum": [7]}'))
     with pytest.raises(UnisonoError):
         constraint.accept(ord("8"))
     with pytest.raises(UnisonoError):
@@ -208,8 +216,8 @@ def test_a_schema_that_comes_back_to_itself_may_end(schema: str) -> None:
 
 def test_choices_of_a_prompt_share_a_grammar_and_stand_apart() -> None:
     grammars = Grammars(byte_vocabulary())
-    first, second = (grammars.compile('{"enum": ["ab", "cd"]}', "group") for _ in range(2))
-    other = grammars.compile('{"enum": [7]}', "group")
+    first, second = (grammars.compile(of_schema('{"enum": ["ab", "cd"]}')) for _ in range(2))
+    other = grammars.compile(of_schema('{"enum": [7]}'))
     first.accept(ord('"'))
     first.accept(ord("a"))
     second.accept(ord('"'))
@@ -220,12 +228,12 @@ def test_choices_of_a_prompt_share_a_grammar_and_stand_apart() -> None:
 
 def test_a_member_that_cannot_stop_is_refused() -> None:
     with pytest.raises(InvalidRequestError, match="no stop token") as caught:
-        Grammars(byte_vocabulary(eos=False)).compile("")
+        Grammars(byte_vocabulary(eos=False)).compile(of_schema(""))
     assert caught.value.param == "response_format"
 
 
 def test_white_space_comes_to_an_end() -> None:
-    constraint = Grammars(byte_vocabulary()).compile('{"type": "array"}')
+    constraint = Grammars(byte_vocabulary()).compile(of_schema('{"type": "array"}'))
     constraint.accept(ord("["))
     written = 0
     while constraint.allowed()[[ord(" "), ord("\n")]].any():

@@ -129,7 +129,7 @@ def test_answers_of_several_widths_are_never_in_one_batch() -> None:
     bound = sequence(1, "ab", [ALPHA], ALONE, GREEDY)
     size = len(ALPHA.vocabulary)
     ids = free.tracks["alpha"].prompt_ids
-    feeds = [Feed(0, ids, also=(free.biased,), top_k=NUM_CANDIDATES + num_biased), Feed(1, ids, top_k=size)]
+    feeds = [Feed(0, ids, also=(free.pinned,), top_k=NUM_CANDIDATES + num_biased), Feed(1, ids, top_k=size)]
     answers = {"alpha": ALPHA.forward(feeds)}
     for seq_id in (0, 1):
         ALPHA.release(seq_id)

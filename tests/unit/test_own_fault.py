@@ -11,6 +11,7 @@ from fakes import Bench, FakeMember, byte_vocabulary, fake_config, fake_loaded, 
 from torch import Tensor
 
 from ensemble_core.decoding import reports
+from ensemble_core.decoding.forms import TextForm
 from ensemble_core.decoding.modes import lockstep
 from ensemble_core.decoding.recipe import Recipe
 from ensemble_core.decoding.requests import GenerationRequest, Output
@@ -102,7 +103,7 @@ def _in_respelling(monkeypatch: pytest.MonkeyPatch, sick: Sequence) -> None:
 def _in_its_constraint(monkeypatch: pytest.MonkeyPatch, sick: Sequence) -> None:
     class Broken:
         def allowed(self) -> Tensor:
-            raise ConstraintError("went wrong")
+            raise ConstraintError("response_format", "JSON schema", "went wrong")
 
         def accept(self, token_id: int) -> None:
             """Never reached."""
@@ -174,7 +175,7 @@ def test_what_a_neighbour_needs_changes_nobody(monkeypatch: pytest.MonkeyPatch, 
     bench = Pair(num_candidates=24)
     request = bench.add("ab")
     bench.add("cab", SamplingParams(max_tokens=20, logit_bias=tuple((i, 2.0) for i in range(60, 150))))
-    bench.add("dea", SamplingParams(max_tokens=20, json_schema=""))
+    bench.add("dea", SamplingParams(max_tokens=20, form=TextForm("json")))
     bench.add("abcabcabc", SamplingParams(max_tokens=20, echo=True, logprobs=3))
     bench.run()
     assert bench.said(request) == expected
@@ -182,7 +183,7 @@ def test_what_a_neighbour_needs_changes_nobody(monkeypatch: pytest.MonkeyPatch, 
 
 def test_whole_vocabularies_are_asked_for_where_a_constraint_decides_and_nowhere_else() -> None:
     bench = Pair(num_candidates=16)
-    scored = SamplingParams(max_tokens=4, echo=True, logprobs=1, json_schema="", temperature=0.0)
+    scored = SamplingParams(max_tokens=4, echo=True, logprobs=1, form=TextForm("json"), temperature=0.0)
     request = bench.add("abcab dea " * 12, scored)
     bench.add("ab")
     bench.run()

@@ -12,12 +12,19 @@ from ensemble_core.decoding.sampling_params import PARAMETERS, SamplingParams
 from ensemble_core.errors import InvalidRequestError
 from server.schema.chat import ChatRequest
 from server.schema.completions import CompletionRequest
-from server.schema.sampling import SamplingFields
+from server.schema.responses import ResponseRequest
+from server.schema.sampling import GenerationFields
 
 RANGED = [name for name, each in PARAMETERS.items() if each.kind in ("integer", "number")]
-# Chat has a length limit and log-probabilities of another form.
-SENT: list[tuple[type[SamplingFields], str]] = [(CompletionRequest, name) for name in RANGED]
-SENT += [(ChatRequest, name) for name in RANGED if name not in ("max_tokens", "logprobs")]
+# Chat and responses have a length limit and log-probabilities of another form; chat alone has reasoning.
+SENT: list[tuple[type[GenerationFields], str]] = [
+    (kind, name)
+    for kind in (CompletionRequest, ChatRequest, ResponseRequest)
+    for name in RANGED
+    if kind is CompletionRequest or name not in ("max_tokens", "logprobs")
+    if kind is ChatRequest or name != "thinking_token_budget"
+    if kind is not ResponseRequest or name != "prompt_logprobs"
+]
 NUMBER = Parameter("number", 1.0, "what it does", 0.5, low=0, high=2)
 
 
@@ -35,7 +42,7 @@ def test_the_check_is_the_declared_range(name: str) -> None:
 
 
 @pytest.mark.parametrize(("kind", "name"), SENT)
-def test_the_document_says_the_declared_range(kind: type[SamplingFields], name: str) -> None:
+def test_the_document_says_the_declared_range(kind: type[GenerationFields], name: str) -> None:
     told, found = kind.model_json_schema()["properties"][name], PARAMETERS[name]
     least = {"max_tokens": 0, "top_k": -1}.get(name, found.low)  # the wire takes 0 with echo, and -1 for 0
     assert told["exclusiveMinimum" if found.above else "minimum"] == least
@@ -48,7 +55,7 @@ def test_the_document_says_the_declared_range(kind: type[SamplingFields], name: 
 
 def test_every_parameter_can_be_sent() -> None:
     sent = CompletionRequest.model_fields.keys() | ChatRequest.model_fields.keys()
-    assert PARAMETERS.keys() - sent == {"json_schema"}  # which chat calls response_format
+    assert PARAMETERS.keys() - sent == {"form"}  # which has several names there
 
 
 def test_defaults_pass_and_shape_nothing() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from fakes import Bench, FakeMember, Records, byte_vocabulary, fake_config, fake_loaded, pair_vocabulary
 
+from ensemble_core.decoding.forms import TextForm
 from ensemble_core.decoding.requests import GenerationRequest
 from ensemble_core.decoding.sampling_params import SamplingParams
 from ensemble_core.decoding.sequence import Phase, Sequence
@@ -100,7 +101,7 @@ def some_params(rng: random.Random, seed: int) -> SamplingParams:
         temperature=rng.choice([0.0, 1.0]),
         seed=seed,
         presence_penalty=rng.choice([0.0, 0.5]),
-        json_schema=SCHEMA if kind == "schema" else None,
+        form=TextForm("json", SCHEMA) if kind == "schema" else None,
         **scored,  # type: ignore[arg-type]
     )
 

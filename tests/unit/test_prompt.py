@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from tiny_models import byte_level, metaspace
@@ -29,6 +30,7 @@ def test_a_plain_prompt_is_the_tokenizers_own(tokenizer: object, text: str) -> N
 def test_an_empty_prompt_is_refused_by_name() -> None:
     with pytest.raises(InvalidRequestError, match="'m'") as caught:
         PromptEncoder("m", BYTE_LEVEL).encode("")
+    assert PromptEncoder("m", BYTE_LEVEL).tokenize("") == []
     assert caught.value.param == "prompt"
 
 
@@ -101,3 +103,17 @@ def test_the_last_message_can_be_left_open() -> None:
     assert plain_chat(MESSAGES, continue_final=True) == "system: be short\nuser: hi 😀"
     ids = PromptEncoder("m", BYTE_LEVEL, CHATML).encode_chat(MESSAGES, continue_final=True)
     assert BYTE_LEVEL.decode(ids) == "<|im_start|>system\nbe short<|im_end|>\n<|im_start|>user\nhi 😀"
+
+
+def test_pieces_are_what_the_vocabulary_writes() -> None:
+    encoder = PromptEncoder("m", BYTE_LEVEL)
+    ids = encoder.encode("a b é")
+    assert encoder.pieces(ids) == BYTE_LEVEL.convert_ids_to_tokens(ids)
+    assert "Ġ" in "".join(encoder.pieces(ids))
+    assert encoder.pieces([10_000]) == [""]
+
+
+@pytest.mark.parametrize(("bos", "eos", "start"), [(5, 7, [5]), (0, 7, [0]), (None, 7, [7]), (None, None, [])])
+def test_a_text_begins_with_bos_or_behind_an_end(bos: int | None, eos: int | None, start: list[int]) -> None:
+    tokenizer = SimpleNamespace(bos_token_id=bos, eos_token_id=eos)
+    assert PromptEncoder("m", tokenizer).start() == start

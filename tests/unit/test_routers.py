@@ -21,7 +21,7 @@ from ensemble_core.councils.features import NUM_FEATURES, dense, features
 from ensemble_core.councils.route import gate
 from ensemble_core.councils.routers import Balance, ClusterRouter, LinearRouter, balance_of, ranked
 from ensemble_core.errors import ArtefactError
-from ensemble_core.fitting.fit import Labels, judged
+from ensemble_core.fitting.fit_router import Labels, judged
 from ensemble_core.fitting.routers import RIDGES, fit_clusters, fit_linear, leads, lloyd, plus_plus, prefer
 
 NAMES = ["river", "stone", "bridge", "harbour", "mountain", "valley", "forest", "meadow"]

@@ -182,6 +182,8 @@ OTHERS: dict[str, dict[str, Any]] = {
     "min-p": {"min_p": 0.1},
     "penalty": {"frequency_penalty": 0.5},
     "bias": {"logit_bias": ((10, 3.0),)},
+    "allowed ids": {"allowed_token_ids": (97, 98, 99)},
+    "bad words": {"bad_words": ("ab",)},
     "min_tokens": {"min_tokens": 5},
 }
 

@@ -28,6 +28,7 @@ from fakes import (
 )
 from torch import Tensor
 
+from ensemble_core.decoding.forms import TextForm
 from ensemble_core.decoding.modes.base import Ask, Turn, choose_mode, mode_of
 from ensemble_core.decoding.modes.sampled import FURTHEST, Draw, needs_pool
 from ensemble_core.decoding.recipe import Recipe
@@ -488,7 +489,7 @@ def test_traces_and_json_are_served_by_verify_too() -> None:
     schema = '{"type": "object", "properties": {"a": {"enum": ["b"]}}, "required": ["a"]}'
     wanted = [
         GenerationRequest("r", "duo", "abc", SAMPLED, trace=True),
-        GenerationRequest("r", "duo", "abc", replace(SAMPLED, json_schema=schema, ignore_eos=False)),
+        GenerationRequest("r", "duo", "abc", replace(SAMPLED, form=TextForm("json", schema), ignore_eos=False)),
         GenerationRequest("r", "duo", "abc", replace(SAMPLED, stop=("b",), ignore_eos=False)),
     ]
     made = [loaded.admission.admit(each) for each in wanted]

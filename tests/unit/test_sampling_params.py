@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 
-from ensemble_core.decoding import sampling_params as module
 from ensemble_core.decoding.sampling_params import SamplingParams
 from ensemble_core.errors import InvalidRequestError
 
@@ -22,6 +21,7 @@ BOUNDS: list[tuple[str, list[Any], list[Any]]] = [
     ("echo", [True], [1]),
     ("seed", [0, -(2**63), 2**63 - 1, None], [-(2**63) - 1, 2**63, 0.5, True]),
     ("logprobs", [0, 20, None], [-1, 21, True]),
+    ("thinking_token_budget", [-1, 0, 2**31 - 1, None], [-2, 2**31, 0.5, True]),
     ("repetition_penalty", [0.01, 1, 10.0], [0.0, 0.009, 10.1, math.nan, math.inf, "1", True]),
     ("presence_penalty", [-2, 2.0], [-2.1, 2.1, math.nan]),
     ("frequency_penalty", [-2.0, 2], [-2.1, 2.1, -math.inf]),
@@ -30,6 +30,8 @@ BOUNDS: list[tuple[str, list[Any], list[Any]]] = [
         [((5, -100.0), (6, 100)), ((1, 0.0),) * 1024],
         [((5, -100.5),), ((5, 101.0),), ((-1, 1.0),), ((5, math.nan),), ((1, 0.0),) * 1025],
     ),
+    ("allowed_token_ids", [(0,), (1,) * 1024], [(1,) * 1025, (-1,), (2**31,), (1.5,), (True,)]),
+    ("bad_words", [("a",) * 128, ("x" * 256,)], [("a",) * 129, ("",), ("x" * 257,), "abc"]),
     ("temperature", [0, 2.0], [-0.1, 2.1, math.nan, True]),
     ("top_k", [0, 1, 2**31 - 1], [-1, 2**31, 1.0]),
     ("top_p", [1e-6, 1], [0.0, -0.1, 1.1, math.nan]),
@@ -51,15 +53,14 @@ def test_what_is_without_is_refused_by_name(name: str, value: object) -> None:
 
 
 def test_every_field_has_its_bounds_here() -> None:
-    fields = set(SamplingParams.__dataclass_fields__) - {"json_schema"}
+    fields = set(SamplingParams.__dataclass_fields__) - {"form"}
     assert {name for name, _, _ in BOUNDS} == fields
 
 
-def test_a_long_schema_is_refused() -> None:
-    assert SamplingParams(json_schema="x" * module.MAX_GRAMMAR_LENGTH).json_schema
-    with pytest.raises(InvalidRequestError, match="65537") as caught:
-        SamplingParams(json_schema="x" * (module.MAX_GRAMMAR_LENGTH + 1))
-    assert caught.value.param == "response_format"
+def test_a_form_is_a_form() -> None:
+    with pytest.raises(InvalidRequestError, match="TextForm") as caught:
+        SamplingParams(form="{}")  # type: ignore[arg-type]
+    assert caught.value.param == "form"
 
 
 def test_nothing_is_generated_only_where_the_prompt_is_echoed() -> None:
@@ -80,6 +81,8 @@ def test_nothing_is_generated_only_where_the_prompt_is_echoed() -> None:
         ({"presence_penalty": 0.1}, True),
         ({"frequency_penalty": -0.1}, True),
         ({"logit_bias": ((3, 1.0),)}, True),
+        ({"allowed_token_ids": (3,)}, True),
+        ({"bad_words": ("a",)}, True),
     ],
 )
 def test_who_shapes(options: dict[str, Any], shapes: bool) -> None:

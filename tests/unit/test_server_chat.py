@@ -10,6 +10,7 @@ from fake_runtime import FakeRuntime
 from fakes import byte_vocabulary
 from tiny_models import byte_level, metaspace
 
+from ensemble_core.decoding.forms import TextForm
 from ensemble_core.decoding.logprobs import Scored, describe_token
 from ensemble_core.decoding.requests import Alternative, Conversation, TokenLogprob
 from ensemble_core.decoding.sampling_params import SamplingParams
@@ -20,7 +21,6 @@ from server.api.chat import (
     ChatJob,
     chat_words,
     conversation,
-    json_schema,
     length_limit,
     plan,
     room_left,
@@ -77,7 +77,7 @@ def test_every_parameter_reaches_the_engine() -> None:
     }
     first, second = job_of(n=2, **fields).ticket.requests
     assert first.params == SamplingParams(
-        max_tokens=7, logprobs=5, json_schema="", stop=("x",), seed=4, top_k=3, logit_bias=((9, 1.0),)
+        max_tokens=7, logprobs=5, form=TextForm("json"), stop=("x",), seed=4, top_k=3, logit_bias=((9, 1.0),)
     )
     assert (first.trace, first.overrides.members) == (True, ("a",))
     assert (second.params.seed, second.group) == (5, first.group)
@@ -134,7 +134,6 @@ def test_without_a_limit_the_context_is_it() -> None:
         ({}, "prompt", "messages"),
         ({"max_completion_tokens": 5}, "max_tokens", "max_completion_tokens"),
         ({"max_tokens": 5}, "max_tokens", "max_tokens"),
-        ({}, "json_schema", "response_format"),
         ({}, "stop", "stop"),
     ],
 )
@@ -182,7 +181,9 @@ def test_out_of_bounds(fields: dict[str, Any], param: str) -> None:
     ],
 )
 def test_response_formats(value: object, text: str | None) -> None:
-    assert json_schema(body_of(response_format=value).response_format) == text
+    form = body_of(response_format=value).form
+    assert form == (None if text is None else TextForm("json", text))
+    assert form is None or form.field == "response_format"
 
 
 @pytest.mark.parametrize("schema", [{"minimum": float("nan")}, {"enum": ["x" * 70_000]}])
@@ -234,12 +235,13 @@ def test_usage_chunks() -> None:
     assert last.usage.completion_tokens == 4
 
 
-def test_what_was_not_asked_for_is_left_out() -> None:
+def test_what_was_not_asked_for_is_left_out_or_null() -> None:
     whole = answer(job_of(), FakeRuntime())
     (choice,) = whole.choices
-    assert choice.logprobs is None
-    assert choice.model_fields_set == {"index", "message", "logprobs", "finish_reason", "stop_reason"}
-    assert "prompt_token_ids" not in whole.model_fields_set
+    assert choice.logprobs is choice.token_ids is None
+    assert choice.model_fields_set == {"index", "message", "logprobs", "finish_reason", "stop_reason", "token_ids"}
+    assert whole.prompt_token_ids is whole.prompt_logprobs is None
+    assert {"prompt_token_ids", "prompt_logprobs"} <= whole.model_fields_set
 
 
 def test_a_token_has_its_bytes_and_the_likeliest_alternatives() -> None:
@@ -280,3 +282,28 @@ def test_the_bytes_of_tokens_that_split_a_character_join_to_it(kind: str) -> Non
             vocabulary.tokens[token_id],
             vocabulary.tokens[ids[0]],
         ]
+
+
+def test_prompt_logprobs_of_a_conversation() -> None:
+    whole = answer(job_of(prompt_logprobs=1), FakeRuntime())
+    assert whole.prompt_logprobs is not None
+    assert whole.prompt_logprobs[0] is None
+    assert all(told and len(told) == 1 for told in whole.prompt_logprobs[1:])
+
+
+def test_ids_as_names_keep_the_bytes() -> None:
+    token = TokenLogprob(
+        7, "é".encode(), -3.0, 0, (Alternative(7, "é".encode(), -3.0), Alternative(2, b"b", -4.0))
+    )
+    told = to_chat_token(token, 2, as_ids=True)
+    assert (told.token, told.bytes) == ("token_id:7", [0xC3, 0xA9])
+    assert [each.token for each in told.top_logprobs] == ["token_id:7", "token_id:2"]
+
+
+@pytest.mark.parametrize("kind", VOCABULARIES)
+def test_the_bytes_of_control_tokens_are_those_of_their_names(kind: str) -> None:
+    """And ids that no token has, have none."""
+    vocabulary = VOCABULARIES[kind]()
+    for token_id in vocabulary.special_ids | vocabulary.stop_ids:
+        told = to_chat_token(describe_token(Track(vocabulary, []), token_id, Scored(-1.0), 0), 0)
+        assert bytes(told.bytes or []) == vocabulary.tokens[token_id] == told.token.encode()

@@ -47,7 +47,7 @@ def test_version() -> None:
     assert invoke("--version").output.startswith("unisono ")
 
 
-@pytest.mark.parametrize("command", ["serve", "build", "pull", "generate"])
+@pytest.mark.parametrize("command", ["serve", "batch", "build", "pull", "generate"])
 def test_every_command_takes_a_config(command: str) -> None:
     assert "--config" in invoke(command, "--help").output
 

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import math
 from collections.abc import Iterable
 from typing import Any
 
 import pytest
 from fake_runtime import FakeRuntime, outputs_of
+from pydantic import ValidationError
 
 from ensemble_core.decoding.requests import Alternative, Output, Overrides, TokenLogprob, Weighting
 from ensemble_core.decoding.sampling_params import MAX_SEED, SamplingParams
@@ -152,15 +154,25 @@ def test_chunks_have_a_usage_field_only_where_it_was_asked_for() -> None:
     assert [chunk.usage is None for chunk in final] == [True, True, True, True, False]
     assert [len(chunk.choices) for chunk in final] == [1, 1, 1, 1, 0]
     assert all("usage" in chunk.model_fields_set for chunk in final)
-    running = run(job_of(stream=True, stream_options={"continuous_usage_stats": True}), FakeRuntime())
-    assert [chunk.usage and chunk.usage.completion_tokens for chunk in running] == [1, 2, 3, 4]
+    both = {"include_usage": True, "continuous_usage_stats": True}
+    running = run(job_of(stream=True, stream_options=both), FakeRuntime())
+    assert [chunk.usage and chunk.usage.completion_tokens for chunk in running] == [1, 2, 3, 4, 4]
+
+
+@pytest.mark.parametrize("final", [{}, {"include_usage": False}, {"include_usage": None}])
+def test_running_usage_comes_only_with_final_usage(final: dict[str, Any]) -> None:
+    """As in vLLM."""
+    options = final | {"continuous_usage_stats": True}
+    chunks = run(job_of(stream=True, stream_options=options), FakeRuntime())
+    assert len(chunks) == 4
+    assert all("usage" not in chunk.model_fields_set for chunk in chunks)
 
 
 def test_outputs_that_say_nothing_are_not_sent() -> None:
     runtime = FakeRuntime(script=["", "a", "", "b", ""])
     assert [chunk.choices[0].text for chunk in run(job_of(stream=True), runtime)] == ["a", "b", ""]
-    options = {"continuous_usage_stats": True}
-    assert len(run(job_of(stream=True, stream_options=options), runtime)) == 5
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    assert len(run(job_of(stream=True, stream_options=options), runtime)) == 6
 
 
 def test_the_stop_string_is_told() -> None:
@@ -318,7 +330,7 @@ def test_a_stream_and_the_whole_answer_tell_the_same() -> None:
         pieces = [piece for chunk in streamed for piece in chunk.choices if piece.index == choice.index]
         assert "".join(piece.text for piece in pieces) == choice.text
         assert pieces[0].prompt_token_ids == choice.prompt_token_ids
-        assert all("prompt_token_ids" not in piece.model_fields_set for piece in pieces[1:])
+        assert all(piece.prompt_token_ids is None for piece in pieces[1:])
         assert joined(piece.token_ids for piece in pieces) == choice.token_ids == [0, 1, 2, 3]
         assert joined(piece.trace for piece in pieces) == choice.trace
         assert choice.logprobs is not None
@@ -333,10 +345,13 @@ def test_tokens_whose_text_is_held_back_still_tell_their_logprobs() -> None:
     assert [len(chunk.choices[0].logprobs.tokens) for chunk in streamed if chunk.choices[0].logprobs] == [1, 1, 1]
 
 
-def test_what_was_not_asked_for_is_left_out() -> None:
+def test_what_was_not_asked_for_is_left_out_or_null() -> None:
     (choice,) = answer(job_of(), FakeRuntime()).choices
-    assert choice.model_fields_set == {"index", "text", "logprobs", "finish_reason", "stop_reason"}
+    told = {"index", "text", "logprobs", "finish_reason", "stop_reason"}
+    nulls = {"token_ids", "prompt_token_ids", "prompt_logprobs"}
+    assert choice.model_fields_set == told | nulls
     assert choice.logprobs is None
+    assert all(getattr(choice, name) is None for name in nulls)
 
 
 def test_a_trace_tells_what_the_members_proposed() -> None:
@@ -393,3 +408,56 @@ def test_what_json_cannot_spell_is_floored() -> None:
 def test_a_request_is_watched_where_it_is_streamed(stream: bool) -> None:
     (request,) = job_of(stream=stream).ticket.requests
     assert request.watched is stream
+
+
+def test_prompt_logprobs_have_vllms_form() -> None:
+    (choice,) = answer(job_of(prompt="a b c", prompt_logprobs=2), FakeRuntime()).choices
+    assert (choice.text, choice.logprobs) == (" Hello wörld 😀!", None)
+    assert choice.prompt_logprobs is not None
+    first, second, third = choice.prompt_logprobs
+    assert first is None
+    assert second is not None
+    assert [(told.rank, told.decoded_token) for told in second.values()] == [(1, " b"), (2, "alt1")]
+    assert third is not None
+    assert len(third) == 2
+    sent = json.loads(choice.model_dump_json(exclude_unset=True))["prompt_logprobs"]
+    assert set(sent[1][str(next(iter(second)))]) == {"logprob", "rank", "decoded_token"}
+
+
+def test_prompt_logprobs_beside_an_echo_change_neither() -> None:
+    both = answer(job_of(prompt="a b c", echo=True, logprobs=1, prompt_logprobs=3), FakeRuntime()).choices[0]
+    echo = answer(job_of(prompt="a b c", echo=True, logprobs=1), FakeRuntime()).choices[0]
+    assert both.logprobs == echo.logprobs
+    assert both.prompt_logprobs is not None
+    assert [len(told or {}) for told in both.prompt_logprobs] == [0, 3, 3]
+    (none,) = answer(job_of(prompt="a b c", prompt_logprobs=0), FakeRuntime()).choices
+    assert [len(told or {}) for told in none.prompt_logprobs or []] == [0, 1, 1]
+
+
+def test_prompt_logprobs_are_not_streamed() -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        job_of(stream=True, prompt_logprobs=1)
+    assert caught.value.param == "prompt_logprobs"
+
+
+def test_tokens_may_be_named_by_their_ids() -> None:
+    plain, named = (
+        answer(job_of(logprobs=2, return_tokens_as_token_ids=flag), FakeRuntime()).choices[0].logprobs
+        for flag in (False, True)
+    )
+    assert plain is not None
+    assert named is not None
+    assert named.tokens == ["token_id:0", "token_id:1", "token_id:2", "token_id:3"]
+    assert named.token_logprobs == plain.token_logprobs
+    for told in named.top_logprobs:
+        assert told is not None
+        assert all(name.startswith("token_id:") for name in told)
+
+
+@pytest.mark.parametrize(("most", "fine"), [(1, True), (-1, True), (0, False), (-2, False), (2**31, False)])
+def test_how_far_a_prompt_is_cut(most: int, fine: bool) -> None:
+    if fine:
+        assert [each.truncate for each in job_of(truncate_prompt_tokens=most).ticket.requests] == [most]
+        return
+    with pytest.raises((InvalidRequestError, ValidationError), match="truncate_prompt_tokens"):
+        job_of(truncate_prompt_tokens=most)

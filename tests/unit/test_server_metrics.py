@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import subprocess
 import threading
 
@@ -7,6 +8,7 @@ import pytest
 from fake_runtime import MODELS
 from fakes import FakeMember, ensemble, fake_engine, sequence
 from processes import tool
+from prometheus_client.openmetrics.parser import text_string_to_metric_families as openmetrics_families
 from prometheus_client.parser import text_string_to_metric_families
 
 from ensemble_core.decoding.sampling_params import SamplingParams
@@ -27,6 +29,7 @@ from ensemble_core.stats import (
     StepStats,
     TokenStats,
 )
+from server.edge import buckets
 from server.edge.metrics import PrometheusMetrics
 
 
@@ -52,6 +55,8 @@ def fed() -> PrometheusMetrics:
     metrics.record(DrawStats("duo", {"a": 3, "b": 2}))
     metrics.record(CouncilStats("poll", "a", 2, 0.75, 1.5, ("a", "a", "b")))
     metrics.rejected("queue_full")
+    metrics.answered("/v1/completions", 200, "duo")
+    metrics.answered(None, None)
     metrics.state(MODELS, True, True)
     return metrics
 
@@ -60,7 +65,7 @@ def samples(metrics: PrometheusMetrics) -> dict[tuple[str, ...], float]:
     """(name, label values in the order of label names ...) -> value."""
     return {
         (sample.name, *(sample.labels[key] for key in sorted(sample.labels))): sample.value
-        for family in text_string_to_metric_families(metrics.render().decode())
+        for family in text_string_to_metric_families(metrics.render()[0].decode())
         for sample in family.samples
     }
 
@@ -71,6 +76,10 @@ def samples(metrics: PrometheusMetrics) -> dict[tuple[str, ...], float]:
         (("requests_total", "stop", "duo"), 1),
         (("requests_total", "abort", "duo"), 1),
         (("requests_rejected_total", "queue_full"), 1),
+        (("accepted_requests_total", "duo"), 1),
+        (("accepted_requests_total", "a"), 0),
+        (("http_requests_total", "/v1/completions", "200"), 1),
+        (("http_requests_total", "none", "none"), 1),
         (("num_requests_running",), 2),
         (("num_requests_waiting",), 1),
         (("prompt_tokens_total", "duo"), 10),
@@ -127,9 +136,12 @@ def test_every_number_comes_out_under_its_name(key: tuple[str, ...], value: floa
 
 
 def test_every_registered_metric_is_fed() -> None:
-    families = list(text_string_to_metric_families(fed().render().decode()))
-    assert [family.name for family in families if not any(s.value for s in family.samples)] == []
-    assert all(family.name.startswith("unisono_") for family in families)
+    families = list(text_string_to_metric_families(fed().render()[0].decode()))
+    own = [family for family in families if family.name.startswith("unisono_")]
+    assert [family.name for family in own if not any(s.value for s in family.samples)] == []
+    others = {family.name for family in families} - {family.name for family in own}
+    assert all(name.startswith(("process_", "python_")) for name in others)
+    assert {"process_resident_memory_bytes", "process_cpu_seconds", "process_open_fds", "python_info"} <= others
 
 
 @pytest.mark.parametrize(
@@ -138,6 +150,39 @@ def test_every_registered_metric_is_fed() -> None:
 def test_buckets_start_where_the_contract_says(name: str, first: str) -> None:
     edges = [key for key in samples(fed()) if key[0] == f"unisono_{name}_seconds_bucket"]
     assert first in edges[0]
+
+
+@pytest.mark.parametrize("name", ["step_seconds", "inter_token_latency_seconds", "time_to_first_token_seconds"])
+@pytest.mark.parametrize(("first", "last", "widest"), [(0.02, 0.06, 0.01), (0.001, 0.01, 0.002)])
+def test_buckets_are_fine_where_medians_lie(name: str, first: float, last: float, widest: float) -> None:
+    edges = sorted({float(key[1]) for key in samples(fed()) if key[0] == f"unisono_{name}_bucket"})
+    inside = [edge for edge in edges if first <= edge <= last]
+    assert (inside[0], inside[-1]) == (first, last)
+    assert all(high - low <= widest + 1e-9 for low, high in itertools.pairwise(inside))
+
+
+@pytest.mark.parametrize("edges", [buckets.STEP, buckets.FIRST, buckets.REQUEST, buckets.PART])
+def test_edges_that_were_there_stay(edges: tuple[float, ...]) -> None:
+    assert list(edges) == sorted(set(edges))
+    assert set(edges) >= {0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0}
+
+
+def test_openmetrics_says_the_same() -> None:
+    text, content_type = fed().render("application/openmetrics-text;version=1.0.0;q=0.6,text/plain;q=0.3")
+    assert content_type.startswith("application/openmetrics-text; version=1.0.0")
+    assert text.endswith(b"# EOF\n")
+    found = {
+        (sample.name, *sorted(sample.labels.items())): sample.value
+        for family in openmetrics_families(text.decode())
+        for sample in family.samples
+    }
+    plain = {
+        (sample.name, *sorted(sample.labels.items())): sample.value
+        for family in text_string_to_metric_families(fed().render("text/plain, */*;q=0.1")[0].decode())
+        for sample in family.samples
+        if sample.name.startswith("unisono_")
+    }
+    assert plain.items() <= found.items()
 
 
 def test_a_member_is_down_while_it_fails() -> None:
@@ -170,7 +215,7 @@ def test_metrics_take_in_every_record() -> None:
 
 
 def test_promtool_accepts_the_output() -> None:
-    done = subprocess.run([tool("promtool"), "check", "metrics"], input=fed().render(), capture_output=True)
+    done = subprocess.run([tool("promtool"), "check", "metrics"], input=fed().render()[0], capture_output=True)
     assert done.returncode == 0, done.stderr.decode() + done.stdout.decode()
     assert done.stderr == b""
 

@@ -10,7 +10,8 @@ from pydantic import BaseModel, ValidationError
 from ensemble_core.errors import InvalidRequestError
 from server.schema.chat import ChatRequest
 from server.schema.completions import CompletionRequest
-from server.schema.sampling import SamplingFields
+from server.schema.responses import ResponseRequest
+from server.schema.sampling import GenerationFields
 from server.schema.tokenizers import TokenizeRequest
 
 BASE: dict[str, Any] = {"model": "duo", "prompt": "x"}
@@ -21,11 +22,13 @@ def parse(**fields: Any) -> CompletionRequest:
 
 
 CHAT: dict[str, Any] = {"model": "duo", "messages": [{"role": "user", "content": "x"}]}
-REFUSED = [(kind, name) for kind in (CompletionRequest, ChatRequest) for name in sorted(kind.refused)]
+REFUSED = [
+    (kind, name) for kind in (CompletionRequest, ChatRequest, ResponseRequest) for name in sorted(kind.refused)
+]
 
 
-def base_of(kind: type[SamplingFields]) -> dict[str, Any]:
-    return BASE if kind is CompletionRequest else CHAT
+def base_of(kind: type[GenerationFields]) -> dict[str, Any]:
+    return {CompletionRequest: BASE, ChatRequest: CHAT, ResponseRequest: {"model": "duo", "input": "x"}}[kind]
 
 
 def chat(**fields: Any) -> ChatRequest:
@@ -33,7 +36,7 @@ def chat(**fields: Any) -> ChatRequest:
 
 
 @pytest.mark.parametrize(("kind", "name"), REFUSED)
-def test_unsupported_parameters_pass_only_with_neutral_values(kind: type[SamplingFields], name: str) -> None:
+def test_unsupported_parameters_pass_only_with_neutral_values(kind: type[GenerationFields], name: str) -> None:
     kind.model_validate(base_of(kind) | {name: None})
     for value in kind.refused[name].neutral:
         kind.model_validate(base_of(kind) | {name: value})
@@ -46,10 +49,9 @@ def test_unsupported_parameters_pass_only_with_neutral_values(kind: type[Samplin
     ("name", "value"),
     [
         ("suffix", "x"),
-        ("prompt_logprobs", 0),
         ("use_beam_search", 0),  # JSON's 0 is no false
         ("length_penalty", True),
-        ("response_format", {"type": "json_object"}),
+        ("guided_whitespace_pattern", " "),
     ],
 )
 def test_values_that_would_change_the_answer_are_refused(name: str, value: object) -> None:
@@ -62,8 +64,8 @@ def test_a_float_is_as_neutral_as_an_integer() -> None:
     parse(length_penalty=1.0)
 
 
-@pytest.mark.parametrize("kind", [CompletionRequest, ChatRequest])
-def test_what_is_supported_refused_and_ignored_does_not_overlap(kind: type[SamplingFields]) -> None:
+@pytest.mark.parametrize("kind", [CompletionRequest, ChatRequest, ResponseRequest])
+def test_what_is_supported_refused_and_ignored_does_not_overlap(kind: type[GenerationFields]) -> None:
     assert not kind.refused.keys() & kind.model_fields.keys()
     assert not kind.ignored.keys() & (kind.model_fields.keys() | kind.refused.keys())
 
@@ -80,7 +82,7 @@ def test_unknown_fields_are_ignored_with_a_debug_line(caplog: pytest.LogCaptureF
     ("name", "value"),
     [
         ("max_tokens", True),
-        ("max_tokens", 5.0),
+        ("max_tokens", 5.5),
         ("max_tokens", "5"),
         ("temperature", "1"),
         ("temperature", True),
@@ -100,13 +102,15 @@ def test_unknown_fields_are_ignored_with_a_debug_line(caplog: pytest.LogCaptureF
         ("prompt", ["x", None]),
         ("prompt", [1, "x"]),
         ("prompt", [1, True]),
-        ("prompt", [1.0]),
+        ("prompt", [1.5]),
+        ("prompt", [[1e300]]),
         ("prompt", [[1], "x"]),
         ("prompt", [[1], ["x"]]),
         ("prompt", [["x"]]),
         ("prompt", [-1]),
         ("prompt", [2**31]),
-        ("best_of", 1.0),
+        ("best_of", 1.5),
+        ("seed", float("inf")),
         ("echo", "yes"),
         ("echo", 1),
         ("logprobs", True),
@@ -145,6 +149,24 @@ def test_types_are_strict(name: str, value: object) -> None:
 
 def test_an_integer_is_a_fine_float() -> None:
     assert parse(temperature=1, top_p=1).temperature == 1.0
+
+
+def test_a_number_without_a_fraction_is_a_fine_integer() -> None:
+    """As in JSON Schema, and so in our OpenAPI document."""
+    body = parse(
+        prompt=[[1.0], [2]], seed=-51.0, max_tokens=5.0, n=2.0, logprobs=1.0, top_k=-1.0, stop_token_ids=[3.0]
+    )
+    assert (body.seed, body.max_tokens, body.n, body.logprobs, body.top_k) == (-51, 5, 2, 1, -1)
+    assert (body.prompts, body.stop_token_ids) == ([(1,), (2,)], [3])
+    assert all(isinstance(each, int) for each in (body.seed, *body.prompts[0], *(body.stop_token_ids or ())))
+
+
+def test_the_document_says_that_no_prompt_may_be_empty() -> None:
+    kinds = CompletionRequest.model_json_schema()["properties"]["prompt"]["anyOf"]
+    assert all(kind.get("minLength", kind.get("minItems")) == 1 for kind in kinds)
+    nested = [kind["items"] for kind in kinds if "items" in kind]
+    assert next(kind for kind in nested if kind["type"] == "array")["minItems"] == 1
+    assert next(kind for kind in nested if kind["type"] == "string")["minLength"] == 1
 
 
 def test_null_means_the_default() -> None:
@@ -209,8 +231,12 @@ def test_content_is_text_or_text_parts() -> None:
         ({"content": [{"type": "text"}]}, "must be a string"),
         ({"content": [{"type": "image_url", "image_url": {"url": "x"}}]}, "'image_url' are not supported"),
         ({"content": [{"type": "input_audio"}]}, "'input_audio' are not supported"),
-        ({"content": "a", "role": "tool"}, "'system', 'developer', 'user' or 'assistant'"),
-        ({"content": "a", "role": "assistant", "tool_calls": [{"id": "x"}]}, "tool_calls is not supported"),
+        ({"content": "a", "role": "function"}, "'system', 'developer', 'user', 'assistant' or 'tool'"),
+        ({"content": "a", "role": "tool"}, "Field required"),
+        ({"content": "a", "tool_call_id": "x"}, "of messages of role tool alone"),
+        ({"content": "a", "role": "assistant", "tool_calls": [{"id": "x"}]}, "Field required"),
+        ({"content": None, "role": "assistant", "tool_calls": []}, "string or a list of text parts"),
+        ({"content": "a", "role": "assistant", "function_call": {"name": "x"}}, "function_call is not supported"),
         ({"content": "a", "role": "assistant", "audio": {"id": "x"}}, "audio is not supported"),
         ({"content": "a", "name": 5}, "valid string"),
     ],

@@ -10,7 +10,7 @@ from starlette.types import Message
 
 from ensemble_core.errors import MemberError
 from server.api import streams
-from server.api.streams import DONE, EventStream, begin, encode, event, unless_gone
+from server.api.streams import DONE, EventStream, Wire, begin, encode, event, unless_gone
 from server.edge.errors import ClientGoneError
 
 
@@ -33,7 +33,7 @@ async def there(piece: Piece) -> BaseModel:
 
 def collect(first: Piece, rest: AsyncGenerator[BaseModel]) -> list[str]:
     async def run() -> list[str]:
-        return [item async for item in encode(there(first), rest)]
+        return [item async for item in encode(there(first), rest, Wire())]
 
     return asyncio.run(run())
 
@@ -66,6 +66,7 @@ def test_no_text_can_break_a_line(char: str) -> None:
 
 def test_an_event_is_one_line_and_a_blank_one() -> None:
     assert event("x") == "data: x\n\n"
+    assert event("x", "a.b") == "event: a.b\ndata: x\n\n"
 
 
 def test_work_that_ends_first_gives_its_result() -> None:
@@ -125,7 +126,7 @@ def test_a_stream_without_a_listener_closes_its_source(broken_pipe: bool) -> Non
             if broken_pipe and num_sent == 5:
                 raise OSError("broken pipe")
 
-        await EventStream(first, source, {})({"type": "http"}, receive, send)
+        await EventStream(first, source, {}, Wire())({"type": "http"}, receive, send)
 
     asyncio.run(run())
     assert closed == ["closed"]
@@ -152,7 +153,7 @@ async def sent(chunks: AsyncGenerator[BaseModel]) -> list[Message]:
     async def send(message: Message) -> None:
         messages.append(message)
 
-    response = await begin(chunks, never, lambda: {"X-Served-By": "a"})
+    response = await begin(chunks, never, lambda: {"X-Served-By": "a"}, Wire())
     await response({"type": "http"}, never, send)
     return messages
 
@@ -190,7 +191,7 @@ async def silent(closed: list[str]) -> AsyncGenerator[BaseModel]:
 def test_a_client_that_goes_before_the_first_chunk_ends_the_work() -> None:
     closed: list[str] = []
     with pytest.raises(ClientGoneError):
-        asyncio.run(begin(silent(closed), at_once, dict))
+        asyncio.run(begin(silent(closed), at_once, dict, Wire()))
     assert closed == ["closed"]
 
 
@@ -208,7 +209,7 @@ def test_a_client_that_goes_while_nothing_comes_ends_the_work() -> None:
         async def send(_message: Message) -> None:
             asyncio.get_running_loop().call_later(0.05, gone.set)
 
-        response = await begin(silent(closed), receive, dict)
+        response = await begin(silent(closed), receive, dict, Wire())
         await response({"type": "http"}, receive, send)
 
     asyncio.run(run())

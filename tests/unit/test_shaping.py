@@ -52,6 +52,11 @@ def reference(token_id: int, logprob: float, made: Sequence, mask: Tensor | None
         logprob -= params.presence_penalty
     logprob -= params.frequency_penalty * generated.count(token_id)
     logprob += dict(params.logit_bias).get(token_id, 0.0)
+    text = bytes([*generated, token_id]) if token_id < 256 else b""
+    if any(text.endswith(word.encode()) for word in params.bad_words):
+        return NEVER
+    if params.allowed_token_ids and token_id not in params.allowed_token_ids:
+        return NEVER
     early = len(generated) < params.min_tokens
     if early and (token_id == EOS or token_id in params.stop_token_ids):
         return NEVER
@@ -73,6 +78,8 @@ def test_rows_are_those_of_the_reference(seed: int) -> None:
                 presence_penalty=rng.choice([0.0, 1.5]),
                 frequency_penalty=rng.choice([0.0, -0.7]),
                 logit_bias=tuple(biases.items()),
+                bad_words=rng.choice([(), ("a",), ("ab", "ba", "cd"), ("e",)]),
+                allowed_token_ids=rng.choice([(), (EOS, *range(97, 107))]),
                 min_tokens=rng.choice([0, 4]),
                 stop_token_ids=rng.choice([(), (ids[3],)]),
             )
@@ -236,6 +243,8 @@ VALID: dict[str, dict[str, Any]] = {
     "the only bias is on what may not come": {"logit_bias": ((EOS, 100.0),), "min_tokens": 50},
     "penalties at their highest": {"repetition_penalty": 10.0, "presence_penalty": 2.0, "frequency_penalty": 2.0},
     "penalties at their lowest": {"repetition_penalty": 0.01, "presence_penalty": -2.0, "frequency_penalty": -2.0},
+    "every id is a bad word": {"bad_words": tuple(map(chr, range(128)))},
+    "an id that main did not name is allowed": {"allowed_token_ids": (EOS, ord("a"))},
     "everything may end the text": {"min_tokens": 50, "stop_token_ids": tuple(range(64))},
     "hardly any temperature": {"temperature": 5e-324},
     "reach without bounds": {"top_k": 2**31 - 1, "top_p": 5e-324, "min_p": 1.0},

@@ -211,6 +211,8 @@ SHAPED: list[dict[str, Any]] = [
     {"repetition_penalty": 1.3, "temperature": 1.0},
     {"min_tokens": 12},
     {"frequency_penalty": 0.5},
+    {"bad_words": ("ab", "中", "a")},
+    {"allowed_token_ids": tuple(range(97, 104)), "bad_words": ("ab", "ca"), "temperature": 1.0},
     {"min_tokens": 9, "temperature": 1.0, "logit_bias": ((10, 5.0),)},
 ]
 
@@ -319,6 +321,8 @@ REQUESTS: dict[str, dict[str, Any]] = {
     "a ban": {"logit_bias": ((97, -100.0), (98, -100.0))},
     "a favourite": {"logit_bias": ((97, 100.0),)},
     "many biases": {"logit_bias": tuple((i, 1.5) for i in range(257)), "temperature": 0.9},
+    "a few ids": {"allowed_token_ids": tuple(range(97, 101)), "temperature": 1.0},
+    "bad words": {"bad_words": ("ab", "ba", "中")},
     "repetition": {"repetition_penalty": 1.4},
     "presence": {"presence_penalty": 1.5, "temperature": 0.7},
     "frequency": {"frequency_penalty": -1.0},

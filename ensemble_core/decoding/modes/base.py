@@ -142,7 +142,7 @@ class Mode(Protocol):
         Must change nothing: if it raises, the engine calls it again for each turn alone.
 
         answers: member -> answers, on the member's device. num_candidates: K of a closed support. Main is asked for
-        K candidates and the biased ids, or for its whole vocabulary if a constraint or the fusion needs it.
+        K candidates and the pinned ids, or for its whole vocabulary if a constraint or the fusion needs it.
         """
 
 

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from ensemble_core.decoding import reports
 from ensemble_core.decoding.modes.base import Ask, Decision, Outcome, Turn, joined
@@ -24,7 +25,7 @@ from ensemble_core.decoding.sequence import Choice, Sequence
 from ensemble_core.decoding.shaping import shape
 from ensemble_core.fusion.base import Fused, Fusion, single
 from ensemble_core.members.base import Answers, Candidates
-from ensemble_core.members.candidates import narrow
+from ensemble_core.members.candidates import in_order, narrow
 from ensemble_core.members.ranking import ranked
 from ensemble_core.stats import FusionStats
 
@@ -91,9 +92,9 @@ def _groups(turns: abc.Sequence[Turn], answers: Mapping[str, Answers], num_candi
 
 
 def width_of(turn: Turn, num_candidates: int) -> int:
-    """Number of main's candidates in the fusion: K, plus room for biased ids and for ids that a constraint allows."""
+    """Number of main's candidates in the fusion: K, plus room for pinned, banned and constrained ids."""
     constrained = 0 if turn.mask is None else num_candidates // 2
-    return num_candidates + len(turn.sequence.biased) + constrained
+    return num_candidates + turn.sequence.num_extra + constrained
 
 
 def _gather(group: abc.Sequence[Turn], answers: Mapping[str, Answers], num_candidates: int) -> list[Candidates]:
@@ -107,17 +108,41 @@ def _gather(group: abc.Sequence[Turn], answers: Mapping[str, Answers], num_candi
 
 
 def narrow_main(group: abc.Sequence[Turn], wide: Candidates, num_candidates: int) -> Candidates:
-    """Main's likeliest ids, the biased ids, and the likeliest ids that a constraint allows."""
-    keep = []
-    for i, turn in enumerate(group):
-        kept = list(turn.sequence.biased)
+    """Main's likeliest ids, the pinned ids, and the likeliest ids that a constraint allows.
+
+    Where something is constrained, `wide` holds whole vocabularies, so ids are places. One search for the likeliest
+    serves all; most constraints allow enough of them, or hardly any others.
+    """
+    width = width_of(group[0], num_candidates)
+    if all(turn.mask is None for turn in group) or wide.token_ids.shape[1] <= width:
+        return narrow(wide, width, [turn.sequence.pinned for turn in group])
+    places = []
+    for i, (turn, top) in enumerate(zip(group, ranked(wide.logprobs, width, wide.token_ids), strict=True)):
+        kept = set(turn.sequence.pinned)
         if turn.mask is not None:
-            allowed = turn.mask.to(wide.token_ids.device)[wide.token_ids[i]]
-            reachable = wide.logprobs[i].masked_fill(~allowed, -torch.inf)
-            best = ranked(reachable, min(num_candidates // 2, int(allowed.sum())), wide.token_ids[i])
-            kept += wide.token_ids[i, best].tolist()
-        keep.append(tuple(kept))
-    return narrow(wide, width_of(group[0], num_candidates), keep)
+            kept.update(_allowed(wide.logprobs[i], top, turn.mask, num_candidates // 2))
+        places.append(_with(top.tolist(), kept))
+    return in_order(wide.at(torch.tensor(places, device=wide.token_ids.device)))
+
+
+def _allowed(logprobs: Tensor, top: Tensor, mask: Tensor, num: int) -> list[int]:
+    """The `num` likeliest ids (or all) that a constraint allows. logprobs: (V,); top: the likeliest ids, in order."""
+    found: list[int] = top[mask.to(top.device)[top]].tolist()
+    if len(found) >= num:
+        return found[:num]
+    ids = mask.nonzero().flatten().to(top.device)
+    return list(ids[ranked(logprobs[ids], min(num, len(ids)), ids)].tolist())
+
+
+def _with(ids: list[int], kept: set[int]) -> list[int]:
+    """The ids with all of `kept` among them, in place of the last others."""
+    missing = kept.difference(ids)
+    if not missing:
+        return ids
+    spare = [place for place, token_id in enumerate(ids) if token_id not in kept][-len(missing) :]
+    for place, token_id in zip(spare, sorted(missing), strict=True):
+        ids[place] = token_id
+    return ids
 
 
 def _fuse(group: abc.Sequence[Turn], candidates: list[Candidates]) -> Fused:

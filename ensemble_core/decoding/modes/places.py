@@ -6,7 +6,9 @@ in the spelling of the text before it. So whether it is sound depends on the tex
 drafted or when it is judged.
 
 A longer draft is spelt as a whole. In rare cases that moves a boundary which an earlier place relies on; then the new
-token is *held*: assistants do not spell it until what was drafted before is judged.
+token is *held*: assistants do not spell it until what was drafted before is judged. So is a token with which the text
+is too long for an assistant: if nothing is before it, the engine lets that assistant go. So who judges a place, too,
+depends on the text alone.
 
 Behind the draft may be guesses: tokens that main has yet to choose itself. Assistants never spell them.
 
@@ -127,7 +129,7 @@ class _Growth:
             if ends:
                 self._settle(self._text)
             return not ends
-        if any(wording.breaks(text) for wording in self._wordings.values()):
+        if any(wording.breaks(text) or not wording.track.holds(text) for wording in self._wordings.values()):
             self.pending = [replace(each, held=True) for each in self.pending]
             return False
         for wording in self._wordings.values():
@@ -158,22 +160,22 @@ class _Wording:
 
     def __init__(self, track: Track) -> None:
         self.relied = 0
-        self._track = track
+        self.track = track
         self._ids, self._same = track.completion_ids, len(track.completion_ids)  # same: those that the track has
 
     def breaks(self, text: str) -> bool:
         """Whether the spelling of `text` has other tokens before a place that was relied on."""
-        same, ids = self._track.spelling(text)
+        same, ids = self.track.spelling(text)
         start = min(same, self._same, self.relied)
         return ids[start : self.relied] != self._ids[start : self.relied]
 
     def become(self, text: str) -> None:
         """Spell `text` from now on."""
-        self._same, self._ids = self._track.spelling(text)
+        self._same, self._ids = self.track.spelling(text)
 
     def spot(self, num_bytes: int) -> Spot | None:
         """The place so many bytes before the end; None if no token ends there."""
-        spell, count, ids = self._track.vocabulary.text_bytes, 0, self._ids
+        spell, count, ids = self.track.vocabulary.text_bytes, 0, self._ids
         while num_bytes > 0 and count < len(ids):
             count += 1
             num_bytes -= len(spell(ids[-count]))

@@ -115,7 +115,7 @@ def needs_pool(sequence: Sequence) -> bool:
     """Whether a request needs the pooled distribution itself, all its life."""
     request, params = sequence.request, sequence.request.params
     reported = request.trace or params.logprobs is not None
-    bound = params.shapes_logits or params.min_tokens > 0 or params.json_schema is not None
+    bound = params.shapes_logits or params.min_tokens > 0 or sequence.constraint is not None
     cut = params.top_k > 0 or params.top_p < 1.0 or params.min_p > 0.0
     return params.greedy or reported or bound or cut
 
@@ -134,8 +134,9 @@ def _draw(sequence: Sequence) -> Draw:
         member, number = _aim(sequence, sequence.recipe.without(ends.passed), ends.number)
         return replace(ends, member=member, number=number)
     number = sequence.draw()
-    for _ in sequence.dropped:  # it may have drawn the lost member: its first digits are no longer random
-        number = number * _FRESH % 1.0
+    for reason in sequence.dropped.values():  # it may have drawn the lost member: its first digits are not random
+        if reason != "full":  # that shows before anything is drawn at a place
+            number = number * _FRESH % 1.0
     return Draw(*_aim(sequence, sequence.recipe, number))
 
 

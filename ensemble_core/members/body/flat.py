@@ -12,7 +12,8 @@ Knows weights, the cache's pass and the shapes of layers; does not know sequence
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -21,12 +22,18 @@ from torch import Tensor, nn
 from ensemble_core.members.attention.base import Pass
 from ensemble_core.members.body.base import weight_bytes
 from ensemble_core.members.body.linear import Head, Linear, merged
+from ensemble_core.members.body.low_rank import AdaptedLinear, LowRanks, Projection, side_by_side
 from ensemble_core.members.kernels.base import Activation, Kernels, Norm
 from ensemble_core.members.threads import grow
 
 FAMILIES = frozenset(
     f"{family}ForCausalLM" for family in ("Llama", "Mistral", "Qwen2", "Qwen3", "Gemma3")
 )  # classes of transformers whose layers are those below
+# Projections by their path in a layer, as they are merged.
+_QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+_OUTPUT = ("self_attn.o_proj",)
+_GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
+_DOWN = ("mlp.down_proj",)
 _UNKNOWN = ("final_logit_softcapping", "attn_logit_softcapping", "use_bidirectional_attention")
 
 
@@ -53,21 +60,43 @@ class Layer:
     scaling: float
     window: int | None
     before_attention: Norm
-    qkv: Linear
+    qkv: Projection
     head_norm: Norm | None  # (heads, D) of queries and keys
-    output: Linear
+    output: Projection
     after_attention: Norm | None
     before_mlp: Norm
-    gate_up: Linear
+    gate_up: Projection
     activation: Activation
-    down: Linear
+    down: Projection
     after_mlp: Norm | None
     kernels: Kernels
 
-    def parts(self) -> list[Norm | Linear]:
+    def parts(self) -> list[Norm | Projection]:
         """Everything that holds weights."""
         found = (getattr(self, part.name) for part in fields(self))
-        return [part for part in found if isinstance(part, Norm | Linear)]
+        return [part for part in found if isinstance(part, Norm | Projection)]
+
+    def adapted(self, adapters: LowRanks) -> Layer:
+        """The same layer with what adapters add to its projections. adapters: of this layer."""
+        kv_heads = self.num_kv_heads
+        return replace(
+            self,
+            qkv=self._adapted(self.qkv, adapters, _QKV, (self.num_heads, kv_heads, kv_heads)),
+            output=self._adapted(self.output, adapters, _OUTPUT, (1,)),
+            gate_up=self._adapted(self.gate_up, adapters, _GATE_UP, (1, 1)),
+            down=self._adapted(self.down, adapters, _DOWN, (1,)),
+        )
+
+    def _adapted(
+        self, layer: Projection, adapters: LowRanks, names: Sequence[str], shares: Sequence[int]
+    ) -> Projection:
+        """names: of the projections that the layer is merged of; shares: of its outputs that each has."""
+        parts = [adapters.get(name) for name in names]
+        if not any(parts):
+            return layer
+        assert isinstance(layer, Linear), "a layer is adapted once"
+        sizes = [layer.num_out * share // sum(shares) for share in shares]
+        return AdaptedLinear(layer, side_by_side(parts, sizes), self.kernels)
 
     def forward(
         self,
@@ -102,10 +131,17 @@ class FlatBody:
     """A whole model; see `base.Body`."""
 
     def __init__(
-        self, embedding: nn.Embedding, layers: list[Layer], rotations: list[Rotation], norm: Norm, head: Head
+        self,
+        embedding: nn.Embedding,
+        layers: list[Layer],
+        rotations: list[Rotation],
+        norm: Norm,
+        head: Head,
+        base: FlatBody | None = None,
     ) -> None:
+        """base: whose weights these are, but for those of adapters."""
         self.embedding, self._layers, self._rotations = embedding, layers, rotations
-        self._norm, self._head = norm, head
+        self._norm, self._head, self._base = norm, head, base
         self._following = [*(layer.before_attention for layer in layers[1:]), norm]
 
     def __call__(self, run: Pass, token_ids: Tensor, wanted: Tensor) -> Tensor:
@@ -127,12 +163,27 @@ class FlatBody:
         _, normed = layer.forward(x, normed, run, angles[layer.kind], following)
         return self._head(normed[wanted.to(x.device)])
 
+    def adapted(self, adapters: LowRanks) -> FlatBody:
+        """A body with this one's weights and what adapters add to them."""
+        layers = [
+            layer.adapted(
+                {path.removeprefix(at): adapter for path, adapter in adapters.items() if path.startswith(at)}
+            )
+            for layer in self._layers
+            for at in (f"model.layers.{layer.index}.",)
+        ]
+        return FlatBody(self.embedding, layers, self._rotations, self._norm, self._head, base=self)
+
     def make_steady(self) -> bool:
         """Whether each token's logits now depend on its own sequence alone, bit for bit, as far as products go."""
         return all(linear.make_steady() for linear in self._linears())
 
     def num_bytes(self) -> dict[str, int]:
         """See `base.Body`; a head that was tied to the embedding is a copy of its own."""
+        shared = {} if self._base is None else self._base.num_bytes()
+        return {device: size - shared.get(device, 0) for device, size in self._all_bytes().items()}
+
+    def _all_bytes(self) -> dict[str, int]:
         layers = [part for layer in self._layers for part in layer.parts()]
         tensors = [self.embedding.weight, self._norm.weight, *(t for r in self._rotations for t in (r.cos, r.sin))]
         tensors += [part.weight for part in layers if isinstance(part, Norm)]
@@ -140,9 +191,9 @@ class FlatBody:
         linears = sum(linear.num_bytes for linear in self._linears())
         return {device: size + linears for device, size in sizes.items()}
 
-    def _linears(self) -> list[Linear]:
+    def _linears(self) -> list[Projection]:
         parts = [part for layer in self._layers for part in layer.parts()]
-        return [*self._head.parts, *(part for part in parts if isinstance(part, Linear))]
+        return [*self._head.parts, *(part for part in parts if isinstance(part, Projection))]
 
 
 def flatten(model: Any, max_len: int, kernels: Kernels) -> FlatBody | None:
@@ -150,7 +201,7 @@ def flatten(model: Any, max_len: int, kernels: Kernels) -> FlatBody | None:
 
     The weights of merged layers are taken out of the model, which cannot be used afterwards.
     """
-    if not _is_known(model):
+    if not can_flatten(model):
         return None
     decoder = model.model
     kinds = sorted({_kind(layer) for layer in decoder.layers})
@@ -159,7 +210,8 @@ def flatten(model: Any, max_len: int, kernels: Kernels) -> FlatBody | None:
     return FlatBody(decoder.embed_tokens, layers, rotations, _norm(decoder.norm), _head(model.lm_head, kernels))
 
 
-def _is_known(model: Any) -> bool:
+def can_flatten(model: Any) -> bool:
+    """Whether `flatten` knows the model's family and all its features."""
     config, devices = model.config, {parameter.device for parameter in model.parameters()}
     hooked = any(hasattr(module, "_hf_hook") for module in model.modules())
     if type(model).__name__ not in FAMILIES or len(devices) > 1 or hooked:

@@ -48,6 +48,11 @@ class Linear:
         self.num_bytes = sum(t.numel() * t.element_size() for t in (weight, bias) if t is not None)
         self.counts: tuple[int, ...] = ()
 
+    @property
+    def num_out(self) -> int:
+        """Outputs."""
+        return self._shape[0]
+
     def __call__(self, x: Tensor) -> Tensor:
         """(N, in) -> (N, out)."""
         if not self.counts or len(x) in self.counts:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -14,10 +15,11 @@ from ensemble_core.members.body.base import weight_bytes
 class TransformersBody:
     """A transformers model, its attention replaced by the packed one."""
 
-    def __init__(self, model: Any, device: torch.device) -> None:
-        """device: where the last layer and the head are."""
+    def __init__(self, model: Any, device: torch.device, shared: Iterable[Tensor] = ()) -> None:
+        """device: where the last layer and the head are. shared: weights that are another body's."""
         model.set_attn_implementation(NAME)
         self._model, self._device = model, device
+        self._shared = {id(weight) for weight in shared}
         self.embedding: nn.Module = model.get_input_embeddings()
 
     def __call__(self, run: Pass, token_ids: Tensor, wanted: Tensor) -> Tensor:
@@ -34,4 +36,4 @@ class TransformersBody:
 
     def num_bytes(self) -> dict[str, int]:
         """See `base.Body`."""
-        return weight_bytes(self._model.parameters())
+        return weight_bytes(weight for weight in self._model.parameters() if id(weight) not in self._shared)

@@ -14,9 +14,10 @@ import json
 import logging
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import huggingface_hub
 from huggingface_hub.errors import (
@@ -40,6 +41,27 @@ _WEIGHTS = "*.safetensors"
 _WANTED = [_WEIGHTS, "*.json", "*.jinja", "*.model", "*.tiktoken", "*.txt"]
 # Copies of the weights in other layouts, which transformers does not read.
 _UNWANTED = ["*/*", "consolidated*"]
+_REVISIONS = {"model": "revision", "adapter": "adapter_revision"}
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """What is asked of the hub. field: that names it in the configuration. code: whether its Python files are."""
+
+    id: str
+    revision: str | None
+    code: bool = False
+    field: Literal["model", "adapter"] = "model"
+
+    @property
+    def said(self) -> str:
+        """As messages name it."""
+        return f"{self.field} {self.id!r}"
+
+
+def _model_of(member: MemberConfig) -> _Source:
+    return _Source(member.model, member.revision, member.trust_remote_code)
 
 
 def resolve_folder(member: MemberConfig) -> Path:
@@ -58,8 +80,22 @@ def resolve_folder(member: MemberConfig) -> Path:
     return cached if cached is not None else _download(member)
 
 
+def resolve_adapter(member: MemberConfig) -> Path:
+    """The folder with a member's adapter: its config and safetensors weights. Raises CheckpointError."""
+    assert member.adapter is not None, "the member has no adapter"
+    source = _Source(member.adapter, member.adapter_revision, field="adapter")
+    if (local := Path(source.id)).is_dir():
+        return _checked_adapter(local, source)
+    if local.is_absolute():
+        raise CheckpointError(f"{source.said}: no such folder; correct the path in the configuration")
+    try:
+        return _checked_adapter(_snapshot(source, local_files_only=True), source)
+    except (OSError, ValueError, CheckpointError):
+        return _checked_adapter(_fetched(source, weights=True), source)
+
+
 def pull(config: Config) -> list[tuple[str, Path]]:
-    """Fetch every member's files; member -> folder in the order of the configuration.
+    """Fetch every member's files; member -> folder in the order of the configuration, of an adapter its own.
 
     Demo models are downloaded and converted once; hub models are brought up to their revision. Raises
     CheckpointError.
@@ -68,20 +104,20 @@ def pull(config: Config) -> list[tuple[str, Path]]:
 
 
 def load_tokenizer(name: str, member: MemberConfig) -> Any:
-    """The member's transformers tokenizer; shared between callers, so not to be changed.
+    """The member's transformers tokenizer, an adapter's its base's; shared between callers, so not to be changed.
 
     Raises CheckpointError where the folder has none that can be read.
     """
-    return _tokenizer(name, _spoken_folder(member), member.trust_remote_code)
+    return _tokenizer(member.base or name, _spoken_folder(member), member.trust_remote_code)
 
 
 def load_vocabulary(name: str, member: MemberConfig) -> Vocabulary:
-    """The member's vocabulary, as large as its model's embedding table.
+    """The member's vocabulary, as large as its model's embedding table; an adapter's is its base's, one object.
 
     Stop ids are those of the generation config, the config and the tokenizer together. Raises CheckpointError
     for files that cannot be read, UnsupportedModelError for a tokenizer that cannot work.
     """
-    return _vocabulary(name, _spoken_folder(member), member.trust_remote_code)
+    return _vocabulary(member.base or name, _spoken_folder(member), member.trust_remote_code)
 
 
 def _spoken_folder(member: MemberConfig) -> Path:
@@ -93,19 +129,28 @@ def _spoken_folder(member: MemberConfig) -> Path:
     if local.is_absolute() or local.is_dir():
         return resolve_folder(member)
     try:
-        return _snapshot(member, local_files_only=True, weights=False)
+        return _snapshot(_model_of(member), local_files_only=True, weights=False)
     except (OSError, ValueError):
-        return _fetched(member, weights=False)
+        return _fetched(_model_of(member), weights=False)
 
 
 def _pull_member(member: MemberConfig) -> Path:
+    if member.adapter is not None:
+        return _pull_adapter(member, member.adapter)
     if member.model.startswith(demo_models.PREFIX):
         return demo_models.fetch(demo_models.demo_model(member.model))
     if Path(member.model).is_dir() or Path(member.model).is_absolute():
         return resolve_folder(member)
     if huggingface_hub.constants.is_offline_mode():
         return resolve_folder(member) if member.host is None else _spoken_folder(member)
-    return _download(member) if member.host is None else _fetched(member, weights=False)
+    return _download(member) if member.host is None else _fetched(_model_of(member), weights=False)
+
+
+def _pull_adapter(member: MemberConfig, adapter: str) -> Path:
+    if Path(adapter).is_dir() or Path(adapter).is_absolute() or huggingface_hub.constants.is_offline_mode():
+        return resolve_adapter(member)
+    source = _Source(adapter, member.adapter_revision, field="adapter")
+    return _checked_adapter(_fetched(source, weights=True), source)
 
 
 def _demo_folder(reference: str) -> Path:
@@ -138,64 +183,77 @@ def _checked(folder: Path, model: str) -> Path:
     return folder
 
 
+def _checked_adapter(folder: Path, source: _Source) -> Path:
+    """The folder, if it holds an adapter."""
+    for file in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
+        if not (folder / file).is_file():
+            pickled = " (found adapter_model.bin; pickled weights are never read)"
+            found = pickled if (folder / "adapter_model.bin").is_file() else ""
+            raise CheckpointError(
+                f"{source.said}: {folder} has no {file}{found}; name a folder that PEFT's save_pretrained has written"
+            )
+    return folder
+
+
 def _missing_shards(folder: Path) -> list[str]:
     if not (folder / _INDEX).is_file():
         return []
-    shards = set(_read_json(folder / _INDEX)["weight_map"].values())
+    shards = set(read_json(folder / _INDEX)["weight_map"].values())
     return sorted(shard for shard in shards if not (folder / shard).is_file())
 
 
 def _cached_snapshot(member: MemberConfig) -> Path | None:
     """What the hub's cache holds of the revision; None if that is nothing, or a broken-off download."""
     try:
-        return _checked(_snapshot(member, local_files_only=True), member.model)
+        return _checked(_snapshot(_model_of(member), local_files_only=True), member.model)
     except (OSError, ValueError, CheckpointError):
         return None
 
 
 def _download(member: MemberConfig) -> Path:
-    return _checked(_fetched(member, weights=True), member.model)
+    return _checked(_fetched(_model_of(member), weights=True), member.model)
 
 
-def _fetched(member: MemberConfig, weights: bool) -> Path:
-    logger.info("%s: asking the hub for revision %s", member.model, member.revision or "main")
+def _fetched(source: _Source, weights: bool) -> Path:
+    logger.info("%s: asking the hub for revision %s", source.id, source.revision or "main")
     if not sys.stderr.isatty():
         disable_progress_bars()
     try:
-        return _snapshot(member, local_files_only=False, weights=weights)
+        return _snapshot(source, local_files_only=False, weights=weights)
     except (OSError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"model {member.model!r}: {_advice(member, error)}") from error
+        raise CheckpointError(f"{source.said}: {_advice(source, error)}") from error
 
 
-def _snapshot(member: MemberConfig, local_files_only: bool, weights: bool = True) -> Path:
+def _snapshot(source: _Source, local_files_only: bool, weights: bool = True) -> Path:
     wanted = _WANTED if weights else [pattern for pattern in _WANTED if pattern != _WEIGHTS]
     return Path(
         huggingface_hub.snapshot_download(
-            member.model,
-            revision=member.revision,
-            allow_patterns=[*wanted, "*.py"] if member.trust_remote_code else wanted,
+            source.id,
+            revision=source.revision,
+            allow_patterns=[*wanted, "*.py"] if source.code else wanted,
             ignore_patterns=_UNWANTED,
             local_files_only=local_files_only,
         )
     )
 
 
-def _advice(member: MemberConfig, error: Exception) -> str:
+def _advice(source: _Source, error: Exception) -> str:
     """What went wrong with the hub, and what to do."""
     if isinstance(error, GatedRepoError):
         return "the hub wants its licence accepted on the model's page, and a token: `hf auth login`"
     if isinstance(error, RevisionNotFoundError):
-        return f"the hub has no revision {member.revision!r} of it; correct `revision`"
+        return f"the hub has no revision {source.revision!r} of it; correct `{_REVISIONS[source.field]}`"
     if isinstance(error, RepositoryNotFoundError):
-        return "neither a folder nor a model on the hub; correct `model`, or log in if it is private"
+        return f"neither a folder nor a model on the hub; correct `{source.field}`, or log in if it is private"
     if isinstance(error, HFValidationError):
-        return f"neither a folder nor a hub id ({error}); correct `model`"
+        return f"neither a folder nor a hub id ({error}); correct `{source.field}`"
     if huggingface_hub.constants.is_offline_mode():
         return "not in the hub's cache, and HF_HUB_OFFLINE forbids to download; run `unisono pull` online"
     return f"not in the hub's cache, and the download failed ({error}); check the network, or name a folder"
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file of a checkpoint. Raises CheckpointError."""
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
@@ -236,7 +294,7 @@ def _vocabulary(name: str, folder: Path, trust_remote_code: bool) -> Vocabulary:
 def _stop_ids(folder: Path, *declared: int | list[int] | None) -> set[int]:
     """The union of what generation config, config and tokenizer declare; each an id, a list, or nothing."""
     path = folder / "generation_config.json"
-    generation = _read_json(path).get("eos_token_id") if path.is_file() else None
+    generation = read_json(path).get("eos_token_id") if path.is_file() else None
     found: set[int] = set()
     for ids in (generation, *declared):
         found.update([] if ids is None else [ids] if isinstance(ids, int) else ids)

@@ -24,6 +24,7 @@ from transformers import AutoConfig
 
 from ensemble_core.config import AUTO, MemberConfig
 from ensemble_core.errors import CheckpointError, ConfigError
+from ensemble_core.members.loading.checkpoints import resolve_adapter
 from ensemble_core.members.loading.placement import DTYPES, page_size, resolve_device
 
 logger = logging.getLogger(__name__)
@@ -163,7 +164,8 @@ def _need(name: str, member: MemberConfig, folder: Path) -> Need:
     dtype = DTYPES.get(member.dtype) or getattr(config, "dtype", None) or torch.float32
     max_len = min(member.max_len, int(getattr(config, "max_position_embeddings", None) or member.max_len))
     device, token = resolve_device(name, member), _token_bytes(config, dtype)
-    weights, size = _weight_bytes(folder, DTYPES.get(member.dtype)), page_size(member, device)
+    own = folder if member.adapter is None else resolve_adapter(member)  # an adapter's base counts once
+    weights, size = _weight_bytes(own, DTYPES.get(member.dtype)), page_size(member, device)
     if size is None:
         return Need(device, weights, max_len * token, max_len)
     return Need(device, weights, -(-max_len // size) * size * token, max_len, scratch=size * token)

@@ -3,13 +3,15 @@
 What cannot be served is refused by name, from the config before anything is loaded where that tells. A model's
 layers are probed for what they cache; its body is the flat one where its family is known; and a packed pass in chunks
 is compared with the model's own forward (`proof`). On CUDA decode steps become captured graphs, unless they fail
-their own proof. Does not know schedules or fusion.
+their own proof. Adapters on a model become members of their own around the same weights, each proved against PEFT's
+own forward. Does not know schedules or fusion.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,7 @@ from ensemble_core.errors import CheckpointError, ConfigError, UnsupportedModelE
 from ensemble_core.members.attention.pages import Attention, by_gathering, by_kernel, choose_attention
 from ensemble_core.members.attention.rows import FEW
 from ensemble_core.members.body.base import Body
-from ensemble_core.members.body.flat import FAMILIES, FlatBody, flatten
+from ensemble_core.members.body.flat import FAMILIES, FlatBody, can_flatten, flatten
 from ensemble_core.members.body.graphs import Capture, GraphedBody, bucket_sizes, cuda_graphs
 from ensemble_core.members.body.transformers import TransformersBody
 from ensemble_core.members.cache.base import Cache, LayerShape, bytes_per_token
@@ -31,6 +33,7 @@ from ensemble_core.members.cache.pages import PagedCache
 from ensemble_core.members.cache.rows import KVCache
 from ensemble_core.members.kernels.base import Kernels
 from ensemble_core.members.kernels.choice import choose
+from ensemble_core.members.loading.adapters import Adapter, adapt, low_ranks
 from ensemble_core.members.loading.placement import DTYPES, page_size, resolve_device
 from ensemble_core.members.loading.proof import Proof, attention_layers
 from ensemble_core.members.loading.standstill import guard_default_dtype
@@ -60,10 +63,24 @@ def load_member(
 
     Raises UnsupportedModelError (by name, with the reason), CheckpointError, ConfigError.
     """
-    _refuse_unsupported(name, _read_config(name, config, folder))
+    how = Making(max_batch, capture, deterministic)
+    return load_family(name, {name: config}, folder, vocabulary, how)[name]
+
+
+def load_family(
+    base: str,
+    family: Mapping[str, MemberConfig],
+    folder: Path,
+    vocabulary: Vocabulary,
+    how: Making,
+    adapters: Sequence[Adapter] = (),
+) -> dict[str, LocalMember]:
+    """The member `base` and those of its adapters. family: all of them. folder: its own. Raises as `load_member`."""
+    config = family[base]
+    _refuse_unsupported(base, _read_config(base, config, folder))
     placement: dict[str, Any] = {"device_map": config.device_map, "max_memory": config.max_memory}
     if config.device_map is None:
-        placement = {"device_map": {"": resolve_device(name, config)}}
+        placement = {"device_map": {"": resolve_device(base, config)}}
     try:
         model = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -73,11 +90,22 @@ def load_member(
             **placement,
         )
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
-        raise CheckpointError(f"member {name!r}: {folder} cannot be loaded: {error}") from error
+        raise CheckpointError(f"member {base!r}: {folder} cannot be loaded: {error}") from error
     model.eval().requires_grad_(False)
-    return make_member(
-        name, model, vocabulary, config, max_batch=max_batch, capture=capture, deterministic=deterministic
-    )
+    return make_family(base, model, vocabulary, family, adapters, how)
+
+
+@dataclass(frozen=True, slots=True)
+class Making:
+    """How members are made.
+
+    max_batch: sequences that decode at once. capture: how graphs are made; None: as the device can. deterministic:
+    answers do not depend, in any bit, on what else is in a pass or on how a sequence was cut into feeds.
+    """
+
+    max_batch: int = _MAX_BATCH
+    capture: Capture | None = None
+    deterministic: bool = False
 
 
 def make_member(
@@ -90,35 +118,113 @@ def make_member(
     capture: Capture | None = None,
     deterministic: bool = False,
 ) -> LocalMember:
-    """A member out of a model, which cannot be used otherwise afterwards.
+    """A member out of a model, which cannot be used otherwise afterwards; keywords as of `Making`.
 
-    max_batch: sequences that decode at once. capture: how graphs are made; None: as the device can. deterministic:
-    answers do not depend, in any bit, on what else is in a pass or on how a sequence was cut into feeds.
     Raises UnsupportedModelError, ConfigError.
     """
-    layers = attention_layers(name, model)
-    max_len, device = min(config.max_len, _longest(model)), layers[-1].device
+    return make_family(name, model, vocabulary, {name: config}, (), Making(max_batch, capture, deterministic))[
+        name
+    ]
+
+
+def make_family(
+    base: str,
+    model: Any,
+    vocabulary: Vocabulary,
+    family: Mapping[str, MemberConfig],
+    adapters: Sequence[Adapter],
+    how: Making,
+) -> dict[str, LocalMember]:
+    """The member `base` out of a model, and one for each adapter around the same weights. Raises as `load_member`.
+
+    A flat body takes the model's weights over, so what the models of all adapters say is asked before.
+    """
+    layers = attention_layers(base, model)
+    kernels = choose((layer.device for layer in layers), model.dtype)
+    draft = partial(_draft, vocabulary=vocabulary, layers=layers)
+    flat = family[base].forward == "auto" and can_flatten(model)
+    drafts = [draft(base, family[base], model)]
+    bodies: list[Callable[[Body], Body]] = [lambda body: body]
+    for adapter in adapters:
+        own = adapt(adapter, model)
+        drafts.append(draft(adapter.member, family[adapter.member], own))
+        bodies.append(_adapted(own, model, layers[-1].device, flat))
+        del own  # of a flat body only the adapter is kept
+    with torch.inference_mode():
+        flattened = flatten(model, drafts[0].max_len, kernels) if flat else None
+    body: Body = flattened or TransformersBody(model, layers[-1].device)
+    made = [
+        _member(each, make(body), kernels, vocabulary, layers, how)
+        for each, make in zip(drafts, bodies, strict=True)
+    ]
+    return {member.name: member for member in made}
+
+
+@dataclass(frozen=True, slots=True)
+class _Draft:
+    """A member without a body: its cache, and what its model's own forward says.
+
+    renew: makes a cache like it. dtype: of the model.
+    """
+
+    name: str
+    max_len: int
+    renew: Callable[[], Cache]
+    cache: Cache
+    proof: Proof
+    dtype: torch.dtype
+
+
+def _draft(
+    name: str, config: MemberConfig, model: Any, *, vocabulary: Vocabulary, layers: list[LayerShape]
+) -> _Draft:
+    max_len = min(config.max_len, _longest(model))
     renew = partial(_cache, name, config, layers, max_len, model.dtype)
     cache = renew()
-    kernels = choose((layer.device for layer in layers), model.dtype)
     with torch.inference_mode():
-        proof = Proof(name, model, len(vocabulary), max_len)
-        flat = flatten(model, max_len, kernels) if config.forward == "auto" else None
-    body: Body = flat or TransformersBody(model, device)
+        return _Draft(name, max_len, renew, cache, Proof(name, model, len(vocabulary), max_len), model.dtype)
+
+
+def _adapted(own: Any, model: Any, device: torch.device, flat: bool) -> Callable[[Body], Body]:
+    """Makes the body of an adapted model out of its base's body. own: the adapted model; model: the base."""
+    if not flat:
+        return lambda _: TransformersBody(own, device, shared=model.parameters())
+    adapters = low_ranks(own)
+
+    def make(base: Body) -> Body:
+        assert isinstance(base, FlatBody)
+        with torch.inference_mode():
+            return base.adapted(adapters)
+
+    return make
+
+
+def _member(
+    draft: _Draft,
+    body: Body,
+    kernels: Kernels,
+    vocabulary: Vocabulary,
+    layers: list[LayerShape],
+    how: Making,
+) -> LocalMember:
+    """A member that has proved itself."""
+    name, cache, proof, device = draft.name, draft.cache, draft.proof, layers[-1].device
     attention: Attention = by_gathering
     if isinstance(cache, PagedCache):
-        attention = choose_attention(name, layers, model.dtype, cache.page_size)
+        attention = choose_attention(name, layers, draft.dtype, cache.page_size)
     few = FEW
-    if deterministic:
+    if how.deterministic:
         _make_steady(name, body, cache, kernels)
-        few = max_len
-    member = LocalMember(name, vocabulary, max_len, body, cache, kernels, device, attention, few, renew)
+        few = draft.max_len
+    member = LocalMember(
+        name, vocabulary, draft.max_len, body, cache, kernels, device, attention, few, draft.renew
+    )
     proof.check(member)
-    if deterministic:
+    if how.deterministic:
         proof.check_steady(member)
-    capture = capture or _capture(attention, layers)
+    capture = how.capture or _capture(attention, layers)
     if isinstance(cache, PagedCache) and capture is not None:
-        sizes = bucket_sizes(max_batch)
+        sizes = bucket_sizes(how.max_batch)
         _adopt_graphs(member, _graphed(body, attention, device, sizes, capture), proof, sizes)
     return member
 

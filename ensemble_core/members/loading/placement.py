@@ -65,7 +65,7 @@ def log_plan(members: Mapping[str, MemberConfig]) -> None:
         logger.info(
             "plan: %s = %s on %s, dtype %s, cache %s, up to %d tokens a sequence",
             name,
-            member.model,
+            member.model if member.adapter is None else f"{member.adapter} on the weights of {member.base}",
             where,
             member.dtype,
             f"{member.kv_memory / 2**30:.2f} GiB" if isinstance(member.kv_memory, int) else member.kv_memory,

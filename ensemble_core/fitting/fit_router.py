@@ -1,23 +1,19 @@
-"""Fits a council on one half of the tasks and reports on the other: what `unisono fit` does.
+"""Fits a router on one half of the tasks and reports on the other.
 
-A fitted router is compared with its best model, with a random and with the best choice for each item. Nothing is
-written where the gain over the best model may be chance, unless that is asked for.
-Does not know the command line.
+It is compared with its best model, with a random and with the best choice for each item. Does not know files.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ensemble_core.config import Config
-from ensemble_core.council_config import GraphConfig, RouteConfig, VoteConfig
-from ensemble_core.councils.artefact import About, fingerprints, save_router
+from ensemble_core.council_config import RouteConfig
 from ensemble_core.councils.route import gate
 from ensemble_core.councils.routers import Balance, ClusterRouter, LinearRouter, balance_of
 from ensemble_core.decoding.requests import Overrides
@@ -25,13 +21,10 @@ from ensemble_core.errors import EvaluationError
 from ensemble_core.evaluation.bootstrap import Interval, Ratio
 from ensemble_core.evaluation.evaluate import Scope, evaluated_items
 from ensemble_core.evaluation.measures import Measure, Selection
-from ensemble_core.evaluation.run import Chosen
 from ensemble_core.evaluation.tasks import Item, Task
 from ensemble_core.evaluation.variants import Variant
 from ensemble_core.evaluation.workbench import Workbench
 from ensemble_core.fitting.compared import Compared, compare, gain_of, table_of
-from ensemble_core.fitting.fit_graph import fit_graph, told_graph
-from ensemble_core.fitting.fit_votes import fit_votes, told_votes
 from ensemble_core.fitting.routers import Learnt, fit_clusters, fit_linear, prefer
 
 
@@ -187,61 +180,6 @@ def _row(values: Sequence[Any], measure: Measure) -> tuple[list[float], list[flo
     if measure == "bits":
         return [-each["bits"] for each in values], [each["num_bytes"] for each in values]
     return [float(each["correct"]) for each in values], [1.0] * len(values)
-
-
-@dataclass(frozen=True, slots=True)
-class Search:
-    """How many graphs, or counts of votes, are tried where there are too many for all, and the seed of the swarm.
-
-    num_draws: assignments of models to a graph's nodes over which each model's part is reported; 0: it is not.
-    """
-
-    budget: int = 100
-    seed: int = 0
-    num_draws: int = 0
-
-
-def fit_council(
-    config: Config,
-    chosen: Chosen,
-    name: str,
-    calibration: Calibration | None,
-    search: Search,
-    out: Path | None,
-    force: bool,
-) -> str:
-    """Fit a council and tell what came of it. A router's artefact is written where its gain is sure."""
-    tasks = chosen.parsed_tasks()
-    found = config.councils.get(name)
-    if isinstance(found, GraphConfig):
-        with Workbench(config, chosen.cache) as bench:
-            graph = fit_graph(bench, name, tasks, chosen.selection, search.budget, search.seed, search.num_draws)
-        return told_graph(graph)
-    if isinstance(found, VoteConfig) and found.judge is None:
-        with Workbench(config, chosen.cache) as bench:
-            return told_votes(fit_votes(bench, found, tasks, chosen.selection, search.budget, search.seed))
-    council = router_of(config, name)
-    with Workbench(without(config, name), chosen.cache) as bench:
-        fitted = fit_router(bench, council, tasks, chosen.selection, calibration)
-    folder = out or council.artefact
-    assert folder is not None
-    if not fitted.is_sure and not force and calibration is None:
-        return f"{told(fitted)}\n\nnot written: the gain may be chance; pass --force to write it all the same"
-    save_router(folder, fitted.router, _about(config, council, tasks, fitted))
-    return f"{told(fitted)}\n\nwritten to {folder}"
-
-
-def _about(config: Config, council: RouteConfig, tasks: Sequence[Task], fitted: Fitted) -> About:
-    router = fitted.router
-    options = {"near": router.near, "beta": router.beta} if isinstance(router, ClusterRouter) else {}
-    report = {each.name: each.value.value for each in fitted.compared}
-    return About(
-        council.by,
-        fingerprints(config, council.models),
-        {task.name: task.digest for task in tasks},
-        options=options,
-        report=report | {"shares": fitted.shares},
-    )
 
 
 def told(fitted: Fitted) -> str:
