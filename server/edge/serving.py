@@ -8,6 +8,7 @@ ends. If loading fails, the server stops and the caller gets the error.
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import logging
 import math
@@ -216,6 +217,8 @@ def serve(
     base = url(config.host, listener.getsockname()[1], "https" if settings.is_ssl else "http")
 
     def announce() -> None:
+        gc.collect()
+        gc.freeze()  # what is loaded stays; looking through it again and again would stop all threads for 0.25 s each
         say(f"ready at {base}; try:")
         say(curl_line(base, runtime.models()[0].name, keyed=bool(load_keys(config))))
 
