@@ -54,10 +54,11 @@ class Part:
 class Maker(Protocol):
     """Loads members, and knows where matrices lie."""
 
-    def part(self, config: Config, name: str, known: Voice | None, *, measured: bool) -> Part:
+    def part(self, config: Config, name: str, known: Voice | None, base: Part | None, *, measured: bool) -> Part:
         """Load a declared member, which takes long; for a thread of its own.
 
-        known: what was kept of it. measured: the cost of its forwards is known. Raises a UnisonoError.
+        known: what was kept of it. base: of an adapter, the member whose weights it shares. measured: the cost of its
+        forwards is known. Raises a UnisonoError.
         """
 
     def space_of(self, config: Config, voices: Mapping[str, Voice]) -> SpaceOf:

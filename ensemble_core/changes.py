@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import sys
-import threading
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
@@ -18,6 +17,7 @@ from typing import Any, TypeVar
 
 from ensemble_core.assembly import Loaded, Part, Voice, assembled, check
 from ensemble_core.config import Config
+from ensemble_core.crossing import aside
 from ensemble_core.doorway import Doorway, Exit, Hold, Leave
 from ensemble_core.engine import Engine
 from ensemble_core.errors import (
@@ -34,14 +34,13 @@ from ensemble_core.errors import (
 from ensemble_core.member_reports import MemberReport, ProcessReport, member_reports
 from ensemble_core.members.base import Member, Sleeper
 from ensemble_core.members.loading.memory import give_back, resident_bytes
-from ensemble_core.members.threads import Allotment, threads
+from ensemble_core.members.parking import tensors_of
 from ensemble_core.reloading import Difference, engine_limits, require_no_restart
 
 logger = logging.getLogger(__name__)
 
 _SWITCH_SECONDS = 0.0005  # that the engine's thread waits for its turn beside a change; 0.005 otherwise
 Found = TypeVar("Found")
-_POLL_SECONDS = 0.05  # between looks at a member that drains
 
 
 class Changes:
@@ -137,7 +136,7 @@ class Changes:
             self._hold.roster.of(name)
         elif not is_new and self._hold.roster.of(name).state != "unloaded":
             return await self._wake(name)
-        part = await self._loading(loaded, config, name)
+        part = await self._loading(loaded, config, name, await self._base_of(loaded, config, name))
         voice = loaded.voices.get(name)
         if voice is None or not _same(voice, part.voice):
             try:
@@ -151,16 +150,37 @@ class Changes:
         self._hold.serve(loaded)
         return await self.report_of(name)
 
-    async def _loading(self, loaded: Loaded, config: Config, name: str) -> Part:
+    async def _base_of(self, loaded: Loaded, config: Config, name: str) -> Part | None:
+        """The member whose weights an adapter shares. Raises ChangeConflictError where it does not serve."""
+        if (base := config.owner(name)) == name:
+            return None
+        if (state := self._hold.roster.of(base).state) != "ready":
+            raise ChangeConflictError(
+                f"member {name!r} shares the weights of {base!r}, which is {state}; "
+                f"{'wake' if state == 'asleep' else 'load'} {base!r} first"
+            )
+        return Part(await self._hold.on_engine(lambda engine: engine.members[base]), loaded.voices[base])
+
+    def _require_alone(self, name: str) -> None:
+        """Raise ChangeConflictError where adapters are there that share a member's weights."""
+        config, roster = self._hold.loaded().config, self._hold.roster
+        others = [other for other in config.members if other != name and config.owner(other) == name]
+        if there := [other for other in others if roster.of(other).state != "unloaded"]:
+            raise ChangeConflictError(
+                f"member {name!r} shares its weights with the adapters {', '.join(there)}; unload those first"
+            )
+
+    async def _loading(self, loaded: Loaded, config: Config, name: str, base: Part | None) -> Part:
         """A member, loaded beside the engine. Raises what loading raises."""
         is_new = name not in loaded.config.members
         if not is_new:
             self._hold.roster.put(name, "loading")
         try:
-            part = partial(loaded.maker.part, config, name, loaded.voices.get(name), measured=not is_new)
-            return await _aside(part)
+            known = loaded.voices.get(name)
+            part = partial(loaded.maker.part, config, name, known, base, measured=not is_new)
+            return await aside(part)
         except UnisonoError as error:
-            await _aside(give_back)
+            await aside(give_back)
             self._note_failure(name, is_new, error)
             raise _as_request(error, f"members.{name}") from error
 
@@ -174,8 +194,9 @@ class Changes:
             gone.members.append(self._asleep.pop(name))
             self._hold.roster.put(name, "unloaded")
         elif state != "unloaded":
+            self._require_alone(name)
             gone = await self._doorway.let_go([name], leave, "unloaded")
-        await _aside(gone.close)
+        await self._closed(gone)
         return await self.report_of(name)
 
     async def _sleep(self, name: str, leave: Leave) -> MemberReport:
@@ -183,13 +204,14 @@ class Changes:
         if standing.state == "unloaded":
             raise ChangeConflictError(f"member {name!r} is unloaded, and has nothing to give back; load it first")
         if standing.state == "ready":
+            self._require_alone(name)
             await self._hold.on_engine(lambda engine: _require_sleeper(engine.members[name]))
             gone = await self._doorway.let_go([name], leave, "asleep")
             member = gone.members.pop()
             assert isinstance(member, Sleeper)
             self._asleep[name] = member
-            await _aside(member.sleep)
-            await _aside(partial(give_back, circles=False))
+            await aside(member.sleep)
+            await aside(partial(give_back, circles=False))
         return await self.report_of(name)
 
     async def _wake(self, name: str) -> MemberReport:
@@ -201,7 +223,7 @@ class Changes:
         assert isinstance(member, Sleeper)
         self._hold.roster.put(name, "waking")
         try:
-            await _aside(member.wake)
+            await aside(member.wake)
         except Exception as error:  # whatever a device raises where it has no room
             self._hold.roster.put(name, "asleep", f"{type(error).__name__}: {error}")
             raise MemberError(name, f"it cannot wake: {type(error).__name__}: {error}") from error
@@ -235,14 +257,14 @@ class Changes:
         self._hold.serve(changed)
 
     async def _reload(self, read: Callable[[], Config]) -> Difference:
-        before, after = self._hold.loaded(), await _aside(read)
+        before, after = self._hold.loaded(), await aside(read)
         require_no_restart(before.config, after)
         check(after)  # before anything is loaded
         found = Difference.of(before.config, after)
         parts: dict[str, Part] = {}
         try:
-            for name in (*found.new, *found.changed):
-                parts[name] = await self._reloaded(before, after, name)
+            for name in sorted((*found.new, *found.changed), key=lambda name: after.owner(name) != name):
+                parts[name] = await self._reloaded(before, after, name, parts)
             voices = {name: part.voice for name, part in parts.items()}
             loaded = await self._assembled(after, before, voices)
             gone = await self._exchange(found, parts, loaded)
@@ -250,18 +272,19 @@ class Changes:
             for part in parts.values():
                 part.member.close()
             parts.clear()
-            await _aside(give_back)
+            await aside(give_back)
             raise
         self._hold.serve(loaded)
-        await _aside(gone.close)
+        await self._closed(gone)
         logger.info("change: the configuration is what the file says; changed: %s", found)
         return found
 
-    async def _reloaded(self, before: Loaded, after: Config, name: str) -> Part:
-        """A member of a file that is read again. Raises ConfigError that names it."""
+    async def _reloaded(self, before: Loaded, after: Config, name: str, parts: Mapping[str, Part]) -> Part:
+        """A member of a file that is read again. parts: those before it. Raises ConfigError that names it."""
         try:
-            voice = before.voices.get(name)
-            return await _aside(partial(before.maker.part, after, name, voice, measured=False))
+            known = before.voices.get(name)
+            base = parts.get(after.owner(name)) or await self._base_of(before, after, name)
+            return await aside(partial(before.maker.part, after, name, known, base, measured=False))
         except UnisonoError as error:
             raise ConfigError(f"members.{name}: {error}") from error
 
@@ -283,9 +306,14 @@ class Changes:
         gone.members += [self._asleep.pop(name) for name in leaving if name in self._asleep]
         return gone
 
+    async def _closed(self, gone: Exit) -> None:
+        """End what has left. What it shares with members that are there is not looked at."""
+        there = await self._hold.on_engine(lambda engine: list(engine.members.values()))
+        await aside(partial(gone.close, tensors_of(there)))
+
     async def _assembled(self, config: Config, loaded: Loaded, voices: Mapping[str, Voice]) -> Loaded:
         made = partial(assembled, config, loaded.engine, {**loaded.voices, **voices}, loaded.maker, loaded)
-        return await _aside(made)
+        return await aside(made)
 
 
 def _with_member(config: Config, name: str, section: Mapping[str, Any]) -> Config:
@@ -327,41 +355,10 @@ def _same(one: Voice, other: Voice) -> bool:
     """Whether requests that were read for one can be served by the other."""
     mine, theirs = one.speaker, other.speaker
     alike = (mine.max_len, mine.abilities) == (theirs.max_len, theirs.abilities)
-    return alike and one.spoken == other.spoken
+    return alike and mine.prompts.template == theirs.prompts.template and one.spoken == other.spoken
 
 
 def _heard(task: asyncio.Future[Any]) -> None:
     """What a change raised is in the log, also where its caller has gone."""
     if not task.cancelled():
         task.exception()
-
-
-async def _aside(work: Callable[[], Found]) -> Found:
-    """In a thread of its own, whose operations take one core; nobody waits for it when the process ends."""
-    loop = asyncio.get_running_loop()
-    done: asyncio.Future[Found] = loop.create_future()
-
-    def on_one_core() -> None:
-        try:
-            with threads(Allotment(1)):
-                found = work()
-        except BaseException as error:
-            _tell(loop, done, done.set_exception, error)
-        else:
-            _tell(loop, done, done.set_result, found)
-
-    threading.Thread(target=on_one_core, name="change", daemon=True).start()
-    return await done
-
-
-def _tell(
-    loop: asyncio.AbstractEventLoop, done: asyncio.Future[Any], tell: Callable[[Any], None], what: object
-) -> None:
-    def told() -> None:
-        if not done.done():
-            tell(what)
-
-    try:
-        loop.call_soon_threadsafe(told)
-    except RuntimeError:
-        logger.debug("an event loop closed before its change was made")

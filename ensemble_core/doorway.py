@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
+from torch import Tensor
+
 from ensemble_core.assembly import Loaded, Part, Voice
 from ensemble_core.engine import Engine, News
 from ensemble_core.errors import ChangeConflictError
@@ -64,9 +66,10 @@ class Exit:
 
     members: list[Member] = field(default_factory=list)
 
-    def close(self) -> None:
-        """End them and give their memory back."""
-        held = [weakref.ref(tensor) for tensor in tensors_of(self.members)]
+    def close(self, shared: Sequence[Tensor] = ()) -> None:
+        """End them and give their memory back. shared: what is held elsewhere and stays."""
+        stays = {id(tensor) for tensor in shared}
+        held = [weakref.ref(tensor) for tensor in tensors_of(self.members) if id(tensor) not in stays]
         while self.members:
             self.members.pop().close()
         give_back(circles=any(tensor() is not None for tensor in held))

@@ -29,8 +29,9 @@ from ensemble_core.members.base import Member
 from ensemble_core.members.loading.adapters import read_adapter
 from ensemble_core.members.loading.checkpoints import load_tokenizer, load_vocabulary, resolve_folder
 from ensemble_core.members.loading.memory import plan_caches
-from ensemble_core.members.loading.models import Making, load_family
+from ensemble_core.members.loading.models import Making, load_adapter, load_family
 from ensemble_core.members.loading.placement import log_plan, measure, plan_cores
+from ensemble_core.members.local import LocalMember
 from ensemble_core.members.remote.elsewhere import Elsewhere
 from ensemble_core.recipes import RecipeBook, SpaceOf
 from ensemble_core.reloading import engine_limits
@@ -124,6 +125,16 @@ def _load_here(config: Config, vocabularies: Mapping[str, Vocabulary]) -> dict[s
     return members
 
 
+def _load_adapter(config: Config, name: str, base: Member) -> LocalMember:
+    """An adapter, put on a base that serves."""
+    assert isinstance(base, LocalMember), "a base lives in this process"
+    section = config.members[name]
+    folder, adapter = resolve_folder(section), read_adapter(name, section)
+    planned = plan_caches({name: section}, {name: folder}, config.scheduler.max_running)[name]
+    how = Making(config.scheduler.max_running, deterministic=config.deterministic)
+    return load_adapter(adapter, planned, folder, base, how)
+
+
 def _engine(config: Config, members: Mapping[str, Member], record: Record) -> Engine:
     scheduler = config.scheduler
     return Engine(
@@ -175,19 +186,24 @@ class MemberMaker:
         self._matrices: dict[tuple[frozenset[str], str], TransferMatrix] = {}
         self._num_cores = torch.get_num_threads()  # of the thread that loads at start
 
-    def part(self, config: Config, name: str, known: Voice | None, *, measured: bool) -> Part:
+    def part(self, config: Config, name: str, known: Voice | None, base: Part | None, *, measured: bool) -> Part:
         """See `Maker.part`."""
         section = config.members[name]
         log_plan({name: section})
         vocabulary = load_vocabulary(name, section)
-        if known is not None and known.speaker.vocabulary is vocabulary:
+        if base is not None:
+            grammars = base.voice.speaker.grammars
+        elif known is not None and known.speaker.vocabulary is vocabulary:
             grammars = known.speaker.grammars
         else:
             grammars = Grammars(vocabulary)
             self._matrices = {key: matrix for key, matrix in self._matrices.items() if name not in key[0]}
         grammars.warm()
-        alone = config.model_copy(update={"members": {name: section}})
-        member = _load_members(alone, {name: vocabulary})[name]
+        if base is not None:
+            member: Member = _load_adapter(config, name, base.member)
+        else:
+            alone = config.model_copy(update={"members": {name: section}})
+            member = _load_members(alone, {name: vocabulary})[name]
         try:
             cost = None if measured else measure(member, self._num_cores)
             return Part(member, _voice(name, config, member, grammars), cost)

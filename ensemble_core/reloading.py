@@ -22,6 +22,7 @@ _LIVE = {
     "server.limits": {
         "connections", "header_bytes", "header_seconds", "body_seconds", "body_memory", "body_values", "messages",
         "write_seconds", "stream_buffer", "request_seconds",
+        "batch_lines", "batch_share", "file_seconds",
     },
     "matrices": set(),
 }  # fmt: skip
@@ -29,7 +30,10 @@ _LIVE = {
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """Names of what a configuration has otherwise than another; members that are gone, new or declared anew."""
+    """Names of what a configuration has otherwise than another; members that are gone, new or declared anew.
+
+    An adapter is declared anew where its base is, whose weights it shares.
+    """
 
     gone: tuple[str, ...]
     new: tuple[str, ...]
@@ -42,10 +46,11 @@ class Difference:
         """What `after` has otherwise."""
         both = [name for name in after.members if name in before.members]
         old, new = ({**config.ensembles, **config.councils} for config in (before, after))
+        changed = {name for name in both if before.members[name] != after.members[name]}
         return cls(
             gone=tuple(name for name in before.members if name not in after.members),
             new=tuple(name for name in after.members if name not in before.members),
-            changed=tuple(name for name in both if before.members[name] != after.members[name]),
+            changed=tuple(name for name in both if changed.intersection((name, after.owner(name)))),
             recipes=tuple(name for name in {**old, **new} if old.get(name) != new.get(name)),
             fields=tuple(_differing(before, after)),
         )

@@ -25,6 +25,7 @@ from ensemble_core.changes import Changes
 from ensemble_core.config import Config
 from ensemble_core.councils.chamber import Chamber
 from ensemble_core.councils.door import EngineDoor
+from ensemble_core.crossing import call, fail, settle
 from ensemble_core.decoding.requests import GenerationRequest, Output, Prompt
 from ensemble_core.decoding.sequence import Sequence
 from ensemble_core.decoding.workshop import Workshop
@@ -250,7 +251,7 @@ class Runtime:
         loop = asyncio.get_running_loop()
 
         def listener(index: int) -> Listener:
-            return lambda output: _call(loop, stream.put, index, output)
+            return lambda output: call(loop, stream.put, index, output)
 
         def add(engine: Engine) -> None:
             for each in sequences:
@@ -278,9 +279,9 @@ class Runtime:
             try:
                 found = work(engine)
             except UnisonoError as error:
-                _call(loop, _settle, done, None, error)
+                call(loop, fail, done, error)
                 return []
-            _call(loop, _settle, done, found, None)
+            call(loop, settle, done, found)
             return []
 
         self._commands.put(command)
@@ -289,10 +290,6 @@ class Runtime:
             if self._status.state == "dead" and not done.done():  # died before it saw the command
                 raise NotReadyError(self._status.reason)
         return done.result()
-
-    def publish(self, news: list[News]) -> None:
-        """Hand outputs to whoever listens; in the engine's thread."""
-        self._publish(news)
 
     def serve(self, loaded: Loaded) -> None:
         """Serve what comes from now on with these recipes. What is under way goes on with those before."""
@@ -304,6 +301,7 @@ class Runtime:
         )
         self._loaded, self._config = loaded, loaded.config
         self._chamber = Chamber(loaded.councils, door, self._record) if loaded.councils else None
+        self._workshop.keep(voice.speaker.grammars for voice in loaded.voices.values())
 
     def _abort(self, seq_ids: list[int]) -> None:
         self._commands.put(lambda engine: engine.abort(seq_ids))
@@ -352,13 +350,13 @@ class Runtime:
             self._beat = time.monotonic()
             for command in self._pending(engine.has_work):
                 if command is None:
-                    self._publish(engine.abort(list(self._listeners)))
+                    self.publish(engine.abort(list(self._listeners)))
                     return
                 with DEFAULT_DTYPE.computing():
-                    self._publish(command(engine))
+                    self.publish(command(engine))
             if engine.has_work:
                 with DEFAULT_DTYPE.computing():
-                    self._publish(engine.step())
+                    self.publish(engine.step())
             engine.report_caches()
 
     def _pending(self, busy: bool) -> list[Command | None]:
@@ -372,7 +370,8 @@ class Runtime:
         except queue.Empty:
             return commands
 
-    def _publish(self, news: list[News]) -> None:
+    def publish(self, news: list[News]) -> None:
+        """Hand outputs to whoever listens; in the engine's thread."""
         for seq_id, output in news:
             ended = output.finish_reason is not None
             listener = self._listeners.pop(seq_id, None) if ended else self._listeners.get(seq_id)
@@ -387,7 +386,7 @@ class Runtime:
     def _end_all(self) -> None:
         """Send each open request its last output, since the engine is gone."""
         lost = Output("", (), 0, 0, "error", error=f"the engine is gone: {self._status.reason}")
-        self._publish([(seq_id, lost) for seq_id in list(self._listeners)])
+        self.publish([(seq_id, lost) for seq_id in list(self._listeners)])
 
 
 def _undisturbed(
@@ -396,20 +395,3 @@ def _undisturbed(
     """Read requests while no model is being made: one may choose a fusion that is built now."""
     with DEFAULT_DTYPE.computing():
         return read(requests)
-
-
-def _call(loop: asyncio.AbstractEventLoop, function: Callable[..., object], *args: object) -> None:
-    """Run a function in an event loop. A closed loop has no listener left, so nothing is run."""
-    try:
-        loop.call_soon_threadsafe(function, *args)
-    except RuntimeError:
-        logger.debug("an event loop closed before its request ended")
-
-
-def _settle(future: asyncio.Future[Found], found: Any, error: UnisonoError | None) -> None:
-    if future.done():
-        return
-    if error is None:
-        future.set_result(found)
-    else:
-        future.set_exception(error)

@@ -234,7 +234,8 @@ def fake_voice(section: MemberConfig, member: FakeMember) -> Voice:
 class FakeMaker:
     """Makes fake members: those of `known` again, and new ones by their names.
 
-    fails: raised by the next load. gate: loads wait while it is clear. made: all that were made, in order.
+    fails: raised by the next load. gate: loads wait while it is clear. made: all that were made, in order. bases: of
+    adapters among them.
     """
 
     def __init__(self, known: Mapping[str, FakeMember]) -> None:
@@ -244,8 +245,9 @@ class FakeMaker:
         self.gate = threading.Event()
         self.gate.set()
         self.made: list[FakeMember] = []
+        self.bases: dict[str, str] = {}
 
-    def part(self, config: Config, name: str, known: Voice | None, *, measured: bool) -> Part:
+    def part(self, config: Config, name: str, known: Voice | None, base: Part | None, *, measured: bool) -> Part:
         """See `Maker.part`."""
         assert self.gate.wait(10.0), "nobody opened the gate"
         if self.fails is not None:
@@ -254,6 +256,8 @@ class FakeMaker:
         vocabulary = self.vocabularies.setdefault(name, byte_vocabulary())
         member = FakeMember(name, vocabulary, max_len=self.max_len.get(name, 256))
         self.made.append(member)
+        if base is not None:
+            self.bases[name] = base.member.name
         return Part(member, fake_voice(config.members[name], member))
 
     def space_of(self, config: Config, voices: Mapping[str, Voice]) -> SpaceOf:

@@ -46,16 +46,18 @@ class LocalMember:
         attention: Attention = by_gathering,
         few: int = FEW,
         renew: Callable[[], Cache] | None = None,
+        *,
+        adapts: bool = False,
     ) -> None:
         """device: where logits come out.
 
         attention: over pages; a cache of rows has no use for it. few: see `rows.pack`. renew: makes an empty cache
-        like this one, for a member that may sleep.
+        like this one, for a member that may sleep. adapts: the weights are another member's, all but a few.
         """
         self.name, self.vocabulary, self.max_len, self.device = name, vocabulary, max_len, device
         self.lane, self.abilities = str(device), ALL_ABILITIES
         self._body, self._cache, self._kernels, self._attention = body, cache, kernels, attention
-        self._plain, self._renew = body, renew
+        self._plain, self._renew, self._adapts = body, renew, adapts
         self._graphed: Callable[[Cache], Body] | None = None  # makes the body that decodes through graphs
         self._parked: Parked | None = None
         self._memory = self._weigh()
@@ -71,6 +73,11 @@ class LocalMember:
             self._body = self._plain if make is None else make(self._cache)
         self._graphed = make
 
+    @property
+    def body(self) -> Body:
+        """What runs the model, without graphs."""
+        return self._plain
+
     def sleep(self) -> None:
         """See `Sleeper.sleep`."""
         assert self._renew is not None, "this member's cache cannot be made again"
@@ -78,7 +85,7 @@ class LocalMember:
         with self._lane.work():
             self._body = self._plain  # graphs hold the cache
             del self._cache
-            self._parked = Parked(self._plain)
+            self._parked = Parked([] if self._adapts else self._plain)
         self._memory = dict(self._plain.num_bytes())
 
     def wake(self) -> None:

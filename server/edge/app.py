@@ -45,7 +45,7 @@ def create_app(runtime: Runtime, config: ServerConfig, metrics: PrometheusMetric
     keys, admin_keys = load_keys(config), load_admin_keys(config)
     traces = open_traces() if config.traces else None
     live = LiveConfig(config)
-    desk = _desk(runtime, config, lambda owner: InnerClient(app, owner))
+    desk = _desk(runtime, live, lambda owner: InnerClient(app, owner))
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncGenerator[None]:
@@ -78,10 +78,10 @@ def create_app(runtime: Runtime, config: ServerConfig, metrics: PrometheusMetric
     return app
 
 
-def _desk(runtime: Runtime, config: ServerConfig, caller: Caller) -> BatchDesk | None:
+def _desk(runtime: Runtime, live: LiveConfig, caller: Caller) -> BatchDesk | None:
     """Who works on batches, if the server keeps files. Raises ConfigError for their folder."""
-    folder = config.files_folder
-    return None if folder is None else BatchDesk(folder, config, runtime, caller)
+    folder = live.config.files_folder
+    return None if folder is None else BatchDesk(folder, live, runtime, caller)
 
 
 def _routers(desk: BatchDesk | None) -> tuple[APIRouter, ...]:

@@ -13,6 +13,7 @@ from fakes import FakeMaker, FakeMember, byte_vocabulary, fake_config, fake_load
 from ensemble_core import factory
 from ensemble_core.assembly import Loaded
 from ensemble_core.config import Config
+from ensemble_core.decoding.forms import one_of
 from ensemble_core.decoding.requests import GenerationRequest, Output, Overrides
 from ensemble_core.decoding.sampling_params import SamplingParams
 from ensemble_core.errors import (
@@ -39,6 +40,9 @@ class Stage:
             "alpha": FakeMember("alpha", byte_vocabulary(), seed=1),
             "beta": FakeMember("beta", pair_vocabulary(), seed=2),
         }
+        for name, section in config.members.items():
+            if section.base is not None:
+                self.members[name] = FakeMember(name, self.members[section.base].vocabulary, seed=3)
         self.records: list[Stats] = []
 
         def load(config: Config, record: Record) -> Loaded:
@@ -79,8 +83,9 @@ class Stage:
 
 
 @contextmanager
-def stage(monkeypatch: pytest.MonkeyPatch, **sections: Any) -> Iterator[Stage]:
-    made = Stage(monkeypatch, fake_config(**({"ensembles": {"duo": DUO, "poll": POLL, "moa": MOA}} | sections)))
+def stage(monkeypatch: pytest.MonkeyPatch, members: Any = None, **sections: Any) -> Iterator[Stage]:
+    config = fake_config(**({"ensembles": {"duo": DUO, "poll": POLL, "moa": MOA}} | sections))
+    made = Stage(monkeypatch, config if members is None else config.replaced(members=members))
     made.runtime.start()
     made.runtime.wait_ready()
     try:
@@ -425,5 +430,134 @@ def test_a_member_that_cannot_be_loaded_leaves_all_as_it_was(monkeypatch: pytest
         assert set(on.states().items()) == {("alpha", "ready"), ("beta", "ready")}
         assert await on.text(request()) == before
         assert len([o async for _, o in await on.runtime.submit([request(1), request(1)])]) == 2
+
+    play(monkeypatch, act)
+
+
+FAMILY = {
+    "alpha": {"model": "fake-alpha"},
+    "poet": {"base": "alpha", "adapter": "fake-poet"},
+    "beta": {"model": "fake-beta"},
+}
+
+
+def test_a_base_stays_while_adapters_share_its_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def act(on: Stage) -> None:
+        expected = {name: await on.text(request(model=name)) for name in FAMILY}
+        for leave in (on.changes.unload, on.changes.sleep):
+            with pytest.raises(
+                ChangeConflictError, match="'alpha' shares its weights with the adapters poet; unload"
+            ):
+                await leave("alpha", force=True)
+        await on.changes.sleep("poet")
+        with pytest.raises(ChangeConflictError, match="unload those first"):
+            await on.changes.unload("alpha")
+        assert on.states() == {"alpha": "ready", "poet": "asleep", "beta": "ready"}
+        await on.changes.unload("poet")
+        assert await on.text(request(model="alpha")) == expected["alpha"], "it serves without its adapter"
+        await on.changes.sleep("alpha")
+        with pytest.raises(
+            ChangeConflictError, match="'poet' shares the weights of 'alpha', which is asleep; wake"
+        ):
+            await on.changes.load("poet")
+        await on.changes.unload("alpha")
+        for section in (None, {"base": "alpha", "adapter": "fake-poet"}):
+            with pytest.raises(ChangeConflictError, match="which is unloaded; load 'alpha' first"):
+                await on.changes.load("poet" if section is None else "critic", section)
+        assert on.states() == {"alpha": "unloaded", "poet": "unloaded", "beta": "ready"}
+        for name in ("alpha", "poet"):
+            await on.changes.load(name)
+        assert set(on.states().values()) == {"ready"}
+        assert await on.text(request(model="poet"))
+
+    play(monkeypatch, act, members=FAMILY)
+
+
+def test_an_adapter_is_declared_on_a_base_that_serves(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def act(on: Stage) -> None:
+        await on.changes.load("critic", {"base": "alpha", "adapter": "fake-critic"})
+        loaded = on.runtime.loaded()
+        assert loaded.config.members["critic"].model == "fake-alpha"
+        assert on.maker.bases == {"critic": "alpha"}
+        assert {model.name: model.parent for model in loaded.models if model.parent} == {
+            "poet": "alpha",
+            "critic": "alpha",
+        }
+        assert await on.text(request(model="critic"))
+        with pytest.raises(InvalidRequestError, match="'poet' has no weights of its own to adapt"):
+            await on.changes.load("third", {"base": "poet", "adapter": "x"})
+        with pytest.raises(InvalidRequestError, match="'nobody' is not declared"):
+            await on.changes.load("third", {"base": "nobody", "adapter": "x"})
+
+    play(monkeypatch, act, members=FAMILY)
+
+
+def test_a_base_that_is_declared_anew_takes_its_adapters_along(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Base before adapter, whatever the order in the file, and what the adapter has of its own is as it was."""
+
+    async def act(on: Stage) -> None:
+        before = await on.text(request(model="beta"))
+        members = {"poet": FAMILY["poet"], **FAMILY, "alpha": {"model": "fake-alpha", "max_len": 128}}
+        members["poet"] = {**members["poet"], "max_len": 64}
+        found = await on.changes.reload(changed(on, members=members))
+        assert (found.new, found.gone, set(found.changed)) == ((), (), {"alpha", "poet"})
+        assert [member.name for member in on.maker.made] == ["alpha", "poet"]
+        assert on.maker.bases == {"poet": "alpha"}
+        assert set(on.states().values()) == {"ready"}
+        members["alpha"] = {"model": "fake-alpha", "max_len": 100}
+        found = await on.changes.reload(changed(on, members=members))
+        assert set(found.changed) == {"alpha", "poet"}, "its own section is the same, its weights are not"
+        found = await on.changes.reload(changed(on, members={"beta": members["beta"]}, ensembles={}))
+        assert set(found.gone) == {"alpha", "poet"}
+        assert await on.text(request(model="beta")) == before
+
+    play(monkeypatch, act, members=FAMILY)
+
+
+def test_a_file_with_an_adapter_whose_base_is_away_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def act(on: Stage) -> None:
+        await on.changes.unload("poet")
+        await on.changes.sleep("alpha")
+        members = {**FAMILY, "critic": {"base": "alpha", "adapter": "fake-critic"}}
+        with pytest.raises(
+            ConfigError, match=r"members\.critic: member 'critic' shares.*'alpha', which is asleep"
+        ):
+            await on.changes.reload(changed(on, members=members))
+        assert on.states() == {"alpha": "asleep", "poet": "unloaded", "beta": "ready"}
+
+    play(monkeypatch, act, members=FAMILY)
+
+
+def test_reasoning_of_a_member_that_comes_later_is_marked(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def act(on: Stage) -> None:
+        marks = {"start": "<think>", "end": "</think>"}
+        await on.changes.load("gamma", {"model": "fake-gamma", "reasoning": marks})
+        thinking = on.runtime.loaded().voices["gamma"].speaker.thinking
+        assert thinking is not None
+        assert thinking.marks.end == "</think>"
+        assert on.runtime.loaded().voices["alpha"].speaker.thinking is None
+
+    play(monkeypatch, act)
+
+
+def test_forms_bind_members_that_come_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the process that tries them out knows the vocabularies of those that are declared, and no others."""
+
+    async def act(on: Stage) -> None:
+        def asked(model: str) -> GenerationRequest:
+            params = SamplingParams(max_tokens=8, temperature=0.0, form=one_of(["yes", "no"]))
+            return GenerationRequest("r", model, "abc", params)
+
+        trial = on.runtime._workshop._trial
+        assert await on.text(asked("beta")) in ("yes", "no")
+        await on.changes.load("gamma", {"model": "fake-gamma"})
+        assert await on.text(asked("gamma")) in ("yes", "no")
+        keys = {name: voice.speaker.grammars.key for name, voice in on.runtime.loaded().voices.items()}
+        assert trial._known == {keys["beta"], keys["gamma"]}
+        config = on.runtime.loaded().config
+        members = {name: config.members[name] for name in ("alpha", "beta")}
+        await on.changes.reload(changed(on, members=members))
+        assert await on.text(asked("alpha")) in ("yes", "no")
+        assert trial._known == {keys["alpha"], keys["beta"]}
 
     play(monkeypatch, act)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +18,8 @@ from ensemble_core.config import Config, ServerConfig
 from ensemble_core.errors import ConfigError
 from ensemble_core.runtime import Runtime
 from ensemble_core.stats import Record
+from server.batches.calls import InnerClient
+from server.batches.lines import BatchItem
 from server.edge.app import create_app
 from server.edge.auth import load_admin_keys
 from server.edge.metrics import PrometheusMetrics
@@ -151,3 +156,57 @@ def test_wrong_changes_are_refused_by_name(
     answer = client.post(f"/v1/admin/{path}", headers=ADMIN, json=body)
     assert answer.status_code == status, answer.text
     assert words in answer.json()["error"]["message"]
+
+
+def test_what_lacks_members_is_a_503_by_name_on_every_endpoint(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Responses and lines of batches as chat: the batch itself goes to its end."""
+    with served(monkeypatch, admin_keys=["sk-admin"], files_folder=str(tmp_path)) as client:
+        wait_ready(client)
+        assert client.post(f"{MEMBERS}/beta/unload", headers=ADMIN).status_code == 200
+        said: dict[str, dict[str, Any]] = {
+            "/v1/completions": {"prompt": "a"},
+            "/v1/chat/completions": {"messages": [{"role": "user", "content": "a"}]},
+            "/v1/responses": {"input": "a"},
+        }
+        for stream in (False, True):
+            for path, body in said.items():
+                answer = client.post(path, json={"model": "duo", "stream": stream, **body})
+                assert answer.status_code == 503, answer.text
+                assert answer.json()["error"]["code"] == "lacks_members"
+                assert "'duo' lacks the member 'beta' (unloaded)" in answer.json()["error"]["message"]
+        url = "/v1/completions"
+        lines = [
+            {
+                "custom_id": model,
+                "method": "POST",
+                "url": url,
+                "body": {"model": model, "prompt": "a", "max_tokens": 2},
+            }
+            for model in ("duo", "alpha")
+        ]
+        file = {"file": ("in.jsonl", "".join(json.dumps(line) + "\n" for line in lines).encode())}
+        uploaded = client.post("/v1/files", files=file, data={"purpose": "batch"}).json()["id"]
+        asked = {"input_file_id": uploaded, "endpoint": url, "completion_window": "24h"}
+        batch = client.post("/v1/batches", json=asked).json()
+        while batch["status"] not in ("completed", "failed"):
+            batch = client.get(f"/v1/batches/{batch['id']}").json()
+        assert (batch["status"], batch["request_counts"]) == (
+            "completed",
+            {"total": 2, "completed": 1, "failed": 1},
+        )
+        (refused,) = client.get(f"/v1/files/{batch['error_file_id']}/content").text.splitlines()
+        found = json.loads(refused)["response"]
+        assert (found["status_code"], found["body"]["error"]["code"]) == (503, "lacks_members")
+
+
+def test_calls_from_inside_never_open_the_admins_routes(monkeypatch: pytest.MonkeyPatch) -> None:
+    with served(monkeypatch, admin_keys=["sk-admin"]) as client:
+        wait_ready(client)
+
+        async def call() -> int:
+            async with InnerClient(client.app, "somebody") as inside:
+                return (await inside(BatchItem(1, "c", f"{MEMBERS}/beta/unload", b"{}"))).status
+
+        assert asyncio.run(call()) == 401

@@ -35,7 +35,7 @@ FLOORS = (
     ("ensemble_core.transfer.build", "ensemble_core.transfer.report"),
     ("ensemble_core.fusion",),
     ("ensemble_core.decoding",),
-    ("ensemble_core.streaming",),
+    ("ensemble_core.streaming", "ensemble_core.crossing"),
     ("ensemble_core.recipes", "ensemble_core.permissions"),
     ("ensemble_core.admission", "ensemble_core.tokens"),
     ("ensemble_core.councils",),

@@ -76,11 +76,34 @@ def load_family(
     adapters: Sequence[Adapter] = (),
 ) -> dict[str, LocalMember]:
     """The member `base` and those of its adapters. family: all of them. folder: its own. Raises as `load_member`."""
-    config = family[base]
-    _refuse_unsupported(base, _read_config(base, config, folder))
+    return make_family(base, _read_model(base, family[base], folder), vocabulary, family, adapters, how)
+
+
+def load_adapter(
+    adapter: Adapter, config: MemberConfig, folder: Path, base: LocalMember, how: Making
+) -> LocalMember:
+    """One more member around the weights of a base that serves. folder: the base's. Raises as `load_member`.
+
+    The base's model is read once more, since the adapter is proved against it, and goes before the member serves.
+    """
+    name, model = adapter.member, _read_model(adapter.member, config, folder)
+    layers = attention_layers(name, model)
+    kernels = choose((layer.device for layer in layers), model.dtype)
+    own = adapt(adapter, model)
+    draft = _draft(name, config, own, vocabulary=base.vocabulary, layers=layers)
+    if isinstance(base.body, TransformersBody):
+        model, own = base.body.model, adapt(adapter, base.body.model)
+    make = _adapted(own, model, layers[-1].device, isinstance(base.body, FlatBody))
+    del model, own
+    return _member(draft, make(base.body), kernels, base.vocabulary, layers, how)
+
+
+def _read_model(name: str, config: MemberConfig, folder: Path) -> Any:
+    """A model of transformers in its place."""
+    _refuse_unsupported(name, _read_config(name, config, folder))
     placement: dict[str, Any] = {"device_map": config.device_map, "max_memory": config.max_memory}
     if config.device_map is None:
-        placement = {"device_map": {"": resolve_device(base, config)}}
+        placement = {"device_map": {"": resolve_device(name, config)}}
     try:
         model = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -90,9 +113,8 @@ def load_family(
             **placement,
         )
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
-        raise CheckpointError(f"member {base!r}: {folder} cannot be loaded: {error}") from error
-    model.eval().requires_grad_(False)
-    return make_family(base, model, vocabulary, family, adapters, how)
+        raise CheckpointError(f"member {name!r}: {folder} cannot be loaded: {error}") from error
+    return model.eval().requires_grad_(False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +186,7 @@ def make_family(
 class _Draft:
     """A member without a body: its cache, and what its model's own forward says.
 
-    renew: makes a cache like it. dtype: of the model.
+    renew: makes a cache like it. dtype: of the model. adapts: its body is an adapter's.
     """
 
     name: str
@@ -173,6 +195,7 @@ class _Draft:
     cache: Cache
     proof: Proof
     dtype: torch.dtype
+    adapts: bool
 
 
 def _draft(
@@ -182,7 +205,8 @@ def _draft(
     renew = partial(_cache, name, config, layers, max_len, model.dtype)
     cache = renew()
     with torch.inference_mode():
-        return _Draft(name, max_len, renew, cache, Proof(name, model, len(vocabulary), max_len), model.dtype)
+        proof = Proof(name, model, len(vocabulary), max_len)
+    return _Draft(name, max_len, renew, cache, proof, model.dtype, config.adapter is not None)
 
 
 def _adapted(own: Any, model: Any, device: torch.device, flat: bool) -> Callable[[Body], Body]:
@@ -217,7 +241,17 @@ def _member(
         _make_steady(name, body, cache, kernels)
         few = draft.max_len
     member = LocalMember(
-        name, vocabulary, draft.max_len, body, cache, kernels, device, attention, few, draft.renew
+        name,
+        vocabulary,
+        draft.max_len,
+        body,
+        cache,
+        kernels,
+        device,
+        attention,
+        few,
+        draft.renew,
+        adapts=draft.adapts,
     )
     proof.check(member)
     if how.deterministic:
