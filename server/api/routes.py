@@ -113,7 +113,7 @@ def _generation(job: Job, stream: bool) -> Generation:
 @router.get("/v1/models")
 async def list_models(services: ServicesOf) -> ModelList:
     """List every ensemble and every member."""
-    return ModelList(data=[_card(model, services) for model in services.runtime.models()])
+    return ModelList(data=[card_of(model, services) for model in services.runtime.models()])
 
 
 @router.get("/v1/models/{model_id:path}")
@@ -122,16 +122,19 @@ async def get_model(model_id: str, services: ServicesOf) -> ModelCard:
     models = {model.name: model for model in services.runtime.models()}
     if model_id not in models:
         raise ModelNotFoundError(f"model {quoted(model_id)} is unknown; known are {sorted(models)}")
-    return _card(models[model_id], services)
+    return card_of(models[model_id], services)
 
 
-def _card(model: ModelInfo, services: Services) -> ModelCard:
+def card_of(model: ModelInfo, services: Services) -> ModelCard:
+    """What a client is told of a model."""
     return ModelCard(
         id=model.name,
         created=services.created,
         kind=model.kind,
         max_model_len=model.max_model_len,
         recipe=model.recipe,
+        status="lacks_members" if model.lacks else "ready",
+        lacks=dict(model.lacks),
         root=model.name,
         parent=model.parent,
         permission=[ModelPermission(id=f"modelperm-{model.name}", created=services.created)],

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 from fastapi import FastAPI, Request, Response
@@ -18,7 +18,9 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
 from ensemble_core.errors import (
+    ChangeConflictError,
     InvalidRequestError,
+    MemberAwayError,
     ModelNotFoundError,
     NotReadyError,
     NotStoredError,
@@ -123,6 +125,11 @@ def to_api_error(error: Exception) -> ApiError:
             return ApiError(404, str(error), code="not_found", reason="invalid_request")
         case QueueFullError():
             return _come_back(429, "rate_limit_error", "queue_full", str(error), seconds=1)
+        case MemberAwayError():
+            refusal = _come_back(503, "service_unavailable", "lacks_members", str(error), seconds=5)
+            return replace(refusal, param="model", reason="not_ready")
+        case ChangeConflictError():
+            return ApiError(409, str(error), code="change_conflict", headers={"Retry-After": "5"})
         case NotReadyError():
             return _come_back(503, "service_unavailable", "not_ready", str(error), seconds=5)
         case RequestTimeoutError():
