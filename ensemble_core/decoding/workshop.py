@@ -88,10 +88,12 @@ class _Trial:
 
     def keep(self, keys: set[int]) -> None:
         """Forget all other vocabularies."""
+        if (process := self._process) is None:
+            return
         try:
             for key in self._known - keys:
-                self._say(self._started(), {"forget": key})
-        except OSError:
+                self._say(process, {"forget": key})
+        except (OSError, ValueError):
             self.close()
         self._known &= keys
 

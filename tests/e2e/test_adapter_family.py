@@ -25,6 +25,7 @@ def url(demo_config: Config, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     folder = tmp_path_factory.mktemp("adapters")
     base = resolve_folder(demo_config.members["smollm2"])
     raw = yaml.safe_load((ROOT / "configs" / "adapters.yaml").read_text())
+    raw.setdefault("server", {})["admin_keys"] = ["sk-admin"]
     raw["matrices"]["folder"] = str(ROOT / "matrices")
     for seed, name in enumerate(("poet", "critic")):
         raw["members"][name]["adapter"] = str(tiny_adapter(base, folder / name, seed, 0.2, **LARGE))
@@ -82,3 +83,22 @@ def test_no_prefix_is_shared_between_a_base_and_its_adapters(url: str, client: o
         ]
         hits.append(sum(float(line.rpartition(" ")[2]) for line in found))
     assert hits[0] == hits[1] < hits[2]
+
+
+def test_an_adapter_comes_back_as_it_was_and_its_base_stays_meanwhile(url: str, client: openai.OpenAI) -> None:
+    def change(path: str) -> httpx.Response:
+        headers = {"Authorization": "Bearer sk-admin"}
+        return httpx.post(f"{url}/v1/admin/members/{path}", headers=headers, timeout=300)
+
+    before = {model: complete(client, model) for model in ("smollm2", "poet")}
+    for leave in ("unload", "sleep"):
+        refused = change(f"smollm2/{leave}")
+        assert refused.status_code == 409
+        assert "shares its weights with the adapters poet, critic" in refused.json()["error"]["message"]
+    assert change("poet/unload").json()["state"] == "unloaded"
+    with pytest.raises(openai.InternalServerError, match="'poet' lacks the member 'poet'"):
+        complete(client, "poet")
+    assert complete(client, "smollm2") == before["smollm2"]
+    loaded = change("poet/load")
+    assert loaded.status_code == 200, loaded.text
+    assert complete(client, "poet") == before["poet"]

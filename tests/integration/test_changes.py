@@ -484,6 +484,8 @@ def test_an_adapter_is_declared_on_a_base_that_serves(monkeypatch: pytest.Monkey
             "critic": "alpha",
         }
         assert await on.text(request(model="critic"))
+        again = await on.changes.load("critic", {"base": "alpha", "adapter": "fake-critic"})
+        assert again.standing.state == "ready", "what is declared alike is the same"
         with pytest.raises(InvalidRequestError, match="'poet' has no weights of its own to adapt"):
             await on.changes.load("third", {"base": "poet", "adapter": "x"})
         with pytest.raises(InvalidRequestError, match="'nobody' is not declared"):

@@ -9,8 +9,9 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ensemble_core.limits import LimitsConfig
+from ensemble_core.config import ServerConfig
 from server.edge.bodies import BodyLimit
+from server.edge.live import LiveConfig
 from server.edge.logs import REQUEST_ID, RequestIdFilter
 from server.edge.middleware import RequestContext, choose_request_id
 
@@ -80,6 +81,10 @@ def test_a_bug_after_the_headers_breaks_the_connection() -> None:
         call(RequestContext(broken_later), [])
 
 
+def of_ten_bytes() -> LiveConfig:
+    return LiveConfig(ServerConfig().model_copy(update={"max_body_bytes": 10}))
+
+
 @pytest.mark.parametrize(
     ("headers", "bodies"),
     [
@@ -94,13 +99,21 @@ def test_bodies_over_the_limit_raise_where_they_are_read(
     headers: list[tuple[bytes, bytes]], bodies: list[bytes]
 ) -> None:
     with pytest.raises(Exception, match="10 bytes") as caught:
-        call(BodyLimit(echo, max_bytes=10, limits=LimitsConfig()), headers, *bodies)
+        call(BodyLimit(echo, of_ten_bytes()), headers, *bodies)
     assert caught.value.status_code == 413  # type: ignore[attr-defined]
+
+
+def test_a_limit_that_a_reload_changes_holds_at_once() -> None:
+    live = of_ten_bytes()
+    app = BodyLimit(echo, live)
+    live.config = live.config.model_copy(update={"max_body_bytes": 4})
+    with pytest.raises(Exception, match="4 bytes"):
+        call(app, [], b"x" * 6)
 
 
 def test_a_body_at_the_limit_passes() -> None:
     for headers in ([], [(b"content-length", b"10")]):
-        _start, body = call(BodyLimit(echo, max_bytes=10, limits=LimitsConfig()), headers, b"x" * 6, b"x" * 4)
+        _start, body = call(BodyLimit(echo, of_ten_bytes()), headers, b"x" * 6, b"x" * 4)
         assert body["body"].startswith(b"10 ")
 
 
