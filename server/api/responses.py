@@ -101,9 +101,7 @@ def to_conversation(body: ResponseRequest, start: int = 0) -> Conversation:
         turns.insert(0, {"role": "system", "content": body.instructions})
     choice = None if body.tool_choice is None else body.tool_choice.nested()
     tools = [tool.nested() for tool in body.tools or ()]
-    return Conversation(
-        tuple(_one_system(turns)), tools=to_tool_use(tools, choice, body.parallel_tool_calls is not False)
-    )
+    return Conversation(tuple(_one_system(turns)), tools=to_tool_use(tools, choice, body.parallel_tool_calls))
 
 
 def _turns(items: Sequence[InputItem], start: int) -> list[dict[str, Any]]:
