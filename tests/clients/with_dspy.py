@@ -1,6 +1,7 @@
-"""DSPy, which asks through LiteLLM: its language model, signatures by schema, native calls of tools, and streams.
+"""DSPy: its language model, signatures by schema, native calls of tools, and streams.
 
-LITELLM_LOCAL_MODEL_COST_MAP keeps LiteLLM from fetching a list of prices; DSPy's cache is off, so each task asks.
+It sends a schema only where it is told that the model takes one, so the server is registered as a provider that does.
+LITELLM_LOCAL_MODEL_COST_MAP keeps LiteLLM, its other engine, from fetching a list of prices. Its cache is off.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"
 os.environ["DSPY_CACHEDIR"] = tempfile.mkdtemp()
 
 import dspy
+from dspy.lm15 import AccessPolicy, ModelSupport, OpenAIChatCompat, ProviderDefinition, register_provider
 from pydantic import BaseModel, Field
 
 QUESTION = "What is the capital of France?"
@@ -46,6 +48,14 @@ def get_weather(city: Literal["Oslo", "Rome"]) -> str:
     return f"It is 21 degrees in {city}."
 
 
+def schemas(url: str, model: str) -> dspy.LM:
+    """The model through a provider of ours, which is known to take schemas."""
+    access = AccessPolicy(provider="unisono", base_url=url)
+    ours = ProviderDefinition.chat(access, compat=OpenAIChatCompat.preset("vllm"), placeholder_key="unused")
+    register_provider(ours, supports=ModelSupport(function_calling=True, response_schema=True))
+    return dspy.LM(f"unisono/{model}", temperature=0, max_tokens=60, cache=False, num_retries=0)
+
+
 def model_of(url: str, model: str, **fields: Any) -> dspy.LM:
     common: dict[str, Any] = {"temperature": 0, "max_tokens": 60, "cache": False, "num_retries": 0}
     return dspy.LM(f"openai/{model}", api_base=url, api_key="unused", **common | fields)
@@ -69,8 +79,9 @@ def stream(url: str, model: str) -> object:
         program = dspy.streamify(dspy.Predict(Short), stream_listeners=[listened])
         return [piece async for piece in program(question=QUESTION)]
 
-    with dspy.context(lm=model_of(url, model), adapter=dspy.JSONAdapter()):
+    with dspy.context(lm=schemas(url, model), adapter=dspy.JSONAdapter()):
         told = asyncio.run(pieces())
+    assert len(told) > 1
     assert isinstance(told[-1], dspy.Prediction)
     return told[-1].answer
 
@@ -86,7 +97,7 @@ def tool_call(url: str, model: str) -> object:
 
 
 def structured(url: str, model: str) -> object:
-    with dspy.context(lm=model_of(url, model), adapter=dspy.JSONAdapter()):
+    with dspy.context(lm=schemas(url, model), adapter=dspy.JSONAdapter()):
         found = dspy.Predict(HowWarm)(city="Oslo").warmth
     assert isinstance(found, Warmth)
     return found
