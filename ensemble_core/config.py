@@ -30,7 +30,7 @@ from ensemble_core.limits import LimitsConfig, OverridesConfig
 from ensemble_core.reasoning_config import ReasoningConfig
 from ensemble_core.section import Section, Size, parse_size
 
-_SECRET = "api_keys"  # no message quotes the value of this field
+_SECRETS = {"api_keys", "admin_keys"}  # no message quotes the value of these fields
 
 AUTO: Literal["auto"] = "auto"
 _LEAST_CACHE = 2**20
@@ -288,6 +288,12 @@ class ServerConfig(Section):
         None, min_length=1, description="Environment variable with more keys, comma separated."
     )
     api_key_file: Path | None = Field(None, description="File with more keys, one per line; # begins a comment.")
+    admin_keys: tuple[SecretStr, ...] = Field(
+        (), description="Keys that open /v1/admin, and nothing else; none set: those routes do not exist."
+    )
+    admin_key_env: str | None = Field(
+        None, min_length=1, description="Environment variable with more of them, comma separated."
+    )
     protect_metrics: bool = Field(True, description="Whether /metrics needs a key as well, if keys are set.")
     cors_origins: tuple[str, ...] = Field((), description="Web pages that may call: https://a.org, or * for all.")
     tls_cert_file: Path | None = Field(None, description="PEM certificate chain; with tls_key_file: HTTPS.")
@@ -347,6 +353,22 @@ class Config(Section):
     )
     server: ServerConfig = Field(default_factory=lambda: ServerConfig())
     _source: Path | None = PrivateAttr(None)
+
+    def replaced(self, **sections: object) -> Config:
+        """With some sections replaced and everything checked again; `ensembles` holds recipes of all kinds.
+
+        Raises ConfigError as `load_config` does.
+        """
+        given = {**dict(self), "ensembles": {**self.ensembles, **self.councils}, **sections}
+        del given["councils"]
+        try:
+            config = Config.model_validate(given)
+        except ValidationError as error:
+            raise ConfigError("; ".join(_lines(error))) from error
+        if self._source is not None:
+            config = _resolve_paths(config, self._source.resolve().parent)
+            config._source = self._source
+        return config
 
     @property
     def build_command(self) -> str:
@@ -410,7 +432,7 @@ class Config(Section):
             return raw
         if "councils" in raw:
             raise ValueError("councils: write them under ensembles, each with its kind")
-        kinds = {name: each.get("kind", "fuse") for name, each in recipes.items() if isinstance(each, dict)}
+        kinds = {name: kind for name, each in recipes.items() if (kind := _kind(each)) is not None}
         for name, kind in kinds.items():
             if kind not in ("fuse", *COUNCIL_KINDS):
                 raise ValueError(f"ensembles.{name}.kind: {kind!r}; kinds are fuse, {', '.join(COUNCIL_KINDS)}")
@@ -454,6 +476,13 @@ class Config(Section):
                     f"(declared: {sorted(self.members)})"
                 )
         return self
+
+
+def _kind(recipe: object) -> str | None:
+    """The kind of a recipe as it stands in the file, or of one that was checked; None: it is none."""
+    if isinstance(recipe, dict):
+        return str(recipe.get("kind", "fuse"))
+    return getattr(recipe, "kind", None)
 
 
 def load_config(path: str | Path) -> Config:
@@ -500,7 +529,7 @@ def _line(location: tuple[int | str, ...], message: str, given: object) -> str:
         location = ("ensembles", location[1], *location[3:])  # without the kind, as it stands in the file
     where = ".".join(str(part) for part in location) or "(top level)"
     message = message.removeprefix("Value error, ")
-    if isinstance(given, BaseModel | dict | list) or _SECRET in location:
+    if isinstance(given, BaseModel | dict | list) or _SECRETS.intersection(location):
         return f"{where}: {message}"
     return f"{where}: {message} (given: {given!r})"
 

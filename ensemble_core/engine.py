@@ -22,7 +22,7 @@ from ensemble_core.decoding.step import Step
 from ensemble_core.decoding.telemetry import Telemetry
 from ensemble_core.errors import MemberError
 from ensemble_core.members.base import Answers, Member
-from ensemble_core.members.cores import Cores
+from ensemble_core.members.cores import Cores, ForwardCost
 from ensemble_core.members.parallel import MemberPool
 from ensemble_core.stats import Record, discard
 
@@ -50,8 +50,7 @@ class Engine:
         share; None: they step in turn.
         """
         self.members = dict(members)
-        capacities = {n: Capacity(m.page_size, m.num_pages, m.max_len, m.min_prefix) for n, m in members.items()}
-        self.scheduler = Scheduler(capacities, limits)
+        self.scheduler = Scheduler({name: _capacity(member) for name, member in members.items()}, limits)
         self._pool = MemberPool(members, member_timeout, cores)
         self._failures = Failures(self._pool, record, limits.token_budget)
         self._feeding = Feeding(members, self._failures, num_candidates)
@@ -64,6 +63,46 @@ class Engine:
     def has_work(self) -> bool:
         """True while any sequence runs or waits."""
         return self.scheduler.has_work
+
+    def attach(self, member: Member, cost: ForwardCost | None = None) -> None:
+        """Take in one more member, between steps. cost: of its forwards; None: as known from earlier."""
+        self._pool.attach(member, cost)
+        self.members[member.name] = member
+        self._feeding.attach(member)
+        self._failures.attach(member.name)
+        self.scheduler.attach(member.name, _capacity(member))
+
+    def can_detach(self, member: str) -> bool:
+        """Whether nobody uses a member, and no late call holds it."""
+        self._pool.settle()
+        return not self.scheduler.using(member) and member not in self._pool.busy
+
+    def detach(self, member: str) -> Member:
+        """Let a member go that `can_detach`; nothing here holds it afterwards."""
+        self.scheduler.detach(member)
+        del self.members[member]
+        self._telemetry.gone(member, self._pool.members[member])
+        return self._pool.detach(member)
+
+    def end_users(self, member: str, reason: str, *, go_on: bool) -> list[News]:
+        """End the sequences that use a member. go_on: those whose recipe allows it go on without it."""
+        for sequence in self.scheduler.using(member):
+            if go_on:
+                self._failures.take_away(sequence, member, reason)
+            else:
+                fail(sequence, reason)
+        return self._retire()
+
+    def limit(self, limits: Limits, *, prefix_reuse: bool) -> None:
+        """Other limits from the next step on; what waits or runs stays."""
+        self.scheduler.limit(limits)
+        self._failures.max_behind = limits.token_budget
+        self._prefix_reuse = prefix_reuse
+
+    def forget(self, models: Iterable[str]) -> None:
+        """What was learnt of the drafts of models, whose recipes are others from now on."""
+        gone = set(models)
+        self._habits = {key: habits for key, habits in self._habits.items() if key[0] not in gone}
 
     def add(self, sequences: list[Sequence]) -> None:
         """Queue sequences, all or none. Raises QueueFullError."""
@@ -249,3 +288,7 @@ class Engine:
         keep = self._prefix_reuse and sequence.finish_reason != "error"
         for member in sequence.tracks:
             self._pool.release(member, sequence.seq_id, keep)
+
+
+def _capacity(member: Member) -> Capacity:
+    return Capacity(member.page_size, member.num_pages, member.max_len, member.min_prefix)

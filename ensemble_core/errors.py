@@ -55,6 +55,14 @@ class NotReadyError(UnisonoError):
     """The engine is loading, draining or dead and cannot take a request now."""
 
 
+class MemberAwayError(NotReadyError):
+    """The model needs members that are unloaded, asleep or on their way; once they are back it serves again."""
+
+
+class ChangeConflictError(UnisonoError):
+    """A change of members or recipes that cannot be made now: another is under way, or a member does not rest."""
+
+
 class RequestTimeoutError(UnisonoError):
     """A request took longer than `server.limits.request_seconds`."""
 

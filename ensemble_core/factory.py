@@ -11,19 +11,16 @@ import importlib
 import logging
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from tqdm import tqdm
 
-from ensemble_core.admission import Admission, Speaker
+from ensemble_core.admission import Speaker
+from ensemble_core.assembly import Loaded, Part, Spoken, Voice, assembled, check
 from ensemble_core.config import Config, MemberConfig
-from ensemble_core.council_config import RouteConfig
-from ensemble_core.councils.book import CouncilBook, check_councils
-from ensemble_core.councils.route import SCORING
+from ensemble_core.councils.book import CouncilBook
 from ensemble_core.decoding.guidance import Grammars
-from ensemble_core.decoding.scheduler import Limits
 from ensemble_core.decoding.thinking import MarkTokens
 from ensemble_core.engine import Engine
 from ensemble_core.errors import ConfigError
@@ -32,10 +29,12 @@ from ensemble_core.members.base import Member
 from ensemble_core.members.loading.adapters import read_adapter
 from ensemble_core.members.loading.checkpoints import load_tokenizer, load_vocabulary, resolve_folder
 from ensemble_core.members.loading.memory import plan_caches
-from ensemble_core.members.loading.models import Making, load_family
-from ensemble_core.members.loading.placement import log_plan, plan_cores
+from ensemble_core.members.loading.models import Making, load_adapter, load_family
+from ensemble_core.members.loading.placement import log_plan, measure, plan_cores
+from ensemble_core.members.local import LocalMember
 from ensemble_core.members.remote.elsewhere import Elsewhere
-from ensemble_core.recipes import ModelInfo, RecipeBook, check_strategies, list_models
+from ensemble_core.recipes import RecipeBook, SpaceOf
+from ensemble_core.reloading import engine_limits
 from ensemble_core.stats import Record
 from ensemble_core.text.prompt import PromptEncoder, read_template
 from ensemble_core.text.reasoning import Marks, marks_of
@@ -43,6 +42,8 @@ from ensemble_core.text.vocabulary import Vocabulary
 from ensemble_core.transfer.build import origin_of, recipe_of
 from ensemble_core.transfer.matrix import TransferMatrix, common_anchors
 from ensemble_core.transfer.store import load_matrix, matrix_path
+
+__all__ = ["Loaded", "MemberMaker", "Spaces", "check", "load", "load_recipes", "thinking_of"]
 
 logger = logging.getLogger(__name__)
 
@@ -52,40 +53,23 @@ for _strategy in (*(f"fusion.{name}" for name in _FUSIONS), *(f"decoding.modes.{
     importlib.import_module(f"ensemble_core.{_strategy}")  # importing a strategy's file registers it
 
 
-@dataclass(frozen=True, slots=True)
-class Loaded:
-    """Everything needed to serve requests."""
-
-    engine: Engine
-    admission: Admission
-    models: list[ModelInfo]
-    councils: CouncilBook
-
-
-def check(config: Config) -> None:
-    """Check what can be checked without loading anything. Raises ConfigError."""
-    check_strategies(config)
-    check_councils(config)
-    for name, member in config.members.items():
-        read_template(name, member.chat_template)
-
-
 def load(config: Config, record: Record) -> Loaded:
     """Load all members and matrices. Raises a UnisonoError that says what is missing and what to do."""
     check(config)
     log_plan(config.members)
     vocabularies = {name: load_vocabulary(name, member) for name, member in config.members.items()}
-    grammars = _grammars(config, vocabularies)
-    spaces = Spaces(config, _spoken(vocabularies))
+    grammars, maker = _grammars(config, vocabularies), MemberMaker()
+    spaces = maker.spaces(config, _spoken(vocabularies))
     RecipeBook(config, spaces.space).warm()  # before the models: a missing matrix is found in seconds
-    councils = CouncilBook(config)
+    CouncilBook(config)
     with ThreadPoolExecutor(1, "grammars") as pool:
         warmed = [pool.submit(each.warm) for each in grammars.values()]
         members = _load_members(config, vocabularies)
     try:
         for future in warmed:
             future.result()
-        return _assembled(config, members, spaces.placed(members), grammars, councils, record)
+        voices = {name: _voice(name, config, members[name], grammars[name]) for name in members}
+        return assembled(config, _engine(config, members, record), voices, maker)
     except BaseException:
         for member in members.values():
             member.close()
@@ -98,32 +82,6 @@ def _grammars(config: Config, vocabularies: Mapping[str, Vocabulary]) -> dict[st
     return {name: own[config.owner(name)] for name in config.members}
 
 
-def _assembled(
-    config: Config,
-    members: Mapping[str, Member],
-    spaces: Spaces,
-    grammars: Mapping[str, Grammars],
-    councils: CouncilBook,
-    record: Record,
-) -> Loaded:
-    book = RecipeBook(config, spaces.space)
-    book.warm()
-    speakers = {name: _speaker(name, config, members[name], grammars[name]) for name in members}
-    max_len = {name: member.max_len for name, member in members.items()}
-    admission = Admission(book, speakers)
-    admission.check_ensembles(config.ensembles)
-    _check_likelihoods(config, admission)
-    return Loaded(_engine(config, members, record), admission, list_models(config, max_len), councils)
-
-
-def _check_likelihoods(config: Config, admission: Admission) -> None:
-    """Raise ConfigError where a router asks for the likelihood of prompts and a member cannot tell it."""
-    for name, council in config.councils.items():
-        if isinstance(council, RouteConfig) and council.by == "perplexity":
-            for model in council.models:
-                admission.check_calls(model, SCORING, f"ensembles.{name}.models")
-
-
 def load_recipes(config: Config) -> tuple[RecipeBook, dict[str, Vocabulary]]:
     """The recipes, with fusions on the CPU, and every member's vocabulary, without loading any model.
 
@@ -134,8 +92,8 @@ def load_recipes(config: Config) -> tuple[RecipeBook, dict[str, Vocabulary]]:
     return RecipeBook(config, Spaces(config, _spoken(vocabularies)).space), vocabularies
 
 
-def _spoken(vocabularies: Mapping[str, Vocabulary]) -> dict[str, _Spoken]:
-    return {name: _Spoken(vocabulary, torch.device("cpu")) for name, vocabulary in vocabularies.items()}
+def _spoken(vocabularies: Mapping[str, Vocabulary]) -> dict[str, Spoken]:
+    return {name: Spoken(vocabulary, torch.device("cpu")) for name, vocabulary in vocabularies.items()}
 
 
 def _load_members(config: Config, vocabularies: Mapping[str, Vocabulary]) -> dict[str, Member]:
@@ -167,19 +125,21 @@ def _load_here(config: Config, vocabularies: Mapping[str, Vocabulary]) -> dict[s
     return members
 
 
+def _load_adapter(config: Config, name: str, base: Member) -> LocalMember:
+    """An adapter, put on a base that serves."""
+    assert isinstance(base, LocalMember), "a base lives in this process"
+    section = config.members[name]
+    folder, adapter = resolve_folder(section), read_adapter(name, section)
+    planned = plan_caches({name: section}, {name: folder}, config.scheduler.max_running)[name]
+    how = Making(config.scheduler.max_running, deterministic=config.deterministic)
+    return load_adapter(adapter, planned, folder, base, how)
+
+
 def _engine(config: Config, members: Mapping[str, Member], record: Record) -> Engine:
     scheduler = config.scheduler
-    limits = Limits(
-        scheduler.max_running,
-        scheduler.max_waiting,
-        scheduler.token_budget,
-        scheduler.max_stretch,
-        scheduler.max_queued_tokens,
-        scheduler.spare,
-    )
     return Engine(
         members,
-        limits,
+        engine_limits(config),
         scheduler.num_candidates,
         record,
         prefix_reuse=scheduler.prefix_reuse,
@@ -188,11 +148,12 @@ def _engine(config: Config, members: Mapping[str, Member], record: Record) -> En
     )
 
 
-def _speaker(name: str, config: Config, member: Member, grammars: Grammars) -> Speaker:
+def _voice(name: str, config: Config, member: Member, grammars: Grammars) -> Voice:
     template = read_template(name, config.members[name].chat_template)
     prompts = PromptEncoder(name, load_tokenizer(name, config.members[name]), template)
     thinking = thinking_of(name, config.members[name], member.vocabulary, prompts.template)
-    return Speaker(member.vocabulary, prompts, member.max_len, grammars, member.abilities, thinking)
+    speaker = Speaker(member.vocabulary, prompts, member.max_len, grammars, member.abilities, thinking)
+    return Voice(speaker, Spoken(member.vocabulary, member.device))
 
 
 def thinking_of(name: str, config: MemberConfig, vocabulary: Vocabulary, template: str) -> MarkTokens | None:
@@ -218,6 +179,49 @@ def thinking_of(name: str, config: MemberConfig, vocabulary: Vocabulary, templat
     return None
 
 
+class MemberMaker:
+    """Loads members one by one; see `assembly.Maker`. Matrices that are loaded are kept for all."""
+
+    def __init__(self) -> None:
+        self._matrices: dict[tuple[frozenset[str], str], TransferMatrix] = {}
+        self._num_cores = torch.get_num_threads()  # of the thread that loads at start
+
+    def part(self, config: Config, name: str, known: Voice | None, base: Part | None, *, measured: bool) -> Part:
+        """See `Maker.part`."""
+        section = config.members[name]
+        log_plan({name: section})
+        vocabulary = load_vocabulary(name, section)
+        if base is not None:
+            grammars = base.voice.speaker.grammars
+        elif known is not None and known.speaker.vocabulary is vocabulary:
+            grammars = known.speaker.grammars
+        else:
+            grammars = Grammars(vocabulary)
+            self._matrices = {key: matrix for key, matrix in self._matrices.items() if name not in key[0]}
+        grammars.warm()
+        if base is not None:
+            member: Member = _load_adapter(config, name, base.member)
+        else:
+            alone = config.model_copy(update={"members": {name: section}})
+            member = _load_members(alone, {name: vocabulary})[name]
+        try:
+            cost = None if measured else measure(member, self._num_cores)
+            return Part(member, _voice(name, config, member, grammars), cost)
+        except BaseException:
+            member.close()
+            raise
+
+    def space_of(self, config: Config, voices: Mapping[str, Voice]) -> SpaceOf:
+        """See `Maker.space_of`."""
+        return self.spaces(config, {name: voice.spoken for name, voice in voices.items()}).space
+
+    def spaces(self, config: Config, spoken: Mapping[str, Spoken]) -> Spaces:
+        """The spaces of members, with the matrices of those sets that an ensemble has."""
+        used = {frozenset(config.owners(ensemble.members)) for ensemble in config.ensembles.values()}
+        self._matrices = {key: matrix for key, matrix in self._matrices.items() if key[0] in used}
+        return Spaces(config, spoken, self._matrices)
+
+
 class _Placed(Protocol):
     """What a fusion space needs of a member."""
 
@@ -228,27 +232,19 @@ class _Placed(Protocol):
     def device(self) -> torch.device: ...
 
 
-@dataclass(frozen=True, slots=True)
-class _Spoken:
-    """A member whose model is not loaded."""
-
-    vocabulary: Vocabulary
-    device: torch.device
-
-
 class Spaces:
     """Fusion spaces of the members. Ensembles over the same set of members share its matrices."""
 
-    def __init__(self, config: Config, members: Mapping[str, _Placed]) -> None:
+    def __init__(
+        self,
+        config: Config,
+        members: Mapping[str, _Placed],
+        matrices: dict[tuple[frozenset[str], str], TransferMatrix] | None = None,
+    ) -> None:
+        """matrices: those that are loaded; more are added here."""
         self._config = config
         self._members = members
-        self._matrices: dict[tuple[frozenset[str], str], TransferMatrix] = {}
-
-    def placed(self, members: Mapping[str, _Placed]) -> Spaces:
-        """The spaces of the same members on other devices, with the matrices that are loaded already."""
-        spaces = Spaces(self._config, members)
-        spaces._matrices = self._matrices
-        return spaces
+        self._matrices = {} if matrices is None else matrices
 
     def space(self, members: tuple[str, ...], whole: tuple[str, ...]) -> FusionSpace:
         """The space of `members` (main first), with matrices made for `whole`, the ensemble's full set.

@@ -98,5 +98,5 @@ class OfflineCouncils:
         ids, main = self.admission.tokenize(model, prompt, add_special_tokens=True)
         return main.max_len - len(ids)
 
-    async def _reserve(self, _places: int) -> Unbounded:
+    async def _reserve(self, _model: str, _places: int) -> Unbounded:
         return Unbounded()

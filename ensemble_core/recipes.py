@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
 
@@ -38,15 +38,18 @@ _MAX_FUSIONS = 64  # most fusions chosen by clients that are kept
 
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
-    """A model that a client can request.
+    """A model that a client can request. recipe: None for a single member.
 
-    recipe: None for a single member. parent: of an adapter, the member whose weights it runs.
+    members: all that it may need. lacks: those of them that take no requests now, and how they stand. parent: of an
+    adapter, the member whose weights it runs.
     """
 
     name: str
     kind: Literal["ensemble", "council", "member"]
     max_model_len: int
     recipe: dict[str, Any] | None
+    members: tuple[str, ...] = ()
+    lacks: Mapping[str, str] = field(default_factory=dict)
     parent: str | None = None
 
 
@@ -88,19 +91,38 @@ def _require_drafter(mode: ModeChoice, ensemble: EnsembleConfig, where: str) -> 
 def list_models(config: Config, max_len: Mapping[str, int]) -> list[ModelInfo]:
     """All ensembles, then councils, then members. max_len: member -> tokens per sequence."""
     ensembles = [
-        ModelInfo(name, "ensemble", _context_of(ensemble, max_len), _described(ensemble))
+        ModelInfo(name, "ensemble", _context_of(ensemble, max_len), _described(ensemble), tuple(ensemble.members))
         for name, ensemble in config.ensembles.items()
     ]
     lengths = {each.name: each.max_model_len for each in ensembles} | dict(max_len)
     councils = [
-        ModelInfo(name, "council", _length_of(name, config, lengths), _council_described(council))
+        ModelInfo(
+            name, "council", _length_of(name, config, lengths), _council_described(council), needed(name, config)
+        )
         for name, council in config.councils.items()
     ]
     members = [
-        ModelInfo(name, "member", max_len[name], None, parent=member.base)
+        ModelInfo(name, "member", max_len[name], None, (name,), parent=member.base)
         for name, member in config.members.items()
     ]
     return ensembles + councils + members
+
+
+def needed(model: str, config: Config) -> tuple[str, ...]:
+    """All members that a model may need, each once; none for an unknown model. Each council is looked at once."""
+    found: dict[str, None] = {}
+    seen, ahead = {model}, [model]
+    while ahead:
+        name = ahead.pop()
+        if name in config.members:
+            found[name] = None
+        elif name in config.ensembles:
+            found |= dict.fromkeys(config.ensembles[name].members)
+        elif name in config.councils:
+            called = [each for each in config.councils[name].called if each not in seen]
+            seen.update(called)
+            ahead += reversed(called)
+    return tuple(found)
 
 
 def _context_of(ensemble: EnsembleConfig, max_len: Mapping[str, int]) -> int:
@@ -124,10 +146,12 @@ def _council_described(council: CouncilConfig) -> dict[str, Any]:
 class RecipeBook:
     """Recipes by name. Each fusion is built once."""
 
-    def __init__(self, config: Config, space_of: SpaceOf) -> None:
+    def __init__(self, config: Config, space_of: SpaceOf, like: RecipeBook | None = None) -> None:
+        """like: a book over the same vocabularies; what it has built of the fusions configured here is taken over."""
         self._config = config
         self._space_of = space_of
         self._built = FusionShelf(_MAX_FUSIONS)
+        self._shelf_before = None if like is None else like._built  # until `warm` is over
 
     def resolve(self, model: str, overrides: Overrides) -> Recipe:
         """The recipe of a request. Raises ModelNotFoundError, InvalidRequestError with `ensemble.*` as param."""
@@ -179,6 +203,7 @@ class RecipeBook:
             for member in may_go:
                 recipe.without((member,))
                 self._built.pin()
+        self._shelf_before = None
 
     def _alone(self, model: str, overrides: Overrides) -> Recipe:
         if overrides != Overrides():
@@ -200,8 +225,13 @@ class RecipeBook:
                 return "single", "", None
             whole = tuple(ensemble.members)
             key = json.dumps([sorted(whole), name, parsed.model_dump(mode="json")])
+            place, before = json.dumps([key, members]), self._shelf_before
             fusion = self._built.get(
-                json.dumps([key, members]), lambda: build_fusion(name, parsed, self._space_of(members, whole))
+                place,
+                lambda: (
+                    (before.find(place) if before else None)
+                    or build_fusion(name, parsed, self._space_of(members, whole))
+                ),
             )
         except (UnknownStrategyError, ConfigError) as error:
             raise InvalidRequestError(str(error), "ensemble.fusion") from error

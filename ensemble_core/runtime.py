@@ -8,32 +8,38 @@ one last output, whatever happens to the request, the engine or the client. Does
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import queue
 import threading
 import time
 from collections import abc
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, TypeVar
 
 from ensemble_core import factory
-from ensemble_core.admission import Admission
+from ensemble_core.assembly import Loaded
+from ensemble_core.changes import Changes
 from ensemble_core.config import Config
 from ensemble_core.councils.chamber import Chamber
 from ensemble_core.councils.door import EngineDoor
+from ensemble_core.crossing import call, fail, settle
 from ensemble_core.decoding.requests import GenerationRequest, Output, Prompt
 from ensemble_core.decoding.sequence import Sequence
 from ensemble_core.decoding.workshop import Workshop
 from ensemble_core.engine import Engine, News
 from ensemble_core.errors import NotReadyError, UnisonoError
-from ensemble_core.permissions import Permissions
+from ensemble_core.member_reports import MemberReport
+from ensemble_core.members.loading.standstill import DEFAULT_DTYPE
 from ensemble_core.recipes import ModelInfo, list_models
+from ensemble_core.roster import Roster
 from ensemble_core.stats import Record, discard
 from ensemble_core.streaming import OutputStream
+from ensemble_core.tokens import Tokenized, detokenized, tightest_of, tokenized, tokenizer_facts
 
-__all__ = ["ModelInfo", "OutputStream", "Runtime", "State", "Status", "Tokenized"]
+__all__ = ["Changes", "MemberReport", "ModelInfo", "OutputStream", "Runtime", "State", "Status", "Tokenized"]
 
 logger = logging.getLogger(__name__)
 
@@ -52,20 +58,6 @@ class Status:
 
     state: State
     reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class Tokenized:
-    """A prompt as tokens: ids, how the vocabulary writes them, and the context length that they must fit."""
-
-    token_ids: tuple[int, ...]
-    tokens: tuple[str, ...]
-    max_model_len: int
-
-    @property
-    def room(self) -> int:
-        """Tokens that the context has left."""
-        return self.max_model_len - len(self.token_ids)
 
 
 @dataclass(slots=True)
@@ -89,9 +81,8 @@ class Runtime:
         factory.check(config)
         self._config = config
         self._record = record
-        self._permissions = Permissions(config)
         self._status = Status("loading", "members and matrices are being loaded")
-        self._loaded: factory.Loaded | None = None
+        self._loaded: Loaded | None = None
         self._failure: BaseException | None = None
         self._settled = threading.Event()  # set once loading has succeeded or failed
         self._commands: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
@@ -100,6 +91,10 @@ class Runtime:
         self._chamber: Chamber | None = None  # where councils are run
         self._num_reserved = 0  # places that councils hold
         self._over = False  # councils may make no more calls
+        self.roster = Roster(config.members)
+        self.meetings: dict[int, frozenset[str]] = {}  # councils at work -> the members that they may ask
+        self._meeting_ids = itertools.count()
+        self.changes = Changes(self)
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._beat = time.monotonic()  # when the engine's loop last went round
         self._ended = threading.Event()
@@ -131,7 +126,7 @@ class Runtime:
     def models(self) -> list[ModelInfo]:
         """All ensembles and members. Until everything is loaded, lengths are the configured ones."""
         if self._loaded is not None:
-            return self._loaded.models
+            return [replace(model, lacks=self.roster.away(model.members)) for model in self._loaded.models]
         return list_models(self._config, {name: member.max_len for name, member in self._config.members.items()})
 
     async def submit(self, requests: abc.Sequence[GenerationRequest]) -> OutputStream:
@@ -140,24 +135,23 @@ class Runtime:
         Raises NotReadyError, ModelNotFoundError, InvalidRequestError or QueueFullError before any output. Closing
         the stream aborts the unfinished requests.
         """
-        self._require_ready()
+        loaded = self._require_ready()
         if self._chamber is not None and requests and requests[0].model in self._chamber:
-            admission = self._require_ready().admission
-            admission.check_council(requests[0], sorted(self._chamber.speakers(requests[0].model)))
+            loaded.admission.check_council(requests[0], sorted(loaded.councils.speakers(requests[0].model)))
             return await self._chamber.submit(requests)
-        return await self._submit(requests)
+        return await self._submit(loaded, requests)
 
-    async def _submit(self, requests: abc.Sequence[GenerationRequest]) -> OutputStream:
+    async def _submit(self, loaded: Loaded, requests: abc.Sequence[GenerationRequest]) -> OutputStream:
         """Requests to members and token-level ensembles."""
-        loaded = self._require_ready(within=all(request.reserved for request in requests))
+        self._require_ready(within=all(request.reserved for request in requests))
         for request in {each.group: each for each in requests}.values():  # choices of a prompt choose the same
-            self._permissions.check(request.model, request.overrides)
+            loaded.permissions.check(request.model, request.overrides)
         leaders = list({each.group or each.request_id: each for each in requests}.values())
-        for grammars, form in await asyncio.to_thread(loaded.admission.forms, leaders):
+        for grammars, form in await asyncio.to_thread(_undisturbed, loaded.admission.forms, leaders):
             await self._workshop.prepare(grammars, form)
-        sequences = await asyncio.to_thread(loaded.admission.admit_all, requests)
+        sequences = await asyncio.to_thread(_undisturbed, loaded.admission.admit_all, requests)
         stream = self._stream(self._abort)
-        await self._enqueue(sequences, stream)
+        await self._enqueue(loaded, sequences, stream)
         return stream
 
     def _stream(self, abort: Callable[[list[int]], None]) -> OutputStream:
@@ -169,23 +163,31 @@ class Runtime:
 
         Raises as `submit`.
         """
-        admission = self._require_ready().admission
-        speakers = {model} if self._chamber is None else self._chamber.speakers(model)
-        found = [await _tokenized(admission, name, prompt) for name in sorted(speakers)]
-        return min(found, key=lambda each: each.room)
+        loaded = self._require_ready()
+        return await tightest_of(loaded.admission, loaded.councils.speakers(model), prompt)
 
-    async def _room(self, model: str, prompt: Prompt) -> int:
+    async def _room(self, loaded: Loaded, model: str, prompt: Prompt) -> int:
         """Tokens that a context has left behind a prompt, for a call of a council to a member or an ensemble."""
-        return (await _tokenized(self._require_ready(within=True).admission, model, prompt)).room
+        self._require_ready(within=True)
+        return (await tokenized(loaded.admission, model, prompt)).room
 
-    async def _reserve(self, places: int) -> Reservation:
-        """Places in the queue. Raises QueueFullError."""
-        await self._on_engine(lambda engine: engine.scheduler.reserve(places))
+    async def _reserve(self, loaded: Loaded, model: str, places: int) -> Reservation:
+        """Places in the queue for a council. Raises QueueFullError, MemberAwayError."""
+        members = loaded.members_of(model)
+        self.roster.require(model, members)
+        meeting = next(self._meeting_ids)
+        self.meetings[meeting] = frozenset(members)
+        try:
+            await self.on_engine(lambda engine: engine.scheduler.reserve(places))
+        except BaseException:
+            del self.meetings[meeting]
+            raise
         self._num_reserved += places
-        return Reservation(partial(self._release, places))
+        return Reservation(partial(self._release, places, meeting))
 
-    def _release(self, places: int) -> None:
+    def _release(self, places: int, meeting: int) -> None:
         self._num_reserved -= places
+        del self.meetings[meeting]
 
         def command(engine: Engine) -> list[News]:
             engine.scheduler.release(places)
@@ -195,23 +197,15 @@ class Runtime:
 
     async def tokenize(self, model: str, prompt: Prompt, add_special_tokens: bool = True) -> Tokenized:
         """A prompt in the tokens of a model's main member. Raises as `submit`."""
-        return await _tokenized(self._require_ready().admission, model, prompt, add_special_tokens)
+        return await tokenized(self._require_ready().admission, model, prompt, add_special_tokens)
 
     async def detokenize(self, model: str, token_ids: abc.Sequence[int]) -> str:
         """The text of the main member's ids, with control tokens by name. Raises as `submit`."""
-        return await asyncio.to_thread(self._require_ready().admission.spell, model, token_ids)
+        return await detokenized(self._require_ready().admission, model, token_ids)
 
     def tokenizer_info(self, model: str) -> dict[str, Any]:
         """Facts about the tokenizer of a model's main member. Raises NotReadyError, ModelNotFoundError."""
-        name, main = self._require_ready().admission.main_of(model)
-        return {
-            "member": name,
-            "vocab_size": len(main.vocabulary),
-            "stop_token_ids": sorted(main.vocabulary.stop_ids),
-            "max_model_len": main.max_len,
-            "fingerprint": main.vocabulary.fingerprint,
-            **main.prompts.describe(),
-        }
+        return tokenizer_facts(self._require_ready().admission, model)
 
     async def drain(self, seconds: float) -> None:
         """Refuse new requests, give open ones up to `seconds` to end, then abort the rest."""
@@ -241,43 +235,53 @@ class Runtime:
             self._thread.join(seconds)
         return not self._thread.is_alive()
 
-    def _require_ready(self, within: bool = False) -> factory.Loaded:
+    def loaded(self) -> Loaded:
+        """What serves now. Raises NotReadyError."""
+        return self._require_ready()
+
+    def _require_ready(self, within: bool = False) -> Loaded:
         """within: of a council that is at work; it may go on while the server drains."""
         goes_on = within and self._status.state == "draining" and not self._over
         if (self._status.state != "ready" and not goes_on) or self._loaded is None:
             raise NotReadyError(f"the server is {self._status.state}: {self._status.reason}; try again later")
         return self._loaded
 
-    async def _enqueue(self, sequences: list[Sequence], stream: OutputStream) -> None:
+    async def _enqueue(self, loaded: Loaded, sequences: list[Sequence], stream: OutputStream) -> None:
         """Hand sequences to the engine's thread and wait until it has queued or refused them."""
         loop = asyncio.get_running_loop()
 
         def listener(index: int) -> Listener:
-            return lambda output: _call(loop, stream.put, index, output)
+            return lambda output: call(loop, stream.put, index, output)
 
         def add(engine: Engine) -> None:
+            for each in sequences:
+                self.roster.require(each.request.model, each.tracks, within=each.request.reserved)
+                self.roster.require_voices(each.request.model, {name: loaded.voices[name] for name in each.tracks})
             engine.add(sequences)
             self._listeners.update((s.seq_id, listener(i)) for i, s in enumerate(sequences))
 
         stream.follow([sequence.seq_id for sequence in sequences])
         try:
-            await self._on_engine(add)
+            await self.on_engine(add)
         except asyncio.CancelledError:
             self._abort([s.seq_id for s in sequences])
             raise
 
-    async def _on_engine(self, work: Callable[[Engine], None]) -> None:
-        """Do something in the engine's thread and wait until it is done. Raises the UnisonoError that it raises."""
+    async def on_engine(self, work: Callable[[Engine], Found]) -> Found:
+        """Do something in the engine's thread, between steps, and wait until it is done: what it returns.
+
+        Raises what it raises, if that is a UnisonoError; anything else ends the engine.
+        """
         loop = asyncio.get_running_loop()
-        done: asyncio.Future[None] = loop.create_future()
+        done: asyncio.Future[Found] = loop.create_future()
 
         def command(engine: Engine) -> list[News]:
             try:
-                work(engine)
+                found = work(engine)
             except UnisonoError as error:
-                _call(loop, _settle, done, error)
+                call(loop, fail, done, error)
                 return []
-            _call(loop, _settle, done, None)
+            call(loop, settle, done, found)
             return []
 
         self._commands.put(command)
@@ -285,7 +289,19 @@ class Runtime:
             await asyncio.wait([done], timeout=1.0)
             if self._status.state == "dead" and not done.done():  # died before it saw the command
                 raise NotReadyError(self._status.reason)
-        done.result()
+        return done.result()
+
+    def serve(self, loaded: Loaded) -> None:
+        """Serve what comes from now on with these recipes. What is under way goes on with those before."""
+        door = EngineDoor(
+            partial(self._submit, loaded),
+            partial(self._room, loaded),
+            partial(self._reserve, loaded),
+            self._stream,
+        )
+        self._loaded, self._config = loaded, loaded.config
+        self._chamber = Chamber(loaded.councils, door, self._record) if loaded.councils else None
+        self._workshop.keep(voice.speaker.grammars for voice in loaded.voices.values())
 
     def _abort(self, seq_ids: list[int]) -> None:
         self._commands.put(lambda engine: engine.abort(seq_ids))
@@ -298,9 +314,10 @@ class Runtime:
             self._die(error, "loading failed")
             return
         self._beat = time.monotonic()
-        door = EngineDoor(self._submit, self._room, self._reserve, self._stream)
-        self._chamber = Chamber(loaded.councils, door, self._record) if loaded.councils else None
-        self._loaded, self._status = loaded, Status("ready", "")
+        for name, voice in loaded.voices.items():
+            self.roster.put(name, "ready", voice=voice)
+        self.serve(loaded)
+        self._status = Status("ready", "")
         self._settled.set()
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
         try:
@@ -318,8 +335,8 @@ class Runtime:
 
     def _watch(self) -> None:
         """The watchdog's function: declare the engine dead if its loop stands still."""
-        bound = self._config.scheduler.stall_seconds
-        while not self._ended.wait(min(bound / 4, 1.0)):
+        while not self._ended.wait(min(self._config.scheduler.stall_seconds / 4, 1.0)):
+            bound = self._config.scheduler.stall_seconds
             stalled = time.monotonic() - self._beat
             if stalled > bound:
                 logger.error("the engine has taken no step for %.0f s and counts as dead", stalled)
@@ -333,11 +350,13 @@ class Runtime:
             self._beat = time.monotonic()
             for command in self._pending(engine.has_work):
                 if command is None:
-                    self._publish(engine.abort(list(self._listeners)))
+                    self.publish(engine.abort(list(self._listeners)))
                     return
-                self._publish(command(engine))
+                with DEFAULT_DTYPE.computing():
+                    self.publish(command(engine))
             if engine.has_work:
-                self._publish(engine.step())
+                with DEFAULT_DTYPE.computing():
+                    self.publish(engine.step())
             engine.report_caches()
 
     def _pending(self, busy: bool) -> list[Command | None]:
@@ -351,7 +370,8 @@ class Runtime:
         except queue.Empty:
             return commands
 
-    def _publish(self, news: list[News]) -> None:
+    def publish(self, news: list[News]) -> None:
+        """Hand outputs to whoever listens; in the engine's thread."""
         for seq_id, output in news:
             ended = output.finish_reason is not None
             listener = self._listeners.pop(seq_id, None) if ended else self._listeners.get(seq_id)
@@ -366,28 +386,12 @@ class Runtime:
     def _end_all(self) -> None:
         """Send each open request its last output, since the engine is gone."""
         lost = Output("", (), 0, 0, "error", error=f"the engine is gone: {self._status.reason}")
-        self._publish([(seq_id, lost) for seq_id in list(self._listeners)])
+        self.publish([(seq_id, lost) for seq_id in list(self._listeners)])
 
 
-async def _tokenized(
-    admission: Admission, model: str, prompt: Prompt, add_special_tokens: bool = True
-) -> Tokenized:
-    ids, main = await asyncio.to_thread(admission.tokenize, model, prompt, add_special_tokens)
-    return Tokenized(tuple(ids), tuple(main.prompts.pieces(ids)), main.max_len)
-
-
-def _call(loop: asyncio.AbstractEventLoop, function: Callable[..., object], *args: object) -> None:
-    """Run a function in an event loop. A closed loop has no listener left, so nothing is run."""
-    try:
-        loop.call_soon_threadsafe(function, *args)
-    except RuntimeError:
-        logger.debug("an event loop closed before its request ended")
-
-
-def _settle(future: asyncio.Future[None], error: UnisonoError | None) -> None:
-    if future.done():
-        return
-    if error is None:
-        future.set_result(None)
-    else:
-        future.set_exception(error)
+def _undisturbed(
+    read: Callable[[abc.Sequence[GenerationRequest]], Found], requests: abc.Sequence[GenerationRequest]
+) -> Found:
+    """Read requests while no model is being made: one may choose a fusion that is built now."""
+    with DEFAULT_DTYPE.computing():
+        return read(requests)

@@ -15,8 +15,9 @@ MIXED = "mixed"  # the mode of a step whose sequences have several
 # How a member fails; lost: it lives elsewhere, and cannot be reached or has lost its cache.
 Cause = Literal["exception", "non_finite", "timeout", "lost"]
 # Why a member is left out: its failure; busy: an earlier call has not returned; idle: the fusion cannot use it
-# without another member that was lost; full: the text has become too long for its context.
-Reason = Literal["exception", "non_finite", "timeout", "lost", "busy", "idle", "full"]
+# without another member that was lost; full: the text has become too long for its context; unloaded: it was taken
+# away by force.
+Reason = Literal["exception", "non_finite", "timeout", "lost", "busy", "idle", "full", "unloaded"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from collections.abc import Callable
 from contextlib import closing
 from importlib.metadata import version
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from ensemble_core.config import Config, ServerConfig
+from ensemble_core.config import Config, ServerConfig, load_config
 from ensemble_core.decoding.sampling_params import PARAMETERS, SamplingParams
 from ensemble_core.errors import ConfigError
 from server.terminal import DEFAULT_CONFIG, ConfigPath, load, load_quietly, one_line_errors, say
@@ -84,8 +85,8 @@ def serve(
     tls_key_password_env: Annotated[str | None, typer.Option(help="Replaces server.tls_key_password_env.")] = None,
 ) -> None:
     """Load the models and serve them over HTTP until a signal arrives."""
-    with one_line_errors():
-        settings = load(config)
+
+    def chosen(settings: Config) -> Config:
         server = _chosen(
             settings.server,
             host=host,
@@ -98,7 +99,10 @@ def serve(
             tls_key_file=tls_key_file,
             tls_key_password_env=tls_key_password_env,
         )
-        _serve(settings.model_copy(update={"server": server}))
+        return settings.model_copy(update={"server": server})
+
+    with one_line_errors():
+        _serve(chosen(load(config)), lambda: chosen(load_config(config)))
 
 
 def _chosen(server: ServerConfig, **options: object) -> ServerConfig:
@@ -122,7 +126,8 @@ def _all_keys(server: ServerConfig, given: list[str] | None) -> list[object] | N
     return [*server.api_keys, *more] if more else None
 
 
-def _serve(settings: Config) -> None:
+def _serve(settings: Config, read: Callable[[], Config]) -> None:
+    """read: the same configuration from its file as it is then."""
     from ensemble_core.runtime import Runtime
     from server.edge.app import create_app
     from server.edge.metrics import PrometheusMetrics
@@ -131,7 +136,7 @@ def _serve(settings: Config) -> None:
     metrics = PrometheusMetrics()
     runtime = Runtime(settings, metrics.record)
     announce = say if settings.server.log_format == "text" else logger.info
-    serve_app(create_app(runtime, settings.server, metrics), runtime, settings.server, announce)
+    serve_app(create_app(runtime, settings.server, metrics), runtime, settings.server, announce, read)
 
 
 @app.command()

@@ -51,6 +51,7 @@ class FakeModel:
     kind: str
     max_model_len: int
     recipe: dict[str, Any] | None
+    lacks: dict[str, str] = field(default_factory=dict)
     parent: str | None = None
 
 

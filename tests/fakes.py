@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import abc
 from collections.abc import Mapping
 from typing import Any, TypeVar
@@ -9,9 +10,9 @@ from typing import Any, TypeVar
 import jinja2
 import torch
 
-from ensemble_core.admission import Admission, Speaker
-from ensemble_core.config import Config
-from ensemble_core.councils.book import CouncilBook
+from ensemble_core.admission import Speaker
+from ensemble_core.assembly import Loaded, Part, Spoken, Voice, assembled
+from ensemble_core.config import Config, MemberConfig
 from ensemble_core.decoding.bans import bans_of
 from ensemble_core.decoding.guidance import Grammars
 from ensemble_core.decoding.recipe import Recipe
@@ -20,12 +21,12 @@ from ensemble_core.decoding.sampling_params import SamplingParams
 from ensemble_core.decoding.scheduler import Limits
 from ensemble_core.decoding.sequence import Sequence
 from ensemble_core.engine import Engine
-from ensemble_core.factory import Loaded, thinking_of
+from ensemble_core.factory import thinking_of
 from ensemble_core.fusion.base import Fusion, FusionSpace
 from ensemble_core.fusion.relative import RelativeFusion, RelativeOptions
 from ensemble_core.members.base import Member
 from ensemble_core.members.fake import FakeMember, byte_vocabulary, mid_character, pair_vocabulary
-from ensemble_core.recipes import RecipeBook, list_models
+from ensemble_core.recipes import SpaceOf
 from ensemble_core.stats import PreemptionStats, Record, Stats, discard
 from ensemble_core.text.alignment import Track
 from ensemble_core.text.prompt import PromptEncoder
@@ -203,13 +204,6 @@ def fake_config(members: abc.Sequence[str] = ("alpha", "beta"), **sections: Any)
     return Config.model_validate(raw | sections)
 
 
-def _speaker(name: str, config: Config, member: FakeMember) -> Speaker:
-    own, vocabulary = config.members[name], member.vocabulary
-    prompts = PromptEncoder(name, FakeTokenizer(vocabulary), own.chat_template)
-    thinking = thinking_of(name, own, vocabulary, prompts.template)
-    return Speaker(vocabulary, prompts, member.max_len, Grammars(vocabulary), member.abilities, thinking)
-
-
 def fake_loaded(config: Config, members: Mapping[str, FakeMember], record: Record = discard) -> Loaded:
     """What `factory.load` returns for `config`, over fake members."""
     scheduler = config.scheduler
@@ -223,7 +217,56 @@ def fake_loaded(config: Config, members: Mapping[str, FakeMember], record: Recor
         prefix_reuse=scheduler.prefix_reuse,
         member_timeout=scheduler.member_timeout,
     )
-    book = RecipeBook(config, lambda names, _: space_of([members[name] for name in names]))
-    speakers = {name: _speaker(name, config, member) for name, member in members.items()}
-    max_len = {name: member.max_len for name, member in members.items()}
-    return Loaded(engine, Admission(book, speakers), list_models(config, max_len), CouncilBook(config))
+    maker = FakeMaker(members)
+    voices = {name: fake_voice(config.members[name], member) for name, member in members.items()}
+    return assembled(config, engine, voices, maker)
+
+
+def fake_voice(section: MemberConfig, member: FakeMember) -> Voice:
+    """What is kept of a fake member."""
+    vocabulary = member.vocabulary
+    prompts = PromptEncoder(member.name, FakeTokenizer(vocabulary), section.chat_template)
+    thinking = thinking_of(member.name, section, vocabulary, prompts.template)
+    speaker = Speaker(vocabulary, prompts, member.max_len, Grammars(vocabulary), member.abilities, thinking)
+    return Voice(speaker, Spoken(vocabulary, member.device))
+
+
+class FakeMaker:
+    """Makes fake members: those of `known` again, and new ones by their names.
+
+    fails: raised by the next load. gate: loads wait while it is clear. made: all that were made, in order. bases: of
+    adapters among them.
+    """
+
+    def __init__(self, known: Mapping[str, FakeMember]) -> None:
+        self.vocabularies = {name: member.vocabulary for name, member in known.items()}
+        self.max_len = {name: member.max_len for name, member in known.items()}
+        self.fails: Exception | None = None
+        self.gate = threading.Event()
+        self.gate.set()
+        self.made: list[FakeMember] = []
+        self.bases: dict[str, str] = {}
+
+    def part(self, config: Config, name: str, known: Voice | None, base: Part | None, *, measured: bool) -> Part:
+        """See `Maker.part`."""
+        assert self.gate.wait(10.0), "nobody opened the gate"
+        if self.fails is not None:
+            error, self.fails = self.fails, None
+            raise error
+        vocabulary = self.vocabularies.setdefault(name, byte_vocabulary())
+        member = FakeMember(name, vocabulary, max_len=self.max_len.get(name, 256))
+        self.made.append(member)
+        if base is not None:
+            self.bases[name] = base.member.name
+        return Part(member, fake_voice(config.members[name], member))
+
+    def space_of(self, config: Config, voices: Mapping[str, Voice]) -> SpaceOf:
+        """See `Maker.space_of`; matrices are exact."""
+
+        def space(names: tuple[str, ...], _whole: tuple[str, ...]) -> FusionSpace:
+            vocabularies = [voices[name].spoken.vocabulary for name in names]
+            anchors = common_anchors(vocabularies)
+            matrices = [exact_matrix(vocabulary, anchors) for vocabulary in vocabularies]
+            return FusionSpace(vocabularies, lambda: matrices, torch.device("cpu"), names)
+
+        return space

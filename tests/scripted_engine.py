@@ -74,7 +74,7 @@ class ScriptedEngine:
     async def _room(self, _model: str, prompt: Prompt) -> int:
         return self.contexts - len(text_of(prompt).split())
 
-    async def _reserve(self, places: int) -> Held:
+    async def _reserve(self, _model: str, places: int) -> Held:
         if self.num_places + places > self.most_places:
             raise QueueFullError("the queue is full")
         self.num_places += places

@@ -55,9 +55,9 @@ def check_items(events: list[Any]) -> None:
                 assert event.item.id == open_id
                 whole.append(event.item)
                 open_id = None
-            case "response.output_text.delta" | "response.function_call_arguments.delta":
+            case kind if kind.endswith(".delta"):
                 grown += event.delta
-            case "response.output_text.done":
+            case "response.output_text.done" | "response.reasoning_text.done":
                 assert event.text == grown
             case "response.function_call_arguments.done":
                 assert event.arguments == grown

@@ -47,7 +47,7 @@ class Chamber:
         limits = agreed(council, requests)
         for request in requests:
             check(request, council)
-        places = await self._hall.door.reserve(council.cost.width * len(requests))
+        places = await self._hall.door.reserve(council.name, council.cost.width * len(requests))
         meeting = _Meeting(self._hall, council, places)
         return meeting.begin(requests, limits)
 

@@ -22,11 +22,11 @@ class EngineDoor:
     """What a council needs of the engine.
 
     submit: requests to members and ensembles, all or none. room: tokens that a model's context has left behind a
-    prompt. reserve: places in the queue; raises QueueFullError. stream: an empty stream whose requests end through
-    the given function.
+    prompt. reserve: places in the queue for a council; raises QueueFullError. stream: an empty stream whose requests
+    end through the given function.
     """
 
     submit: Callable[[Sequence[GenerationRequest]], Awaitable[OutputStream]]
     room: Callable[[str, Prompt], Awaitable[int]]
-    reserve: Callable[[int], Awaitable[Places]]
+    reserve: Callable[[str, int], Awaitable[Places]]
     stream: Callable[[Callable[[list[int]], None]], OutputStream]

@@ -38,7 +38,7 @@ class Failures:
     """See the module's docstring. max_behind: most tokens that a member may have to catch up after it was busy."""
 
     def __init__(self, pool: MemberPool, record: Record, max_behind: int) -> None:
-        self._pool, self._record, self._max_behind = pool, record, max_behind
+        self._pool, self._record, self.max_behind = pool, record, max_behind
         self._failed: dict[str, Cause] = {}  # in this step
         self._down: set[str] = set()
         self._away: set[str] = set()  # of these, those that are lost
@@ -59,6 +59,21 @@ class Failures:
     def lose_to(self, sequence: Sequence, member: str, error: MemberError) -> None:
         """Like `lose`, for an error that a member raised."""
         self.lose(sequence, member, cause_of(error), str(error))
+
+    def attach(self, member: str) -> None:
+        """One more member, which works as far as is known."""
+        self._incarnations[member] = self._pool.members[member].incarnation
+        if member in self._down:
+            self._record(HealthStats(member, None))
+        self._down.discard(member)
+        self._away.discard(member)
+
+    def take_away(self, sequence: Sequence, member: str, detail: str) -> None:
+        """A member that is unloaded by force: as `lose`, but it has not failed."""
+        if sequence.recipe.can_lose(member):
+            self._drop(sequence, member, "unloaded", detail)
+        else:
+            fail(sequence, detail)
 
     def lose_full(self, sequence: Sequence, member: str) -> None:
         """Go on without a member whose context is full, which is no failure of it."""
@@ -117,7 +132,7 @@ class Failures:
                 if self._pool.is_stuck(member):
                     fail(sequence, f"member {member!r}: an earlier call has not returned")
                 return None
-            if share.prefill or share.counts[member] > self._max_behind:
+            if share.prefill or share.counts[member] > self.max_behind:
                 self._drop(sequence, member, "busy", "an earlier call has not returned")
         counts = _kept(share.counts, busy, sequence)
         decodes = share.decides and not share.prefill  # main has drafted what is decided without the busy members

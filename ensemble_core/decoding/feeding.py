@@ -24,8 +24,15 @@ class Feeding:
 
     def __init__(self, members: Mapping[str, Member], failures: Failures, num_candidates: int) -> None:
         self._failures, self._num_candidates = failures, num_candidates
-        self._sizes = {name: len(member.vocabulary) for name, member in members.items()}
-        self._most = {name: member.abilities.max_k or self._sizes[name] for name, member in members.items()}
+        self._sizes: dict[str, int] = {}
+        self._most: dict[str, int] = {}
+        for member in members.values():
+            self.attach(member)
+
+    def attach(self, member: Member) -> None:
+        """One more member."""
+        self._sizes[member.name] = len(member.vocabulary)
+        self._most[member.name] = member.abilities.max_k or len(member.vocabulary)
 
     def prepare(self, step: Step) -> None:
         """Fill in the feeds of a step."""

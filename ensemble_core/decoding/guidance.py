@@ -8,6 +8,7 @@ sequences or members.
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from collections import OrderedDict
@@ -28,6 +29,7 @@ from ensemble_core.text.vocabulary import Vocabulary
 ANY_OBJECT = TextForm("json")
 _NUM_PROBED = 4  # tokens tried on a new constraint; many forms that cost too much fail right there
 _NUM_KEPT = 64  # forms whose grammar or refusal is kept
+_KEYS = itertools.count()
 # Copies of a compiled grammar share a lexer, its states and their bound. One whose masks took this long may hold tens
 # of thousands of states, so requests that come get a new one.
 _LEXER_SECONDS = 0.5
@@ -54,9 +56,11 @@ class Grammars:
     """Makes constraints over one vocabulary. Costly parts are built once, by `warm` or with the first constraint.
 
     What became of the last forms is kept: their compiled grammars, which requests share, or why they are refused.
+    key: no other one of this process has it, now or later.
     """
 
     def __init__(self, vocabulary: Vocabulary) -> None:
+        self.key = next(_KEYS)
         self._vocabulary = vocabulary
         self._lock, self._building = threading.Lock(), threading.Lock()
         self._kept: OrderedDict[TextForm, _Compiled | str] = OrderedDict()

@@ -53,7 +53,7 @@ class Pace:
 
     def __init__(self, max_stretch: float = math.inf) -> None:
         assert max_stretch > 1.0, "a step cannot be shorter than its decoding"
-        self._max_stretch = max_stretch
+        self.max_stretch = max_stretch
         self._plain: dict[int, _Plain] = {}
         self._costs: dict[WorkKind, deque[float]] = {}
         self._shares: deque[float] = deque(maxlen=_MEMORY)  # a step with prompts over the sum of its parts
@@ -69,14 +69,14 @@ class Pace:
         num_prompts: sequences in prefill. num_spared: running streams that the limit is for; None: all that run.
         """
         spared = num_decoding if num_spared is None else num_spared
-        if not spared or not kinds or math.isinf(self._max_stretch):
+        if not spared or not kinds or math.isinf(self.max_stretch):
             return None
         plain = self._plain.get(num_decoding.bit_length())
         if plain is None or len(plain.steps) < _PROBES or self._num_steps - plain.last > _FRESH:
             return 0
         costs = [self._costs.get(kind) for kind in kinds]
         crowd = min(max(num_prompts / spared, 1.0), _CROWD)
-        room = (crowd * self._max_stretch - 1.0) * typical(plain.steps)
+        room = (crowd * self.max_stretch - 1.0) * typical(plain.steps)
         token = self._share * sum(_dear(cost) if cost else math.inf for cost in costs)
         tokens = min(int(room / token), 2 * self._latest)  # at most double, so that each increase is measured
         return max(LEAST, tokens // _GRAIN * _GRAIN)

@@ -98,6 +98,26 @@ class Scheduler:
         for name, capacity in capacities.items():
             assert capacity.page_size * capacity.num_pages >= capacity.max_len, f"{name}: too few pages for one"
 
+    def attach(self, member: str, capacity: Capacity) -> None:
+        """One more member."""
+        assert capacity.page_size * capacity.num_pages >= capacity.max_len, f"{member}: too few pages for one"
+        self._capacities[member] = capacity
+        self._settled = False
+
+    def detach(self, member: str) -> None:
+        """One member less; no sequence may use it."""
+        assert not self.using(member), f"{member} is in use"
+        del self._capacities[member]
+
+    def limit(self, limits: Limits) -> None:
+        """Other limits from now on; what waits or runs beyond them stays."""
+        self._limits, self._settled = limits, False
+        self.pace.max_stretch = limits.max_stretch
+
+    def using(self, member: str) -> list[Sequence]:
+        """The running and waiting sequences that use a member."""
+        return [s for s in (*self.running, *self.waiting) if member in s.tracks]
+
     @property
     def has_work(self) -> bool:
         """True while any sequence runs or waits."""

@@ -91,6 +91,10 @@ class Telemetry:
         used = member.num_pages - member.free_pages
         self._record(CacheStats(name, used, member.num_pages, member.memory_bytes()))
 
+    def gone(self, name: str, member: Member) -> None:
+        """Record that a member has left, with its memory."""
+        self._record(CacheStats(name, 0, member.num_pages, dict.fromkeys(member.memory_bytes(), 0)))
+
     def request(self, sequence: Sequence) -> None:
         """Record that a sequence has ended."""
         now, arrived = time.perf_counter(), sequence.arrived

@@ -2,8 +2,9 @@
 
 The grammar engine bounds most of what it does, but not all (`multipleOf`), what is written in Python holds the
 interpreter's lock (GBNF, `$ref`s), and a crash of native code takes its process along. So a form is first compiled
-here, over the bytes and the control tokens of its vocabulary. One JSON object a line: a vocabulary (no answer), or a
-form; the answer is its grammar, or why it is refused. Knows no torch, so a fork is cheap; runs with a low priority.
+here, over the bytes and the control tokens of its vocabulary. One JSON object a line: a vocabulary to know or to
+forget (no answer), or a form; the answer is its grammar, or why it is refused. Knows no torch, so a fork is cheap;
+runs with a low priority.
 """
 
 from __future__ import annotations
@@ -35,7 +36,9 @@ def main() -> None:
     tokenizers: dict[int, LLTokenizer] = {}
     for line in sys.stdin.buffer:
         asked = json.loads(line)
-        if "size" in asked:
+        if "forget" in asked:
+            tokenizers.pop(asked["forget"], None)
+        elif "size" in asked:
             tokenizers[asked["key"]] = _tokenizer(asked)
         else:
             sys.stdout.write(json.dumps(_tried(tokenizers[asked["key"]], asked["form"])) + "\n")

@@ -14,6 +14,7 @@ import os
 import subprocess
 import sys
 import threading
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,11 @@ class Workshop:
         finally:
             self._num_waiting -= 1
 
+    def keep(self, grammars: Iterable[Grammars]) -> None:
+        """Let the process forget all other vocabularies; one that is needed again is told anew."""
+        with contextlib.suppress(RuntimeError):  # closed
+            self._thread.submit(self._trial.keep, {each.key for each in grammars})
+
     def close(self) -> None:
         """Stop the thread and the process."""
         self._thread.shutdown(wait=False, cancel_futures=True)
@@ -71,14 +77,23 @@ class _Trial:
         asked = {"kind": form.kind, "source": form.source, "layout": form.layout, "most": form.most}
         try:
             process = self._started()
-            if id(grammars) not in self._known:
-                self._say(process, grammars.outline() | {"key": id(grammars)})
-                self._known.add(id(grammars))
-            self._say(process, {"key": id(grammars), "form": asked})
+            if grammars.key not in self._known:
+                self._say(process, grammars.outline() | {"key": grammars.key})
+                self._known.add(grammars.key)
+            self._say(process, {"key": grammars.key, "form": asked})
             return dict(json.loads(self._answer(process)))
         except (OSError, ValueError):
             self.close()
             return {"refusal": "it could not be tried out"}
+
+    def keep(self, keys: set[int]) -> None:
+        """Forget all other vocabularies."""
+        try:
+            for key in self._known - keys:
+                self._say(self._started(), {"forget": key})
+        except OSError:
+            self.close()
+        self._known &= keys
 
     def close(self) -> None:
         """End the process."""

@@ -26,7 +26,7 @@ class FusionShelf:
 
     def get(self, key: str, build: Callable[[], Fusion]) -> Fusion:
         """The fusion of a key; built, without holding the lock, where it is not there. Raises what `build` raises."""
-        found = self._find(key)
+        found = self.find(key)
         if found is not None:
             return found
         built = build()
@@ -42,7 +42,8 @@ class FusionShelf:
             self._pinned |= self._others
             self._others.clear()
 
-    def _find(self, key: str) -> Fusion | None:
+    def find(self, key: str) -> Fusion | None:
+        """The fusion of a key, if it is there."""
         with self._lock:
             if key in self._others:
                 self._others.move_to_end(key)

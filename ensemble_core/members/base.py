@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -237,6 +237,20 @@ class Member(Protocol):
 
     def close(self) -> None:
         """Give up what the member holds outside this process; no call follows."""
+
+
+@runtime_checkable
+class Sleeper(Protocol):
+    """A member that can give its memory back and have it again sooner than by loading."""
+
+    def sleep(self) -> None:
+        """Give the cache back; weights that lie on another device go to this machine's memory.
+
+        Nobody holds anything of the cache, and no call follows but `wake`, `memory_bytes` and `close`.
+        """
+
+    def wake(self) -> None:
+        """Be as just loaded. Raises what the device raises; the member then sleeps on, as far as it can."""
 
 
 def ask(member: Member, feeds: Sequence[Feed], top_k: int) -> Candidates:

@@ -88,6 +88,7 @@ class FakeMember:
         self.gate = threading.Event()  # a forward waits while it is clear
         self.gate.set()
         self.entered = threading.Event()  # a forward has begun
+        self.asleep = False
         self._seed = seed
         self._prior = self._make_prior(eos_bias)
 
@@ -103,6 +104,7 @@ class FakeMember:
 
     def forward(self, feeds: Sequence[Feed]) -> Answers:
         """See `Member.forward`."""
+        assert not self.asleep, "a member that sleeps is asked"
         self.calls.append(list(feeds))
         self.threads.add(threading.current_thread().name)
         self.entered.set()
@@ -172,7 +174,18 @@ class FakeMember:
 
     def memory_bytes(self) -> dict[str, int]:
         """See `Member.memory_bytes`."""
-        return {str(self.device): 1024}
+        return {str(self.device): 512 if self.asleep else 1024}
+
+    def sleep(self) -> None:
+        """See `Sleeper.sleep`."""
+        assert not self.cached, "somebody holds a part of the cache"
+        self.kept.clear()
+        self.asleep = True
+
+    def wake(self) -> None:
+        """See `Sleeper.wake`."""
+        self._maybe_raise("wake")
+        self.asleep = False
 
     def close(self) -> None:
         """See `Member.close`; nothing is held elsewhere."""

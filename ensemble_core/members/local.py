@@ -22,6 +22,7 @@ from ensemble_core.members.cache.base import MIN_PREFIX, Cache
 from ensemble_core.members.cache.pages import PagedCache
 from ensemble_core.members.cache.rows import KVCache
 from ensemble_core.members.kernels.base import Kernels
+from ensemble_core.members.parking import Parked
 from ensemble_core.members.streams import lane_on
 from ensemble_core.members.threads import grow
 from ensemble_core.text.vocabulary import Vocabulary
@@ -44,25 +45,62 @@ class LocalMember:
         device: torch.device,
         attention: Attention = by_gathering,
         few: int = FEW,
+        renew: Callable[[], Cache] | None = None,
+        *,
+        adapts: bool = False,
     ) -> None:
         """device: where logits come out.
 
-        attention: over pages; a cache of rows has no use for it. few: see `rows.pack`.
+        attention: over pages; a cache of rows has no use for it. few: see `rows.pack`. renew: makes an empty cache
+        like this one, for a member that may sleep. adapts: the weights are another member's, all but a few.
         """
         self.name, self.vocabulary, self.max_len, self.device = name, vocabulary, max_len, device
         self.lane, self.abilities = str(device), ALL_ABILITIES
         self._body, self._cache, self._kernels, self._attention = body, cache, kernels, attention
-        self._memory = dict(Counter(body.num_bytes()) + Counter(cache.num_bytes()))
+        self._plain, self._renew, self._adapts = body, renew, adapts
+        self._graphed: Callable[[Cache], Body] | None = None  # makes the body that decodes through graphs
+        self._parked: Parked | None = None
+        self._memory = self._weigh()
         self._lane, self._few = lane_on(device), few
         self._by_chunks = (
             kernels.chunk_attention(cache.dtype, cache.head_sizes) if isinstance(cache, KVCache) else None
         )
         self.min_prefix = MIN_PREFIX
 
-    def adopt(self, make: Callable[[], Body]) -> None:
-        """Run from now on through the body that `make` makes, within this member's lane."""
+    def adopt(self, make: Callable[[Cache], Body] | None) -> None:
+        """Run from now on through the body that `make` makes for a cache, in this member's lane; None: plainly."""
         with torch.inference_mode(), self._lane.work():
-            self._body = make()
+            self._body = self._plain if make is None else make(self._cache)
+        self._graphed = make
+
+    @property
+    def body(self) -> Body:
+        """What runs the model, without graphs."""
+        return self._plain
+
+    def sleep(self) -> None:
+        """See `Sleeper.sleep`."""
+        assert self._renew is not None, "this member's cache cannot be made again"
+        assert self._parked is None, "it sleeps already"
+        with self._lane.work():
+            self._body = self._plain  # graphs hold the cache
+            del self._cache
+            self._parked = Parked([] if self._adapts else self._plain)
+        self._memory = dict(self._plain.num_bytes())
+
+    def wake(self) -> None:
+        """See `Sleeper.wake`."""
+        assert self._renew is not None, "this member's cache cannot be made again"
+        assert self._parked is not None, "it is awake"
+        with self._lane.work():  # not in inference mode: the cache is wiped outside of it
+            self._parked.bring_back()
+            self._cache = self._renew()
+        self.adopt(self._graphed)
+        self._parked = None
+        self._memory = self._weigh()
+
+    def _weigh(self) -> dict[str, int]:
+        return dict(Counter(self._body.num_bytes()) + Counter(self._cache.num_bytes()))
 
     @property
     def page_size(self) -> int:

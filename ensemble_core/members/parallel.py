@@ -19,7 +19,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from queue import SimpleQueue
 from typing import Any, TypeVar
@@ -28,7 +28,7 @@ import torch
 
 from ensemble_core.errors import MemberError, MemberLostError, MemberTimeoutError
 from ensemble_core.members.base import Answers, Feed, Member
-from ensemble_core.members.cores import Cores, Team
+from ensemble_core.members.cores import Cores, ForwardCost, Team
 from ensemble_core.members.threads import Allotment, allotment, threads
 from ensemble_core.stats import Cause
 
@@ -88,10 +88,38 @@ class MemberPool:
         self.members = dict(members)
         self._timeout, self._cores = timeout, cores or Cores()
         self._num_threads = torch.get_num_threads()  # of a thread that nothing is said of
-        most = len(self._teams(dict.fromkeys(members, 1.0), self._cores))
-        self._threads = ThreadPoolExecutor(most - 1, "team") if most > 1 else None
+        self._threads = self._team_threads()
         self._workers = {name: _Worker(name) for name in members} if timeout is not None else {}
         self._late: dict[str, _Late] = {}
+
+    def attach(self, member: Member, cost: ForwardCost | None = None) -> None:
+        """One more member. cost: of its forwards, if it shares this machine's cores; None: as known before."""
+        assert member.name not in self.members, f"{member.name} is there already"
+        self.members[member.name] = member
+        if cost is not None:
+            self._cores = replace(self._cores, costs={**self._cores.costs, member.name: cost})
+        if self._timeout is not None:
+            self._workers[member.name] = _Worker(member.name)
+        self._recount()
+
+    def detach(self, name: str) -> Member:
+        """One member less; nobody may hold anything of it, and it must not be busy."""
+        assert name not in self._late, f"{name} is busy"
+        if (worker := self._workers.pop(name, None)) is not None:
+            worker.close()
+        member = self.members.pop(name)
+        self._recount()
+        return member
+
+    def _recount(self) -> None:
+        """As many threads as the members can use; those there are idle."""
+        if self._threads is not None:
+            self._threads.shutdown()
+        self._threads = self._team_threads()
+
+    def _team_threads(self) -> ThreadPoolExecutor | None:
+        most = len(self._teams(dict.fromkeys(self.members, 1.0), self._cores))
+        return ThreadPoolExecutor(most - 1, "team") if most > 1 else None
 
     @property
     def busy(self) -> frozenset[str]:
@@ -193,7 +221,9 @@ class MemberPool:
         started = time.perf_counter()
         try:
             member = self.members[name]
-            forward = partial(_finished, member, feeds) if self._workers else partial(member.forward, feeds)
+            forward = (
+                partial(_finished, member, feeds) if self._timeout is not None else partial(member.forward, feeds)
+            )
             answers, error = self._call(name, forward), None
         except MemberError as failure:
             answers, error = None, failure

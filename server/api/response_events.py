@@ -34,6 +34,10 @@ from server.schema.response_replies import (
     OutputText,
     OutputTextDelta,
     OutputTextDone,
+    ReasoningItem,
+    ReasoningText,
+    ReasoningTextDelta,
+    ReasoningTextDone,
     ResponseEvent,
     ResponseFailure,
     ResponseObject,
@@ -64,23 +68,45 @@ class _OpenItem(ABC):
         yield OutputItemEvent(type="response.output_item.done", output_index=self.index, item=self.item(status))
 
 
-class _OpenMessage(_OpenItem):
-    """A message with one text."""
+class _OpenText(_OpenItem):
+    """An item with one text."""
 
-    def __init__(self, index: int) -> None:
-        super().__init__("msg", index)
+    def __init__(self, prefix: str, index: int) -> None:
+        super().__init__(prefix, index)
         self._pieces: list[str] = []  # of the text; joined once
-        self._logprobs: list[ChatToken] = []
         self._begun = False
 
-    def item(self, status: ItemStatus) -> OutputMessage:
-        content = [self._part()] if self._begun else []
-        return OutputMessage(id=self.id, type="message", status=status, role="assistant", content=content)
+    @abstractmethod
+    def _part(self) -> OutputText | ReasoningText:
+        """The text as it is now."""
 
     def opening(self) -> Iterator[ResponseEvent]:
         yield from super().opening()
         self._begun = True
         yield self._of_part("response.content_part.added")
+
+    def closing(self, status: ItemStatus) -> Iterator[ResponseEvent]:
+        yield self._of_part("response.content_part.done")
+        yield from super().closing(status)
+
+    def _of_part(
+        self, kind: Literal["response.content_part.added", "response.content_part.done"]
+    ) -> ContentPartEvent:
+        return ContentPartEvent(
+            type=kind, item_id=self.id, output_index=self.index, content_index=0, part=self._part()
+        )
+
+
+class _OpenMessage(_OpenText):
+    """A message."""
+
+    def __init__(self, index: int) -> None:
+        super().__init__("msg", index)
+        self._logprobs: list[ChatToken] = []
+
+    def item(self, status: ItemStatus) -> OutputMessage:
+        content = [self._part()] if self._begun else []
+        return OutputMessage(id=self.id, type="message", status=status, role="assistant", content=content)
 
     def grow(self, text: str, logprobs: list[ChatToken], padding: str | None) -> OutputTextDelta:
         """Add text."""
@@ -108,19 +134,49 @@ class _OpenMessage(_OpenItem):
             text=part.text,
             logprobs=part.logprobs,
         )
-        yield self._of_part("response.content_part.done")
         yield from super().closing(status)
 
     def _part(self) -> OutputText:
         text = "".join(self._pieces)
         return OutputText(type="output_text", text=text, annotations=[], logprobs=list(self._logprobs))
 
-    def _of_part(
-        self, kind: Literal["response.content_part.added", "response.content_part.done"]
-    ) -> ContentPartEvent:
-        return ContentPartEvent(
-            type=kind, item_id=self.id, output_index=self.index, content_index=0, part=self._part()
+
+class _OpenReasoning(_OpenText):
+    """What the model thinks."""
+
+    def __init__(self, index: int) -> None:
+        super().__init__("rs", index)
+
+    def item(self, status: ItemStatus) -> ReasoningItem:
+        content = [self._part()] if self._begun else []
+        return ReasoningItem(id=self.id, type="reasoning", status=status, summary=[], content=content)
+
+    def grow(self, text: str, padding: str | None) -> ReasoningTextDelta:
+        """Add reasoning."""
+        self._pieces.append(text)
+        delta = ReasoningTextDelta(
+            type="response.reasoning_text.delta",
+            item_id=self.id,
+            output_index=self.index,
+            content_index=0,
+            delta=text,
         )
+        if padding is not None:
+            delta.obfuscation = padding
+        return delta
+
+    def closing(self, status: ItemStatus) -> Iterator[ResponseEvent]:
+        yield ReasoningTextDone(
+            type="response.reasoning_text.done",
+            item_id=self.id,
+            output_index=self.index,
+            content_index=0,
+            text=self._part().text,
+        )
+        yield from super().closing(status)
+
+    def _part(self) -> ReasoningText:
+        return ReasoningText(type="reasoning_text", text="".join(self._pieces))
 
 
 class _OpenCall(_OpenItem):
@@ -186,6 +242,8 @@ class EventWriter:
         yield from self._begin()
         if self._num_top is not None:
             self._logprobs += [to_chat_token(token, self._num_top) for token in output.logprobs]
+        if output.reasoning:
+            yield from self._reasoning(output.reasoning)
         if output.text:
             yield from self._text(output.text)
         for piece in output.calls:
@@ -240,6 +298,14 @@ class EventWriter:
             yield from self._switch(message)
         logprobs, self._logprobs = self._logprobs, []
         yield self._numbered(message.grow(text, logprobs, self._padding(text)))
+
+    def _reasoning(self, text: str) -> Iterator[ResponseEvent]:
+        self._logprobs = []  # reasoning has no place for them
+        thought = self._open
+        if not isinstance(thought, _OpenReasoning):
+            thought = _OpenReasoning(self._next_index)
+            yield from self._switch(thought)
+        yield self._numbered(thought.grow(text, self._padding(text)))
 
     def _call(self, piece: CallPiece) -> Iterator[ResponseEvent]:
         self._logprobs = []  # a call has no place for them

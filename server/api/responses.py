@@ -17,6 +17,7 @@ from pydantic import BaseModel
 from ensemble_core.decoding.requests import Conversation, Output, Trace
 from ensemble_core.decoding.sampling_params import PARAMETERS
 from ensemble_core.errors import InvalidRequestError, quoted
+from ensemble_core.text.variables import TemplateVariables
 from server.api.chat import room_left
 from server.api.jobs import Job, checked, end_of, trace_steps
 from server.api.response_events import EventWriter
@@ -45,6 +46,7 @@ Measure = Callable[[Conversation], Awaitable["Tokenized"]]
 _WORDS = (
     (re.compile(r"^(prompt|messages)$"), "input"),
     (re.compile(r"^max_tokens$"), "max_output_tokens"),
+    (re.compile(r"^reasoning_effort$"), "reasoning.effort"),
     (re.compile(r"^tools\.(\d+)\.function\."), r"tools.\1."),
     (re.compile(r"^tool_choice\.function\."), "tool_choice."),
     (re.compile(r"^tool_choice\.allowed_tools\.tools\.(\d+)\.function\."), r"tool_choice.tools.\1."),
@@ -101,40 +103,54 @@ def to_conversation(body: ResponseRequest, start: int = 0) -> Conversation:
         turns.insert(0, {"role": "system", "content": body.instructions})
     choice = None if body.tool_choice is None else body.tool_choice.nested()
     tools = [tool.nested() for tool in body.tools or ()]
-    return Conversation(tuple(_one_system(turns)), tools=to_tool_use(tools, choice, body.parallel_tool_calls))
+    use = to_tool_use(tools, choice, body.parallel_tool_calls)
+    effort = None if body.reasoning is None else body.reasoning.effort
+    return Conversation(tuple(_one_system(turns)), tools=use, variables=TemplateVariables(effort=effort))
 
 
 def _turns(items: Sequence[InputItem], start: int) -> list[dict[str, Any]]:
     """Messages in the form of templates. What a call before `start` returned is left out with it."""
     turns: list[dict[str, Any]] = []
     called: dict[str | None, str | None] = {}
+    thought: str | None = None  # of the assistant's turn that comes next
     lost = {item.call_id for item in items[:start] if item.type == "function_call"}
     for rank, item in enumerate(items[start:], start):
-        if item.type == "message":
-            _add_message(turns, item)
+        if item.type == "reasoning":
+            thought = item.content
+        elif item.type == "message":
+            _add_message(turns, item, thought)
+            thought = None
         elif item.type == "function_call":
             called[item.call_id] = item.name
-            _add_call(turns, item)
+            _add_call(turns, item, thought)
+            thought = None
         elif item.type == "function_call_output" and (item.call_id in called or item.call_id not in lost):
             turns.append(_result(item, rank, called))
     return turns
 
 
-def _add_message(turns: list[dict[str, Any]], item: InputItem) -> None:
+def _add_message(turns: list[dict[str, Any]], item: InputItem, thought: str | None) -> None:
     """A message; text that an assistant wrote beside its calls belongs to their turn."""
-    if item.role == "assistant" and turns and "tool_calls" in turns[-1]:
+    if item.role != "assistant":
+        turns.append({"role": "system" if item.role == "developer" else item.role, "content": item.content})
+    elif turns and "tool_calls" in turns[-1] and thought is None:
         turns[-1]["content"] = "\n".join(filter(None, (turns[-1]["content"], item.content)))
     else:
-        role = "system" if item.role == "developer" else item.role
-        turns.append({"role": role, "content": item.content})
+        turns.append(_assistants(item.content, thought))
 
 
-def _add_call(turns: list[dict[str, Any]], item: InputItem) -> None:
+def _add_call(turns: list[dict[str, Any]], item: InputItem, thought: str | None) -> None:
     """A call; it belongs to the assistant's turn that it follows."""
-    if not turns or turns[-1]["role"] != "assistant":
-        turns.append({"role": "assistant", "content": ""})
+    if not turns or turns[-1]["role"] != "assistant" or thought is not None:
+        turns.append(_assistants("", thought))
     function = {"name": item.name, "arguments": item.arguments}
     turns[-1].setdefault("tool_calls", []).append({"id": item.call_id, "type": "function", "function": function})
+
+
+def _assistants(content: str | None, thought: str | None) -> dict[str, Any]:
+    """A turn of the assistant; templates know two names of what it thought before."""
+    turn: dict[str, Any] = {"role": "assistant", "content": content}
+    return turn if thought is None else turn | dict.fromkeys(("reasoning", "reasoning_content"), thought)
 
 
 def _result(item: InputItem, rank: int, called: Mapping[str | None, str | None]) -> dict[str, Any]:
@@ -164,7 +180,8 @@ def plan(body: ResponseRequest, prompt: Conversation, max_tokens: int) -> Respon
     if body.stream_options is not None and not body.stream:
         raise InvalidRequestError("stream_options is only allowed with stream: true", "stream_options")
     PARAMETERS["logprobs"].check("top_logprobs", body.top_logprobs or 0)
-    params = sampling_params(body, max_tokens=max_tokens, logprobs=body.num_logprobs)
+    budget = body.thinking_token_budget
+    params = sampling_params(body, max_tokens=max_tokens, logprobs=body.num_logprobs, thinking_token_budget=budget)
     return ResponseJob(make_ticket(body, "resp_", [prompt], params, (1, 1)), body)
 
 
@@ -286,13 +303,16 @@ def _told_reasoning(body: ResponseRequest) -> dict[str, Any]:
 
 def to_usage(usage: Usage) -> ResponseUsage:
     """The counts under this endpoint's names."""
+    details = usage.completion_tokens_details
     told = ResponseUsage(
         input_tokens=usage.prompt_tokens,
         input_tokens_details=InputTokensDetails(
             cached_tokens=usage.prompt_tokens_details.cached_tokens, cache_write_tokens=0
         ),
         output_tokens=usage.completion_tokens,
-        output_tokens_details=OutputTokensDetails(reasoning_tokens=0),
+        output_tokens_details=OutputTokensDetails(
+            reasoning_tokens=0 if details is None else details.reasoning_tokens
+        ),
         total_tokens=usage.total_tokens,
     )
     if usage.calls is not None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from fastapi import APIRouter, Request, Response
 
 from ensemble_core.errors import ModelNotFoundError, quoted
-from server.api import chat, completions, responses
+from server.api import chat, completions, messages, responses
 from server.api.jobs import Job
 from server.api.services import REFUSALS, Services, ServicesOf
 from server.api.streams import begin, unless_gone
@@ -18,6 +18,8 @@ from server.edge.bodies import BodyRoute
 from server.edge.exchange import Generation, accepted
 from server.schema.chat import ChatCompletion, ChatRequest
 from server.schema.completions import CompletionRequest, TextCompletion
+from server.schema.message_replies import MessageReply
+from server.schema.messages import MessagesRequest
 from server.schema.replies import ModelCard, ModelList, ModelPermission
 from server.schema.response_replies import ResponseObject
 from server.schema.responses import ResponseRequest
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
     from ensemble_core.runtime import ModelInfo
 
 _EVENTS = "Server-sent events: each carries a chunk of the same object; the last carries `[DONE]`."
-_NAMED_EVENTS = "Server-sent events, each with a name and a number; the last has the whole response."
+_NAMED_EVENTS = "Server-sent events, each with a name; there is no `[DONE]`."
 
 router = APIRouter(responses=REFUSALS, route_class=BodyRoute)
 
@@ -74,6 +76,16 @@ async def create_response(body: ResponseRequest, request: Request, services: Ser
         return await _run(job, bool(body.stream), request, services)
 
 
+@router.post("/v1/messages", response_model=None, responses=_answers(MessageReply, _NAMED_EVENTS))
+async def create_message(body: MessagesRequest, request: Request, services: ServicesOf) -> Response:
+    """Answer a conversation in Anthropic's form.
+
+    With `stream` the answer is server-sent events with names, from `message_start` to `message_stop`.
+    """
+    with messages.message_words(body):
+        return await _run(messages.plan(body), bool(body.stream), request, services)
+
+
 async def _run(job: Job, stream: bool, request: Request, services: Services) -> Response:
     """The whole answer, or a stream once it has begun. Errors before that get real statuses."""
     client = str(request.scope.get(CLIENT, ""))
@@ -101,7 +113,7 @@ def _generation(job: Job, stream: bool) -> Generation:
 @router.get("/v1/models")
 async def list_models(services: ServicesOf) -> ModelList:
     """List every ensemble and every member."""
-    return ModelList(data=[_card(model, services) for model in services.runtime.models()])
+    return ModelList(data=[card_of(model, services) for model in services.runtime.models()])
 
 
 @router.get("/v1/models/{model_id:path}")
@@ -110,16 +122,19 @@ async def get_model(model_id: str, services: ServicesOf) -> ModelCard:
     models = {model.name: model for model in services.runtime.models()}
     if model_id not in models:
         raise ModelNotFoundError(f"model {quoted(model_id)} is unknown; known are {sorted(models)}")
-    return _card(models[model_id], services)
+    return card_of(models[model_id], services)
 
 
-def _card(model: ModelInfo, services: Services) -> ModelCard:
+def card_of(model: ModelInfo, services: Services) -> ModelCard:
+    """What a client is told of a model."""
     return ModelCard(
         id=model.name,
         created=services.created,
         kind=model.kind,
         max_model_len=model.max_model_len,
         recipe=model.recipe,
+        status="lacks_members" if model.lacks else "ready",
+        lacks=dict(model.lacks),
         root=model.name,
         parent=model.parent,
         permission=[ModelPermission(id=f"modelperm-{model.name}", created=services.created)],

@@ -9,6 +9,7 @@ from fastapi import Depends, Request
 
 from ensemble_core.config import ServerConfig
 from server.batches.desk import BatchDesk
+from server.edge.live import LiveConfig
 from server.edge.metrics import PrometheusMetrics
 from server.schema.replies import ErrorBody
 
@@ -21,11 +22,16 @@ class Services:
     """The engine's runtime, the configuration and the metrics."""
 
     runtime: Runtime
-    config: ServerConfig
+    live: LiveConfig
     metrics: PrometheusMetrics
     created: int  # Unix time of the app's start
     keyed: bool  # a client needs a key
     batches: BatchDesk | None = None  # with server.files_folder
+
+    @property
+    def config(self) -> ServerConfig:
+        """The server's section as it stands now."""
+        return self.live.config
 
 
 async def _services(request: Request) -> Services:

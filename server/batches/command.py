@@ -135,6 +135,7 @@ def most_in_flight(scheduler: SchedulerConfig) -> int:
 def without_a_socket(server: ServerConfig) -> ServerConfig:
     """The server's section for an app that only this process calls."""
     no_keys = {"api_keys": (), "api_key_env": None, "api_key_file": None}
+    no_keys |= {"admin_keys": (), "admin_key_env": None}
     return server.replaced(**no_keys, cors_origins=(), root_path="", files_folder=None, access_log=False)
 
 

@@ -17,13 +17,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ensemble_core.config import ServerConfig
 from ensemble_core.errors import InvalidRequestError, UnisonoError
 from server.batches.flow import Call, FlightWindow, Flow
 from server.batches.lines import BatchItem, CustomIds, Intake, LineFault, raw_lines, taken_lines
 from server.batches.records import BatchBook, BatchFault, BatchRecord
 from server.batches.results import BatchReply, LineResult, ResultFile, kept_answers, result_ids
 from server.batches.store import FileStore
+from server.edge.live import LiveConfig
 
 if TYPE_CHECKING:
     from ensemble_core.runtime import Runtime
@@ -45,14 +45,14 @@ class Precedence:
     """
 
     runtime: Runtime
-    most: int
+    most: Callable[[], int]
     _num_asked: int = 0
     _turn: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     async def ask(self, call: Call, item: BatchItem) -> BatchReply:
         """The endpoint's answer. Cancelling ends the request."""
         async with self._turn:
-            while max(self.runtime.num_open, self._num_asked) >= self.most:
+            while max(self.runtime.num_open, self._num_asked) >= self.most():
                 await asyncio.sleep(_LOOK_SECONDS)
             self._num_asked += 1
         try:
@@ -64,15 +64,13 @@ class Precedence:
 class BatchDesk:
     """Takes batches, and works on them while it is open."""
 
-    def __init__(self, folder: Path, config: ServerConfig, runtime: Runtime, caller: Caller) -> None:
+    def __init__(self, folder: Path, live: LiveConfig, runtime: Runtime, caller: Caller) -> None:
         """Raises ConfigError for the folder."""
-        limits = config.limits
+        limits = live.config.limits
         self.files = FileStore(folder, limits.files, limits.file_bytes)
         self.book = BatchBook(folder, limits.files)
-        self._folder, self._config, self._runtime, self._caller = folder, config, runtime, caller
-        most = max(int(runtime.num_places * limits.batch_share), 1)
-        self._most = most
-        self._precedence = Precedence(runtime, most)
+        self._folder, self._live, self._runtime, self._caller = folder, live, runtime, caller
+        self._precedence = Precedence(runtime, self._most)
         self._at_work: set[str] = set()
         self._flows: dict[str, Flow] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -121,6 +119,10 @@ class BatchDesk:
         if self.files.get(owner, file_id) and self.book.needs(file_id):
             raise InvalidRequestError("file_id: a batch reads this file; wait for its end or cancel it", "file_id")
         self.files.delete(owner, file_id)
+
+    def _most(self) -> int:
+        """Requests that batches may have in the engine."""
+        return max(int(self._runtime.num_places * self._live.config.limits.batch_share), 1)
 
     def _begin(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)
@@ -172,7 +174,7 @@ class BatchDesk:
     def _checked(self, record: BatchRecord) -> tuple[int, list[BatchFault]]:
         """The number of requests, and what keeps the batch from its begin."""
         intake, total, faults = self._intake(record, CustomIds()), 0, list[BatchFault]()
-        most = self._config.limits.batch_lines
+        most = self._live.config.limits.batch_lines
         for number, raw in self._raw(record):
             total += 1
             found = intake.take(number, raw)
@@ -188,12 +190,12 @@ class BatchDesk:
         return total, faults
 
     def _intake(self, record: BatchRecord, answered: CustomIds) -> Intake:
-        values = self._config.limits.body_values
-        return Intake({record.endpoint}, self._config.max_body_bytes, values, answered)
+        values = self._live.config.limits.body_values
+        return Intake({record.endpoint}, self._live.config.max_body_bytes, values, answered)
 
     def _raw(self, record: BatchRecord) -> Iterator[tuple[int, bytes | None]]:
         path = self.files.path(record.owner, record.input_file_id)
-        return raw_lines(path, self._config.max_body_bytes)
+        return raw_lines(path, self._live.config.max_body_bytes)
 
     async def _answer(self, record: BatchRecord) -> None:
         """All requests that are not answered yet; then the state is `finalizing`, or `in_progress` still if the
@@ -205,7 +207,7 @@ class BatchDesk:
         answered = await asyncio.to_thread(_answers_kept, output, errors)
         record.completed, record.failed = len(answered), 0
         call = self._caller(record.owner)
-        window = FlightWindow(self._most)
+        window = FlightWindow(self._most())
         with closing(ResultFile(output, errors)) as file:
 
             def deliver(result: LineResult) -> None:
@@ -218,7 +220,7 @@ class BatchDesk:
                 flow.stop()
             self._flows[record.id] = flow
             path = self.files.path(record.owner, record.input_file_id)
-            lines = taken_lines(path, self._config.max_body_bytes, self._intake(record, answered))
+            lines = taken_lines(path, self._live.config.max_body_bytes, self._intake(record, answered))
             try:
                 async with aclosing(lines):
                     await flow.run(lines)

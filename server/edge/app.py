@@ -13,16 +13,17 @@ from fastapi import APIRouter, FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
 from ensemble_core.config import ServerConfig
-from server.api import files, probes, routes, tokenizers
+from server.api import admin, files, probes, routes, tokenizers
 from server.api.services import Services
 from server.batches.calls import InnerClient
 from server.batches.desk import BatchDesk, Caller
 from server.edge import docs, errors
 from server.edge.access import log_access
-from server.edge.auth import Gate, KeyRing, load_keys
+from server.edge.auth import Gate, KeyRing, load_admin_keys, load_keys
 from server.edge.bodies import BodyLimit
 from server.edge.door import Door
 from server.edge.exchange import Exchange
+from server.edge.live import LiveConfig
 from server.edge.metrics import PrometheusMetrics
 from server.edge.middleware import Lenient, RequestContext, RootPath
 from server.edge.openapi import require_key
@@ -41,9 +42,10 @@ def create_app(runtime: Runtime, config: ServerConfig, metrics: PrometheusMetric
 
     Raises ConfigError if the API keys cannot be loaded, and if traces cannot be sent.
     """
-    keys = load_keys(config)
+    keys, admin_keys = load_keys(config), load_admin_keys(config)
     traces = open_traces() if config.traces else None
-    desk = _desk(runtime, config, lambda owner: InnerClient(app, owner))
+    live = LiveConfig(config)
+    desk = _desk(runtime, live, lambda owner: InnerClient(app, owner))
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncGenerator[None]:
@@ -51,7 +53,7 @@ def create_app(runtime: Runtime, config: ServerConfig, metrics: PrometheusMetric
         try:
             async with nullcontext() if desk is None else desk.open():
                 yield
-            await runtime.drain(config.drain_seconds)
+            await runtime.drain(live.config.drain_seconds)
         finally:
             await asyncio.to_thread(runtime.stop)
             if traces is not None:
@@ -67,18 +69,19 @@ def create_app(runtime: Runtime, config: ServerConfig, metrics: PrometheusMetric
         redirect_slashes=False,
         **_WITHOUT_TELEMETRY,
     )
-    app.state.services = Services(runtime, config, metrics, int(time.time()), bool(keys), desk)
-    for router in (routes.router, tokenizers.router, probes.router, docs.router, *_routers(desk)):
+    app.state.services = Services(runtime, live, metrics, int(time.time()), bool(keys), desk)
+    ours = [*_routers(desk), *([admin.router] if admin_keys else [])]
+    for router in (routes.router, tokenizers.router, probes.router, docs.router, *ours):
         app.include_router(router)
-    _add_middleware(app, config, keys, metrics, _observers(config, metrics, traces))
+    _add_middleware(app, live, (keys, admin_keys), metrics, _observers(config, metrics, traces))
     errors.install(app, metrics)
     return app
 
 
-def _desk(runtime: Runtime, config: ServerConfig, caller: Caller) -> BatchDesk | None:
+def _desk(runtime: Runtime, live: LiveConfig, caller: Caller) -> BatchDesk | None:
     """Who works on batches, if the server keeps files. Raises ConfigError for their folder."""
-    folder = config.files_folder
-    return None if folder is None else BatchDesk(folder, config, runtime, caller)
+    folder = live.config.files_folder
+    return None if folder is None else BatchDesk(folder, live, runtime, caller)
 
 
 def _routers(desk: BatchDesk | None) -> tuple[APIRouter, ...]:
@@ -102,17 +105,22 @@ def _observers(
 
 def _add_middleware(
     app: FastAPI,
-    config: ServerConfig,
-    keys: KeyRing,
+    live: LiveConfig,
+    rings: tuple[KeyRing, KeyRing],
     metrics: PrometheusMetrics,
     observers: Sequence[Callable[[Exchange], None]],
 ) -> None:
-    """Add the innermost first. CORS is outside the gate: a preflight has no key, and web pages can read a 401."""
+    """Add the innermost first. CORS is outside the gate: a preflight has no key, and web pages can read a 401.
+
+    rings: the clients' keys, and the admin's.
+    """
+    (keys, admin_keys), config = rings, live.config
     uploads = frozenset[str]() if config.files_folder is None else frozenset({files.UPLOAD_PATH})
-    app.add_middleware(BodyLimit, max_bytes=config.max_body_bytes, limits=config.limits, uploads=uploads)
-    if keys:
-        app.add_middleware(Gate, keys=keys, protect_metrics=config.protect_metrics, metrics=metrics)
-        require_key(app)
+    app.add_middleware(BodyLimit, live=live, uploads=uploads)
+    if keys or admin_keys:
+        protect = config.protect_metrics
+        app.add_middleware(Gate, keys=keys, protect_metrics=protect, metrics=metrics, admin_keys=admin_keys)
+        require_key(app, clients=bool(keys))
     if config.cors_origins:
         app.add_middleware(
             CORSMiddleware,
@@ -121,7 +129,7 @@ def _add_middleware(
             allow_headers=["*"],
             expose_headers=["X-Request-Id", "Retry-After"],
         )
-    app.add_middleware(Door, config=config, keyed=bool(keys), metrics=metrics)
+    app.add_middleware(Door, live=live, keyed=bool(keys), metrics=metrics)
     app.add_middleware(Lenient)
     app.add_middleware(RequestContext, observers=observers)
     if config.root_path:

@@ -22,10 +22,10 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ensemble_core.config import ServerConfig
-from ensemble_core.limits import LimitsConfig
 from server.edge.auth import route_path
 from server.edge.encodings import Inflater, encoding_of
 from server.edge.errors import RefusedBodyError
+from server.edge.live import LiveConfig
 
 _SMALL = 64 * 2**10  # bytes that are parsed at once, without a thread
 _MAX_FIELDS = 256
@@ -40,13 +40,10 @@ class BodyLimit:
     does not read the body is not limited; the connection throws the body away.
     """
 
-    def __init__(
-        self, app: ASGIApp, max_bytes: int, limits: LimitsConfig, uploads: frozenset[str] = frozenset()
-    ) -> None:
+    def __init__(self, app: ASGIApp, live: LiveConfig, uploads: frozenset[str] = frozenset()) -> None:
         """uploads: paths whose bodies hold a file; the route writes it to the disk as it comes."""
         self._app = app
-        self._max_bytes = max_bytes
-        self._limits = limits
+        self._live = live
         self._uploads = uploads
         self._held = 0  # bytes of all bodies that are not whole yet
 
@@ -72,7 +69,7 @@ class BodyLimit:
     def hold(self, num_bytes: int) -> None:
         """Count bytes as held; a negative number releases them. Raises a 503 for too many."""
         self._held += num_bytes
-        if num_bytes > 0 and self._held > self._limits.body_memory:
+        if num_bytes > 0 and self._held > self._live.config.limits.body_memory:
             raise HTTPException(503, "too many bodies arrive at once (server.limits.body_memory); try again later")
 
     def inflater(self, encoding: str, is_upload: bool) -> Inflater:
@@ -81,11 +78,12 @@ class BodyLimit:
 
     def bound(self, is_upload: bool) -> tuple[float, str]:
         """How long a body may take, and the field that says so."""
-        limits = self._limits
+        limits = self._live.config.limits
         return (limits.file_seconds, "file_seconds") if is_upload else (limits.body_seconds, "body_seconds")
 
     def _most(self, is_upload: bool) -> int:
-        return self._limits.file_bytes + _ENVELOPE if is_upload else self._max_bytes
+        config = self._live.config
+        return config.limits.file_bytes + _ENVELOPE if is_upload else config.max_body_bytes
 
 
 class _Arriving:

@@ -17,6 +17,7 @@ import h11
 from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol
 
 from ensemble_core.limits import LimitsConfig
+from server.edge.live import LiveConfig
 
 _LINGER_SECONDS = 1.0
 _HALF_CLOSED_SECONDS = 0.5
@@ -25,13 +26,17 @@ _HALF_CLOSED_SECONDS = 0.5
 class Connection(H11Protocol):
     """uvicorn's HTTP/1.1 protocol with time-outs."""
 
-    def __init__(self, limits: LimitsConfig, **settings: Any) -> None:
+    def __init__(self, live: LiveConfig, **settings: Any) -> None:
         super().__init__(**settings)
-        self._limits = limits
+        self._live = live
         self._opened = self.loop.time()
         self._header_timer: asyncio.TimerHandle | None = None
         self._write_timer: asyncio.TimerHandle | None = None
         self._discards = False
+
+    @property
+    def _limits(self) -> LimitsConfig:
+        return self._live.config.limits
 
     @property
     def is_silent(self) -> bool:

@@ -14,6 +14,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ensemble_core.config import ServerConfig
 from server.edge.errors import ApiError
+from server.edge.live import LiveConfig
 from server.edge.metrics import PrometheusMetrics
 
 _CLOSE = {"Connection": "close"}
@@ -22,10 +23,10 @@ _CLOSE = {"Connection": "close"}
 class Door:
     """Refuses requests by their headers alone."""
 
-    def __init__(self, app: ASGIApp, config: ServerConfig, keyed: bool, metrics: PrometheusMetrics) -> None:
+    def __init__(self, app: ASGIApp, live: LiveConfig, keyed: bool, metrics: PrometheusMetrics) -> None:
         self._app = app
-        self._max_bytes = config.limits.header_bytes
-        self._hosts = allowed_hosts(config, keyed)
+        self._live = live
+        self._hosts = allowed_hosts(live.config, keyed)
         self._metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -35,14 +36,15 @@ class Door:
             await self._app(scope, receive, send)
             return
         self._metrics.rejected("invalid_request")
-        await refusal.response()(scope, receive, send)
+        await refusal.response(str(scope["path"]))(scope, receive, send)
 
     def _refusal(self, scope: Scope) -> ApiError | None:
         headers = Headers(scope=scope)
         num_bytes = len(scope.get("raw_path") or b"") + len(scope.get("query_string") or b"")
         num_bytes += sum(len(name) + len(value) for name, value in scope["headers"])
-        if num_bytes > self._max_bytes:
-            message = f"the request line and headers are over {self._max_bytes} bytes (server.limits.header_bytes)"
+        most = self._live.config.limits.header_bytes
+        if num_bytes > most:
+            message = f"the request line and headers are over {most} bytes (server.limits.header_bytes)"
             return ApiError(431, message, headers=_CLOSE)
         if "transfer-encoding" in headers and "content-length" in headers:
             return ApiError(400, "Content-Length and Transfer-Encoding contradict each other", headers=_CLOSE)

@@ -1,7 +1,8 @@
 """Errors over HTTP: the one place that maps the error tree to statuses.
 
-Invariant: every refusal has OpenAI's shape, `{"error": {"message", "type", "param", "code"}}`, whether it comes
-from the engine, from validation, from routing or from a bug. This module does not know what routes do.
+Invariant: every refusal has OpenAI's shape, `{"error": {"message", "type", "param", "code"}}`, or Anthropic's at its
+endpoint, whether it comes from the engine, from validation, from routing or from a bug. This module does not know
+what routes do.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 from fastapi import FastAPI, Request, Response
@@ -17,7 +18,9 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
 from ensemble_core.errors import (
+    ChangeConflictError,
     InvalidRequestError,
+    MemberAwayError,
     ModelNotFoundError,
     NotReadyError,
     NotStoredError,
@@ -35,6 +38,16 @@ logger = logging.getLogger(__name__)
 INVALID = "invalid_request_error"
 SERVER = "server_error"
 CLIENT_CLOSED = 499  # no client reads it; it only appears in our log line
+MESSAGES = "/v1/messages"  # the one endpoint with errors in Anthropic's shape
+_KINDS = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+}
 _MAX_LINES = 5
 _MAX_MESSAGE = 2000  # characters; a message quotes some client text at most
 _MAX_PARAM = 200
@@ -84,9 +97,15 @@ class ApiError:
         """The body: pure ASCII, so that a message may quote text that UTF-8 cannot encode."""
         return json.dumps({"error": self.detail()})
 
-    def response(self) -> Response:
-        """The whole answer."""
-        return Response(self.json(), self.status, headers=self.headers, media_type="application/json")
+    def json_of_messages(self) -> str:
+        """The body in the shape of Anthropic's API."""
+        error = self.detail() | {"type": _KINDS.get(self.status, "api_error")}
+        return json.dumps({"type": "error", "error": error})
+
+    def response(self, path: str) -> Response:
+        """The whole answer. path: of the request, whose API says in which shape."""
+        body = self.json_of_messages() if path.endswith(MESSAGES) else self.json()
+        return Response(body, self.status, headers=self.headers, media_type="application/json")
 
 
 def _cut(text: str, most: int) -> str:
@@ -106,6 +125,11 @@ def to_api_error(error: Exception) -> ApiError:
             return ApiError(404, str(error), code="not_found", reason="invalid_request")
         case QueueFullError():
             return _come_back(429, "rate_limit_error", "queue_full", str(error), seconds=1)
+        case MemberAwayError():
+            refusal = _come_back(503, "service_unavailable", "lacks_members", str(error), seconds=5)
+            return replace(refusal, param="model", reason="not_ready")
+        case ChangeConflictError():
+            return ApiError(409, str(error), code="change_conflict", headers={"Retry-After": "5"})
         case NotReadyError():
             return _come_back(503, "service_unavailable", "not_ready", str(error), seconds=5)
         case RequestTimeoutError():
@@ -193,7 +217,7 @@ def install(app: FastAPI, metrics: PrometheusMetrics) -> None:
         _log(refusal, logging.INFO if request.method == "POST" else logging.DEBUG)
         if refusal.reason is not None and request.method == "POST":
             metrics.rejected(refusal.reason)
-        return refusal.response()
+        return refusal.response(request.url.path)
 
     async def engine(request: Request, error: Exception) -> Response:
         return refuse(request, to_api_error(error))

@@ -108,5 +108,10 @@ def configure(level: str, form: Format = "text") -> None:
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     logging.captureWarnings(True)
     logging.getLogger("uvicorn").setLevel(logging.INFO)
+    set_level(level)
+
+
+def set_level(level: str) -> None:
+    """Our loggers log from `level` on."""
     for name in _OURS:
         logging.getLogger(name).setLevel(level.upper())

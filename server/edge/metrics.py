@@ -137,7 +137,7 @@ class PrometheusMetrics:
             self._requests.begin(model.name)
             self._engine.preemptions.labels(model.name)
             if model.kind == "member":
-                self._members.up.labels(model.name).set(up and model.name not in self._down)
+                self._members.up.labels(model.name).set(up and model.name not in self._down and not model.lacks)
                 self._members.begin(model.name)
             if model.recipe is not None:
                 self._engine.step_seconds.labels(model.recipe["mode"])
@@ -272,7 +272,7 @@ class _MemberMetrics(_Family):
         self.kv_usage = self._gauge("member_kv_usage_ratio", "Used share of the cache's pages.", "member")
         self.memory = self._gauge("member_memory_bytes", "Weights and cache.", "member", "device")
         self.up = self._gauge(
-            "member_up", "1 if it can serve, 0 while loading or after a failed forward.", "member"
+            "member_up", "1 if it can serve, 0 while it is not loaded or after a failed forward.", "member"
         )
         self.failures = self._counter(
             "member_failures_total", "Steps in which a member failed, in all rows or in some.", "member", "cause"

@@ -68,7 +68,9 @@ class RequestContext:
             logger.exception("failed: %s %s", exchange.method, exchange.route or "-")
             if exchange.status is not None:
                 raise  # the headers are sent, so only a broken connection can report the failure
-            await to_api_error(error).response()(exchange.scope, noted_receive, noted_send)
+            await to_api_error(error).response(str(exchange.scope["path"]))(
+                exchange.scope, noted_receive, noted_send
+            )
 
 
 class Lenient:

@@ -8,6 +8,7 @@ ends. If loading fails, the server stops and the caller gets the error.
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import logging
 import math
@@ -15,6 +16,7 @@ import os
 import signal
 import socket
 import ssl
+import threading
 from collections.abc import Callable
 from functools import partial
 from types import FrameType
@@ -23,10 +25,12 @@ from typing import TYPE_CHECKING
 import uvicorn
 from fastapi import FastAPI
 
-from ensemble_core.config import ServerConfig
-from ensemble_core.errors import ConfigError
+from ensemble_core.config import Config, ServerConfig
+from ensemble_core.errors import ChangeConflictError, ConfigError, UnisonoError
 from server.edge.auth import load_keys
 from server.edge.connection import Connection
+from server.edge.live import LiveConfig
+from server.edge.logs import set_level
 
 if TYPE_CHECKING:
     from ensemble_core.runtime import Runtime
@@ -42,13 +46,27 @@ class DrainingServer(uvicorn.Server):
     """uvicorn's server, with a drain before its shutdown and a message once the engine is ready."""
 
     def __init__(
-        self, config: uvicorn.Config, runtime: Runtime, drain_seconds: float, announce: Callable[[], None]
+        self,
+        config: uvicorn.Config,
+        runtime: Runtime,
+        live: LiveConfig,
+        announce: Callable[[], None],
+        read: Callable[[], Config] | None = None,
     ) -> None:
+        """read: the configuration as it stands in its file now, for SIGHUP; None: there is no file."""
         super().__init__(config)
         self._runtime = runtime
-        self._drain_seconds = drain_seconds
+        self._live = live
         self._announce = announce
+        self._read = read
+        self._reloads = asyncio.Event()  # a SIGHUP has come
         self.failure: Exception | None = None  # the error that loading raised
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen, and to SIGHUP, too."""
+        if threading.current_thread() is threading.main_thread():
+            asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._reloads.set)
+        await super().startup(sockets)
 
     async def main_loop(self) -> None:
         """Wait for the engine, then serve until a signal arrives."""
@@ -57,7 +75,23 @@ class DrainingServer(uvicorn.Server):
             await asyncio.sleep(_POLL_SECONDS)
         if not self.should_exit:
             self._check_loaded()
-        await super().main_loop()
+        reloading = asyncio.create_task(self._reload_on_demand())
+        try:
+            await super().main_loop()
+        finally:
+            reloading.cancel()
+
+    async def _reload_on_demand(self) -> None:
+        """Each SIGHUP is one reload; those that come during one are the next."""
+        while True:
+            await self._reloads.wait()
+            self._reloads.clear()
+            try:
+                await reload(self._runtime, self._live, self._read)
+            except UnisonoError as error:
+                logger.error("SIGHUP: nothing is changed: %s", " ".join(str(error).split()))
+            except Exception:
+                logger.exception("SIGHUP: nothing is changed")
 
     def _check_loaded(self) -> None:
         try:
@@ -76,7 +110,7 @@ class DrainingServer(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Let running requests finish, then close."""
-        drain = asyncio.create_task(self._runtime.drain(self._drain_seconds))
+        drain = asyncio.create_task(self._runtime.drain(self._live.config.drain_seconds))
         while not drain.done() and not self.force_exit:
             await asyncio.wait([drain], timeout=_POLL_SECONDS)
         drain.cancel()
@@ -90,6 +124,21 @@ class DrainingServer(uvicorn.Server):
         deadline = asyncio.get_running_loop().time() + _LAST_WORDS_SECONDS
         while self.server_state.tasks and asyncio.get_running_loop().time() < deadline:
             await asyncio.sleep(_POLL_SECONDS / 10)
+
+
+async def reload(runtime: Runtime, live: LiveConfig, read: Callable[[], Config] | None) -> None:
+    """Serve what the configuration's file says now, or change nothing. Raises a UnisonoError that says why."""
+    if read is None:
+        raise ConfigError("this server was not started from a file")
+    while True:
+        try:
+            await runtime.changes.reload(read)
+            break
+        except ChangeConflictError as error:
+            logger.info("SIGHUP: waits: %s", error)
+            await asyncio.sleep(1.0)
+    live.config = runtime.loaded().config.server
+    set_level(live.config.log_level)
 
 
 def listen(config: ServerConfig) -> socket.socket:
@@ -151,21 +200,29 @@ def curl_line(base: str, model: str, keyed: bool = False) -> str:
     return f"curl {base}/v1/completions{key} -H 'Content-Type: application/json' -d '{json.dumps(body)}'"
 
 
-def serve(app: FastAPI, runtime: Runtime, config: ServerConfig, say: Callable[[str], None]) -> None:
+def serve(
+    app: FastAPI,
+    runtime: Runtime,
+    config: ServerConfig,
+    say: Callable[[str], None],
+    read: Callable[[], Config] | None = None,
+) -> None:
     """Serve until a signal arrives; return after a graceful shutdown.
 
-    say: shows a line to the user who started the server. Raises ConfigError for the address and the TLS files, and
-    any error of loading.
+    say: shows a line to the user who started the server. read: the configuration as its file is now. Raises
+    ConfigError for the address and the TLS files, and any error of loading.
     """
     settings = settings_of(app, config)
     listener = listen(config)
     base = url(config.host, listener.getsockname()[1], "https" if settings.is_ssl else "http")
 
     def announce() -> None:
+        gc.collect()
+        gc.freeze()  # what is loaded stays; looking through it again and again would stop all threads for 0.25 s each
         say(f"ready at {base}; try:")
         say(curl_line(base, runtime.models()[0].name, keyed=bool(load_keys(config))))
 
-    server = DrainingServer(settings, runtime, config.drain_seconds, announce)
+    server = DrainingServer(settings, runtime, app.state.services.live, announce, read)
     say(f"listening on {base}; loading")
     _run(server, listener)
     if server.failure is not None:
@@ -187,7 +244,7 @@ def settings_of(app: FastAPI, config: ServerConfig) -> uvicorn.Config:
         server_header=False,
         timeout_graceful_shutdown=_FLUSH_SECONDS,
         timeout_keep_alive=math.ceil(config.limits.keep_alive_seconds),
-        http=partial(Connection, config.limits),  # type: ignore[arg-type]
+        http=partial(Connection, app.state.services.live),  # type: ignore[arg-type]
         ssl_certfile=config.tls_cert_file,
         ssl_keyfile=config.tls_key_file,
         ssl_keyfile_password=password,
@@ -196,7 +253,8 @@ def settings_of(app: FastAPI, config: ServerConfig) -> uvicorn.Config:
 
 def _run(server: uvicorn.Server, listener: socket.socket) -> None:
     """Run the server. uvicorn raises its signal again after shutdown; ignore it, since this is a normal end."""
-    before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # a SIGHUP before the loop runs has nothing to reload
+    before = {number: signal.signal(number, lambda *_: None) for number in numbers}
     try:
         server.run(sockets=[listener])
     finally:

@@ -11,7 +11,8 @@ import re
 from collections.abc import Callable
 from typing import Annotated, Any, TypeAlias
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, ValidationInfo
+from pydantic_core import PydanticKnownError
 
 from ensemble_core.decoding.parameters import MAX_INT
 from ensemble_core.decoding.sampling_params import PARAMETERS
@@ -136,6 +137,19 @@ def _check_most(name: str, value: object, what: str) -> None:
 def optional(check: Callable[[object], Any]) -> Callable[[object], Any]:
     """`check`, with null allowed."""
     return lambda value: None if value is None else check(value)
+
+
+def of_types(check: Callable[[object], Any], *types: str) -> Callable[[object, ValidationInfo], Any]:
+    """`check` for objects whose `type` is one of these, which must have the field; others do not read it."""
+
+    def validate(value: object, info: ValidationInfo) -> Any:
+        if info.data.get("type") not in types:
+            return None
+        if value is None:
+            raise PydanticKnownError("missing")
+        return check(value)
+
+    return validate
 
 
 Text: TypeAlias = Annotated[str, BeforeValidator(text)]

@@ -13,12 +13,15 @@ from pydantic import BaseModel
 
 from server.schema.chat import ChatRequest
 from server.schema.completions import CompletionRequest
+from server.schema.messages import MessagesRequest
 from server.schema.responses import ResponseRequest
 from server.schema.tokenizers import DetokenizeRequest, TokenizeRequest
 from server.schema.unsupported import (
     CHAT_IGNORED,
     CHAT_REFUSED,
     COMPLETION_REFUSED,
+    MESSAGE_IGNORED,
+    MESSAGE_REFUSED,
     RESPONSE_IGNORED,
     RESPONSE_REFUSED,
 )
@@ -27,6 +30,7 @@ BODIES: tuple[type[BaseModel], ...] = (
     CompletionRequest,
     ChatRequest,
     ResponseRequest,
+    MessagesRequest,
     TokenizeRequest,
     DetokenizeRequest,
 )
@@ -37,6 +41,7 @@ _MAX_INDEX_DIGITS = 7
 def declared_names() -> frozenset[str]:
     """The names of the fields of all bodies and of the objects in them, refused and ignored parameters included."""
     names = {*COMPLETION_REFUSED, *CHAT_REFUSED, *CHAT_IGNORED, *RESPONSE_REFUSED, *RESPONSE_IGNORED}
+    names |= {*MESSAGE_REFUSED, *MESSAGE_IGNORED}
     for body in BODIES:
         names |= properties(body.model_json_schema())
     return frozenset(names)

@@ -146,7 +146,10 @@ class ModelPermission(BaseModel):
 
 
 class ModelCard(BaseModel):
-    """One servable model. An ensemble has a `recipe`: members with weights, main, fusion, mode; a council its own."""
+    """One servable model. An ensemble has a `recipe`: members with weights, main, fusion, mode; a council its own.
+
+    A model that lacks members answers 503 until they are back.
+    """
 
     id: str
     object: Literal["model"] = "model"
@@ -157,6 +160,11 @@ class ModelCard(BaseModel):
     kind: Literal["ensemble", "council", "member"]
     max_model_len: int
     recipe: dict[str, Any] | None
+    status: Literal["ready", "lacks_members"] = Field("ready", description="Whether all its members are there.")
+    lacks: dict[str, str] = Field(
+        default_factory=dict,
+        description="Member that takes no requests now -> why: draining, unloaded, asleep, loading, waking.",
+    )
     permission: list[ModelPermission]
 
 

@@ -72,7 +72,24 @@ class FunctionCallItem(BaseModel):
     arguments: str
 
 
-OutputItem = OutputMessage | FunctionCallItem
+class ReasoningText(BaseModel):
+    """The text of reasoning."""
+
+    type: Literal["reasoning_text"]
+    text: str
+
+
+class ReasoningItem(BaseModel):
+    """What the model thought before its text or its calls. It is not summed up."""
+
+    id: str
+    type: Literal["reasoning"]
+    status: ItemStatus
+    summary: list[Any]
+    content: list[ReasoningText]
+
+
+OutputItem = OutputMessage | FunctionCallItem | ReasoningItem
 
 
 class ResponseFailure(BaseModel):
@@ -157,13 +174,13 @@ class OutputItemEvent(ResponseEvent):
 
 
 class ContentPartEvent(ResponseEvent):
-    """A message's text begins, or is whole."""
+    """The text of a message or of reasoning begins, or is whole."""
 
     type: Literal["response.content_part.added", "response.content_part.done"]
     item_id: str
     output_index: int
     content_index: int
-    part: OutputText
+    part: OutputText | ReasoningText
 
 
 class OutputTextDelta(ResponseEvent):
@@ -187,6 +204,27 @@ class OutputTextDone(ResponseEvent):
     content_index: int
     text: str
     logprobs: list[ChatToken]
+
+
+class ReasoningTextDelta(ResponseEvent):
+    """More reasoning."""
+
+    type: Literal["response.reasoning_text.delta"]
+    item_id: str
+    output_index: int
+    content_index: int
+    delta: str
+    obfuscation: str | None = Field(None, description="With stream_options.include_obfuscation.")
+
+
+class ReasoningTextDone(ResponseEvent):
+    """The whole reasoning."""
+
+    type: Literal["response.reasoning_text.done"]
+    item_id: str
+    output_index: int
+    content_index: int
+    text: str
 
 
 class ArgumentsDelta(ResponseEvent):

@@ -1,6 +1,6 @@
 """Values of /v1/responses that are checked one by one: metadata, include, reasoning.
 
-Some values mean what happens anyway; all others would change the answer and are refused by name.
+Some values mean what happens anyway; where others would change the answer, they are refused by name.
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ from typing import Annotated, Any
 from pydantic import Field, PlainValidator
 
 from ensemble_core.errors import quoted
+from ensemble_core.text.variables import Effort
 from server.schema.json_values import Strict, optional, text
 
 LOGPROBS = "message.output_text.logprobs"
-_ENCRYPTED = "reasoning.encrypted_content"  # there is none, since no answer has reasoning
+_ENCRYPTED = "reasoning.encrypted_content"  # there is none: reasoning is sent as it is
 _MAX_INCLUDED = 16
 _MAX_METADATA = 16
 _MAX_KEY, _MAX_VALUE = 64, 512  # characters
@@ -59,10 +60,10 @@ MetadataField = Annotated[
 
 
 class ReasoningOptions(Strict):
-    """How much is reasoned before the answer: nothing."""
+    """How much is reasoned before the answer."""
 
-    effort: Annotated[str | None, neutral("none")] = Field(None, description="Only none.")
-    summary: Annotated[str | None, neutral("auto")] = Field(None, description="Only auto: there is none.")
+    effort: Effort | None = Field(None, description="As chat's reasoning_effort.")
+    summary: Annotated[str | None, neutral("auto")] = Field(None, description="Only auto; there is none.")
     generate_summary: Annotated[str | None, neutral("auto")] = Field(None, description="Older name of summary.")
     context: Annotated[str | None, neutral("auto")] = Field(None, description="Only auto.")
     mode: Annotated[str | None, neutral("standard")] = Field(None, description="Only standard.")

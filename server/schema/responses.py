@@ -11,12 +11,11 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field, PlainValidator, ValidationInfo, model_validator
-from pydantic_core import PydanticKnownError
 
 from ensemble_core.decoding.forms import TextForm
 from ensemble_core.errors import InvalidRequestError, quoted
 from server.schema.forms import StructuredOutputs, of_outputs, of_schema, only
-from server.schema.json_values import Strict, Text, optional, text
+from server.schema.json_values import Strict, Text, of_types, optional, text
 from server.schema.response_values import (
     LOGPROBS,
     IncludeField,
@@ -43,6 +42,7 @@ from server.schema.tools import (
 from server.schema.unsupported import RESPONSE_IGNORED, RESPONSE_REFUSED, Ignored, Refused
 
 _PARTS = {"input_text": "text", "output_text": "text", "refusal": "refusal"}  # type -> the field with its text
+_THOUGHTS = {"reasoning_text": "text"}
 _ITEMS = ("message", "function_call", "function_call_output", "reasoning")
 
 
@@ -58,49 +58,44 @@ def _item_type(value: object) -> str:
     return str(value)
 
 
-def _of(check: Callable[[object], Any], *types: str) -> Callable[[object, ValidationInfo], Any]:
-    """`check` for items of these types, which must have the field; others do not read it."""
-
-    def validate(value: object, info: ValidationInfo) -> Any:
-        if info.data.get("type") not in types:
-            return None
-        if value is None:
-            raise PydanticKnownError("missing")
-        return check(value)
-
-    return validate
-
-
 def _role(value: object) -> str:
     if value not in ("user", "assistant", "system", "developer"):
         raise ValueError("must be user, assistant, system or developer")
     return str(value)
 
 
-def _content(value: object) -> str:
+def _content(value: object, parts: Mapping[str, str] = _PARTS) -> str:
     """Text as it is, or text parts joined by line breaks."""
     if isinstance(value, str):
         return text(value)
     if not isinstance(value, list) or not value:
         raise ValueError("must be a string or a list of text parts")
-    return "\n".join(_part(part) for part in value)
+    return "\n".join(_part(part, parts) for part in value)
 
 
-def _part(part: object) -> str:
+def _content_of(value: object, info: ValidationInfo) -> str | None:
+    """The text of a message, which must have one, or of reasoning, which may be encrypted."""
+    if info.data.get("type") == "reasoning":
+        return _content(value, _THOUGHTS) if value else None
+    found: str | None = of_types(_content, "message")(value, info)
+    return found
+
+
+def _part(part: object, parts: Mapping[str, str]) -> str:
     kind = part.get("type") if isinstance(part, dict) else None
     if not isinstance(part, dict) or not isinstance(kind, str):
         raise ValueError('a part must be an object with a type, for example {"type": "input_text", "text": "..."}')
-    if kind not in _PARTS:
-        raise ValueError(f"parts of type {quoted(kind)} are not supported; send {', '.join(_PARTS)}")
-    return text(part.get(_PARTS[kind]))
+    if kind not in parts:
+        raise ValueError(f"parts of type {quoted(kind)} are not supported; send {', '.join(parts)}")
+    return text(part.get(parts[kind]))
 
 
 def _field(check: Callable[[object], Any], *types: str, sent: Any = str) -> Any:
-    return PlainValidator(_of(check, *types), json_schema_input_type=sent | None)
+    return PlainValidator(of_types(check, *types), json_schema_input_type=sent | None)
 
 
 class InputItem(Strict):
-    """A message, a call of a function, what it returned, or a model's reasoning, which is not read."""
+    """A message, a call of a function, what it returned, or a model's reasoning."""
 
     type: Annotated[
         str | None, PlainValidator(_item_type, json_schema_input_type=str | None), Field(validate_default=True)
@@ -109,10 +104,13 @@ class InputItem(Strict):
         None, description="Of a message: user, assistant, system, or developer, treated as system."
     )
     content: Annotated[
-        str | None, _field(_content, "message", sent=str | list[dict[str, Any]]), Field(validate_default=True)
+        str | None,
+        PlainValidator(_content_of, json_schema_input_type=str | list[dict[str, Any]] | None),
+        Field(validate_default=True),
     ] = Field(
         None,
-        description="Of a message: text, or parts of type input_text, output_text or refusal, joined by line breaks.",
+        description="Of a message: text, or parts of type input_text, output_text or refusal, joined by line breaks. "
+        "Of reasoning: parts of type reasoning_text.",
     )
     call_id: Annotated[
         str | None, _field(text, "function_call", "function_call_output"), Field(validate_default=True)
@@ -287,8 +285,8 @@ class ResponseRequest(GenerationFields):
         Field(min_length=1, fail_fast=True),
         BeforeValidator(_items, json_schema_input_type=str | list[InputItem]),
     ] = Field(
-        description="a text, or items: messages of text parts, `function_call`, `function_call_output`; `reasoning` "
-        "is accepted and not read; other items and parts: 400",
+        description="a text, or items: messages of text parts, `function_call`, `function_call_output`, "
+        "`reasoning`; other items and parts: 400",
         examples=[[{"role": "user", "content": [{"type": "input_text", "text": "Bye!"}]}]],
     )
     instructions: Text | None = Field(
@@ -345,8 +343,11 @@ class ResponseRequest(GenerationFields):
         None, description="up to 16 texts by name; the answer repeats them", examples=[{"a": "b"}]
     )
     reasoning: ReasoningOptions | None = Field(
-        None, description="`effort`: only `none`; `summary`: only `auto`", examples=[{"effort": "none"}]
+        None,
+        description="`effort`: as chat's `reasoning_effort`; `summary`: only `auto`",
+        examples=[{"effort": "low"}],
     )
+    thinking_token_budget: int | None = parameter("thinking_token_budget")
     stream: bool | None = Field(
         None, description="send named events with `sequence_number`; there is no `[DONE]`", examples=[True]
     )

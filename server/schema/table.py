@@ -12,6 +12,7 @@ from typing import Any
 
 from server.schema.chat import ChatRequest
 from server.schema.completions import CompletionRequest
+from server.schema.messages import MessagesRequest
 from server.schema.responses import ResponseRequest
 from server.schema.sampling import GenerationFields, SamplingFields
 
@@ -20,6 +21,7 @@ TABLES: dict[str, type[GenerationFields]] = {
     "completions": CompletionRequest,
     "chat": ChatRequest,
     "responses": ResponseRequest,
+    "messages": MessagesRequest,
 }
 _IDLE = "user"  # a field only so that its type is checked
 

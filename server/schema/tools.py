@@ -41,7 +41,7 @@ def function_name(value: object) -> str:
     return value
 
 
-def _schema(value: object) -> dict[str, Any]:
+def object_schema(value: object) -> dict[str, Any]:
     """The schema of an object, not nested too deeply."""
     if not isinstance(value, dict):
         raise ValueError('must be a JSON schema, for example {"type": "object", "properties": {}}')
@@ -91,7 +91,7 @@ class FunctionSpec(Strict):
     description: Text | None = Field(None, description="What it does and when to call it, for the model.")
     parameters: Annotated[
         dict[str, Any] | None,
-        PlainValidator(optional(_schema), json_schema_input_type=dict[str, Any] | None),
+        PlainValidator(optional(object_schema), json_schema_input_type=dict[str, Any] | None),
     ] = Field(None, description="JSON schema of its arguments, an object; none if not sent.")
     strict: bool | None = Field(None, description="Accepted; the schema always binds.")
 

@@ -95,7 +95,9 @@ CHAT_IGNORED: dict[str, Ignored] = COMPLETION_IGNORED | {
 }
 
 _STATELESS = "nothing is stored; send the conversation as `input`"
-RESPONSE_REFUSED: dict[str, Refused] = _REFUSED | {
+RESPONSE_REFUSED: dict[str, Refused] = {
+    name: refused for name, refused in _REFUSED.items() if name != "thinking_token_budget"
+} | {
     "previous_response_id": Refused("resp_1", why=_STATELESS),
     "previous_response": Refused({"id": "resp_1"}, why=_STATELESS),
     "previous_input_messages": Refused([{"role": "user"}], ([],), _STATELESS),
@@ -138,6 +140,37 @@ RESPONSE_IGNORED: dict[str, Ignored] = COMPLETION_IGNORED | {
     "prompt_cache_retention": Ignored("24h", "would affect speed only"),
     "max_tool_calls": Ignored(3, "counts calls of built-in tools, and none are served"),
     "image": Ignored({"context_compression": "auto"}, "there are no images"),
+}
+
+_OLDER = "chat completions have it"
+MESSAGE_REFUSED: dict[str, Refused] = _REFUSED | {
+    "container": Refused("container_1", why="nothing runs here but models"),
+    "mcp_servers": Refused([{"url": "x"}], ([],), "nothing runs here but models"),
+    "context_management": Refused({"edits": [{}]}, ({},), "messages come as they are"),
+    "diagnostics": Refused({"x": 1}, ({},)),
+    "speed": Refused("fast", ("standard",), "there is one speed"),
+    "functions": Refused([{"name": "f"}], ([],), "this endpoint takes `tools`"),
+    "max_completion_tokens": Refused(5, why="this endpoint takes `max_tokens`"),
+    "response_format": Refused({"type": "json_object"}, ({"type": "text"},), "`output_config.format` has schemas"),
+    "guided_json": Refused({"type": "object"}, why=_OLDER),
+    "guided_regex": Refused("a+", why=_OLDER),
+    "guided_choice": Refused(["a", "b"], why=_OLDER),
+    "guided_grammar": Refused('root ::= "x"', why=_OLDER),
+    "n": Refused(2, (1,), _OLDER),
+    "logprobs": Refused(True, (False,), _OLDER),
+    "top_logprobs": Refused(2, (0,), _OLDER),
+    "return_token_ids": Refused(True, (False,), _OLDER),
+    "stream_options": Refused({"include_usage": True}, ({},), "streams always have usage"),
+    "chat_template": Refused("{{ messages }}", why="templates run code: set it in the server's YAML"),
+    "chat_template_kwargs": Refused({"x": 1}, ({},)),
+}
+MESSAGE_IGNORED: dict[str, Ignored] = COMPLETION_IGNORED | {
+    "metadata": Ignored({"user_id": "me"}, "nothing is kept about users"),
+    "service_tier": Ignored("auto", "there is one tier"),
+    "cache_control": Ignored({"type": "ephemeral"}, "would affect speed only"),
+    "inference_geo": Ignored("eu", "there is one server"),
+    "user_profile_id": Ignored("me", "nothing is kept about users"),
+    "workspace_id": Ignored("mine", "nothing is kept about users"),
 }
 
 

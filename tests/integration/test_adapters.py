@@ -255,8 +255,8 @@ def test_the_base_is_in_memory_once(kind: Kind, family: dict[str, LocalMember]) 
             continue
         assert isinstance(base, TransformersBody)
         assert isinstance(own, TransformersBody)
-        theirs = {weight.data_ptr() for weight in base._model.parameters()}
-        shared = {weight.data_ptr() for path, weight in own._model.named_parameters() if "lora_" not in path}
+        theirs = {weight.data_ptr() for weight in base.model.parameters()}
+        shared = {weight.data_ptr() for path, weight in own.model.named_parameters() if "lora_" not in path}
         assert shared == theirs
 
 

@@ -147,6 +147,21 @@ def run(folder: Path, checkpoints: dict[Kind, Path], device: str) -> list[list[i
     return [completion.token_ids for completion in done]
 
 
+@pytest.mark.parametrize("graphs", [False, True])
+def test_a_member_that_sleeps_leaves_the_gpu_and_comes_back(
+    tiny_checkpoints: dict[Kind, Path], graphs: bool
+) -> None:
+    member = load(tiny_checkpoints["llama"], graphs=graphs)
+    before, held = answers(member, 5), torch.cuda.memory_allocated()
+    member.sleep()
+    torch.cuda.synchronize()
+    assert set(member.memory_bytes()) == {"cpu"}
+    assert torch.cuda.memory_allocated() < held - 32 * 2**20
+    member.wake()
+    assert set(member.memory_bytes()) == {"cuda:0"}
+    assert all(map(torch.equal, answers(member, 5), before))
+
+
 def test_a_captured_step_reads_what_its_buffers_say_now() -> None:
     source = torch.zeros(3, device=GPU)
     compute: Callable[[], Tensor] = lambda: source * 2 + 1  # noqa: E731

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from fakes import FakeMember, byte_vocabulary, fake_loaded, mid_character, pair_vocabulary
+from sdk_events import read_events, whole_of
 from starlette.testclient import TestClient
 
 from ensemble_core import factory
@@ -266,7 +267,7 @@ def test_a_template_may_close_reasoning(client: TestClient) -> None:
         {"reasoning_effort": "minimal"},
     ):
         whole = answer(client, "lockstep", **fields)
-        assert "reasoning" not in message_of(whole)
+        assert message_of(whole)["reasoning"] is None
         assert whole["usage"]["completion_tokens_details"] == {"reasoning_tokens": 0}
     for fields in ({"reasoning_effort": "high"}, {"chat_template_kwargs": {"x": [1, {"y": None}]}}):
         assert answer(client, "lockstep", **fields)["choices"] == answer(client, "lockstep")["choices"]
@@ -275,7 +276,7 @@ def test_a_template_may_close_reasoning(client: TestClient) -> None:
 def test_models_without_markers_have_no_reasoning(client: TestClient) -> None:
     for model in ("plain", "listener"):
         whole = answer(client, model)
-        assert "reasoning" not in message_of(whole)
+        assert message_of(whole)["reasoning"] is None
         assert "completion_tokens_details" not in whole["usage"]
     assert answer(client, "plain", reasoning_effort="none", thinking_token_budget=-1)
     assert answer(client, "listener", reasoning_effort="high")  # its assistant's template knows it
@@ -351,7 +352,7 @@ def test_an_answer_may_go_on_within_reasoning_or_behind_it(client: TestClient) -
     for content, reasons in (("<t>ab", True), ("<t>ab</t>c", False), ("ab", False)):
         messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": content}]
         message = message_of(answer(client, "alpha", messages=messages, **flags))
-        assert ("reasoning" in message) == reasons
+        assert (message["reasoning"] is not None) == reasons
 
 
 def test_templates_are_told_variables_when_tokens_are_counted(client: TestClient) -> None:
@@ -360,3 +361,54 @@ def test_templates_are_told_variables_when_tokens_are_counted(client: TestClient
     before = client.post("/tokenize", json=body).json()["count"]
     body["chat_template_kwargs"] = {"enable_thinking": False}
     assert client.post("/tokenize", json=body).json()["count"] == before + len("</t>") - 1
+
+
+def respond(client: TestClient, model: str, **fields: Any) -> Any:
+    body = {"model": model, "input": "cab", "temperature": 0, "max_output_tokens": 24}
+    return client.post("/v1/responses", json=body | fields)
+
+
+@pytest.mark.parametrize("model", ["lockstep", "verify", "alpha"])
+def test_responses_have_the_same_reasoning(client: TestClient, model: str) -> None:
+    message = message_of(answer(client, model, thinking_token_budget=5))
+    whole = whole_of(respond(client, model, thinking_token_budget=5).json())
+    thought, text = whole.output
+    assert (thought.type, text.type) == ("reasoning", "message")
+    assert thought.content[0].text == message["reasoning"]  # type: ignore[union-attr, index]
+    assert whole.output_text == message["content"]
+    assert whole.usage.output_tokens_details.reasoning_tokens >= 5  # type: ignore[union-attr]
+    events = read_events(respond(client, model, thinking_token_budget=5, stream=True).text)
+    assert [item.type for item in events[-1].response.output] == ["reasoning", "message"]
+    assert events[-1].response.output_text == whole.output_text
+
+
+def test_the_effort_of_responses(client: TestClient) -> None:
+    assert respond(client, "alpha", reasoning={"effort": "none"}).json()["output"][0]["type"] == "message"
+    refused = respond(client, "plain", reasoning={"effort": "high"})
+    assert refused.status_code == 400
+    error = refused.json()["error"]
+    assert error["param"] == "reasoning.effort"
+    assert error["message"].startswith("reasoning.effort: no chat template")
+
+
+def test_messages_have_the_same_reasoning(client: TestClient) -> None:
+    message = message_of(answer(client, "alpha", thinking_token_budget=5))
+    body = {
+        "model": "alpha",
+        "messages": [{"role": "user", "content": "cab"}],
+        "temperature": 0,
+        "max_tokens": 24,
+        "thinking": {"type": "enabled", "budget_tokens": 5},
+    }
+    told = client.post("/v1/messages", json=body).json()
+    assert told["content"] == [
+        {"type": "thinking", "thinking": message["reasoning"], "signature": ""},
+        {"type": "text", "text": message["content"]},
+    ]
+    stream = client.post("/v1/messages", json=body | {"stream": True}).text
+    deltas = [json.loads(line[6:])["delta"] for line in stream.splitlines() if '"thinking_delta"' in line]
+    assert "".join(delta["thinking"] for delta in deltas) == message["reasoning"]
+    off = client.post("/v1/messages", json=body | {"thinking": {"type": "disabled"}}).json()
+    assert [block["type"] for block in off["content"]] == ["text"]
+    refused = client.post("/v1/messages", json=body | {"model": "plain", "output_config": {"effort": "high"}})
+    assert refused.json()["error"]["param"] in ("output_config.effort", "thinking.budget_tokens")

@@ -29,6 +29,7 @@ from server.edge.app import create_app
 from server.edge.metrics import PrometheusMetrics
 from server.schema.chat import ChatRequest
 from server.schema.completions import CompletionRequest
+from server.schema.messages import MessagesRequest
 from server.schema.responses import ResponseRequest
 from server.schema.tokenizers import DetokenizeRequest, TokenizeRequest
 
@@ -88,7 +89,14 @@ def test_every_route_keeps_its_word(case: Any) -> None:
 def test_the_fuzz_went_past_the_checks() -> None:
     if not statuses:
         pytest.skip("runs after the fuzz")
-    for path in ("/v1/completions", "/v1/chat/completions", "/v1/responses", "/tokenize", "/detokenize"):
+    for path in (
+        "/v1/completions",
+        "/v1/chat/completions",
+        "/v1/responses",
+        "/v1/messages",
+        "/tokenize",
+        "/detokenize",
+    ):
         assert statuses[path, 200], f"{path}: {statuses}"
         assert statuses[path, 400], f"{path}: {statuses}"
 
@@ -114,6 +122,7 @@ ROUTES: dict[str, tuple[type[Any], dict[str, Any]]] = {
     "/v1/completions": (CompletionRequest, {"model": "duo", "prompt": "Hi!"}),
     "/v1/chat/completions": (ChatRequest, {"model": "duo", "messages": MESSAGES}),
     "/v1/responses": (ResponseRequest, {"model": "duo", "input": "Hi!"}),
+    "/v1/messages": (MessagesRequest, {"model": "duo", "max_tokens": 5, "messages": MESSAGES}),
     "/tokenize": (TokenizeRequest, {"model": "duo", "prompt": "Hi!"}),
     "/detokenize": (DetokenizeRequest, {"model": "duo", "tokens": [1, 2]}),
 }

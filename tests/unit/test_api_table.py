@@ -17,11 +17,12 @@ from pydantic import ValidationError
 
 from ensemble_core.decoding.requests import Conversation
 from ensemble_core.errors import InvalidRequestError
-from server.api import chat, completions, responses
+from server.api import chat, completions, messages, responses
 from server.api.jobs import Job
 from server.schema import table
 from server.schema.chat import ChatRequest
 from server.schema.completions import CompletionRequest
+from server.schema.messages import MessagesRequest
 from server.schema.responses import ResponseRequest
 
 DOCUMENT = table.DOCUMENT.read_text(encoding="utf-8")
@@ -50,13 +51,19 @@ VLLM_RESPONSES = """
     enable_response_messages previous_input_messages previous_response structured_outputs repetition_penalty seed stop
     ignore_eos vllm_xargs
     """
+# The parameters of Anthropic's client, version 2.14.
+ANTHROPIC = """
+    max_tokens messages model cache_control container diagnostics inference_geo metadata output_config service_tier
+    speed stop_sequences stream system temperature thinking tool_choice tools top_k top_p user_profile_id workspace_id
+    """
 TURNS = [{"role": "user", "content": "Hi!"}, {"role": "assistant", "content": "Well,"}]
 BASES: dict[str, dict[str, Any]] = {
     "completions": {"model": "duo", "prompt": "Hi!"},
     "chat": {"model": "duo", "messages": TURNS},
     "responses": {"model": "duo", "input": TURNS},
+    "messages": {"model": "duo", "max_tokens": 20, "messages": TURNS},
 }
-TOOLS = [{"type": "function", "name": "f", "function": {"name": "f"}}]  # in both forms
+TOOLS = [{"type": "function", "name": "f", "function": {"name": "f"}}]  # in both of OpenAI's forms
 # What a parameter needs beside it.
 COMPANIONS: dict[str, dict[str, Any]] = {
     "stream_options": {"stream": True},
@@ -88,6 +95,8 @@ class Row:
 
 def companions(table: str, name: str) -> dict[str, Any]:
     known = KINDS[table].model_fields
+    if table == "messages" and name == "tool_choice":
+        return {"tools": [{"name": "f", "input_schema": {}}]}
     return {key: value for key, value in COMPANIONS.get(name, {}).items() if key in known}
 
 
@@ -118,6 +127,9 @@ def job_of(table: str, body: dict[str, Any]) -> tuple[Job, bool]:
         asked = ResponseRequest.model_validate(body)
         prompt, limit = asyncio.run(responses.fitted(asked, measured))
         return responses.plan(asked, prompt, limit), bool(asked.stream)
+    if table == "messages":
+        said = MessagesRequest.model_validate(body)
+        return messages.plan(said), bool(said.stream)
     talk = ChatRequest.model_validate(body)
     return chat.plan(talk, chat.conversation(talk), chat.length_limit(talk) or 100, 128), bool(talk.stream)
 
@@ -127,7 +139,9 @@ def effect(table: str, body: dict[str, Any]) -> object:
     job, stream = job_of(table, body)
     ticket = job.ticket
     requests = [replace(request, request_id="", group=None) for request in ticket.requests]
-    told = {name: value for name, value in vars(job).items() if name not in ("ticket", "wire", "_writer")}
+    told = {
+        name: value for name, value in vars(job).items() if name not in ("ticket", "wire", "_writer", "_content")
+    }
     if "_response" in told:
         told["_response"] = told["_response"].model_copy(update={"id": "", "created_at": 0})
     counts = (ticket.num_choices, ticket.num_sampled, ticket.final_usage, ticket.running_usage)
@@ -158,6 +172,7 @@ def test_no_parameter_of_the_sdk_or_of_vllm_is_left_out() -> None:
     assert (
         set(get_type_hints(response_params.ResponseCreateParamsBase)) | set(VLLM_RESPONSES.split()) <= of_responses
     )
+    assert set(ANTHROPIC.split()) <= {row.name for row in ROWS if row.table == "messages"}
 
 
 @pytest.mark.parametrize("row", [row for row in ROWS if row.status == "supported"], ids=str)

@@ -102,6 +102,8 @@ def _in_respelling(monkeypatch: pytest.MonkeyPatch, sick: Sequence) -> None:
 
 def _in_its_constraint(monkeypatch: pytest.MonkeyPatch, sick: Sequence) -> None:
     class Broken:
+        binds, chooses, forced = True, True, None
+
         def allowed(self) -> Tensor:
             raise ConstraintError("response_format", "JSON schema", "went wrong")
 

@@ -16,13 +16,13 @@ from server.schema.responses import ResponseRequest
 from server.schema.sampling import GenerationFields
 
 RANGED = [name for name, each in PARAMETERS.items() if each.kind in ("integer", "number")]
-# Chat and responses have a length limit and log-probabilities of another form; chat alone has reasoning.
+# Chat and responses have a length limit and log-probabilities of another form; they alone have reasoning.
 SENT: list[tuple[type[GenerationFields], str]] = [
     (kind, name)
     for kind in (CompletionRequest, ChatRequest, ResponseRequest)
     for name in RANGED
     if kind is CompletionRequest or name not in ("max_tokens", "logprobs")
-    if kind is ChatRequest or name != "thinking_token_budget"
+    if kind is not CompletionRequest or name != "thinking_token_budget"
     if kind is not ResponseRequest or name != "prompt_logprobs"
 ]
 NUMBER = Parameter("number", 1.0, "what it does", 0.5, low=0, high=2)

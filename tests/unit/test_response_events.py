@@ -131,6 +131,51 @@ def test_the_answer_is_what_the_last_event_has(pieces: Any, finish: str, fields:
     assert whole.usage.output_tokens == len(pieces)
 
 
+def thinking() -> list[Output]:
+    """Two outputs of reasoning, then text and a call."""
+    outputs = outputs_of(("", "", "Well.", *CALLS[:2]), "Hi!")
+    outputs[0] = replace(outputs[0], reasoning="Hm", num_reasoning_tokens=1)
+    outputs[1] = replace(outputs[1], reasoning=".", num_reasoning_tokens=2)
+    return [*outputs[:2], *(replace(each, num_reasoning_tokens=2) for each in outputs[2:])]
+
+
+def test_the_events_of_reasoning() -> None:
+    events = streamed(job_of(stream=True, stream_options={"include_obfuscation": True}), thinking())
+    assert [event.type.removeprefix("response.") for event in events[2:9]] == [
+        "output_item.added",
+        "content_part.added",
+        "reasoning_text.delta",
+        "reasoning_text.delta",
+        "reasoning_text.done",
+        "content_part.done",
+        "output_item.done",
+    ]
+    thought, message, call = events[-1].response.output
+    assert (thought.id[:3], thought.type, thought.summary, thought.status) == ("rs_", "reasoning", [], "completed")
+    assert [part.text for part in thought.content] == ["Hm."]
+    assert (message.content[0].text, call.name) == ("Well.", "f")
+    assert events[-1].response.output_text == "Well."
+    assert events[-1].response.usage.output_tokens_details.reasoning_tokens == 2
+    whole = answered(job_of(), thinking())
+    assert without_ids(whole.output[0].to_dict()) == without_ids(thought.to_dict())
+
+
+def test_an_answer_may_be_cut_in_its_reasoning() -> None:
+    cut = thinking()[:2]
+    cut[-1] = replace(cut[-1], finish_reason="length")
+    (thought,) = streamed(job_of(), cut)[-1].response.output
+    assert (thought.type, thought.status) == ("reasoning", "incomplete")
+
+
+def test_log_probabilities_of_reasoning_have_no_place() -> None:
+    asked = job_of(include=[LOGPROBS])
+    told = FakeRuntime(script=("", "", "Well."))._outputs(asked.ticket.requests[0])
+    told[0] = replace(told[0], reasoning="Hm")
+    told[1] = replace(told[1], reasoning=".")
+    message = answered(asked, told).output[-1]
+    assert [each.token for each in message.content[0].logprobs] == ["Well."]
+
+
 def test_a_cut_answer_is_incomplete() -> None:
     outputs = outputs_of((" Hello",), "Hi!", "length")
     found = answered(job_of(max_output_tokens=20), outputs)

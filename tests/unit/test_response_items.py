@@ -13,6 +13,7 @@ from ensemble_core.decoding.forms import TextForm
 from ensemble_core.decoding.requests import Conversation
 from ensemble_core.errors import InvalidRequestError
 from ensemble_core.text.tools import Tool, ToolUse
+from ensemble_core.text.variables import TemplateVariables
 from server.api.responses import ResponseJob, fitted, plan, response_words, to_conversation
 from server.schema.responses import ResponseRequest
 
@@ -91,11 +92,30 @@ def test_calls_belong_to_the_turn_that_they_follow() -> None:
     assert messages_of([USER, CALL, RESULT, second])[1:3] == [called("f"), returned()]
 
 
-def test_reasoning_is_not_read() -> None:
+def thought(*texts: str, **fields: Any) -> dict[str, Any]:
+    return REASONING | {"content": [{"type": "reasoning_text", "text": each} for each in texts]} | fields
+
+
+def test_reasoning_belongs_to_the_turn_that_comes_next() -> None:
+    own = dict.fromkeys(("reasoning", "reasoning_content"), "Hm.\nOslo.")
+    text = {"role": "assistant", "content": "21."}
+    sent = [USER, thought("Hm.", "Oslo."), CALL, RESULT, thought("Hm.", "Oslo."), text]
+    assert messages_of(sent) == [USER, called("f") | own, returned(), text | own]
+    again = messages_of([USER, text, thought("Hm.", "Oslo."), CALL, RESULT])
+    assert again == [USER, text, called("f") | own, returned()]
+
+
+def test_reasoning_that_cannot_be_read_is_left_out() -> None:
     assert messages_of([USER, REASONING, CALL, RESULT]) == [USER, called("f"), returned()]
+    assert messages_of([USER, thought("Hm."), USER]) == [USER, USER]
     with pytest.raises(InvalidRequestError, match="no message") as caught:
         messages_of([REASONING])
     assert caught.value.param == "input"
+
+
+def test_effort_goes_to_the_templates() -> None:
+    assert to_conversation(body_of(reasoning={"effort": "low"})).variables == TemplateVariables(effort="low")
+    assert to_conversation(body_of(reasoning={})).variables == TemplateVariables()
 
 
 def test_what_a_call_returned_may_be_parts() -> None:
@@ -124,6 +144,7 @@ def test_a_result_needs_its_call() -> None:
         (CALL | {"name": "not a name"}, "name", "letters"),
         ({"type": "function_call", "name": "f", "arguments": "{}"}, "call_id", "required"),
         ({"type": "function_call_output", "call_id": "c1"}, "output", "required"),
+        (REASONING | {"content": [{"type": "output_text", "text": "x"}]}, "content", "'output_text'"),
         ({"type": "item_reference", "id": "msg_1"}, "type", "'item_reference'"),
         ({"type": "web_search_call"}, "type", "'web_search_call'"),
         ({"type": ["message"]}, "type", "not supported"),
@@ -225,7 +246,7 @@ def test_refusals_have_this_endpoints_names(fields: dict[str, Any], param: str) 
         ("text", {"verbosity": "low"}, "text.verbosity"),
         ("text", {"format": {"type": "json_schema", "name": "x"}}, "text.format"),
         ("text", {"format": {"type": "grammar"}}, "text.format.type"),
-        ("reasoning", {"effort": "high"}, "reasoning.effort"),
+        ("reasoning", {"effort": "much"}, "reasoning.effort"),
         ("reasoning", {"summary": "detailed"}, "reasoning.summary"),
         ("include", ["file_search_call.results"], "include"),
         ("metadata", {"a": 1}, "metadata"),

@@ -21,6 +21,7 @@ BOUNDS: list[tuple[str, list[Any], list[Any]]] = [
     ("echo", [True], [1]),
     ("seed", [0, -(2**63), 2**63 - 1, None], [-(2**63) - 1, 2**63, 0.5, True]),
     ("logprobs", [0, 20, None], [-1, 21, True]),
+    ("prompt_logprobs", [0, 20, None], [-1, 21, True]),
     ("thinking_token_budget", [-1, 0, 2**31 - 1, None], [-2, 2**31, 0.5, True]),
     ("repetition_penalty", [0.01, 1, 10.0], [0.0, 0.009, 10.1, math.nan, math.inf, "1", True]),
     ("presence_penalty", [-2, 2.0], [-2.1, 2.1, math.nan]),

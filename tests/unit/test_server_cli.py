@@ -131,7 +131,8 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[ServerConfig]:
     found: list[ServerConfig] = []
     stand_in(monkeypatch, "ensemble_core.runtime", Runtime=lambda _config, _sink: FakeRuntime())
 
-    def serve(_app: Any, _runtime: Any, config: ServerConfig, _say: Any) -> None:
+    def serve(_app: Any, _runtime: Any, config: ServerConfig, _say: Any, read: Any) -> None:
+        assert read().server == config, "a reload reads the same file under the same options"
         found.append(config)
 
     monkeypatch.setattr("server.edge.serving.serve", serve)

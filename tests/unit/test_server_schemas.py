@@ -10,6 +10,7 @@ from pydantic import BaseModel, ValidationError
 from ensemble_core.errors import InvalidRequestError
 from server.schema.chat import ChatRequest
 from server.schema.completions import CompletionRequest
+from server.schema.messages import MessagesRequest
 from server.schema.responses import ResponseRequest
 from server.schema.sampling import GenerationFields
 from server.schema.tokenizers import TokenizeRequest
@@ -22,13 +23,19 @@ def parse(**fields: Any) -> CompletionRequest:
 
 
 CHAT: dict[str, Any] = {"model": "duo", "messages": [{"role": "user", "content": "x"}]}
-REFUSED = [
-    (kind, name) for kind in (CompletionRequest, ChatRequest, ResponseRequest) for name in sorted(kind.refused)
-]
+SAID: dict[str, Any] = {"model": "duo", "max_tokens": 5, "messages": [{"role": "user", "content": "x"}]}
+BODIES: dict[type[GenerationFields], dict[str, Any]] = {
+    CompletionRequest: BASE,
+    ChatRequest: CHAT,
+    ResponseRequest: {"model": "duo", "input": "x"},
+    MessagesRequest: SAID,
+}
+KINDS = list(BODIES)
+REFUSED = [(kind, name) for kind in KINDS for name in sorted(kind.refused)]
 
 
 def base_of(kind: type[GenerationFields]) -> dict[str, Any]:
-    return {CompletionRequest: BASE, ChatRequest: CHAT, ResponseRequest: {"model": "duo", "input": "x"}}[kind]
+    return BODIES[kind]
 
 
 def chat(**fields: Any) -> ChatRequest:
@@ -64,7 +71,7 @@ def test_a_float_is_as_neutral_as_an_integer() -> None:
     parse(length_penalty=1.0)
 
 
-@pytest.mark.parametrize("kind", [CompletionRequest, ChatRequest, ResponseRequest])
+@pytest.mark.parametrize("kind", KINDS)
 def test_what_is_supported_refused_and_ignored_does_not_overlap(kind: type[GenerationFields]) -> None:
     assert not kind.refused.keys() & kind.model_fields.keys()
     assert not kind.ignored.keys() & (kind.model_fields.keys() | kind.refused.keys())

@@ -140,3 +140,23 @@ def test_a_worn_lexer_is_replaced_and_its_sequences_go_on(monkeypatch: pytest.Mo
             constraint.accept(byte)
     assert gone, "the test wears no lexer out"
     assert all(gone)
+
+
+def test_vocabularies_that_are_not_kept_are_forgotten_and_told_again(workshop: Workshop) -> None:
+    """Of members that come and go: each has a key of its own for ever, wherever it lies in memory."""
+    kept, gone = Grammars(byte_vocabulary()), Grammars(byte_vocabulary())
+
+    async def run() -> None:
+        for grammars in (kept, gone):
+            await workshop.prepare(grammars, one_of(["a"]))
+        workshop.keep([kept])
+        await workshop.prepare(kept, one_of(["b"]))
+        assert workshop._trial._known == {kept.key}
+        await workshop.prepare(gone, one_of(["b"]))
+
+    asyncio.run(run())
+    for grammars in (kept, gone):
+        assert grammars.compile(one_of(["b"])).allowed().nonzero().flatten().tolist() == [ord("b")]
+    assert len({Grammars(byte_vocabulary()).key for _ in range(3)} | {kept.key, gone.key}) == 5
+    workshop.close()
+    workshop.keep([])

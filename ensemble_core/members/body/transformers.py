@@ -18,14 +18,14 @@ class TransformersBody:
     def __init__(self, model: Any, device: torch.device, shared: Iterable[Tensor] = ()) -> None:
         """device: where the last layer and the head are. shared: weights that are another body's."""
         model.set_attn_implementation(NAME)
-        self._model, self._device = model, device
+        self.model, self._device = model, device
         self._shared = {id(weight) for weight in shared}
         self.embedding: nn.Module = model.get_input_embeddings()
 
     def __call__(self, run: Pass, token_ids: Tensor, wanted: Tensor) -> Tensor:
         """See `base.Body`."""
         first = next(self.embedding.parameters()).device
-        output = self._model(
+        output = self.model(
             input_ids=token_ids.unsqueeze(0).to(first),
             position_ids=run.positions.unsqueeze(0).to(first),
             use_cache=False,
@@ -36,4 +36,4 @@ class TransformersBody:
 
     def num_bytes(self) -> dict[str, int]:
         """See `base.Body`."""
-        return weight_bytes(weight for weight in self._model.parameters() if id(weight) not in self._shared)
+        return weight_bytes(weight for weight in self.model.parameters() if id(weight) not in self._shared)

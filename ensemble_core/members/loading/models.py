@@ -36,10 +36,12 @@ from ensemble_core.members.kernels.choice import choose
 from ensemble_core.members.loading.adapters import Adapter, adapt, low_ranks
 from ensemble_core.members.loading.placement import DTYPES, page_size, resolve_device
 from ensemble_core.members.loading.proof import Proof, attention_layers
+from ensemble_core.members.loading.standstill import guard_default_dtype
 from ensemble_core.members.local import LocalMember
 from ensemble_core.text.vocabulary import Vocabulary
 
 logger = logging.getLogger(__name__)
+guard_default_dtype()
 
 _MAX_ROWS = 4096
 _MAX_BATCH = 64
@@ -74,11 +76,34 @@ def load_family(
     adapters: Sequence[Adapter] = (),
 ) -> dict[str, LocalMember]:
     """The member `base` and those of its adapters. family: all of them. folder: its own. Raises as `load_member`."""
-    config = family[base]
-    _refuse_unsupported(base, _read_config(base, config, folder))
+    return make_family(base, _read_model(base, family[base], folder), vocabulary, family, adapters, how)
+
+
+def load_adapter(
+    adapter: Adapter, config: MemberConfig, folder: Path, base: LocalMember, how: Making
+) -> LocalMember:
+    """One more member around the weights of a base that serves. folder: the base's. Raises as `load_member`.
+
+    The base's model is read once more, since the adapter is proved against it, and goes before the member serves.
+    """
+    name, model = adapter.member, _read_model(adapter.member, config, folder)
+    layers = attention_layers(name, model)
+    kernels = choose((layer.device for layer in layers), model.dtype)
+    own = adapt(adapter, model)
+    draft = _draft(name, config, own, vocabulary=base.vocabulary, layers=layers)
+    if isinstance(base.body, TransformersBody):
+        model, own = base.body.model, adapt(adapter, base.body.model)
+    make = _adapted(own, model, layers[-1].device, isinstance(base.body, FlatBody))
+    del model, own
+    return _member(draft, make(base.body), kernels, base.vocabulary, layers, how)
+
+
+def _read_model(name: str, config: MemberConfig, folder: Path) -> Any:
+    """A model of transformers in its place."""
+    _refuse_unsupported(name, _read_config(name, config, folder))
     placement: dict[str, Any] = {"device_map": config.device_map, "max_memory": config.max_memory}
     if config.device_map is None:
-        placement = {"device_map": {"": resolve_device(base, config)}}
+        placement = {"device_map": {"": resolve_device(name, config)}}
     try:
         model = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -88,9 +113,8 @@ def load_family(
             **placement,
         )
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
-        raise CheckpointError(f"member {base!r}: {folder} cannot be loaded: {error}") from error
-    model.eval().requires_grad_(False)
-    return make_family(base, model, vocabulary, family, adapters, how)
+        raise CheckpointError(f"member {name!r}: {folder} cannot be loaded: {error}") from error
+    return model.eval().requires_grad_(False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,22 +184,29 @@ def make_family(
 
 @dataclass(frozen=True, slots=True)
 class _Draft:
-    """A member without a body: its cache, and what its model's own forward says. dtype: of the model."""
+    """A member without a body: its cache, and what its model's own forward says.
+
+    renew: makes a cache like it. dtype: of the model. adapts: its body is an adapter's.
+    """
 
     name: str
     max_len: int
+    renew: Callable[[], Cache]
     cache: Cache
     proof: Proof
     dtype: torch.dtype
+    adapts: bool
 
 
 def _draft(
     name: str, config: MemberConfig, model: Any, *, vocabulary: Vocabulary, layers: list[LayerShape]
 ) -> _Draft:
     max_len = min(config.max_len, _longest(model))
-    cache = _cache(name, config, layers, max_len, model.dtype)
+    renew = partial(_cache, name, config, layers, max_len, model.dtype)
+    cache = renew()
     with torch.inference_mode():
-        return _Draft(name, max_len, cache, Proof(name, model, len(vocabulary), max_len), model.dtype)
+        proof = Proof(name, model, len(vocabulary), max_len)
+    return _Draft(name, max_len, renew, cache, proof, model.dtype, config.adapter is not None)
 
 
 def _adapted(own: Any, model: Any, device: torch.device, flat: bool) -> Callable[[Body], Body]:
@@ -209,15 +240,26 @@ def _member(
     if how.deterministic:
         _make_steady(name, body, cache, kernels)
         few = draft.max_len
-    member = LocalMember(name, vocabulary, draft.max_len, body, cache, kernels, device, attention, few)
+    member = LocalMember(
+        name,
+        vocabulary,
+        draft.max_len,
+        body,
+        cache,
+        kernels,
+        device,
+        attention,
+        few,
+        draft.renew,
+        adapts=draft.adapts,
+    )
     proof.check(member)
     if how.deterministic:
         proof.check_steady(member)
     capture = how.capture or _capture(attention, layers)
     if isinstance(cache, PagedCache) and capture is not None:
         sizes = bucket_sizes(how.max_batch)
-        graphed = partial(GraphedBody, body, cache, attention, device, sizes, capture)
-        _adopt_graphs(member, body, graphed, proof, sizes)
+        _adopt_graphs(member, _graphed(body, attention, device, sizes, capture), proof, sizes)
     return member
 
 
@@ -294,9 +336,19 @@ def _capture(attention: Attention, layers: Sequence[LayerShape]) -> Capture | No
     return cuda_graphs(layers[0].device) if attention is by_kernel and len(devices) == 1 else None
 
 
-def _adopt_graphs(
-    member: LocalMember, body: Body, graphed: Callable[[], Body], proof: Proof, sizes: list[int]
-) -> None:
+def _graphed(
+    body: Body, attention: Attention, device: torch.device, sizes: Sequence[int], capture: Capture
+) -> Callable[[Cache], Body]:
+    """What captures graphs over a cache."""
+
+    def make(cache: Cache) -> Body:
+        assert isinstance(cache, PagedCache), "graphs read pages"
+        return GraphedBody(body, cache, attention, device, sizes, capture)
+
+    return make
+
+
+def _adopt_graphs(member: LocalMember, graphed: Callable[[Cache], Body], proof: Proof, sizes: list[int]) -> None:
     """Decode through graphs if they can be captured and answer as the body itself does; else stay without."""
     try:
         expected = {size: proof.step(member, size) for size in sizes}
@@ -305,7 +357,7 @@ def _adopt_graphs(
             proof.check_step(member, size, expected[size])
     except Exception as error:  # whatever libraries raise in a capture
         logger.warning("%s: decoding goes on without graphs: %s", member.name, error)
-        member.adopt(lambda: body)
+        member.adopt(None)
 
 
 def _check_memory(name: str, memory: int, needed: int) -> None:

@@ -91,13 +91,24 @@ _CHUNK, _ROWS = 64, 8  # tokens of one sequence, sequences of one token
 def plan_cores(members: Mapping[str, Member]) -> Cores:
     """How members of the CPU share its cores, by what their forwards take on all of them; says so in the log."""
     on_cpu = {name: member for name, member in members.items() if member.lane == "cpu"}
-    if len(on_cpu) < 2 or torch.get_num_threads() < 2:
+    if not on_cpu or torch.get_num_threads() < 2:
         return Cores()
     cores = Cores(torch.get_num_threads(), {name: _cost(member) for name, member in on_cpu.items()})
-    teams = cores.teams({name: cost(_ROWS, _ROWS) for name, cost in cores.costs.items()})
-    shares = ", ".join(f"{' and '.join(team.members)} {team.cores}" for team in teams)
-    logger.info("plan: %d cores, shared by members that step together: %s (of a decode step)", cores.num, shares)
+    if len(on_cpu) > 1:
+        teams = cores.teams({name: cost(_ROWS, _ROWS) for name, cost in cores.costs.items()})
+        shares = ", ".join(f"{' and '.join(team.members)} {team.cores}" for team in teams)
+        logger.info(
+            "plan: %d cores, shared by members that step together: %s (of a decode step)", cores.num, shares
+        )
     return cores
+
+
+def measure(member: Member, cores: int) -> ForwardCost | None:
+    """What forwards of a member take on so many cores, told from this thread's one; None: not on this CPU."""
+    if member.lane != "cpu" or cores < 2:
+        return None
+    cost = _cost(member)
+    return ForwardCost(cost.fixed / cores, cost.token / cores, cost.answer / cores)
 
 
 def _cost(member: Member) -> ForwardCost:
