@@ -62,6 +62,19 @@ test: models ## set up everything and run the fast tests, those on the demo pair
 test-slow: models .venv-vllm/installed ## the slow tests: minutes rather than seconds
 	@$(BIN)/python -m pytest -q -m "slow and not gpu"
 
+# Clients of other projects, each in a venv of its own from tests/clients/requirements-NAME.txt: .venv-clients/NAME.
+CLIENTS := $(patsubst tests/clients/requirements-%.txt,.venv-clients/%/installed,$(wildcard tests/clients/requirements-*.txt))
+
+.PHONY: test-clients
+test-clients: models $(CLIENTS) ## LangChain, LiteLLM and others against the demo pair (minutes; 1.4 GB of packages)
+	@UNISONO_CLIENTS=1 $(BIN)/python -m pytest -q tests/e2e/test_clients.py
+
+.venv-clients/%/installed: tests/clients/requirements-%.txt
+	@echo "clients: $* in a venv of its own"
+	@rm -rf .venv-clients/$* && $(PYTHON) -m venv .venv-clients/$*
+	@.venv-clients/$*/bin/python -m pip install -qq -r $<
+	@touch $@
+
 HARNESS := .venv-lm-eval/bin/python
 
 $(HARNESS):
@@ -143,6 +156,6 @@ lock: ## remake constraints.txt from the newest versions that pyproject.toml all
 
 .PHONY: clean
 clean: ## remove .venv, caches and built matrices; fetched models stay
-	@rm -rf .venv .venv-lock .venv-lm-eval .venv-vllm .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist
+	@rm -rf .venv .venv-lock .venv-lm-eval .venv-vllm .venv-clients .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 	@find matrices -name '*.safetensors' -delete

@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 from collections import abc
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from ensemble_core.decoding.bans import Bans, bans_of
@@ -286,7 +286,7 @@ class Admission:
             tracks=tracks,
             prompt_text=self._text(reading),
             constraint=self._guide(request, reading, reader),
-            call_form=None if use is None else main.prompts.call_form,
+            call_form=None if use is None else replace(main.prompts.call_form, alone=use.choice == "required"),
             reasoning=reader,
             bans=reading.bans(params, main.vocabulary),
             scores=_scores(params),

@@ -26,7 +26,7 @@ class CallForm:
     """`opening first [before NAME middle ARGUMENTS after] between [...] last`.
 
     opening: the marker of calls. between: None where the form has one call alone. at_start: calls are the whole
-    answer, or there are none; the opening means nothing further on.
+    answer, or there are none; the opening means nothing further on. alone: this answer is calls, without text.
     """
 
     name: str
@@ -38,6 +38,7 @@ class CallForm:
     between: str | None = None
     last: str = ""
     at_start: bool = False
+    alone: bool = False
 
     def begun(self, name: str, arguments: Mapping[str, Any]) -> str:
         """A call up to its arguments' end."""

@@ -46,8 +46,8 @@ class CallReader:
         return content, merged(pieces)
 
     def end(self) -> str:
-        """The content that was held back, where no call came of it."""
-        held = self._held or ""
+        """The content that was held back, where no call came of it; none where it began a marker that must come."""
+        held = "" if self._form.alone else self._held or ""
         if held:
             self._held = ""
         return held

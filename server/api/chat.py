@@ -40,7 +40,7 @@ def chat_words(body: ChatRequest) -> AbstractContextManager[None]:
 def conversation(body: ChatRequest) -> Conversation:
     """The messages in the engine's form. Raises InvalidRequestError."""
     opens_turn = body.add_generation_prompt is not False
-    tools = to_tool_use(body.tools or (), body.tool_choice, body.parallel_tool_calls is not False)
+    tools = to_tool_use(body.tools or (), body.tool_choice, body.parallel_tool_calls)
     variables = TemplateVariables(body.chat_template_kwargs or {}, body.reasoning_effort)
     return to_conversation(body.messages, bool(body.continue_final_message), opens_turn, tools, variables)
 

@@ -83,7 +83,9 @@ def to_conversation(body: MessagesRequest) -> Conversation:
         turns.insert(0, {"role": "system", "content": body.system})
     sent = body.tool_choice
     tools = [tool.nested() for tool in body.tools or ()]
-    parallel = sent is None or not sent.disable_parallel_tool_use
+    parallel = (
+        None if sent is None or sent.disable_parallel_tool_use is None else not sent.disable_parallel_tool_use
+    )
     use = to_tool_use(tools, None if sent is None else sent.nested(), parallel)
     goes_on = turns[-1]["role"] == "assistant" and "tool_calls" not in turns[-1]
     return Conversation(tuple(turns), goes_on, use, TemplateVariables(effort=body.effort))

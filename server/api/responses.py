@@ -103,7 +103,7 @@ def to_conversation(body: ResponseRequest, start: int = 0) -> Conversation:
         turns.insert(0, {"role": "system", "content": body.instructions})
     choice = None if body.tool_choice is None else body.tool_choice.nested()
     tools = [tool.nested() for tool in body.tools or ()]
-    use = to_tool_use(tools, choice, body.parallel_tool_calls is not False)
+    use = to_tool_use(tools, choice, body.parallel_tool_calls)
     effort = None if body.reasoning is None else body.reasoning.effort
     return Conversation(tuple(_one_system(turns)), tools=use, variables=TemplateVariables(effort=effort))
 

@@ -224,7 +224,9 @@ class ChatRequest(SamplingFields):
         examples=["none"],
     )
     parallel_tool_calls: bool | None = Field(
-        None, description="true if not sent; false: one call in an answer at most", examples=[False]
+        None,
+        description="true if not sent, but for a function by name; false: one call in an answer at most",
+        examples=[False],
     )
     reasoning_effort: Effort | None = Field(
         None,

@@ -323,7 +323,9 @@ class ResponseRequest(GenerationFields):
         examples=["none"],
     )
     parallel_tool_calls: bool | None = Field(
-        None, description="true if not sent; false: one call in an answer at most", examples=[False]
+        None,
+        description="true if not sent, but for a function by name; false: one call in an answer at most",
+        examples=[False],
     )
     include: IncludeField = Field(
         None,

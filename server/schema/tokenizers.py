@@ -47,7 +47,7 @@ class TokenizeRequest(_TokenizerBody):
         """What to tokenise. Raises InvalidRequestError as chat completions do."""
         if self.messages is None:
             return self.prompt or ""
-        tools = to_tool_use(self.tools or (), None, parallel=True)
+        tools = to_tool_use(self.tools or (), None)
         variables = TemplateVariables(self.chat_template_kwargs or {})
         opens_turn = self.add_generation_prompt is not False
         return to_conversation(self.messages, bool(self.continue_final_message), opens_turn, tools, variables)

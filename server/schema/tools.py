@@ -104,7 +104,7 @@ class FunctionSpec(Strict):
 class FunctionTool(Strict):
     """A tool; functions are the only kind."""
 
-    type: Literal["function"]
+    type: Literal["function"] = "function"
     function: FunctionSpec
 
 
@@ -122,7 +122,7 @@ class FunctionRef(Strict):
 class NamedTool(Strict):
     """A tool by its name."""
 
-    type: Literal["function"]
+    type: Literal["function"] = "function"
     function: FunctionRef
 
 
@@ -137,11 +137,13 @@ _WORDS = ("none", "auto", "required")
 
 
 def _choice(value: object) -> object:
-    """`"auto"` is short for `{"type": "auto"}`."""
+    """`"auto"` is short for `{"type": "auto"}`; as in vLLM, `{"function": ...}` needs no type."""
     if isinstance(value, str):
         if value not in _WORDS:
             raise ValueError(f"must be one of {', '.join(_WORDS)}, or an object that names functions")
         return {"type": value}
+    if isinstance(value, dict) and value.get("function") is not None:
+        return {"type": "function"} | value
     return value
 
 
@@ -198,7 +200,7 @@ class EarlierCall(Strict):
     """A call of an earlier turn."""
 
     id: Text
-    type: Literal["function"]
+    type: Literal["function"] = "function"
     function: CalledFunction
 
 
@@ -226,8 +228,14 @@ class ToolCallDelta(BaseModel):
     function: FunctionReply
 
 
-def to_tool_use(tools: Sequence[FunctionTool], choice: ToolChoice | None, parallel: bool) -> ToolUse | None:
-    """Tools in the engine's form; None: there are none. Raises InvalidRequestError."""
+def to_tool_use(
+    tools: Sequence[FunctionTool], choice: ToolChoice | None, parallel: bool | None = None
+) -> ToolUse | None:
+    """Tools in the engine's form; None: there are none. Raises InvalidRequestError.
+
+    parallel: as sent. If not sent, a function that is chosen by name is called once, as clients that wait for its
+    arguments expect.
+    """
     found = tuple(each.function.tool() for each in tools)
     _check(found)
     mode, chosen = ("auto", {}) if choice is None else (choice.mode, choice.names)
@@ -240,7 +248,8 @@ def to_tool_use(tools: Sequence[FunctionTool], choice: ToolChoice | None, parall
                 f"{where}: {shortened(name)} is not among the tools, which are {quoted(known)}", where
             )
     allowed = tuple(dict.fromkeys(chosen.values())) or None
-    return ToolUse(found, mode, allowed, parallel) if found else None
+    several = (choice is None or choice.type != "function") if parallel is None else parallel
+    return ToolUse(found, mode, allowed, several) if found else None
 
 
 def _check(tools: Sequence[Tool]) -> None:

@@ -41,6 +41,7 @@ _REFUSED: dict[str, Refused] = {
     "repetition_detection": Refused({"max_pattern_size": 3}),
     "thinking_token_budget": Refused(5, (-1,), "chat completions have it"),
     "cache_salt": Refused("salt", why="the cache has no such isolation"),
+    "watermarking": Refused(True, (False,)),
 }
 COMPLETION_REFUSED: dict[str, Refused] = _REFUSED | {
     "suffix": Refused("the end", ("",), "members cannot fill in the middle"),
@@ -64,10 +65,17 @@ CHAT_REFUSED: dict[str, Refused] = {
     "chat_template": Refused("{{ messages }}", why="templates run code: set it in the server's YAML"),
     "documents": Refused([{"text": "x"}], ([],)),
     "mm_processor_kwargs": Refused({"x": 1}, ({},)),
+    "media_io_kwargs": Refused({"image": {"x": 1}}, ({},)),
+    "prompt_token_ids": Refused([1, 2], why="completions take ids as `prompt`"),
+    "return_prompt_text": Refused(True, (False,), "`return_token_ids` and /detokenize tell it"),
     "truncate_prompt_tokens": Refused(10, why="completions have it; a conversation is not cut"),
 }
 COMPLETION_IGNORED: dict[str, Ignored] = {
     "return_token_offsets": Ignored(True, "belongs to routes that do not exist here"),
+    "return_mm_kwargs": Ignored(False, "belongs to routes that do not exist here"),
+    "routed_experts_prompt_start": Ignored(1, "answers have no routing of experts"),
+    "session_id": Ignored("mine", "nothing is kept about sessions"),
+    "stream_interval": Ignored(5, "a chunk has what a step wrote"),
     "priority": Ignored(1, "first come, first served"),
     "request_id": Ignored("mine", "use the `X-Request-Id` header"),
     "kv_transfer_params": Ignored({}, "there is one server"),

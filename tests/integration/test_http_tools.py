@@ -138,8 +138,11 @@ TOOLS = (Tool("get_weather", "The weather.", json.dumps(WEATHER, ensure_ascii=Fa
         ({"tool_choice": "auto", "parallel_tool_calls": False}, ToolUse(TOOLS, parallel=False)),
         ({"tool_choice": "none"}, ToolUse(TOOLS, "none")),
         ({"tool_choice": "required"}, ToolUse(TOOLS, "required")),
-        ({"tool_choice": NAMED}, ToolUse(TOOLS, "required", ("now",))),
+        ({"tool_choice": NAMED}, ToolUse(TOOLS, "required", ("now",), parallel=False)),
+        ({"tool_choice": NAMED, "parallel_tool_calls": True}, ToolUse(TOOLS, "required", ("now",))),
         ({"tool_choice": ALLOWED}, ToolUse(TOOLS, "auto", ("now",))),
+        ({"tool_choice": {"function": {"name": "now"}}}, ToolUse(TOOLS, "required", ("now",), False)),
+        ({"tools": [{"function": FUNCTION}, {"function": {"name": "now"}}]}, ToolUse(TOOLS)),
         ({"tools": []}, None),
         ({"tools": None, "tool_choice": "auto"}, None),
         ({"tools": None, "tool_choice": "none", "parallel_tool_calls": True}, None),
@@ -237,6 +240,12 @@ def test_bad_input(
     assert (answer.status_code, error["param"]) == (400, param), error
     assert words in error["message"]
     assert not runtime.seen
+
+
+def test_earlier_calls_need_no_type(client: TestClient, runtime: FakeRuntime) -> None:
+    calls = [{name: value for name, value in CALL.items() if name != "type"}]
+    assert post(client, messages=[USER, TURN | {"tool_calls": calls}, RESULT]).status_code == 200
+    assert asked(runtime).messages[1]["tool_calls"][0]["type"] == "function"
 
 
 def test_empty_arguments_are_an_empty_object(client: TestClient, runtime: FakeRuntime) -> None:

@@ -101,6 +101,14 @@ def test_a_call_that_is_cut_has_the_beginning_of_its_arguments() -> None:
         assert all(call.name == "f" and '{"a": "b c"}'.startswith(call.arguments) for call in calls)
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_where_a_call_must_come_its_marker_is_never_content(form: CallForm) -> None:
+    for end in range(len(form.opening)):
+        text = form.opening[:end].encode()
+        assert read(AnswerText(calls=form), text)[0] == form.opening[:end]
+        assert read(AnswerText(calls=replace(form, alone=True)), text) == ("", [])
+
+
 def test_stop_strings_end_content_and_never_a_call() -> None:
     call = HERMES.write([("f", {"a": "STOP"})])
     text = AnswerText(("STOP", "done<to"), calls=HERMES)
