@@ -25,7 +25,9 @@ from transformers import AutoModelForCausalLM
 from benchmarks import prose
 from benchmarks.ledger import Findings, Value, arguments
 from benchmarks.stopwatch import Spread, ratios, take_turns
-from ensemble_core.config import AUTO, Config, MemberConfig, load_config
+from ensemble_core.config import Config
+from ensemble_core.config_file import load_config
+from ensemble_core.member_config import AUTO, MemberConfig
 from ensemble_core.members.base import Feed
 from ensemble_core.members.loading.adapters import read_adapter
 from ensemble_core.members.loading.checkpoints import load_tokenizer, load_vocabulary, resolve_folder

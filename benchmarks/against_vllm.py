@@ -33,7 +33,8 @@ from benchmarks.anchor.picture import draw
 from benchmarks.anchor.servers import ENVIRONMENT, server_seconds
 from benchmarks.anchor.work import Plan, lengths
 from benchmarks.ledger import ROOT, Check, Findings, Value, arguments, results_folder
-from ensemble_core.config import Config, load_config
+from ensemble_core.config import Config
+from ensemble_core.config_file import load_config
 from ensemble_core.members.loading.checkpoints import load_tokenizer, resolve_folder
 from ensemble_core.members.loading.demo_models import PREFIX
 

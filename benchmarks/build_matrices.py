@@ -18,7 +18,8 @@ from pathlib import Path
 
 from benchmarks.ledger import Check, Findings, Value, arguments
 from benchmarks.stopwatch import Spread
-from ensemble_core.config import Config, load_config
+from ensemble_core.config import Config
+from ensemble_core.config_file import load_config
 from ensemble_core.errors import TransferMatrixError
 from ensemble_core.members.loading.checkpoints import load_vocabulary, resolve_folder
 from ensemble_core.transfer.build import BuildReport, build_matrices, member_sets, origin_of, recipe_of

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from benchmarks.ledger import Check, Findings, Value, arguments
 from benchmarks.recorder import DecodeBench, step_to_step
 from benchmarks.stopwatch import percentile
-from ensemble_core.config import load_config
+from ensemble_core.config_file import load_config
 
 BATCHES = (1, 8, 32)
 BOUND = 1.9

@@ -23,7 +23,8 @@ from tqdm import tqdm
 
 from benchmarks.ledger import Check, Findings, Value, arguments
 from benchmarks.recorder import DecodeBench, step_to_step
-from ensemble_core.config import Config, load_config
+from ensemble_core.config import Config
+from ensemble_core.config_file import load_config
 from ensemble_core.hosts import HostConfig, ProcessHost, RayHost
 from ensemble_core.members.base import Answers, Candidates, Feed, Member, Span
 from ensemble_core.members.fake import FakeMember, byte_vocabulary

@@ -21,7 +21,8 @@ from statistics import median
 from benchmarks.ledger import Check, Findings, TableRow, arguments
 from benchmarks.stopwatch import percentile
 from benchmarks.verify import KINDS, Bench
-from ensemble_core.config import Config, load_config
+from ensemble_core.config import Config
+from ensemble_core.config_file import load_config
 from ensemble_core.decoding.forms import TextForm
 from ensemble_core.decoding.requests import GenerationRequest
 from ensemble_core.decoding.sampling_params import SamplingParams

@@ -19,9 +19,10 @@ from typing import Any
 import torch
 
 from benchmarks.ledger import Findings, Value, arguments
-from ensemble_core.config import MemberConfig, load_config
+from ensemble_core.config_file import load_config
 from ensemble_core.factory import Spaces
 from ensemble_core.fusion.base import FUSIONS, Fusion, FusionSpace, build_fusion
+from ensemble_core.member_config import MemberConfig
 from ensemble_core.members.base import Candidates, Feed, Member, ask
 from ensemble_core.members.loading.checkpoints import load_vocabulary, resolve_folder
 from ensemble_core.members.loading.models import load_member

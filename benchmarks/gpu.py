@@ -27,7 +27,6 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from benchmarks.ledger import Findings, Value, arguments
 from benchmarks.recorder import SETTLING, StepRecorder
-from ensemble_core.config import MemberConfig
 from ensemble_core.decoding.recipe import Recipe
 from ensemble_core.decoding.requests import GenerationRequest
 from ensemble_core.decoding.sampling_params import SamplingParams
@@ -36,6 +35,7 @@ from ensemble_core.decoding.sequence import Sequence
 from ensemble_core.engine import Engine
 from ensemble_core.fusion.base import FusionSpace
 from ensemble_core.fusion.projection import ProjectionFusion, ProjectionOptions
+from ensemble_core.member_config import MemberConfig
 from ensemble_core.members.loading.models import make_member
 from ensemble_core.members.local import LocalMember
 from ensemble_core.text.alignment import Track

@@ -20,7 +20,8 @@ from safetensors.torch import load_file, save_file
 from benchmarks.ledger import Findings, TableRow, Value, arguments, results_folder
 from benchmarks.recorder import DecodeBench, Told
 from benchmarks.stopwatch import Spread
-from ensemble_core.config import Config, EnsembleConfig, load_config
+from ensemble_core.config import Config, EnsembleConfig
+from ensemble_core.config_file import load_config
 from ensemble_core.transfer.build import recipe_of
 from ensemble_core.transfer.store import matrix_path, read_metadata
 

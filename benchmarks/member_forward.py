@@ -30,7 +30,8 @@ from transformers import AutoModelForCausalLM, DynamicCache
 from benchmarks import prose
 from benchmarks.ledger import Check, Findings, Value, arguments
 from benchmarks.stopwatch import Spread, Timed, ratios, take_turns
-from ensemble_core.config import Config, load_config
+from ensemble_core.config import Config
+from ensemble_core.config_file import load_config
 from ensemble_core.members.base import Feed, Member
 from ensemble_core.members.loading.checkpoints import load_tokenizer, load_vocabulary, resolve_folder
 from ensemble_core.members.loading.models import load_member

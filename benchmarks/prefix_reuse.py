@@ -16,7 +16,7 @@ from benchmarks import prose
 from benchmarks.ledger import Check, Findings, Value, arguments
 from benchmarks.stopwatch import Spread, ratios
 from benchmarks.traffic import Call, play, serving
-from ensemble_core.config import load_config
+from ensemble_core.config_file import load_config
 from ensemble_core.members.loading.checkpoints import load_tokenizer
 
 BOUND = 0.15

@@ -17,7 +17,8 @@ from statistics import median
 
 from benchmarks.ledger import Check, Findings, TableRow, arguments
 from benchmarks.verify import Bench, Plan
-from ensemble_core.config import Config, load_config
+from ensemble_core.config import Config
+from ensemble_core.config_file import load_config
 from ensemble_core.decoding.sampling_params import SamplingParams
 from ensemble_core.stats import DrawStats, Stats, StepStats
 

@@ -24,7 +24,7 @@ from benchmarks import prose
 from benchmarks.ledger import Check, Findings, TableRow, Value, arguments
 from benchmarks.stopwatch import percentile
 from benchmarks.traffic import Call, Stream, client, follow, play, replay, schedule, send, serving
-from ensemble_core.config import load_config
+from ensemble_core.config_file import load_config
 from ensemble_core.members.loading.checkpoints import load_tokenizer
 
 THROUGHPUT_BOUND = 9.0

@@ -19,7 +19,7 @@ from benchmarks import prose
 from benchmarks.ledger import Findings, Value, arguments
 from benchmarks.stopwatch import Spread
 from benchmarks.traffic import Call, play, serving
-from ensemble_core.config import load_config
+from ensemble_core.config_file import load_config
 
 
 def one_start(config: Path, model: str) -> tuple[float, float]:

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from benchmarks.ledger import Check, Findings, Value, arguments
 from benchmarks.recorder import DecodeBench, Told
 from benchmarks.stopwatch import Spread, ratios
-from ensemble_core.config import load_config
+from ensemble_core.config_file import load_config
 
 BOUNDS = {1: 1.06, 32: 1.12}
 

@@ -23,7 +23,8 @@ from statistics import median
 from typing import Any
 
 from benchmarks.ledger import Check, Findings, TableRow, arguments, results_folder
-from ensemble_core.config import Config, load_config
+from ensemble_core.config import Config
+from ensemble_core.config_file import load_config
 from ensemble_core.decoding.requests import Overrides
 from ensemble_core.decoding.sampling_params import SamplingParams
 from ensemble_core.llm import LLM

@@ -21,7 +21,7 @@ import torch
 from benchmarks import prose
 from benchmarks.gpu import GpuPlan, Shape, build, words
 from ensemble_core.admission import Admission, Speaker
-from ensemble_core.config import MemberConfig, load_config
+from ensemble_core.config_file import load_config
 from ensemble_core.decoding.guidance import Grammars
 from ensemble_core.decoding.recipe import Recipe
 from ensemble_core.decoding.requests import GenerationRequest
@@ -32,6 +32,7 @@ from ensemble_core.decoding.shaping import shape
 from ensemble_core.engine import Engine
 from ensemble_core.factory import load_recipes
 from ensemble_core.fusion.base import FUSIONS, Fused, FusionSpace, build_fusion
+from ensemble_core.member_config import MemberConfig
 from ensemble_core.members.answering import answer, lay_out
 from ensemble_core.members.base import Candidates, Feed, log_rest
 from ensemble_core.members.kernels.choice import choose

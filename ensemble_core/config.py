@@ -11,128 +11,25 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import (
-    BaseModel,
     Field,
     PrivateAttr,
-    SecretStr,
     ValidationError,
-    field_validator,
     model_validator,
 )
 
 from ensemble_core.adapter_config import check_adapters, with_bases
+from ensemble_core.config_paths import council_at, member_at, server_at
 from ensemble_core.council_config import COUNCIL_KINDS, CouncilConfig, RouteConfig, circle_of
 from ensemble_core.errors import ConfigError
-from ensemble_core.hosts import HostConfig
-from ensemble_core.limits import LimitsConfig, OverridesConfig
-from ensemble_core.reasoning_config import ReasoningConfig
-from ensemble_core.section import Section, Size, parse_size
+from ensemble_core.member_config import MemberConfig
+from ensemble_core.section import Section, lines_of
+from ensemble_core.server_config import ServerConfig
 
-_SECRETS = {"api_keys", "admin_keys"}  # no message quotes the value of these fields
-
-AUTO: Literal["auto"] = "auto"
-_LEAST_CACHE = 2**20
-_OF_WEIGHTS = {"dtype", "device", "device_map", "max_memory", "kv_memory", "kv_cache", "forward"}
 FAR_TIMEOUT = 30.0  # seconds; of calls to members where some live elsewhere and `member_timeout` is not set
 DEFAULT_TAU = 0.25  # nats per byte: about 1 nat per token of four bytes
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 Weight = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
-
-
-class MemberConfig(Section):
-    """One resident model."""
-
-    model: str = Field(min_length=1, description="Hub id, folder, or demo:NAME (see `unisono pull`).")
-    revision: str | None = Field(None, description="Branch, tag or commit on the hub; ignored by folders.")
-    base: str | None = Field(
-        None,
-        description="Member whose weights this one shares, with `adapter`; what is not said here is as there.",
-    )
-    adapter: str | None = Field(
-        None, min_length=1, description="LoRA adapter in PEFT's format: hub id or folder; see docs/adapters.md."
-    )
-    adapter_revision: str | None = Field(None, description="Of an adapter on the hub; ignored by folders.")
-    dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
-        "auto", description="Of weights and cache. auto: the dtype that the checkpoint was saved in."
-    )
-    device: str = Field("auto", description="cpu, cuda, cuda:1, ... auto: the first GPU, else the CPU.")
-    device_map: str | dict[str, int | str] | None = Field(
-        None, description="accelerate's device map (auto, balanced, or module -> device). Excludes `device`."
-    )
-    max_memory: dict[int | str, str | int] | None = Field(
-        None, description="Device -> size for device_map: {0: 20GiB, cpu: 32GiB}."
-    )
-    kv_memory: int | Literal["auto"] = Field(
-        AUTO, description="This member's KV cache, for example 2GiB. auto: a share of what the weights leave."
-    )
-    kv_cache: Literal["auto", "rows", "paged"] = Field(
-        "auto", description="rows: one row per sequence. paged: small pages. auto: paged on CUDA, rows on the CPU."
-    )
-    max_len: int = Field(
-        2048, ge=16, description="Longest sequence (prompt + completion) in this member's tokens."
-    )
-    forward: Literal["auto", "transformers"] = Field(
-        "auto", description="auto: flat layers for known families. transformers: always the library's own forward."
-    )
-    chat_template: str | None = Field(
-        None, description="Jinja text or the path of a .jinja file, used instead of the tokenizer's own template."
-    )
-    reasoning: Literal["auto", "none"] | ReasoningConfig = Field(
-        "auto",
-        description="What marks reasoning in this member's answers: {start, end}, or none. auto: as its chat "
-        "template shows, or its vocabulary.",
-    )
-    trust_remote_code: bool = Field(False, description="Run Python code that comes with the checkpoint.")
-    host: HostConfig | None = Field(
-        None, description="Where the member lives: ray, process or server. None: in the server's process."
-    )
-
-    @field_validator("kv_memory", mode="before")
-    @classmethod
-    def _size(cls, value: str | int) -> str | int:
-        if value == AUTO:
-            return value
-        if (size := parse_size(value)) < _LEAST_CACHE:
-            raise ValueError(f"Input should be greater than or equal to {_LEAST_CACHE} bytes, or auto")
-        return size
-
-    @property
-    def cache_bytes(self) -> int:
-        """Size of the cache in bytes, once it has been planned."""
-        assert isinstance(self.kv_memory, int), "the cache is not planned"
-        return self.kv_memory
-
-    @model_validator(mode="after")
-    def _placement(self) -> MemberConfig:
-        if self.device_map is not None and self.device != "auto":
-            raise ValueError("device and device_map exclude each other; keep one of them")
-        if self.max_memory is not None and self.device_map is None:
-            raise ValueError("max_memory only acts with device_map; add `device_map: auto` or drop it")
-        return self
-
-    @model_validator(mode="after")
-    def _adapts(self) -> MemberConfig:
-        if (self.adapter is None) != (self.base is None):
-            raise ValueError(
-                "adapter and base go together: files, and the member that they adapt; set both or neither"
-            )
-        if self.adapter_revision is not None and self.adapter is None:
-            raise ValueError("adapter_revision only acts with `adapter`; set it or drop adapter_revision")
-        if self.adapter is not None and self.host is not None:
-            raise ValueError("host: an adapter shares its base's memory, in the server's process; drop host")
-        return self
-
-    @model_validator(mode="after")
-    def _host_acts(self) -> MemberConfig:
-        if self.host is not None and self.host.server is not None:
-            given = sorted(self.model_fields_set & _OF_WEIGHTS)
-            if given:
-                raise ValueError(
-                    f"{', '.join(given)} only act where Unisono loads the model; with host.server, tell that server"
-                )
-        return self
 
 
 class StrategyConfig(Section):
@@ -273,70 +170,6 @@ class SchedulerConfig(Section):
     )
 
 
-class ServerConfig(Section):
-    """The HTTP server."""
-
-    host: str = Field("127.0.0.1", description="Address to listen on; 0.0.0.0 for all.")
-    port: int = Field(8000, ge=0, le=65535, description="0 picks a free one.")
-    root_path: str = Field(
-        "", pattern=r"^(/[^/?#\s]+)*$", description="Path that a proxy gives this server, for example /llm."
-    )
-    api_keys: tuple[SecretStr, ...] = Field(
-        (), description="A client needs one of these; none set: none is needed."
-    )
-    api_key_env: str | None = Field(
-        None, min_length=1, description="Environment variable with more keys, comma separated."
-    )
-    api_key_file: Path | None = Field(None, description="File with more keys, one per line; # begins a comment.")
-    admin_keys: tuple[SecretStr, ...] = Field(
-        (), description="Keys that open /v1/admin, and nothing else; none set: those routes do not exist."
-    )
-    admin_key_env: str | None = Field(
-        None, min_length=1, description="Environment variable with more of them, comma separated."
-    )
-    protect_metrics: bool = Field(True, description="Whether /metrics needs a key as well, if keys are set.")
-    cors_origins: tuple[str, ...] = Field((), description="Web pages that may call: https://a.org, or * for all.")
-    tls_cert_file: Path | None = Field(None, description="PEM certificate chain; with tls_key_file: HTTPS.")
-    tls_key_file: Path | None = Field(None, description="PEM private key.")
-    tls_key_password_env: str | None = Field(
-        None, min_length=1, description="Environment variable with the private key's password."
-    )
-    max_body_bytes: Size = Field(4 * 2**20, ge=1024, description="Larger bodies get a 413.")
-    max_choices: int = Field(128, ge=1, description="Most prompts x n of one request.")
-    drain_seconds: float = Field(30.0, ge=0.0, description="How long requests may go on at shutdown.")
-    allowed_hosts: tuple[str, ...] | None = Field(
-        None,
-        description="Host names that requests may address, or * for any. None: any, but on loopback without keys "
-        "only localhost and IP addresses, so that no web page can reach the server under its own name.",
-    )
-    files_folder: Path | None = Field(
-        None, description="Where /v1/files and /v1/batches keep what they are given; None: both are off."
-    )
-    limits: LimitsConfig = Field(default_factory=lambda: LimitsConfig())
-    allow_overrides: OverridesConfig = Field(default_factory=lambda: OverridesConfig())
-    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Of our loggers.")
-    log_format: Literal["text", "json"] = Field("text", description="Lines of text, or one JSON object a line.")
-    access_log: bool = Field(True, description="Log one line for each request, without prompts.")
-    traces: bool = Field(
-        False, description="Send a span for each request; OTEL_* variables configure it. Needs unisono[otel]."
-    )
-
-    @model_validator(mode="after")
-    def _tls_pair(self) -> ServerConfig:
-        if (self.tls_cert_file is None) != (self.tls_key_file is None):
-            raise ValueError("tls_cert_file and tls_key_file go together; set both or neither")
-        if self.tls_key_password_env is not None and self.tls_key_file is None:
-            raise ValueError("tls_key_password_env only acts with tls_key_file; set it or drop it")
-        return self
-
-    def replaced(self, **chosen: object) -> ServerConfig:
-        """The section with some fields replaced and checked. Raises ConfigError as `load_config` does."""
-        try:
-            return ServerConfig.model_validate({**dict(self), **chosen})
-        except ValidationError as error:
-            raise ConfigError("; ".join(_lines(error, "server"))) from error
-
-
 class Config(Section):
     """One file: everything a server (or the offline API) needs."""
 
@@ -364,11 +197,22 @@ class Config(Section):
         try:
             config = Config.model_validate(given)
         except ValidationError as error:
-            raise ConfigError("; ".join(_lines(error))) from error
+            raise ConfigError("; ".join(lines_of(error))) from error
         if self._source is not None:
-            config = _resolve_paths(config, self._source.resolve().parent)
+            config = config.at(self._source.resolve().parent)
             config._source = self._source
         return config
+
+    def at(self, folder: Path) -> Config:
+        """With whole paths; relative ones belong to `folder`."""
+        place = (folder / self.matrices.folder).resolve()
+        changes = {
+            "matrices": self.matrices.model_copy(update={"folder": place}),
+            "members": {name: member_at(member, folder) for name, member in self.members.items()},
+            "server": server_at(self.server, folder),
+            "councils": {name: council_at(council, folder) for name, council in self.councils.items()},
+        }
+        return self.model_copy(update=changes)
 
     @property
     def build_command(self) -> str:
@@ -483,103 +327,3 @@ def _kind(recipe: object) -> str | None:
     if isinstance(recipe, dict):
         return str(recipe.get("kind", "fuse"))
     return getattr(recipe, "kind", None)
-
-
-def load_config(path: str | Path) -> Config:
-    """Read and check a YAML file. Relative paths in it are resolved against its folder.
-
-    Raises ConfigError that gives, for each wrong field, its path, what is wrong and what was given.
-    """
-    path = Path(path)
-    try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror}); pass --config FILE") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {_yaml_line(error)}") from error
-    if not isinstance(raw, dict):
-        raise ConfigError(f"{path}: expected sections (members, ensembles, ...), found {type(raw).__name__}")
-    try:
-        config = Config.model_validate(raw)
-    except ValidationError as error:
-        raise ConfigError(f"{path}: " + "; ".join(_lines(error))) from error
-    config = _resolve_paths(config, path.resolve().parent)
-    config._source = path
-    return config
-
-
-def _yaml_line(error: yaml.YAMLError) -> str:
-    """What is wrong and where. Never quotes the line itself, which may hold a key."""
-    if not isinstance(error, yaml.MarkedYAMLError) or error.problem_mark is None:
-        return " ".join(str(error).split())
-    mark = error.problem_mark
-    return f"{error.problem} in line {mark.line + 1}, column {mark.column + 1}"
-
-
-def _lines(error: ValidationError, *parents: str) -> list[str]:
-    return [
-        _line((*parents, *item["loc"]), item["msg"], item["input"]) for item in error.errors(include_url=False)
-    ]
-
-
-def _line(location: tuple[int | str, ...], message: str, given: object) -> str:
-    if location[:1] == ("councils",) and len(location) > 2:
-        location = ("ensembles", location[1], *location[3:])  # without the kind, as it stands in the file
-    where = ".".join(str(part) for part in location) or "(top level)"
-    message = message.removeprefix("Value error, ")
-    if isinstance(given, BaseModel | dict | list) or _SECRETS.intersection(location):
-        return f"{where}: {message}"
-    return f"{where}: {message} (given: {given!r})"
-
-
-def _resolve_paths(config: Config, folder: Path) -> Config:
-    matrices = config.matrices.model_copy(update={"folder": (folder / config.matrices.folder).resolve()})
-    members = {
-        name: member.model_copy(
-            update={
-                "model": _resolve_model(member.model, folder),
-                "adapter": None if member.adapter is None else _resolve_model(member.adapter, folder),
-                "chat_template": _resolve_template(member.chat_template, folder),
-                "host": _resolve_host(member.host, folder),
-            }
-        )
-        for name, member in config.members.items()
-    }
-    server = config.server.model_copy(update=_resolve_server_files(config.server, folder))
-    councils = {name: _resolve_council(council, folder) for name, council in config.councils.items()}
-    changes = {"matrices": matrices, "members": members, "server": server, "councils": councils}
-    return config.model_copy(update=changes)
-
-
-def _resolve_server_files(server: ServerConfig, folder: Path) -> dict[str, Path]:
-    names = ("api_key_file", "tls_cert_file", "tls_key_file", "files_folder")
-    files = {name: getattr(server, name) for name in names}
-    return {name: (folder / file.expanduser()).resolve() for name, file in files.items() if file is not None}
-
-
-def _resolve_model(model: str, folder: Path) -> str:
-    """A path that starts with . or ~ is a folder; everything else is left to the hub or the demo store."""
-    if model.startswith((".", "~")):
-        return str((folder / Path(model).expanduser()).resolve())
-    return model
-
-
-def _resolve_host(host: HostConfig | None, folder: Path) -> HostConfig | None:
-    if host is None or host.server is None or host.server.ca_file is None:
-        return host
-    ca_file = (folder / host.server.ca_file.expanduser()).resolve()
-    return HostConfig(server=host.server.model_copy(update={"ca_file": ca_file}))
-
-
-def _resolve_council(council: CouncilConfig, folder: Path) -> CouncilConfig:
-    files = {name: getattr(council, name, None) for name in ("artefact", "examples")}
-    found = {name: (folder / file.expanduser()).resolve() for name, file in files.items() if file is not None}
-    return council.model_copy(update=found)
-
-
-def _resolve_template(template: str | None, folder: Path) -> str | None:
-    if template is not None and template.endswith(".jinja"):
-        return str((folder / Path(template).expanduser()).resolve())
-    return template

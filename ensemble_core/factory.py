@@ -18,13 +18,14 @@ from tqdm import tqdm
 
 from ensemble_core.admission import Speaker
 from ensemble_core.assembly import Loaded, Part, Spoken, Voice, assembled, check
-from ensemble_core.config import Config, MemberConfig
+from ensemble_core.config import Config
 from ensemble_core.councils.book import CouncilBook
 from ensemble_core.decoding.guidance import Grammars
 from ensemble_core.decoding.thinking import MarkTokens
 from ensemble_core.engine import Engine
 from ensemble_core.errors import ConfigError
 from ensemble_core.fusion.base import FusionSpace
+from ensemble_core.member_config import MemberConfig
 from ensemble_core.members.base import Member
 from ensemble_core.members.loading.adapters import read_adapter
 from ensemble_core.members.loading.checkpoints import load_tokenizer, load_vocabulary, resolve_folder

@@ -18,7 +18,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from ensemble_core import factory
-from ensemble_core.config import Config, load_config
+from ensemble_core.config import Config
+from ensemble_core.config_file import load_config
 from ensemble_core.councils.book import CouncilBook
 from ensemble_core.decoding.requests import (
     CouncilReport,

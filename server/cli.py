@@ -17,9 +17,11 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from ensemble_core.config import Config, ServerConfig, load_config
+from ensemble_core.config import Config
+from ensemble_core.config_file import load_config
 from ensemble_core.decoding.sampling_params import PARAMETERS, SamplingParams
 from ensemble_core.errors import ConfigError
+from ensemble_core.server_config import ServerConfig
 from server.terminal import DEFAULT_CONFIG, ConfigPath, load, load_quietly, one_line_errors, say
 
 if TYPE_CHECKING:

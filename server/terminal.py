@@ -9,7 +9,8 @@ from typing import Annotated
 
 import typer
 
-from ensemble_core.config import Config, load_config
+from ensemble_core.config import Config
+from ensemble_core.config_file import load_config
 from ensemble_core.errors import UnisonoError
 
 ConfigPath = Annotated[

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.ledger import Check, Findings, Value, arguments, results_folder
-from ensemble_core.config import load_config
+from ensemble_core.config_file import load_config
 from ensemble_core.decoding.recipe import Recipe
 from ensemble_core.evaluation.bootstrap import Interval, Ratio, draws, paired_interval
 from ensemble_core.evaluation.journal import Journal, Values

@@ -28,7 +28,8 @@ from tqdm import tqdm
 
 from benchmarks.ledger import ROOT, Findings, TableRow, arguments, results_folder
 from ensemble_core import factory
-from ensemble_core.config import Config, load_config
+from ensemble_core.config import Config
+from ensemble_core.config_file import load_config
 from ensemble_core.decoding.recipe import Recipe
 from ensemble_core.decoding.requests import Overrides
 from ensemble_core.decoding.sampling_params import SamplingParams

@@ -23,7 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks.ledger import Findings, TableRow, Value, arguments, results_folder
-from ensemble_core.config import load_config
+from ensemble_core.config_file import load_config
 from ensemble_core.decoding.recipe import Recipe
 from ensemble_core.evaluation.bootstrap import Interval, Ratio, draws, paired_interval
 from ensemble_core.evaluation.journal import Journal

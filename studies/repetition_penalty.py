@@ -22,9 +22,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, RepetitionPenaltyLogitsProcessor
 
 from benchmarks.ledger import Check, Findings, Value, arguments
-from ensemble_core.config import MemberConfig, load_config
+from ensemble_core.config_file import load_config
 from ensemble_core.decoding.shaping import TYPICAL_NORMALISER, penalise_repeats
 from ensemble_core.evaluation.tasks import Split
+from ensemble_core.member_config import MemberConfig
 from ensemble_core.members.loading.checkpoints import resolve_folder
 from studies.halves import DATA, load_tasks
 

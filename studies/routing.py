@@ -22,7 +22,7 @@ from pathlib import Path
 import yaml
 
 from benchmarks.ledger import Check, Findings, TableRow, Value, arguments
-from ensemble_core.config import load_config
+from ensemble_core.config_file import load_config
 from ensemble_core.evaluation.measures import Selection
 from ensemble_core.evaluation.tasks import load_task
 from ensemble_core.evaluation.workbench import Workbench

@@ -24,7 +24,7 @@ from typing import Any
 import yaml
 
 from benchmarks.ledger import Check, Findings, TableRow, Value, arguments
-from ensemble_core.config import load_config
+from ensemble_core.config_file import load_config
 from ensemble_core.decoding.requests import Overrides
 from ensemble_core.decoding.sampling_params import SamplingParams
 from ensemble_core.evaluation import measures

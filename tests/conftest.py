@@ -12,7 +12,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 from tiny_models import KINDS, Kind, tiny_checkpoint
 
-from ensemble_core.config import Config, load_config
+from ensemble_core.config import Config
+from ensemble_core.config_file import load_config
 from ensemble_core.errors import UnisonoError
 from ensemble_core.members.loading.checkpoints import resolve_folder
 

@@ -20,7 +20,6 @@ from typing import Any
 
 import uvicorn
 
-from ensemble_core.config import ServerConfig
 from ensemble_core.decoding.requests import (
     Alternative,
     Conversation,
@@ -31,6 +30,7 @@ from ensemble_core.decoding.requests import (
     Trace,
 )
 from ensemble_core.errors import InvalidRequestError, ModelNotFoundError, NotReadyError, quoted
+from ensemble_core.server_config import ServerConfig
 from ensemble_core.text.tools import CallPiece
 from server.edge.app import create_app
 from server.edge.metrics import PrometheusMetrics

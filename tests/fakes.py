@@ -12,7 +12,7 @@ import torch
 
 from ensemble_core.admission import Speaker
 from ensemble_core.assembly import Loaded, Part, Spoken, Voice, assembled
-from ensemble_core.config import Config, MemberConfig
+from ensemble_core.config import Config
 from ensemble_core.decoding.bans import bans_of
 from ensemble_core.decoding.guidance import Grammars
 from ensemble_core.decoding.recipe import Recipe
@@ -24,6 +24,7 @@ from ensemble_core.engine import Engine
 from ensemble_core.factory import thinking_of
 from ensemble_core.fusion.base import Fusion, FusionSpace
 from ensemble_core.fusion.relative import RelativeFusion, RelativeOptions
+from ensemble_core.member_config import MemberConfig
 from ensemble_core.members.base import Member
 from ensemble_core.members.fake import FakeMember, byte_vocabulary, mid_character, pair_vocabulary
 from ensemble_core.recipes import SpaceOf

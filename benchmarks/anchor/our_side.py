@@ -12,7 +12,8 @@ from pathlib import Path
 
 from benchmarks.anchor.work import Plan, Prompt, measure
 from ensemble_core import factory
-from ensemble_core.config import Config, load_config
+from ensemble_core.config import Config
+from ensemble_core.config_file import load_config
 from ensemble_core.decoding.requests import GenerationRequest
 from ensemble_core.decoding.sampling_params import SamplingParams
 from ensemble_core.stats import discard

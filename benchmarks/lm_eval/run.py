@@ -22,7 +22,7 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.traffic import serving
-from ensemble_core.config import load_config
+from ensemble_core.config_file import load_config
 from ensemble_core.members.loading.checkpoints import resolve_folder
 
 HERE = Path(__file__).parent

@@ -18,12 +18,13 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from ensemble_core.config import Config, MemberConfig
+from ensemble_core.config import Config
 from ensemble_core.decoding.scheduler import MOST_ANSWERS
 from ensemble_core.errors import EvaluationError
 from ensemble_core.evaluation.scores import MemberScores, Scores, join_scores, load_scores, save_scores
 from ensemble_core.evaluation.spelling import Document, Spelling, SpeltDocument, spell
 from ensemble_core.llm import LLM
+from ensemble_core.member_config import MemberConfig
 from ensemble_core.members.base import Candidates, Feed, Member, ask, stacked
 from ensemble_core.members.loading.checkpoints import resolve_adapter, resolve_folder
 from ensemble_core.text.alignment import Track

@@ -14,8 +14,9 @@ from pathlib import Path
 
 import torch
 
-from ensemble_core.config import Config, MatricesConfig, MemberConfig
+from ensemble_core.config import Config, MatricesConfig
 from ensemble_core.errors import TransferMatrixError
+from ensemble_core.member_config import MemberConfig
 from ensemble_core.members.loading.checkpoints import load_vocabulary, resolve_folder
 from ensemble_core.text.vocabulary import Vocabulary
 from ensemble_core.transfer.embeddings import load_embeddings

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 from fastapi import Depends, Request
 
-from ensemble_core.config import ServerConfig
+from ensemble_core.server_config import ServerConfig
 from server.batches.desk import BatchDesk
 from server.edge.live import LiveConfig
 from server.edge.metrics import PrometheusMetrics

@@ -20,9 +20,10 @@ from typing import TYPE_CHECKING, NoReturn
 
 from tqdm import tqdm
 
-from ensemble_core.config import Config, SchedulerConfig, ServerConfig
+from ensemble_core.config import Config, SchedulerConfig
 from ensemble_core.errors import ConfigError
 from ensemble_core.runtime import Runtime
+from ensemble_core.server_config import ServerConfig
 from server.batches.calls import InnerClient, batch_urls
 from server.batches.flow import FlightWindow, Flow, FlowCounts
 from server.batches.lines import CustomIds, Intake, raw_lines, taken_lines

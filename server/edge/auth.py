@@ -18,8 +18,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pydantic import SecretStr
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from ensemble_core.config import ServerConfig
 from ensemble_core.errors import ConfigError
+from ensemble_core.server_config import ServerConfig
 from server.edge.errors import ApiError
 from server.edge.metrics import PrometheusMetrics
 

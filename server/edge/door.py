@@ -12,7 +12,7 @@ import ipaddress
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from ensemble_core.config import ServerConfig
+from ensemble_core.server_config import ServerConfig
 from server.edge.errors import ApiError
 from server.edge.live import LiveConfig
 from server.edge.metrics import PrometheusMetrics

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ensemble_core.config import ServerConfig
+from ensemble_core.server_config import ServerConfig
 
 
 @dataclass(slots=True)

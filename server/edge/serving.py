@@ -25,8 +25,9 @@ from typing import TYPE_CHECKING
 import uvicorn
 from fastapi import FastAPI
 
-from ensemble_core.config import Config, ServerConfig
+from ensemble_core.config import Config
 from ensemble_core.errors import ChangeConflictError, ConfigError, UnisonoError
+from ensemble_core.server_config import ServerConfig
 from server.edge.auth import load_keys
 from server.edge.connection import Connection
 from server.edge.live import LiveConfig

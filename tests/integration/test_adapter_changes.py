@@ -14,11 +14,12 @@ from tiny_adapters import LARGE, peft_logprobs, tiny_adapter
 from tiny_models import Kind
 from torch import Tensor
 
-from ensemble_core.config import Config, MemberConfig
+from ensemble_core.config import Config
 from ensemble_core.decoding.requests import GenerationRequest
 from ensemble_core.decoding.sampling_params import SamplingParams
 from ensemble_core.engine import Engine
 from ensemble_core.errors import InvalidRequestError, UnsupportedModelError
+from ensemble_core.member_config import MemberConfig
 from ensemble_core.members.base import Feed, ask
 from ensemble_core.members.body.flat import FlatBody
 from ensemble_core.members.loading.memory import give_back, plan_caches

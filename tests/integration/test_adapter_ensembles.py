@@ -12,7 +12,7 @@ import yaml
 from tiny_adapters import LARGE, peft_logprobs, reweigh, tiny_adapter
 from tiny_models import Kind
 
-from ensemble_core.config import load_config
+from ensemble_core.config_file import load_config
 from ensemble_core.councils.artefact import fingerprints
 from ensemble_core.decoding.requests import Overrides
 from ensemble_core.decoding.sampling_params import SamplingParams

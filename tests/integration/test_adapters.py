@@ -18,8 +18,9 @@ from tiny_adapters import LARGE, SMALL, TARGETS, peft_logprobs, reweigh, rewrite
 from tiny_models import KINDS, Kind
 from torch import Tensor
 
-from ensemble_core.config import Config, MemberConfig
+from ensemble_core.config import Config
 from ensemble_core.errors import CheckpointError, ConfigError, UnsupportedModelError
+from ensemble_core.member_config import MemberConfig
 from ensemble_core.members.base import Feed, ask
 from ensemble_core.members.body import flat
 from ensemble_core.members.body.flat import FlatBody

@@ -14,7 +14,8 @@ import yaml
 from fake_runtime import FakeRuntime
 from processes import tool
 
-from ensemble_core.config import ServerConfig, load_config
+from ensemble_core.config_file import load_config
+from ensemble_core.server_config import ServerConfig
 from server.edge.app import create_app
 from server.edge.metrics import PrometheusMetrics
 

@@ -15,11 +15,12 @@ from prompts import together
 from tiny_models import Kind
 from torch import Tensor
 
-from ensemble_core.config import MemberConfig, load_config
+from ensemble_core.config_file import load_config
 from ensemble_core.decoding.forms import TextForm
 from ensemble_core.decoding.sampling_params import SamplingParams
 from ensemble_core.errors import ConfigError, UnsupportedModelError
 from ensemble_core.llm import LLM
+from ensemble_core.member_config import MemberConfig
 from ensemble_core.members.body import linear
 from ensemble_core.members.body.linear import Linear
 from ensemble_core.members.loading.checkpoints import load_vocabulary

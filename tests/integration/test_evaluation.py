@@ -17,7 +17,7 @@ from tiny_models import Kind
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
-from ensemble_core.config import load_config
+from ensemble_core.config_file import load_config
 from ensemble_core.decoding.recipe import Recipe
 from ensemble_core.decoding.sampling_params import SamplingParams
 from ensemble_core.evaluation import workbench

@@ -18,7 +18,8 @@ import yaml
 from prompts import together
 from tiny_models import Kind
 
-from ensemble_core.config import Config, load_config
+from ensemble_core.config import Config
+from ensemble_core.config_file import load_config
 from ensemble_core.decoding.forms import TextForm
 from ensemble_core.decoding.requests import Overrides
 from ensemble_core.decoding.sampling_params import SamplingParams

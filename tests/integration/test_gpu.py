@@ -13,9 +13,10 @@ import yaml
 from tiny_models import KINDS, Kind
 from torch import Tensor
 
-from ensemble_core.config import MemberConfig, load_config
+from ensemble_core.config_file import load_config
 from ensemble_core.decoding.sampling_params import SamplingParams
 from ensemble_core.llm import LLM
+from ensemble_core.member_config import MemberConfig
 from ensemble_core.members.attention.pages import by_gathering, by_kernel
 from ensemble_core.members.base import Feed, ask
 from ensemble_core.members.body.graphs import GraphedBody, cuda_graphs

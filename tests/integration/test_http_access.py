@@ -16,8 +16,8 @@ from processes import tool
 from pydantic import SecretStr
 from starlette.testclient import TestClient
 
-from ensemble_core.config import ServerConfig
 from ensemble_core.errors import ConfigError
+from ensemble_core.server_config import ServerConfig
 from server.edge.app import create_app
 from server.edge.metrics import PrometheusMetrics
 from server.edge.serving import check_tls

@@ -14,9 +14,10 @@ from starlette.testclient import TestClient
 
 from ensemble_core import factory
 from ensemble_core.assembly import Loaded
-from ensemble_core.config import Config, ServerConfig
+from ensemble_core.config import Config
 from ensemble_core.errors import ConfigError
 from ensemble_core.runtime import Runtime
+from ensemble_core.server_config import ServerConfig
 from ensemble_core.stats import Record
 from server.batches.calls import InnerClient
 from server.batches.lines import BatchItem

@@ -15,10 +15,10 @@ import pytest
 from fake_runtime import FakeRuntime, live_server
 from starlette.testclient import TestClient
 
-from ensemble_core.config import ServerConfig
 from ensemble_core.decoding.requests import GenerationRequest
 from ensemble_core.errors import ConfigError
 from ensemble_core.limits import LimitsConfig
+from ensemble_core.server_config import ServerConfig
 from server.batches import records
 from server.edge.app import create_app
 from server.edge.metrics import PrometheusMetrics

@@ -10,9 +10,9 @@ import pytest
 from fake_runtime import VOCAB_SIZE, FakeRuntime
 from starlette.testclient import TestClient
 
-from ensemble_core.config import ServerConfig
 from ensemble_core.decoding.requests import Conversation
 from ensemble_core.errors import InvalidRequestError, MemberError, NotReadyError, QueueFullError
+from ensemble_core.server_config import ServerConfig
 from server.edge.app import create_app
 from server.edge.metrics import PrometheusMetrics
 

@@ -11,9 +11,9 @@ from fake_runtime import FakeRuntime
 from pydantic import SecretStr
 from starlette.testclient import TestClient
 
-from ensemble_core.config import ServerConfig
 from ensemble_core.decoding.requests import Output
 from ensemble_core.errors import MemberError, NotReadyError, QueueFullError
+from ensemble_core.server_config import ServerConfig
 from server.edge.app import create_app
 from server.edge.logs import RequestIdFilter
 from server.edge.metrics import PrometheusMetrics

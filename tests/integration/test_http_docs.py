@@ -10,7 +10,7 @@ import pytest
 from fake_runtime import FakeRuntime
 from starlette.testclient import TestClient
 
-from ensemble_core.config import ServerConfig
+from ensemble_core.server_config import ServerConfig
 from server.edge.app import create_app
 from server.edge.docs import FILES, FOLDER
 from server.edge.metrics import PrometheusMetrics

@@ -12,7 +12,7 @@ import pytest
 from fake_runtime import FakeRuntime, live_server
 from starlette.testclient import TestClient
 
-from ensemble_core.config import ServerConfig
+from ensemble_core.server_config import ServerConfig
 from server.edge.app import create_app
 from server.edge.encodings import Inflater
 from server.edge.errors import RefusedBodyError

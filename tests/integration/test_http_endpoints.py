@@ -11,7 +11,7 @@ from processes import tool
 from pydantic import SecretStr
 from starlette.testclient import TestClient
 
-from ensemble_core.config import ServerConfig
+from ensemble_core.server_config import ServerConfig
 from server.edge.app import create_app
 from server.edge.metrics import PrometheusMetrics
 

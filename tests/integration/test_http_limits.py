@@ -14,7 +14,7 @@ import httpx
 import pytest
 from fake_runtime import FakeRuntime, live_server
 
-from ensemble_core.config import ServerConfig
+from ensemble_core.server_config import ServerConfig
 
 BASE = {"model": "duo", "prompt": "a b c"}
 JSON_TYPE = {"Content-Type": "application/json"}

@@ -14,7 +14,7 @@ import openai
 import pytest
 from fake_runtime import FakeRuntime, live_server
 
-from ensemble_core.config import ServerConfig
+from ensemble_core.server_config import ServerConfig
 
 BASE: dict[str, Any] = {"model": "duo", "prompt": "a b c"}
 CHAT: dict[str, Any] = {"model": "duo", "messages": [{"role": "user", "content": "a b c"}]}

@@ -15,8 +15,8 @@ import pytest
 from captured_logs import captured
 from fake_runtime import FakeRuntime, live_server
 
-from ensemble_core.config import ServerConfig
 from ensemble_core.errors import MemberError, NotReadyError
+from ensemble_core.server_config import ServerConfig
 
 BASE: dict[str, Any] = {"model": "duo", "prompt": "a secret of mine"}
 CHAT: dict[str, Any] = {"model": "duo", "messages": [{"role": "user", "content": "a secret of mine"}]}

@@ -12,10 +12,10 @@ from fake_runtime import FakeRuntime, outputs_of
 from pydantic import SecretStr
 from starlette.testclient import TestClient
 
-from ensemble_core.config import ServerConfig
 from ensemble_core.decoding.forms import TextForm
 from ensemble_core.decoding.requests import CallReport, Conversation, CouncilReport
 from ensemble_core.errors import InvalidRequestError, MemberError, NotReadyError, QueueFullError
+from ensemble_core.server_config import ServerConfig
 from ensemble_core.text.tools import CallPiece, Tool, ToolUse
 from server.edge.app import create_app
 from server.edge.metrics import PrometheusMetrics

@@ -12,10 +12,11 @@ from sdk_events import read_events, whole_of
 from starlette.testclient import TestClient
 
 from ensemble_core import factory
-from ensemble_core.config import Config, ServerConfig
+from ensemble_core.config import Config
 from ensemble_core.factory import Loaded
 from ensemble_core.members.base import Abilities
 from ensemble_core.runtime import Runtime
+from ensemble_core.server_config import ServerConfig
 from ensemble_core.stats import Record
 from server.edge.app import create_app
 from server.edge.metrics import PrometheusMetrics

@@ -14,10 +14,10 @@ from pydantic import BaseModel
 from sdk_events import read_events, whole_of
 from starlette.testclient import TestClient
 
-from ensemble_core.config import ServerConfig
 from ensemble_core.decoding.forms import TextForm
 from ensemble_core.errors import InvalidRequestError, MemberError, NotReadyError, QueueFullError
 from ensemble_core.limits import LimitsConfig
+from ensemble_core.server_config import ServerConfig
 from ensemble_core.text.tools import CallPiece
 from server.api import streams
 from server.edge.app import create_app

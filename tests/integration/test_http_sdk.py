@@ -12,9 +12,9 @@ import openai
 import pytest
 from fake_runtime import FakeRuntime, live_server
 
-from ensemble_core.config import ServerConfig
 from ensemble_core.decoding.forms import TextForm
 from ensemble_core.errors import NotReadyError, QueueFullError
+from ensemble_core.server_config import ServerConfig
 
 TEXT = " Hello wörld 😀!"
 MESSAGES: Any = [{"role": "user", "content": "a b c"}]

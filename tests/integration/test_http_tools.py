@@ -12,8 +12,8 @@ from fake_runtime import FakeRuntime, live_server
 from starlette.testclient import TestClient
 from tool_cases import WEATHER
 
-from ensemble_core.config import ServerConfig
 from ensemble_core.decoding.requests import Conversation
+from ensemble_core.server_config import ServerConfig
 from ensemble_core.text.tools import NO_PARAMETERS, CallPiece, Tool, ToolUse
 from server.edge.app import create_app
 from server.edge.metrics import PrometheusMetrics

@@ -27,8 +27,8 @@ from opentelemetry.semconv.attributes import error_attributes, http_attributes
 from opentelemetry.trace import SpanKind, StatusCode
 from starlette.testclient import TestClient
 
-from ensemble_core.config import ServerConfig
 from ensemble_core.errors import ConfigError, NotReadyError
+from ensemble_core.server_config import ServerConfig
 from server.edge import app as edge_app
 from server.edge.app import create_app
 from server.edge.metrics import PrometheusMetrics

@@ -14,7 +14,7 @@ from fakes import FakeMember, byte_vocabulary, fake_config, fake_loaded, pair_vo
 from tiny_models import Kind
 
 from ensemble_core import factory
-from ensemble_core.config import load_config
+from ensemble_core.config_file import load_config
 from ensemble_core.decoding.requests import GenerationRequest, Overrides
 from ensemble_core.decoding.sampling_params import SamplingParams
 from ensemble_core.decoding.sequence import Sequence

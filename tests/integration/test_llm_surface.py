@@ -14,7 +14,7 @@ from tiny_models import KINDS, Kind
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from ensemble_core.config import load_config
+from ensemble_core.config_file import load_config
 from ensemble_core.decoding.forms import TextForm
 from ensemble_core.decoding.sampling_params import SamplingParams
 from ensemble_core.llm import LLM, Completion

@@ -14,8 +14,8 @@ from tiny_models import KINDS, Kind
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from ensemble_core.config import MemberConfig
 from ensemble_core.errors import MemberError
+from ensemble_core.member_config import MemberConfig
 from ensemble_core.members.base import Feed, ask
 from ensemble_core.members.body.flat import FlatBody
 from ensemble_core.members.body.graphs import GraphedBody, eagerly

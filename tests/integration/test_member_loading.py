@@ -14,8 +14,8 @@ import transformers
 from tiny_models import KINDS, VOCAB_SIZES, Kind
 from torch import nn
 
-from ensemble_core.config import MemberConfig
 from ensemble_core.errors import CheckpointError, ConfigError, UnisonoError, UnsupportedModelError
+from ensemble_core.member_config import MemberConfig
 from ensemble_core.members.attention import rows as attention
 from ensemble_core.members.base import Feed, ask
 from ensemble_core.members.body.flat import FlatBody

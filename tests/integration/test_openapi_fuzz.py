@@ -23,8 +23,8 @@ from schemathesis.specs.openapi.checks import (
 )
 from starlette.testclient import TestClient
 
-from ensemble_core.config import ServerConfig
 from ensemble_core.limits import LimitsConfig
+from ensemble_core.server_config import ServerConfig
 from server.edge.app import create_app
 from server.edge.metrics import PrometheusMetrics
 from server.schema.chat import ChatRequest

@@ -10,7 +10,9 @@ import torch
 from processes import tool
 from transformers import AutoConfig
 
-from ensemble_core.config import Config, MemberConfig, load_config
+from ensemble_core.config import Config
+from ensemble_core.config_file import load_config
+from ensemble_core.member_config import MemberConfig
 from ensemble_core.members.loading.checkpoints import resolve_folder
 from ensemble_core.transfer.store import _DTYPES
 

@@ -15,9 +15,9 @@ from tiny_models import KINDS, Kind
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from ensemble_core.config import MemberConfig
 from ensemble_core.decoding.sampling_params import SamplingParams
 from ensemble_core.llm import LLM
+from ensemble_core.member_config import MemberConfig
 from ensemble_core.members.base import Feed
 from ensemble_core.members.loading.checkpoints import load_vocabulary
 from ensemble_core.members.loading.models import load_member

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from ensemble_core.config import load_config
+from ensemble_core.config_file import load_config
 from ensemble_core.decoding.sampling_params import SamplingParams
 from ensemble_core.errors import ArtefactError
 from ensemble_core.evaluation.run import Chosen

@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 import yaml
 
-from ensemble_core.config import Config, MemberConfig, load_config
+from ensemble_core.config import Config
+from ensemble_core.config_file import load_config
 from ensemble_core.errors import ConfigError
+from ensemble_core.member_config import MemberConfig
 from ensemble_core.transfer.build import member_sets
 
 BASE: dict[str, Any] = {"model": "org/base", "revision": "r1", "dtype": "float32", "device": "cpu", "max_len": 512}

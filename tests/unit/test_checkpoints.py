@@ -22,10 +22,11 @@ from huggingface_hub.errors import (
 )
 from tiny_models import KINDS, VOCAB_SIZES, Kind
 
-from ensemble_core.config import Config, MemberConfig
+from ensemble_core.config import Config
 from ensemble_core.errors import CheckpointError, UnsupportedModelError
 from ensemble_core.evaluation.workbench import Workbench
 from ensemble_core.home import home
+from ensemble_core.member_config import MemberConfig
 from ensemble_core.members.loading import demo_models
 from ensemble_core.members.loading.checkpoints import load_tokenizer, load_vocabulary, pull, resolve_folder
 from ensemble_core.members.loading.demo_models import DemoModel, Wheel

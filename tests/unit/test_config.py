@@ -10,19 +10,15 @@ import yaml
 from pydantic import SecretStr
 
 from ensemble_core import factory  # noqa: F401  (registers the fusions that configs/ name)
-from ensemble_core.config import (
-    DEFAULT_TAU,
-    Config,
-    EnsembleConfig,
-    MemberConfig,
-    ServerConfig,
-    load_config,
-)
+from ensemble_core.config import DEFAULT_TAU, Config, EnsembleConfig
+from ensemble_core.config_file import load_config
 from ensemble_core.errors import ConfigError
 from ensemble_core.fusion.base import FUSIONS
 from ensemble_core.limits import LimitsConfig, OverridesConfig
+from ensemble_core.member_config import MemberConfig
 from ensemble_core.members.loading.demo_models import demo_model
 from ensemble_core.section import parse_size
+from ensemble_core.server_config import ServerConfig
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 FILES = sorted(CONFIGS.glob("*.yaml"))

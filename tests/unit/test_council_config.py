@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import yaml
 
-from ensemble_core.config import Config, load_config
+from ensemble_core.config import Config
+from ensemble_core.config_file import load_config
 from ensemble_core.council_config import (
     CostConfig,
     CouncilLimits,

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import yaml
 
-from ensemble_core.config import FAR_TIMEOUT, Config, load_config
+from ensemble_core.config import FAR_TIMEOUT, Config
+from ensemble_core.config_file import load_config
 from ensemble_core.errors import ConfigError
 
 

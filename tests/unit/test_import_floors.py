@@ -18,6 +18,10 @@ FLOORS = (
     (
         "ensemble_core.errors",
         "ensemble_core.config",
+        "ensemble_core.config_file",
+        "ensemble_core.config_paths",
+        "ensemble_core.member_config",
+        "ensemble_core.server_config",
         "ensemble_core.stats",
         "ensemble_core.registry",
         "ensemble_core.home",
@@ -53,6 +57,8 @@ FLOORS = (
 EDGE_MAY_IMPORT = {
     "ensemble_core.runtime",
     "ensemble_core.config",
+    "ensemble_core.config_file",
+    "ensemble_core.server_config",
     "ensemble_core.errors",
     "ensemble_core.limits",
     "ensemble_core.stats",
@@ -74,6 +80,9 @@ CLI_MAY_IMPORT = EDGE_MAY_IMPORT | {
 TORCHLESS = (
     "ensemble_core/errors.py",
     "ensemble_core/config.py",
+    "ensemble_core/config_file.py",
+    "ensemble_core/member_config.py",
+    "ensemble_core/server_config.py",
     "ensemble_core/hosts.py",
     "ensemble_core/adapter_config.py",
     "ensemble_core/council_config.py",

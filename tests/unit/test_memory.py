@@ -11,8 +11,8 @@ import torch
 from tiny_models import KINDS, Kind
 from transformers import AutoModelForCausalLM
 
-from ensemble_core.config import MemberConfig
 from ensemble_core.errors import ConfigError
+from ensemble_core.member_config import MemberConfig
 from ensemble_core.members.loading import memory
 from ensemble_core.members.loading.checkpoints import load_vocabulary
 from ensemble_core.members.loading.memory import SHARE, cgroup_rooms, free_memory, plan_caches, share_out

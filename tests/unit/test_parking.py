@@ -9,7 +9,7 @@ import torch
 from tiny_models import Kind
 from torch import nn
 
-from ensemble_core.config import MemberConfig
+from ensemble_core.member_config import MemberConfig
 from ensemble_core.members.base import Feed, Sleeper, ask
 from ensemble_core.members.body.graphs import Capture, eagerly
 from ensemble_core.members.body.linear import Head, merged

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from ensemble_core.config import MemberConfig
 from ensemble_core.errors import ConfigError, MemberError
+from ensemble_core.member_config import MemberConfig
 from ensemble_core.members.base import Answers, Candidates, Feed, Span
 from ensemble_core.members.loading.placement import log_plan, resolve_device
 from ensemble_core.members.parallel import MemberPool

@@ -11,10 +11,10 @@ from fakes import byte_vocabulary
 from pydantic import ValidationError
 from tiny_models import byte_level
 
-from ensemble_core.config import MemberConfig
 from ensemble_core.decoding.thinking import MarkTokens
 from ensemble_core.errors import ConfigError
 from ensemble_core.factory import thinking_of
+from ensemble_core.member_config import MemberConfig
 from ensemble_core.text.call_forms import HERMES
 from ensemble_core.text.reasoning import KNOWN, Marks, ReasoningReader, Stage, marks_of, stage_within
 from ensemble_core.text.shown import AnswerText

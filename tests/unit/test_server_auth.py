@@ -8,8 +8,8 @@ import pytest
 from pydantic import SecretStr
 from starlette.responses import PlainTextResponse
 
-from ensemble_core.config import ServerConfig
 from ensemble_core.errors import ConfigError
+from ensemble_core.server_config import ServerConfig
 from server.edge.auth import Gate, KeyRing, load_keys, route_path
 from server.edge.metrics import PrometheusMetrics
 

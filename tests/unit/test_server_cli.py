@@ -11,9 +11,9 @@ import pytest
 from fake_runtime import FakeRuntime
 from typer.testing import CliRunner
 
-from ensemble_core.config import ServerConfig
 from ensemble_core.decoding.sampling_params import SamplingParams
 from ensemble_core.errors import CheckpointError
+from ensemble_core.server_config import ServerConfig
 from server.cli import app
 
 CONFIG = """

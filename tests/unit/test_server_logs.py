@@ -14,7 +14,7 @@ import pytest
 from captured_logs import captured
 from fake_runtime import FakeRuntime
 
-from ensemble_core.config import ServerConfig
+from ensemble_core.server_config import ServerConfig
 from server.edge.app import create_app
 from server.edge.logs import REQUEST_ID, escaped, fields
 from server.edge.metrics import PrometheusMetrics

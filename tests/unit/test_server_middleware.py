@@ -9,7 +9,7 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ensemble_core.config import ServerConfig
+from ensemble_core.server_config import ServerConfig
 from server.edge.bodies import BodyLimit
 from server.edge.live import LiveConfig
 from server.edge.logs import REQUEST_ID, RequestIdFilter

@@ -4,7 +4,7 @@ import shlex
 
 import pytest
 
-from ensemble_core.config import ServerConfig
+from ensemble_core.server_config import ServerConfig
 from server.edge.serving import check_tls, curl_line, url
 
 

@@ -24,8 +24,8 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ensemble_core.config import MemberConfig
 from ensemble_core.errors import CheckpointError, ConfigError, UnsupportedModelError, quoted
+from ensemble_core.member_config import MemberConfig
 from ensemble_core.members.body.low_rank import LowRank
 from ensemble_core.members.loading.checkpoints import (
     ADAPTER_CONFIG,

@@ -29,8 +29,9 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils.tqdm import disable_progress_bars
 from transformers import AutoConfig, AutoTokenizer
 
-from ensemble_core.config import Config, MemberConfig
+from ensemble_core.config import Config
 from ensemble_core.errors import CheckpointError
+from ensemble_core.member_config import MemberConfig
 from ensemble_core.members.loading import demo_models
 from ensemble_core.text.vocabulary import Vocabulary, from_tokenizer
 

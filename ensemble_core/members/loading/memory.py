@@ -22,8 +22,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig
 
-from ensemble_core.config import AUTO, MemberConfig
 from ensemble_core.errors import CheckpointError, ConfigError
+from ensemble_core.member_config import AUTO, MemberConfig
 from ensemble_core.members.loading.checkpoints import resolve_adapter
 from ensemble_core.members.loading.placement import DTYPES, page_size, resolve_device
 

@@ -20,8 +20,8 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from ensemble_core.config import MemberConfig
 from ensemble_core.errors import CheckpointError, ConfigError, UnsupportedModelError
+from ensemble_core.member_config import MemberConfig
 from ensemble_core.members.attention.pages import Attention, by_gathering, by_kernel, choose_attention
 from ensemble_core.members.attention.rows import FEW
 from ensemble_core.members.body.base import Body

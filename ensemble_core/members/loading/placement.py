@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from ensemble_core.config import MemberConfig
 from ensemble_core.errors import ConfigError
+from ensemble_core.member_config import MemberConfig
 from ensemble_core.members.base import Feed, Member
 from ensemble_core.members.cores import Cores, ForwardCost
 

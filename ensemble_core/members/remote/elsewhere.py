@@ -11,8 +11,9 @@ from functools import partial
 
 import torch
 
-from ensemble_core.config import Config, MemberConfig
+from ensemble_core.config import Config
 from ensemble_core.hosts import HostConfig, ProcessHost, RayHost
+from ensemble_core.member_config import MemberConfig
 from ensemble_core.members.base import Member
 from ensemble_core.members.loading.placement import resolve_device
 from ensemble_core.members.remote.far import FarMember

@@ -23,8 +23,8 @@ from typing import Any
 
 import torch
 
-from ensemble_core.config import MemberConfig
 from ensemble_core.errors import MemberError, WireError
+from ensemble_core.member_config import MemberConfig
 from ensemble_core.members.base import Member
 from ensemble_core.members.loading.checkpoints import load_vocabulary, resolve_folder
 from ensemble_core.members.loading.memory import plan_caches
