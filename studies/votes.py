@@ -125,7 +125,7 @@ def prompts(task: Task, setting: Setting, num: int) -> tuple[list[str], list[str
 
 def answer(llm: LLM, model: str, label: str, setting: Setting, num: int) -> Answered:
     """All questions of a task by one model."""
-    task = load_task(setting.task, DATA / setting.file)
+    task = load_task(setting.task, DATA / setting.file, skip_bad=True)
     texts, right = prompts(task, setting, num)
     params = [
         SamplingParams(
