@@ -65,6 +65,10 @@ test-slow: models .venv-vllm/installed ## the slow tests: minutes rather than se
 # Clients of other projects, each in a venv of its own from tests/clients/requirements-NAME.txt: .venv-clients/NAME.
 CLIENTS := $(patsubst tests/clients/requirements-%.txt,.venv-clients/%/installed,$(wildcard tests/clients/requirements-*.txt))
 
+.PHONY: test-thorough
+test-thorough: models ## 200 random schemas, 50 patterns and 50 sets of tools on the demo pair (ten minutes)
+	@UNISONO_THOROUGH=1 $(BIN)/python -m pytest -q -m slow tests/e2e/test_forms_pair.py tests/e2e/test_tools_pair.py
+
 .PHONY: test-clients
 test-clients: models $(CLIENTS) ## LangChain, LiteLLM and others against the demo pair (minutes; 1.4 GB of packages)
 	@UNISONO_CLIENTS=1 $(BIN)/python -m pytest -q tests/e2e/test_clients.py

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -164,7 +165,9 @@ def test_tools_are_in_the_prompt_of_tokenize(server_url: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("model", ["duet", "duet-smollm2"])
-def test_fifty_random_sets_of_tools_are_called_validly(client: openai.OpenAI, model: str) -> None:
+def test_random_sets_of_tools_are_called_validly(client: openai.OpenAI, model: str) -> None:
+    """10 sets, and with UNISONO_THOROUGH=1 (`make test-thorough`) 50."""
+
     def called(seed: int) -> int:
         """How many of one set's tools are called; a choice that is cut has a last call that may be cut, too."""
         tools = random_tools(random.Random(f"{model} {seed}"))
@@ -181,5 +184,6 @@ def test_fifty_random_sets_of_tools_are_called_validly(client: openai.OpenAI, mo
             check_call(ToolCall(call.id, call.function.name, call.function.arguments), ToolUse(tools))
         return len(calls)
 
+    num_sets = 50 if os.environ.get("UNISONO_THOROUGH") else 10
     with ThreadPoolExecutor(10) as pool:
-        assert sum(pool.map(called, range(50))) >= 45
+        assert sum(pool.map(called, range(num_sets))) >= 0.9 * num_sets
