@@ -14,6 +14,7 @@ SPEED = Suite(
         "verify",
         "sampled",
         "prefix_reuse",
+        "forms",
         "growth",
         "busy",
         "far",
