@@ -24,7 +24,7 @@ from fakes import (
 )
 from torch import Tensor
 
-from ensemble_core import factory
+from ensemble_core import recipes
 from ensemble_core.decoding.modes.base import choose_mode
 from ensemble_core.decoding.modes.sampled import FURTHEST
 from ensemble_core.decoding.recipe import Recipe
@@ -245,7 +245,7 @@ def test_another_fusion_is_refused_by_name(fusion: dict[str, Any]) -> None:
     with pytest.raises(
         ConfigError, match=r"ensembles\.duet\.mode\.name: sampled draws .* linear pool .*, got fusion "
     ):
-        factory.check_strategies(config)
+        recipes.check_strategies(config)
     members = pair()
     served = fake_config(ensembles={"duet": {**recipe, "fusion": {"name": "projection"}}})
     book = RecipeBook(served, lambda names, _: space_of([m for m in members if m.name in names]))
