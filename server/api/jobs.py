@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterable, Sequence
 from contextlib import aclosing
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Literal
@@ -139,6 +139,32 @@ class Job(ABC):
         """Headers of the answer, by what is known of it now."""
         servers = self.tally.servers
         return {} if servers is None else {"X-Served-By": servers}
+
+
+class EventJob(Job):
+    """A job whose answer is one text, told in events of its own."""
+
+    @abstractmethod
+    def _events(self, output: Output, *, first: bool) -> Iterable[BaseModel]:
+        """What one output tells. first: of the answer; the tally has counted it."""
+
+    @abstractmethod
+    def _end(self, output: Output, traces: list[Trace]) -> Iterable[BaseModel]:
+        """What follows the last output. traces: of all outputs."""
+
+    async def chunks(self, outputs: OutputStream) -> AsyncGenerator[BaseModel]:
+        """See `Job`."""
+        first, traces = True, list[Trace]()
+        async with aclosing(checked(self.ticket, outputs)) as news:
+            async for index, output in news:
+                self.tally.add(index, output)
+                traces += output.traces
+                for each in self._events(output, first=first):
+                    yield each
+                first = False
+                if output.finish_reason is not None:
+                    for each in self._end(output, traces):
+                        yield each
 
 
 class ChoiceJob(Job):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, aclosing
 from typing import TYPE_CHECKING, Any, cast
 
@@ -18,7 +18,7 @@ from ensemble_core.decoding.requests import Conversation, Output, Trace
 from ensemble_core.errors import InvalidRequestError, quoted
 from ensemble_core.text.tools import CallPiece
 from ensemble_core.text.variables import TemplateVariables
-from server.api.jobs import Job, checked, end_of, trace_steps
+from server.api.jobs import EventJob, end_of, trace_steps
 from server.api.streams import Wire, event
 from server.api.tickets import Ticket, make_ticket, sampling_params
 from server.api.words import named
@@ -154,7 +154,7 @@ class EventsOfMessages(Wire):
         return event(error.json_of_messages(), "error")
 
 
-class MessageJob(Job):
+class MessageJob(EventJob):
     """One body of /v1/messages."""
 
     def __init__(self, ticket: Ticket, body: MessagesRequest) -> None:
@@ -164,22 +164,10 @@ class MessageJob(Job):
         self._content = _Content()
         self.wire = EventsOfMessages()
 
-    async def chunks(self, outputs: OutputStream) -> AsyncGenerator[BaseModel]:
-        """See `Job`."""
-        begun = False
-        traces: list[Trace] = []
-        async with aclosing(checked(self.ticket, outputs)) as news:
-            async for index, output in news:
-                self.tally.add(index, output)
-                traces += output.traces
-                if not begun:
-                    begun = True
-                    yield EventOfMessages(type="message_start", message=self._reply())
-                for each in self._content.add(output):
-                    yield each
-                if output.finish_reason is not None:
-                    for each in self._end(output, traces):
-                        yield each
+    def _events(self, output: Output, *, first: bool) -> Iterator[BaseModel]:
+        if first:
+            yield EventOfMessages(type="message_start", message=self._reply())
+        yield from self._content.add(output)
 
     async def answer(self, outputs: OutputStream) -> BaseModel:
         """See `Job`. What the events of the stream add up to."""

@@ -7,7 +7,7 @@ translation to what chat does.
 from __future__ import annotations
 
 import re
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, aclosing
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any, cast
@@ -19,7 +19,7 @@ from ensemble_core.decoding.sampling_params import PARAMETERS
 from ensemble_core.errors import InvalidRequestError, quoted
 from ensemble_core.text.variables import TemplateVariables
 from server.api.chat import room_left
-from server.api.jobs import Job, checked, end_of, trace_steps
+from server.api.jobs import EventJob, end_of, trace_steps
 from server.api.response_events import EventWriter
 from server.api.streams import Wire, event
 from server.api.tickets import Ticket, make_ticket, sampling_params
@@ -202,7 +202,7 @@ class NamedEvents(Wire):
         return "".join(map(self.chunk, self._writer.fail(error)))
 
 
-class ResponseJob(Job):
+class ResponseJob(EventJob):
     """One body of /v1/responses."""
 
     def __init__(self, ticket: Ticket, body: ResponseRequest) -> None:
@@ -214,18 +214,8 @@ class ResponseJob(Job):
         self._writer = EventWriter(self._response, self._num_top, self._pads)
         self.wire = NamedEvents(self._writer)
 
-    async def chunks(self, outputs: OutputStream) -> AsyncGenerator[BaseModel]:
-        """See `Job`."""
-        traces: list[Trace] = []
-        async with aclosing(checked(self.ticket, outputs)) as news:
-            async for index, output in news:
-                self.tally.add(index, output)
-                traces += output.traces
-                for each in self._writer.add(output):
-                    yield each
-                if output.finish_reason is not None:
-                    for each in self._end(output, traces):
-                        yield each
+    def _events(self, output: Output, *, first: bool) -> Iterator[BaseModel]:
+        yield from self._writer.add(output)
 
     async def answer(self, outputs: OutputStream) -> BaseModel:
         """See `Job`. What the last event of the stream has."""
