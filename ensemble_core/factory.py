@@ -62,9 +62,11 @@ def load(config: Config, record: Record) -> Loaded:
     grammars, maker = _grammars(config, vocabularies), MemberMaker()
     spaces = maker.spaces(config, _spoken(vocabularies))
     RecipeBook(config, spaces.space).warm()  # before the models: a missing matrix is found in seconds
-    CouncilBook(config)
+    CouncilBook(config)  # so is an artefact that does not fit
     with ThreadPoolExecutor(1, "grammars") as pool:
-        warmed = [pool.submit(each.warm) for each in grammars.values()]
+        warmed = [
+            pool.submit(each.warm) for each in dict.fromkeys(grammars.values())
+        ]  # adapters share their base's
         members = _load_members(config, vocabularies)
     try:
         for future in warmed:
