@@ -55,6 +55,13 @@ def wait_until_ready(
 @contextmanager
 def served(config: Path, log: Path) -> Iterator[str]:
     """The address of `unisono serve --config FILE`, a path from the root of the project; it must end cleanly."""
+    with serving(config, log) as (url, _):
+        yield url
+
+
+@contextmanager
+def serving(config: Path, log: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+    """The same, with its process."""
     port = free_port()
     command = [str(Path(sys.executable).parent / "unisono"), "serve", "--config", str(config)]
     with log.open("wb") as output:
@@ -62,7 +69,7 @@ def served(config: Path, log: Path) -> Iterator[str]:
     url = f"http://127.0.0.1:{port}"
     try:
         wait_until_ready(process, url, log)
-        yield url
+        yield url, process
         process.terminate()
         assert process.wait(timeout=60) in (0, -15), log.read_text()
         assert "Traceback" not in log.read_text()

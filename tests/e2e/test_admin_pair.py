@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,7 +16,7 @@ from typing import Any
 import httpx
 import pytest
 import yaml
-from processes import ROOT, free_port, wait_until_ready
+from processes import ROOT, serving
 
 from ensemble_core.config import Config
 
@@ -77,21 +76,10 @@ def pair(**server: Any) -> dict[str, Any]:
 
 @contextmanager
 def running(folder: Path) -> Iterator[Server]:
-    file, log, port = folder / "pair.yaml", folder / "server.log", free_port()
+    file, log = folder / "pair.yaml", folder / "server.log"
     file.write_text(yaml.safe_dump(pair()))
-    command = [str(Path(sys.executable).parent / "unisono"), "serve", "--config", str(file), "--port", str(port)]
-    with log.open("wb") as output:
-        process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=output)
-    url = f"http://127.0.0.1:{port}"
-    try:
-        wait_until_ready(process, url, log)
+    with serving(file, log) as (url, process):
         yield Server(url, process, file, log)
-        process.terminate()
-        assert process.wait(timeout=60) in (0, -15), log.read_text()
-        assert "Traceback" not in log.read_text()
-    finally:
-        process.kill()
-        process.wait()
 
 
 @pytest.fixture(scope="module")

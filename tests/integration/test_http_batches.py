@@ -15,7 +15,6 @@ import pytest
 from fake_runtime import FakeRuntime, live_server
 from starlette.testclient import TestClient
 
-from ensemble_core.decoding.requests import GenerationRequest
 from ensemble_core.errors import ConfigError
 from ensemble_core.limits import LimitsConfig
 from ensemble_core.server_config import ServerConfig
@@ -317,17 +316,6 @@ def test_each_key_sees_its_own(runtime: FakeRuntime, folder: Path) -> None:
                 upload(three, b"x")
     told = b"".join(path.read_bytes() for path in folder.iterdir())
     assert b'"one"' not in told
-
-
-def on_request(runtime: FakeRuntime, number: int, do: Callable[[], None]) -> None:
-    check = runtime._check
-
-    def checked(request: GenerationRequest) -> None:
-        if len(runtime.seen) == number:
-            do()
-        check(request)
-
-    runtime._check = checked  # type: ignore[method-assign]
 
 
 def test_a_server_that_starts_again_goes_on(folder: Path) -> None:
