@@ -56,11 +56,12 @@ $(INSTALLED): pyproject.toml constraints.txt
 .PHONY: test
 test: models ## set up everything and run the fast tests, those on the demo pair included
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m "not slow and not gpu" tests/unit tests/integration/test_http_*.py
-	@$(BIN)/python -m pytest -q -m "not slow and not gpu" --ignore-glob='*/test_http_*' tests/integration tests/e2e
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow and not gpu" \
+		--ignore-glob='*/test_http_*' tests/integration tests/e2e
 
 .PHONY: test-slow
 test-slow: models .venv-vllm/installed ## the slow tests: minutes rather than seconds
-	@$(BIN)/python -m pytest -q -m "slow and not gpu"
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -m "slow and not gpu"
 
 # Clients of other projects, each in a venv of its own from tests/clients/requirements-NAME.txt: .venv-clients/NAME.
 CLIENTS := $(patsubst tests/clients/requirements-%.txt,.venv-clients/%/installed,$(wildcard tests/clients/requirements-*.txt))

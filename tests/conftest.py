@@ -39,6 +39,13 @@ def demo_config() -> Config:
     return config
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Schemathesis names its tests by route but not their ids, and xdist runs one test of each id."""
+    for item in items:
+        if not item.nodeid.endswith(item.name) and item.parent is not None:
+            item._id = item.parent.id.child(item.name)
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """Reports go between processes as UTF-8; what hostile tests log has lone surrogates."""

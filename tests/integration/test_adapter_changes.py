@@ -196,7 +196,7 @@ def test_the_plan_leaves_room_for_the_base_that_is_read_once_more(
     def planned(members: dict[str, MemberConfig]) -> float:
         """GiB of weights that the plan counts."""
         caplog.clear()
-        with caplog.at_level("INFO"):
+        with caplog.at_level("INFO", logger="ensemble_core.members.loading.memory"):
             plan_caches(members, dict.fromkeys(members, tiny_checkpoints["llama"]), 2)
         return sum(record.args[2] for record in caplog.records)
 
