@@ -59,10 +59,11 @@ class BatchPlan:
 
 
 def with_files(config: Config, folder: Path) -> Path:
-    """A file with this configuration and batches."""
+    """A file with this configuration and batches, without councils."""
     server = config.server.model_copy(update={"files_folder": folder / "files"})
     path = folder / "config.yaml"
-    dump = config.model_copy(update={"server": server}).model_dump(mode="json", exclude_defaults=True)
+    served = config.model_copy(update={"server": server, "councils": {}})
+    dump = served.model_dump(mode="json", exclude_defaults=True)
     path.write_text(yaml.safe_dump(dump))
     return path
 
