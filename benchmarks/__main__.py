@@ -11,6 +11,7 @@ SPEED = Suite(
         "fusion_time",
         "costs",
         "serving",
+        "batches",
         "verify",
         "sampled",
         "prefix_reuse",

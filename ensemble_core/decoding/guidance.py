@@ -175,11 +175,12 @@ class Constraint:
         if self._matcher.is_error() and self._go_alone():
             bits = self._bits()
         self._check()
-        allowed = torch.from_numpy(np.frombuffer(bits, dtype=np.uint8)[: len(self._vocabulary)] > 0)
+        packed = np.frombuffer(bits, dtype=np.uint8)
+        allowed = np.unpackbits(packed, count=len(self._vocabulary), bitorder="little").view(np.bool_)
         allowed[self._stop_ids] = self._matcher.is_accepting()
         if not allowed.any():
             raise self._error("no token of this model can go on with the text")
-        return allowed
+        return torch.from_numpy(allowed)
 
     def accept(self, token_id: int) -> None:
         """Advance by a token that `allowed` permitted."""
@@ -191,8 +192,9 @@ class Constraint:
             self._taken.append(token_id)
 
     def _bits(self) -> bytes:
+        """A bit for each token, the first in the lowest bit of the first byte."""
         started = time.perf_counter()
-        bits = self._matcher.compute_logit_bias()
+        bits = self._matcher.compute_bitmask()
         self._origin.seconds += time.perf_counter() - started
         return bits
 

@@ -2,7 +2,9 @@
 
 The grammar engine bounds most of what it does, but not all (`multipleOf`), what is written in Python holds the
 interpreter's lock (GBNF, `$ref`s), and a crash of native code takes its process along. So a form is first compiled
-here, over the bytes and the control tokens of its vocabulary. One JSON object a line: a vocabulary to know or to
+here, over the bytes and the control tokens of its vocabulary. A form that is not done soon leaves the cores to
+everybody else: two members that step on two cores wait for each other, so any time slice that it gets is a longer
+gap of every stream. One JSON object a line: a vocabulary to know or to
 forget (no answer), or a form; the answer is its grammar, or why it is refused. Knows no torch, so a fork is cheap;
 runs with a low priority.
 """
@@ -24,9 +26,10 @@ from ensemble_core.decoding.forms import TextForm
 from ensemble_core.decoding.grammars import LIMITS, check_finite, grammar_of, tokenizer_of
 
 CPU_SECONDS = 1  # ordinary schemas need a tenth at most
-_WALL_SECONDS = 20.0  # on a busy machine a low priority has to wait
+_WALL_SECONDS = 40.0  # on a busy machine a low priority has to wait
+_AT_ONCE_SECONDS = 0.1  # ordinary schemas are done by then
 _MEMORY = 2 * 2**30  # address space, most of it the interpreter's libraries
-_PRIORITY = 10
+_PRIORITY, _LAST_PRIORITY = 10, 19
 _NUM_MASKS = 4
 
 
@@ -63,7 +66,7 @@ def _tried(tokenizer: LLTokenizer, form: dict[str, Any]) -> dict[str, str]:
         os.close(reading)
         _as_child(writing, tokenizer, form)
     os.close(writing)
-    said = _all_of(reading, time.monotonic() + _WALL_SECONDS)
+    said = _all_of(reading, child)
     os.close(reading)
     if said is None:
         os.kill(child, signal.SIGKILL)
@@ -75,11 +78,14 @@ def _tried(tokenizer: LLTokenizer, form: dict[str, Any]) -> dict[str, str]:
     return {"refusal": "the grammar engine fails at it"}
 
 
-def _all_of(pipe: int, deadline: float) -> bytes | None:
-    """What is written to a pipe until it is closed; None: that takes too long."""
-    said = b""
-    while (left := deadline - time.monotonic()) > 0:
-        if select.select([pipe], [], [], left)[0]:
+def _all_of(pipe: int, child: int) -> bytes | None:
+    """What a child writes to a pipe until it is closed; None: that takes too long. It steps back after a while."""
+    said, begun = b"", time.monotonic()
+    while (spent := time.monotonic() - begun) < _WALL_SECONDS:
+        left = _AT_ONCE_SECONDS - spent
+        if left <= 0:
+            os.setpriority(os.PRIO_PROCESS, child, _LAST_PRIORITY)
+        if select.select([pipe], [], [], left if left > 0 else _WALL_SECONDS - spent)[0]:
             if not (part := os.read(pipe, 65_536)):
                 return said
             said += part

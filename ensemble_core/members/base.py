@@ -71,7 +71,15 @@ class Candidates:
         """The `num` likeliest of each row, of equals the lowest ids; what is cut off joins the tail."""
         if self.token_ids.shape[1] <= num:
             return self
-        return self.at(ranked(self.logprobs, num, self.token_ids))
+        return self.at(self.first(num))
+
+    def first(self, num: int) -> Tensor:
+        """Places (N, num) of the likeliest of each row, in order."""
+        return ranked(self.logprobs, num, self.token_ids)
+
+    def numbers(self, row: int, places: Tensor) -> Tensor:
+        """Log-probabilities at some places (n,) of a row."""
+        return self.logprobs[row, places]
 
     def at(self, places: Tensor) -> Candidates:
         """Those at the given places (N, k) of each row; what is left out joins the tail."""

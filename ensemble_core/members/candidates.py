@@ -4,12 +4,14 @@ Large vocabularies make this a cost of its own, so logits are surveyed once: the
 float copy of the logits, and the peaks of stripes, through which the likeliest are found.
 
 Candidates stand in the order of `ranking`, by the log-probabilities that they carry: a row is a prefix of the same
-row with more candidates, bit for bit, and does not depend on the other rows. Knows no model and no cache.
+row with more candidates, bit for bit, and does not depend on the other rows. A large vocabulary is computed only
+where somebody reads all of it. Knows no model and no cache.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -38,12 +40,11 @@ def top_candidates(
     ids, tail -inf. A row that is not finite comes back as NaN.
     """
     found = kernels.survey(logits)
-    normaliser, (num_rows, vocabulary) = found.normaliser, logits.shape
+    normaliser, vocabulary = found.normaliser, logits.shape[1]
     width = _width(top_k, also)
     if width >= vocabulary:
-        token_ids = torch.arange(vocabulary, device=logits.device).expand(num_rows, vocabulary)
-        whole = logits.float() - normaliser.unsqueeze(1)
-        return Candidates(token_ids, whole, torch.full_like(normaliser, -torch.inf))
+        whole = Whole(logits, found, kernels)
+        return whole if logits.device.type == "cpu" and has_stripes(vocabulary, 1) else whole.computed()
     token_ids = likeliest(logits, width, found, kernels)
     for row, wanted in enumerate(also):
         if wanted:
@@ -51,6 +52,56 @@ def top_candidates(
     logprobs = logits.gather(1, token_ids).float() - normaliser.unsqueeze(1)
     candidates = Candidates(token_ids, logprobs, log_rest(logprobs))
     return in_order(candidates) if any(also) else candidates
+
+
+class Whole(Candidates):
+    """Whole vocabularies in the order of ids, whose log-probabilities are computed where they are read.
+
+    Who reads all of them pays for a pass over all; who asks for the likeliest, or for those of some ids, does not.
+    Holds the logits, which on a GPU may be overwritten by the next forward.
+    """
+
+    _logits: Tensor
+    _found: Survey
+    _kernels: Kernels
+
+    def __init__(self, logits: Tensor, found: Survey, kernels: Kernels) -> None:
+        """logits: (N, V); found: their survey."""
+        rows, vocabulary = logits.shape
+        ids = torch.arange(vocabulary, device=logits.device).expand(rows, vocabulary)
+        object.__setattr__(self, "token_ids", ids)
+        object.__setattr__(self, "tail", torch.full_like(found.normaliser, -torch.inf))
+        vars(self).update(_logits=logits, _found=found, _kernels=kernels)
+
+    @cached_property
+    def logprobs(self) -> Tensor:
+        """(N, V) float32."""
+        return self._logits.float() - self._found.normaliser.unsqueeze(1)
+
+    def computed(self) -> Candidates:
+        """The same without the logits."""
+        return Candidates(self.token_ids, self.logprobs, self.tail)
+
+    def rows(self, indices: Sequence[int]) -> Candidates:
+        """See `Candidates.rows`."""
+        if list(indices) == list(range(len(self))):
+            return self
+        index = torch.tensor(indices, dtype=torch.long, device=self._logits.device)
+        found = Survey(self._found.normaliser[index], self._found.peaks[index])
+        return Whole(self._logits[index], found, self._kernels)
+
+    def first(self, num: int) -> Tensor:
+        """See `Candidates.first`."""
+        return likeliest(self._logits, min(num, self._logits.shape[1]), self._found, self._kernels)
+
+    def numbers(self, row: int, places: Tensor) -> Tensor:
+        """See `Candidates.numbers`."""
+        return self._logits[row, places].float() - self._found.normaliser[row]
+
+    def at(self, places: Tensor) -> Candidates:
+        """See `Candidates.at`."""
+        logprobs = self._logits.gather(1, places).float() - self._found.normaliser.unsqueeze(1)
+        return Candidates(places, logprobs, log_rest(logprobs))
 
 
 def likelihoods(

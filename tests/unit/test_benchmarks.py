@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks import prose, workloads
+from benchmarks import batches, prose, workloads
 from benchmarks.__main__ import SPEED
 from benchmarks.costs import PARTS, Cost, checks_of, measure
 from benchmarks.costs import row as cost_row
@@ -187,6 +187,22 @@ def test_the_document_has_a_place_for_every_benchmark() -> None:
     text = fill(SPEED.page.read_text(), dict.fromkeys(SPEED.names, record))
     assert text.count("| longer | 12.2 | 32 |") == len(SPEED.names)
     assert text.count("| ratio | 2.000 | <= 1.000 | NOT MET |") == len(SPEED.names)
+
+
+def test_streams_beside_a_batch_are_compared_turn_by_turn() -> None:
+    calm = [dict.fromkeys(batches.FIGURES, each) for each in (10.0, 100.0, 20.0)]
+    beside = [dict.fromkeys(batches.FIGURES, each) for each in (30.0, 200.0, 20.0)]
+    assert batches.row("alone", calm) == {"streams": "alone", **dict.fromkeys(batches.FIGURES, 20.0)}
+    assert batches.ratio(calm, beside) == {"streams": "beside / alone", **dict.fromkeys(batches.FIGURES, 2.0)}
+
+
+def test_a_line_of_a_batch_is_the_call_without_its_stream() -> None:
+    line = batches._line(3, Call("m", [1, 2], 7))
+    body = line["body"]
+    assert isinstance(body, dict)
+    assert (line["custom_id"], line["url"]) == ("3", "/v1/completions")
+    assert (body["prompt"], body["max_tokens"], body["min_tokens"]) == ([1, 2], 7, 7)
+    assert not any(name.startswith("stream") for name in body)
 
 
 def record_of(*rows: dict[str, Value]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ensemble_core.members import candidates as module
 from ensemble_core.members.base import Candidates
-from ensemble_core.members.candidates import likeliest, narrow
+from ensemble_core.members.candidates import Whole, likeliest, narrow
 from ensemble_core.members.kernels import plain
 from ensemble_core.members.kernels.base import Kernels, Survey
 from ensemble_core.members.kernels.choice import choose
@@ -381,3 +381,33 @@ def test_best_of_candidates_that_are_in_no_order() -> None:
     given = Candidates(token_ids, logprobs, torch.tensor([-2.0]))
     assert given.best(3).token_ids.tolist() == [[4, 9, 2]]
     assert narrow(given, 3, [(8, 1)]).token_ids.tolist() == [[4, 8, 1]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("vocabulary", [5120, 20_011])
+def test_a_whole_vocabulary_says_the_same_before_and_after_all_of_it_is_read(
+    vocabulary: int, dtype: torch.dtype
+) -> None:
+    logits = random_logits(3, vocabulary, dtype=dtype)
+    logits[1, 7] = torch.nan
+    whole = top_candidates(logits, vocabulary)
+    assert isinstance(whole, Whole)
+    plain = whole.computed()
+    assert type(plain) is Candidates
+    places = torch.tensor([5, 2, vocabulary - 1])
+    for lazy, read in ((whole, plain), (whole.rows([2, 0]), plain.rows([2, 0]))):
+        assert len(lazy) == len(read)
+        same(lazy, read)
+        fine = torch.tensor([i for i in range(len(read)) if not read.logprobs[i].isnan().any()])
+        assert torch.equal(lazy.first(50)[fine], read.first(50)[fine])
+        same(lazy.at(places.expand(len(read), 3)), read.at(places.expand(len(read), 3)))
+        assert torch.equal(lazy.numbers(0, places), read.numbers(0, places))
+    same(whole.rows([0, 2]).best(40), plain.rows([0, 2]).best(40))
+    assert whole.rows([1]).best(5).logprobs.isnan().all()
+
+
+def same(found: Candidates, wanted: Candidates) -> None:
+    """Bit for bit."""
+    assert torch.equal(found.token_ids, wanted.token_ids)
+    for a, b in ((found.logprobs, wanted.logprobs), (found.tail, wanted.tail)):
+        torch.testing.assert_close(a, b, atol=0.0, rtol=0.0, equal_nan=True)

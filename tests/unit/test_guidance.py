@@ -95,6 +95,24 @@ def test_any_walk_is_json_of_the_schema(kind: str, schema: int) -> None:
         assert fits(json.loads(b"".join(vocabulary.tokens[i] for i in ids[:-1])))
 
 
+@pytest.mark.parametrize("kind", VOCABULARIES)
+def test_a_mask_is_what_the_grammar_engine_says_of_each_token(kind: str) -> None:
+    vocabulary, rng = VOCABULARIES[kind](), random.Random(1)
+    constraint = Grammars(vocabulary).compile(of_schema(PERSON))
+    for _ in range(40):
+        matcher, mask = constraint._matcher.deep_copy(), constraint.allowed()
+        stops = sorted(vocabulary.stop_ids)
+        assert mask[stops].tolist() == [matcher.is_accepting()] * len(stops)
+        mask[stops] = False
+        allowed = mask.nonzero().flatten().tolist()
+        said = matcher.compute_logit_bias()[: len(vocabulary)]  # a byte for each token
+        assert allowed == [i for i, byte in enumerate(said) if byte and i not in stops]
+        assert matcher.validate_tokens(allowed[:1]) == len(allowed[:1])
+        if not allowed:
+            break
+        constraint.accept(rng.choice(allowed))
+
+
 def test_no_schema_is_any_object() -> None:
     vocabulary = byte_vocabulary()
     constraint = Grammars(vocabulary).compile(of_schema(""))

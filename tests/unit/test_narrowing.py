@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ensemble_core.decoding.modes.lockstep import narrow_main, width_of
 from ensemble_core.members.base import Candidates
-from ensemble_core.members.candidates import narrow
+from ensemble_core.members.candidates import Whole, narrow
+from ensemble_core.members.kernels.plain import PLAIN
 from ensemble_core.members.ranking import ranked
 
 ROWS, K = 4, 32
@@ -30,12 +31,14 @@ def plainly(group: list[Any], wide: Candidates) -> Candidates:
     return narrow(wide, width_of(group[0], K), keep)
 
 
+@pytest.mark.parametrize("lazily", [False, True])
 @pytest.mark.parametrize("seed", range(24))
-def test_what_is_kept_is_what_a_plain_search_keeps(seed: int) -> None:
+def test_what_is_kept_is_what_a_plain_search_keeps(seed: int, lazily: bool) -> None:
     rng, size = random.Random(seed), random.Random(seed).choice([200, 2000, 9000])
     torch.manual_seed(seed)
-    logprobs = torch.randn(ROWS, size).mul_(3).bfloat16().float().log_softmax(dim=1)  # many ties
-    wide = Candidates(torch.arange(size).expand(ROWS, size), logprobs, torch.full((ROWS,), -torch.inf))
+    logits = torch.randn(ROWS, size).mul_(3).bfloat16()  # many ties
+    whole = Whole(logits, PLAIN.survey(logits), PLAIN)
+    wide = whole if lazily else whole.computed()
     num_pinned = rng.choice([0, 3, 40])
 
     def mask() -> Tensor:
@@ -50,7 +53,7 @@ def test_what_is_kept_is_what_a_plain_search_keeps(seed: int) -> None:
         )
         for _ in range(ROWS)
     ]
-    found, expected = narrow_main(group, wide, K), plainly(group, wide)
+    found, expected = narrow_main(group, wide, K), plainly(group, whole.computed())
     assert torch.equal(found.token_ids, expected.token_ids)
     assert torch.equal(found.logprobs, expected.logprobs)
     assert torch.equal(found.tail, expected.tail)

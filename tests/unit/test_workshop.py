@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import os
 import random
+import subprocess
+import sys
+import threading
+import time
 from collections.abc import Iterator
 from string import ascii_lowercase
 
@@ -12,7 +17,7 @@ import pytest
 from fakes import byte_vocabulary
 from llguidance import LLParserLimits
 
-from ensemble_core.decoding import guidance
+from ensemble_core.decoding import guidance, trial
 from ensemble_core.decoding.forms import TextForm, one_of
 from ensemble_core.decoding.guidance import Constraint, Grammars
 from ensemble_core.decoding.workshop import Workshop
@@ -160,3 +165,27 @@ def test_vocabularies_that_are_not_kept_are_forgotten_and_told_again(workshop: W
     assert len({Grammars(byte_vocabulary()).key for _ in range(3)} | {kept.key, gone.key}) == 5
     workshop.close()
     workshop.keep([])
+
+
+@pytest.mark.parametrize(("at_once", "priority"), [(60.0, 0), (0.05, 19)])
+def test_a_form_that_takes_long_leaves_the_cores_to_others(
+    at_once: float, priority: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trial, "_AT_ONCE_SECONDS", at_once)
+    reading, writing = os.pipe()
+
+    def speak() -> None:
+        os.write(writing, b"gram")
+        time.sleep(0.3)
+        os.write(writing, b"mar")
+        os.close(writing)
+
+    own = os.getpriority(os.PRIO_PROCESS, 0)
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as child:
+        speaker = threading.Thread(target=speak)
+        speaker.start()
+        assert trial._all_of(reading, child.pid) == b"grammar"
+        assert os.getpriority(os.PRIO_PROCESS, child.pid) == max(priority, own)
+        speaker.join()
+        child.kill()
+    os.close(reading)

@@ -14,6 +14,7 @@ from collections import abc
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -111,34 +112,33 @@ def narrow_main(group: abc.Sequence[Turn], wide: Candidates, num_candidates: int
     """Main's likeliest ids, the pinned ids, and the likeliest ids that a constraint allows.
 
     Where something is constrained, `wide` holds whole vocabularies, so ids are places. One search for the likeliest
-    serves all; most constraints allow enough of them, or hardly any others.
+    serves all rows; most constraints allow enough of them, or hardly any others.
     """
     width = width_of(group[0], num_candidates)
     if all(turn.mask is None for turn in group) or wide.token_ids.shape[1] <= width:
         return narrow(wide, width, [turn.sequence.pinned for turn in group])
-    places = []
-    for i, (turn, top) in enumerate(zip(group, ranked(wide.logprobs, width, wide.token_ids), strict=True)):
-        kept = set(turn.sequence.pinned)
+    places = wide.first(width)
+    for row, turn in enumerate(group):
+        kept, top = set(turn.sequence.pinned), places[row]
         if turn.mask is not None:
-            kept.update(_allowed(wide.logprobs[i], top, turn.mask, num_candidates // 2))
-        places.append(_with(top.tolist(), kept))
-    return in_order(wide.at(torch.tensor(places, device=wide.token_ids.device)))
+            kept.update(_allowed(wide, row, top, turn.mask, num_candidates // 2))
+        ids = top.tolist()
+        if missing := kept.difference(ids):
+            places[row] = torch.tensor(_with(ids, kept, missing))
+    return in_order(wide.at(places))
 
 
-def _allowed(logprobs: Tensor, top: Tensor, mask: Tensor, num: int) -> list[int]:
-    """The `num` likeliest ids (or all) that a constraint allows. logprobs: (V,); top: the likeliest ids, in order."""
+def _allowed(wide: Candidates, row: int, top: Tensor, mask: Tensor, num: int) -> list[int]:
+    """The `num` likeliest ids (or all) of a row that a constraint allows. top: the row's likeliest ids, in order."""
     found: list[int] = top[mask.to(top.device)[top]].tolist()
     if len(found) >= num:
         return found[:num]
-    ids = mask.nonzero().flatten().to(top.device)
-    return list(ids[ranked(logprobs[ids], min(num, len(ids)), ids)].tolist())
+    ids = torch.from_numpy(np.flatnonzero(mask.numpy())).to(top.device)  # five times as fast as torch's own
+    return list(ids[ranked(wide.numbers(row, ids), min(num, len(ids)), ids)].tolist())
 
 
-def _with(ids: list[int], kept: set[int]) -> list[int]:
-    """The ids with all of `kept` among them, in place of the last others."""
-    missing = kept.difference(ids)
-    if not missing:
-        return ids
+def _with(ids: list[int], kept: set[int], missing: set[int]) -> list[int]:
+    """The ids with those of `kept` that are missing in place of the last others."""
     spare = [place for place, token_id in enumerate(ids) if token_id not in kept][-len(missing) :]
     for place, token_id in zip(spare, sorted(missing), strict=True):
         ids[place] = token_id
