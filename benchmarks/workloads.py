@@ -20,7 +20,7 @@ import torch
 
 from benchmarks import prose
 from benchmarks.gpu import GpuPlan, Shape, build, words
-from ensemble_core.admission import Admission, Speaker
+from ensemble_core.admission import Admission
 from ensemble_core.config_file import load_config
 from ensemble_core.decoding.guidance import Grammars
 from ensemble_core.decoding.recipe import Recipe
@@ -39,6 +39,7 @@ from ensemble_core.members.kernels.choice import choose
 from ensemble_core.members.loading.checkpoints import load_tokenizer, load_vocabulary
 from ensemble_core.members.loading.models import make_member
 from ensemble_core.members.local import LocalMember
+from ensemble_core.speakers import Speaker
 from ensemble_core.stats import discard
 from ensemble_core.text.alignment import Track
 from ensemble_core.text.detokenizer import Detokenizer

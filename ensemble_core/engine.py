@@ -182,7 +182,7 @@ class Engine:
                 for member, track in sequence.tracks.items()
                 if len(track) > self.members[member].min_prefix and member not in self._pool.busy
             }
-            for member, found in self._pool.reuse(prompts).items():
+            for member, found in self._pool.reuse(prompts, sequence.request.salt).items():
                 self._begin(sequence, member, found[sequence.seq_id])
 
     def _begin(self, sequence: Sequence, member: str, found: int | MemberError) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from hashlib import sha256
 from itertools import chain
 from typing import Any, Literal, NamedTuple
 
@@ -78,7 +79,8 @@ class GenerationRequest:
     report what each member proposed for every token. group: requests of one group have the same prompt and share its
     prefill. owner: who shares the places of the engine fairly with others: a client, and one request of that client.
     watched: somebody waits for each of its tokens, not for the whole answer. reserved: its place in the queue was
-    taken before. truncate: of a longer prompt, the last so many of main's tokens are used; -1: as many as fit.
+    taken before. truncate: of a longer prompt, the last so many of main's tokens are used; -1: as many as fit. salt:
+    prefixes are shared only with requests of the same one; see `salted`.
     """
 
     request_id: str
@@ -93,6 +95,12 @@ class GenerationRequest:
     watched: bool = True
     reserved: bool = False
     truncate: int | None = None
+    salt: str = ""
+
+
+def salted(text: str) -> str:
+    """The salt that stands for a client's text. Members see no more of the secret than this."""
+    return sha256(text.encode()).hexdigest()
 
 
 class Alternative(NamedTuple):

@@ -36,11 +36,9 @@ _REFUSED: dict[str, Refused] = {
     "use_beam_search": Refused(True, (False,)),
     "length_penalty": Refused(2.0, (1,), "there is no beam search"),
     "logits_processors": Refused(["x"], ([],), "would run code"),
-    "logprob_token_ids": Refused([1, 2], ([],)),
     "spaces_between_special_tokens": Refused(False, (True,)),
     "repetition_detection": Refused({"max_pattern_size": 3}),
     "thinking_token_budget": Refused(5, (-1,), "chat completions have it"),
-    "cache_salt": Refused("salt", why="the cache has no such isolation"),
     "watermarking": Refused(True, (False,)),
 }
 COMPLETION_REFUSED: dict[str, Refused] = _REFUSED | {
@@ -120,6 +118,7 @@ RESPONSE_REFUSED: dict[str, Refused] = {
     "guided_choice": Refused(["a", "b"], why="older name of `structured_outputs`"),
     "guided_grammar": Refused('root ::= "x"', why="older name of `structured_outputs`"),
     "logprobs": Refused(True, (False,), "`include` asks for them"),
+    "logprob_token_ids": Refused([1, 2], ([],), "chat completions have it"),
     "prompt_logprobs": Refused(1, why="completions have `echo` with `logprobs`"),
     "reasoning_effort": Refused("high", ("none",), "this endpoint takes `reasoning.effort`"),
     "verbosity": Refused("low", ("medium",), "this endpoint takes `text.verbosity`"),
@@ -159,6 +158,7 @@ MESSAGE_REFUSED: dict[str, Refused] = _REFUSED | {
     "n": Refused(2, (1,), _OLDER),
     "logprobs": Refused(True, (False,), _OLDER),
     "top_logprobs": Refused(2, (0,), _OLDER),
+    "logprob_token_ids": Refused([1, 2], ([],), _OLDER),
     "return_token_ids": Refused(True, (False,), _OLDER),
     "stream_options": Refused({"include_usage": True}, ({},), "streams always have usage"),
     "chat_template": Refused("{{ messages }}", why="templates run code: set it in the server's YAML"),

@@ -40,9 +40,9 @@ class Choosers(Bench):
     def _watch(self, member: FakeMember) -> None:
         reuse = member.reuse
 
-        def watched(seq_id: int, token_ids: Any) -> int:
+        def watched(seq_id: int, token_ids: Any, salt: str = "") -> int:
             self.searches.append((member.name, seq_id))
-            return reuse(seq_id, token_ids)
+            return reuse(seq_id, token_ids, salt)
 
         member.reuse = watched  # type: ignore[method-assign]
 
