@@ -22,11 +22,12 @@ from benchmarks import prose
 from benchmarks.gpu import GpuPlan, Shape, build, words
 from ensemble_core.admission import Admission
 from ensemble_core.config_file import load_config
+from ensemble_core.decoding.capacity import Capacity, Limits
 from ensemble_core.decoding.guidance import Grammars
 from ensemble_core.decoding.recipe import Recipe
 from ensemble_core.decoding.requests import GenerationRequest
 from ensemble_core.decoding.sampling_params import SamplingParams
-from ensemble_core.decoding.scheduler import Capacity, Limits, Scheduler
+from ensemble_core.decoding.scheduler import Scheduler
 from ensemble_core.decoding.sequence import Choice, Sequence
 from ensemble_core.decoding.shaping import shape
 from ensemble_core.engine import Engine

@@ -13,11 +13,11 @@ import torch
 from ensemble_core.assembly import Loaded, Part, Spoken, Voice, assembled
 from ensemble_core.config import Config
 from ensemble_core.decoding.bans import bans_of
+from ensemble_core.decoding.capacity import Limits
 from ensemble_core.decoding.guidance import Grammars
 from ensemble_core.decoding.recipe import Recipe
 from ensemble_core.decoding.requests import GenerationRequest, Output
 from ensemble_core.decoding.sampling_params import SamplingParams
-from ensemble_core.decoding.scheduler import Limits
 from ensemble_core.decoding.sequence import Sequence
 from ensemble_core.engine import Engine
 from ensemble_core.factory import thinking_of

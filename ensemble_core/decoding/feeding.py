@@ -12,8 +12,8 @@ from collections.abc import Mapping
 
 from ensemble_core.decoding.failures import Failures, own_fault
 from ensemble_core.decoding.modes.base import Turn
-from ensemble_core.decoding.scheduler import Share
 from ensemble_core.decoding.sequence import Sequence
+from ensemble_core.decoding.shares import Share
 from ensemble_core.decoding.step import Step
 from ensemble_core.members.base import Answers, Feed, Member
 from ensemble_core.members.candidates import narrow

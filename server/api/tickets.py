@@ -73,6 +73,7 @@ def make_ticket(
             watched=bool(body.stream),
             truncate=truncate,
             salt=salt,
+            priority=body.priority or 0,
         )
         for rank, prompt in enumerate(prompts)
         for index, each in enumerate(seeded)

@@ -13,6 +13,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
 from ensemble_core.decoding.forms import TextForm
+from ensemble_core.decoding.requests import MOST_PRIORITY
 from ensemble_core.decoding.sampling_params import PARAMETERS
 from ensemble_core.errors import InvalidRequestError, quoted, shortened
 from server.schema.forms import FormFields
@@ -177,6 +178,12 @@ class GenerationFields(Strict):
         description=f"1..{MAX_SALT} characters; cached prefixes are shared only with requests of the same salt; keep "
         "it secret",
         examples=["salt"],
+    )
+    priority: Integer | None = Field(
+        None,
+        description=f"-{MOST_PRIORITY}..{MOST_PRIORITY}; of requests that wait a lower number goes first; only with "
+        "`scheduler.priority`, else it changes nothing",
+        examples=[1],
     )
     user: str | None = Field(None, description="nothing is kept about users", examples=["me"])
 

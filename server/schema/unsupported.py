@@ -74,7 +74,6 @@ COMPLETION_IGNORED: dict[str, Ignored] = {
     "routed_experts_prompt_start": Ignored(1, "answers have no routing of experts"),
     "session_id": Ignored("mine", "nothing is kept about sessions"),
     "stream_interval": Ignored(5, "a chunk has what a step wrote"),
-    "priority": Ignored(1, "first come, first served"),
     "request_id": Ignored("mine", "use the `X-Request-Id` header"),
     "kv_transfer_params": Ignored({}, "there is one server"),
     "ec_transfer_params": Ignored({}, "there is one server"),

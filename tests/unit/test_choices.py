@@ -11,9 +11,10 @@ import pytest
 from fakes import Bench, FakeMember, byte_vocabulary, fake_config, fake_loaded, pair_vocabulary
 from test_scheduler import feed, make
 
+from ensemble_core.decoding.capacity import Capacity, Limits
 from ensemble_core.decoding.requests import GenerationRequest
 from ensemble_core.decoding.sampling_params import SamplingParams
-from ensemble_core.decoding.scheduler import Capacity, Limits, Scheduler
+from ensemble_core.decoding.scheduler import Scheduler
 from ensemble_core.decoding.sequence import Phase, Sequence
 
 SHORTEST = 16  # tokens that are worth being taken over

@@ -47,7 +47,7 @@ FLOORS = (
     ("ensemble_core.engine",),
     ("ensemble_core.assembly", "ensemble_core.reloading"),
     ("ensemble_core.factory",),
-    ("ensemble_core.doorway",),
+    ("ensemble_core.doorway", "ensemble_core.reading"),
     ("ensemble_core.changes", "ensemble_core.member_reports"),
     ("ensemble_core.runtime",),
     ("ensemble_core.offline",),
@@ -102,6 +102,9 @@ TORCHLESS = (
     "ensemble_core/decoding/sequence.py",
     "ensemble_core/decoding/scheduler.py",
     "ensemble_core/decoding/pace.py",
+    "ensemble_core/decoding/shares.py",
+    "ensemble_core/decoding/capacity.py",
+    "ensemble_core/decoding/fairness.py",
     "ensemble_core/decoding/perplexity.py",
 )
 
