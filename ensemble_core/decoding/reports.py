@@ -67,12 +67,18 @@ def scored(params: SamplingParams, fused: Fused, row: int, token_id: int, named:
         return None if num_top is None else score(fused.token_ids[row], fused.logprobs[row], token_id, num_top)
     wanted = list(dict.fromkeys((token_id, *named.logprobs)))
     told = _inside(fused.token_ids[row], fused.logprobs[row], wanted)
-    outside = fused.tail[row].item() - named.tail if len(told) < len(wanted) else 0.0
-    for other in wanted:
-        if other not in told:
-            told[other] = named.logprobs[other] + outside
+    if missing := [other for other in wanted if other not in told]:
+        told |= _shares(named, missing, fused.tail[row].item())
     pairs = [(other, max(told[other], LEAST_LOGPROB)) for other in wanted]
     return Scored(pairs[0][1], tuple(sorted(pairs, key=lambda pair: (-pair[1], pair[0]))))
+
+
+def _shares(named: Named, missing: list[int], tail: float) -> dict[int, float]:
+    """What ids outside the support have of the fused tail: as much as of main's, which may be rounded to nothing."""
+    own = {other: named.logprobs[other] for other in missing}
+    total = math.log(mass) if (mass := math.fsum(map(math.exp, own.values()))) > 0 else -math.inf
+    whole = max(named.tail, total)
+    return {other: logprob + tail - whole if whole > -math.inf else -math.inf for other, logprob in own.items()}
 
 
 def _inside(token_ids: Tensor, logprobs: Tensor, wanted: list[int]) -> dict[int, float]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
@@ -34,13 +37,14 @@ class Served:
         self.sdk = openai.OpenAI(base_url=f"{base}/v1", api_key="none", max_retries=0)
 
     def post(self, path: str, **body: Any) -> httpx.Response:
-        return httpx.post(f"{self.base}{path}", json={"model": "duo"} | body, timeout=30)
+        content, kind = json.dumps({"model": "duo"} | body), {"Content-Type": "application/json"}
+        return httpx.post(f"{self.base}{path}", content=content, headers=kind, timeout=30)
 
 
 def serve(**scheduler: Any) -> Iterator[Served]:
     members = {
-        "alpha": FakeMember("alpha", byte_vocabulary(), seed=1),
-        "beta": FakeMember("beta", pair_vocabulary(), seed=2),
+        "alpha": FakeMember("alpha", byte_vocabulary(), seed=1, max_len=1024),
+        "beta": FakeMember("beta", pair_vocabulary(), seed=2, max_len=1024),
     }
 
     def load(config: Config, record: Record) -> Loaded:
@@ -217,17 +221,15 @@ def test_the_urgent_go_first(ranked: Served, monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(Sequence, "finish", noted)
     gate.clear()
-    from concurrent.futures import ThreadPoolExecutor
-
+    ranked.members["alpha"].entered.clear()
+    asked = []
     with ThreadPoolExecutor(5) as pool:
-        asked = []
         for priority in (1, 50, -50, 0, -100):
-            num = ranked.runtime.num_open
-            asked.append(
-                pool.submit(ranked.post, "/v1/completions", prompt="a", max_tokens=1, priority=priority, n=1)
-            )
-            while ranked.runtime.num_open == num:
-                pass
+            asked.append(pool.submit(ranked.post, "/v1/completions", prompt="a", max_tokens=1, priority=priority))
+            assert ranked.members["alpha"].entered.wait(10.0)
+        deadline = time.monotonic() + 8.0
+        while ranked.runtime._commands.qsize() < 4 and time.monotonic() < deadline:
+            time.sleep(0.01)
         gate.set()
         assert [each.result().status_code for each in asked] == [200] * 5
     assert order == [1, -100, -50, 0, 50]
@@ -244,7 +246,9 @@ def test_tokens_of_messages_are_counted(served: Served) -> None:
         asked = {"messages": SAID} | more
         counted = served.post("/v1/messages/count_tokens", **asked)
         assert counted.status_code == 200, counted.text
-        used = served.post("/v1/messages", **asked, max_tokens=1, cache_salt=str(more)).json()["usage"]
+        answer = served.post("/v1/messages", **asked, max_tokens=1, cache_salt=str(more))
+        assert answer.status_code == 200, answer.text
+        used = answer.json()["usage"]
         assert counted.json() == {"input_tokens": used["input_tokens"] + used["cache_read_input_tokens"]}
 
 

@@ -151,3 +151,16 @@ def test_a_share_of_the_tail() -> None:
     assert nothing is not None
     assert nothing.logprob == -9999.0
     assert scored(SamplingParams(), fused, 0, 4, None) is None
+
+
+@pytest.mark.parametrize(
+    ("own", "tail"), [(-40.0, -math.inf), (-200.0, -math.inf), (-800.0, -3.0), (-math.inf, -3.0)]
+)
+@pytest.mark.parametrize("fused_tail", [-1.0, -90.0, -math.inf])
+def test_a_tail_that_is_rounded_to_nothing(own: float, tail: float, fused_tail: float) -> None:
+    fused = Fused(torch.tensor([[4]]), torch.tensor([[-0.1]]), torch.tensor([fused_tail]), torch.zeros(1, 1))
+    told = scored(SamplingParams(logprob_token_ids=(2, 3)), fused, 0, 4, Named({2: own, 3: own}, tail))
+    assert told is not None
+    found = dict(told.top)
+    assert found[2] == found[3] >= -9999.0
+    assert found[2] <= max(fused_tail - math.log(2), -9999.0) + 1e-9, "together no more than the tail"
