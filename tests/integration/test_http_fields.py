@@ -282,3 +282,41 @@ def test_a_member_that_is_away_is_named_before_anything_is_compiled(
         assert "lacks the member 'beta'" in answer.json()["error"]["message"]
     finally:
         roster.put("beta", "ready", voice=voice)
+
+
+@pytest.mark.parametrize(
+    "beside",
+    [
+        {"echo": True},
+        {"echo": True, "max_tokens": 0},
+        {"prompt_logprobs": 3},
+        {"n": 3, "temperature": 1.0},
+        {"n": 1, "best_of": 4, "temperature": 1.0},
+        {"response_format": {"type": "json_object"}},
+        {"allowed_token_ids": [97, 98, 99]},
+        {"logit_bias": {"97": -100, "255": 100}, "repetition_penalty": 1.5},
+        {"bad_words": ["a", "deed"], "min_tokens": 4},
+        {"ensemble": {"weighting": "perplexity"}},
+        {"ensemble": {"fusion": "union"}},
+        {"ensemble": {"members": ["alpha"]}},
+        {"ensemble": {"mode": {"name": "verify", "options": {"drafter": "beta", "draft": 5}}}},
+        {"cache_salt": "x", "stop": ["b"]},
+    ],
+    ids=str,
+)
+def test_named_ids_change_nothing_else(served: Served, beside: dict[str, Any]) -> None:
+    asked: dict[str, Any] = {
+        "prompt": "abc de",
+        "max_tokens": 6,
+        "temperature": 0,
+        "seed": 5,
+        "logprobs": 2,
+    } | beside
+    plain = served.post("/v1/completions", **asked).json()["choices"]
+    told = served.post("/v1/completions", **asked, logprob_token_ids=list(range(60, 188))).json()["choices"]
+    for with_ids, without in zip(told, plain, strict=True):
+        mine, theirs = with_ids.pop("logprobs"), without.pop("logprobs")
+        assert with_ids == without
+        assert mine["tokens"] == theirs["tokens"]
+        assert mine["token_logprobs"] == theirs["token_logprobs"]
+        assert None not in [value for top in mine["top_logprobs"] if top for value in top.values()]
