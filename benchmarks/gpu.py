@@ -27,10 +27,10 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from benchmarks.ledger import Findings, Value, arguments
 from benchmarks.recorder import SETTLING, StepRecorder
+from ensemble_core.decoding.capacity import Limits
 from ensemble_core.decoding.recipe import Recipe
 from ensemble_core.decoding.requests import GenerationRequest
 from ensemble_core.decoding.sampling_params import SamplingParams
-from ensemble_core.decoding.scheduler import Limits
 from ensemble_core.decoding.sequence import Sequence
 from ensemble_core.engine import Engine
 from ensemble_core.fusion.base import FusionSpace

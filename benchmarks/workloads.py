@@ -20,13 +20,14 @@ import torch
 
 from benchmarks import prose
 from benchmarks.gpu import GpuPlan, Shape, build, words
-from ensemble_core.admission import Admission, Speaker
+from ensemble_core.admission import Admission
 from ensemble_core.config_file import load_config
+from ensemble_core.decoding.capacity import Capacity, Limits
 from ensemble_core.decoding.guidance import Grammars
 from ensemble_core.decoding.recipe import Recipe
 from ensemble_core.decoding.requests import GenerationRequest
 from ensemble_core.decoding.sampling_params import SamplingParams
-from ensemble_core.decoding.scheduler import Capacity, Limits, Scheduler
+from ensemble_core.decoding.scheduler import Scheduler
 from ensemble_core.decoding.sequence import Choice, Sequence
 from ensemble_core.decoding.shaping import shape
 from ensemble_core.engine import Engine
@@ -39,6 +40,7 @@ from ensemble_core.members.kernels.choice import choose
 from ensemble_core.members.loading.checkpoints import load_tokenizer, load_vocabulary
 from ensemble_core.members.loading.models import make_member
 from ensemble_core.members.local import LocalMember
+from ensemble_core.speakers import Speaker
 from ensemble_core.stats import discard
 from ensemble_core.text.alignment import Track
 from ensemble_core.text.detokenizer import Detokenizer

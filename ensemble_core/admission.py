@@ -9,7 +9,6 @@ import itertools
 from collections import abc
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 
 from ensemble_core.decoding.bans import Bans, bans_of
 from ensemble_core.decoding.calling import calls_form, constraint_of
@@ -22,45 +21,19 @@ from ensemble_core.decoding.requests import Conversation, GenerationRequest, Ove
 from ensemble_core.decoding.sampling_params import SamplingParams
 from ensemble_core.decoding.scoring import PromptScores
 from ensemble_core.decoding.sequence import Sequence
-from ensemble_core.decoding.thinking import MarkTokens, ThinkingGuide
+from ensemble_core.decoding.thinking import ThinkingGuide
 from ensemble_core.errors import ConfigError, InvalidRequestError
-from ensemble_core.members.base import ALL_ABILITIES, Abilities
 from ensemble_core.recipes import RecipeBook
+from ensemble_core.refusals import Refusals, check_ids, tools_of
+from ensemble_core.speakers import Speaker
 from ensemble_core.stats import Reason
 from ensemble_core.text.alignment import Track
-from ensemble_core.text.prompt import PromptEncoder
 from ensemble_core.text.reasoning import ReasoningReader, opened_by, stage_within
-from ensemble_core.text.tools import ToolUse
-from ensemble_core.text.variables import reads_effort
 from ensemble_core.text.vocabulary import Vocabulary
 
 # No known token spells more characters than this. A prompt with more per token cannot fit and is not tokenised.
 _MAX_CHARS_PER_TOKEN = 256
 _NUM_LAST = 256  # tokens at a prompt's end that may hold a marker and the white space behind it
-
-
-@dataclass(frozen=True)
-class Speaker:
-    """What admission needs to know of a member. thinking: how it spells the marks of its reasoning, if it has any."""
-
-    vocabulary: Vocabulary
-    prompts: PromptEncoder
-    max_len: int
-    grammars: Grammars
-    abilities: Abilities = ALL_ABILITIES
-    thinking: MarkTokens | None = None
-
-    @cached_property
-    def answering(self) -> Vocabulary:
-        """The vocabulary of answers to conversations: control tokens that mark reasoning are part of the text."""
-        marks = {} if self.thinking is None else self.thinking.control
-        return self.vocabulary.with_text(marks.values()) if marks else self.vocabulary
-
-    @cached_property
-    def calling(self) -> Vocabulary:
-        """The same where answers may call tools: those that mark calls are part of the text, too."""
-        marks = self.prompts.call_form.marks(self.vocabulary.special_names)
-        return self.answering.with_text(marks.values()) if marks else self.answering
 
 
 @dataclass(slots=True)
@@ -102,6 +75,7 @@ class Admission:
     def __init__(self, book: RecipeBook, speakers: Mapping[str, Speaker]) -> None:
         self._book = book
         self._speakers = dict(speakers)
+        self._refusals = Refusals(self._speakers)
         self._ids = itertools.count()
 
     def admit(self, request: GenerationRequest) -> Sequence:
@@ -124,7 +98,7 @@ class Admission:
             if request.group is None or reading is None or not reading.serves(request):
                 reading = self._reading(request)
                 readings[request.group or ""] = reading
-            self._check(request, reading.recipe)
+            self._refusals.check(request, reading.recipe)
             made.append(self._sequence(request, reading))
         return made
 
@@ -132,12 +106,16 @@ class Admission:
         """What `admit_all` will compile: it is faster where that is known by then. Raises as it does."""
         found = {}
         for request in requests:
-            if request.params.form is not None or _tools_of(request) is not None:
+            if request.params.form is not None or tools_of(request) is not None:
                 recipe = self._book.resolve(request.model, request.overrides)
-                self._check(request, recipe)
+                self._refusals.check(request, recipe)
                 if (form := self._form(request, recipe)) is not None:
                     found[recipe.main, form] = (self._speakers[recipe.main].grammars, form)
         return list(found.values())
+
+    def members_of(self, request: GenerationRequest) -> tuple[str, ...]:
+        """The members that a request asks for. Raises as `admit` for a model or overrides that cannot be served."""
+        return self._book.resolve(request.model, request.overrides).members
 
     def _reading(self, request: GenerationRequest) -> _Reading:
         """The reading of a prompt, the last `truncate` of main's tokens if there are more."""
@@ -158,7 +136,7 @@ class Admission:
         """Raise ConfigError where an ensemble, as it is configured, needs more than a member can do."""
         for name in names:
             try:
-                self._check_abilities(
+                self._refusals.check_abilities(
                     GenerationRequest("", name, "", SamplingParams()), self._book.resolve(name, Overrides())
                 )
             except InvalidRequestError as error:
@@ -167,7 +145,8 @@ class Admission:
     def check_calls(self, model: str, params: SamplingParams, where: str) -> None:
         """Raise ConfigError where a model cannot serve calls with these parameters."""
         try:
-            self._check(GenerationRequest("", model, "", params), self._book.resolve(model, Overrides()))
+            request = GenerationRequest("", model, "", params)
+            self._refusals.check(request, self._book.resolve(model, Overrides()))
         except InvalidRequestError as error:
             raise ConfigError(f"{where}: {model}: {error}") from error
 
@@ -181,7 +160,7 @@ class Admission:
     def spell(self, model: str, token_ids: abc.Sequence[int]) -> str:
         """The text of main's ids, with control tokens by name. Raises InvalidRequestError, ModelNotFoundError."""
         vocabulary = self.main_of(model)[1].vocabulary
-        _check_ids("tokens", token_ids, vocabulary)
+        check_ids("tokens", token_ids, vocabulary)
         return b"".join(vocabulary.tokens[token_id] for token_id in token_ids).decode("utf-8", "replace")
 
     def main_of(self, model: str) -> tuple[str, Speaker]:
@@ -189,94 +168,16 @@ class Admission:
         name = self._book.resolve(model, Overrides()).main
         return name, self._speakers[name]
 
-    def _check(self, request: GenerationRequest, recipe: Recipe) -> None:
-        """Raise for what can be refused before the prompt is encoded."""
-        params, main = request.params, self._speakers[recipe.main]
-        _check_ids("logit_bias", [token_id for token_id, _ in params.logit_bias], main.vocabulary)
-        _check_ids("allowed_token_ids", params.allowed_token_ids, main.vocabulary)
-        _check_ids("stop_token_ids", params.stop_token_ids, main.vocabulary)
-        what, param = _scoring(params)
-        if params.scores_prompt and recipe.fusion is not None and recipe.fusion.full_vocabulary:
-            raise InvalidRequestError(
-                f"{what} works on candidates; ask for a fusion with `support: closed`", param
-            )
-        if params.scores_prompt and recipe.tau is not None:
-            raise InvalidRequestError(
-                f"{what} scores the prompt, but weights by perplexity are known only after it; send "
-                "`ensemble: {weighting: fixed}`, or leave one of them out",
-                param,
-            )
-        self._check_abilities(request, recipe)
-        if not request.reserved:  # a council's models need not all of them reason
-            self.check_reasoning(request, recipe.members, {recipe.main})
-
-    def check_reasoning(self, request: GenerationRequest, members: Iterable[str], mains: Iterable[str]) -> None:
-        """Raise where a request says how to reason and nobody would listen.
-
-        members: whose templates read its messages. mains: who may write its answer.
-        """
-        effort = isinstance(request.prompt, Conversation) and request.prompt.variables.needs_reader
-        if effort and not any(reads_effort(self._speakers[name].prompts.template) for name in members):
-            raise InvalidRequestError(
-                "reasoning_effort: no chat template of this model has a variable for it (reasoning_effort, "
-                "enable_thinking); leave it out or send none",
-                "reasoning_effort",
-            )
-        if request.params.budget is None:
-            return
-        if not isinstance(request.prompt, Conversation) or not any(self._speakers[m].thinking for m in mains):
-            raise InvalidRequestError(
-                "thinking_token_budget: this model's answers have no reasoning, since its main member has no markers "
-                "for it (members.NAME.reasoning); leave it out or send -1",
-                "thinking_token_budget",
-            )
-
     def check_council(self, request: GenerationRequest, models: Iterable[str]) -> None:
         """The same for a council. models: those that may write its answer. Raises as `check_reasoning`."""
         recipes = [self._book.resolve(model, Overrides()) for model in models]
         members = {member for recipe in recipes for member in recipe.members}
-        self.check_reasoning(request, members, {recipe.main for recipe in recipes})
-
-    def _check_abilities(self, request: GenerationRequest, recipe: Recipe) -> None:
-        """Raise where the request needs more than a member can do.
-
-        A remote member may limit its candidates, or answer only at the last position of a prompt.
-        """
-        params = request.params
-        whole = recipe.members if recipe.fusion is not None and recipe.fusion.full_vocabulary else ()
-        param = "ensemble.fusion"
-        if _tools_of(request) is not None or params.form is not None:
-            whole = (*whole, recipe.main)
-            param = "tools" if params.form is None else params.form.field
-        for member in whole:
-            if (most := self._speakers[member].abilities.max_k) is not None:
-                raise InvalidRequestError(
-                    f"{param} needs whole distributions, and member {member!r} answers with {most} candidates at "
-                    "most; leave it out",
-                    param,
-                )
-        param = _scoring(params)[1] if params.scores_prompt else "ensemble.weighting"
-        for member in recipe.members if params.scores_prompt or recipe.tau is not None else ():
-            if not self._speakers[member].abilities.every_position:
-                raise InvalidRequestError(
-                    f"{param} needs every position of the prompt, and member {member!r} answers at its last one "
-                    "alone; leave it out",
-                    param,
-                )
-        most_also, num = self._speakers[recipe.main].abilities.max_also, len(params.pinned_ids)
-        num += params.budget is not None  # the end marker that it may force
-        if most_also is not None and num > most_also:
-            param = "allowed_token_ids" if params.allowed_token_ids else "logit_bias"
-            raise InvalidRequestError(
-                f"{param}: {num} ids must be among the candidates, and member {recipe.main!r} can be asked for "
-                f"{most_also} at most; send fewer",
-                param,
-            )
+        self._refusals.check_reasoning(request, members, {recipe.main for recipe in recipes})
 
     def _sequence(self, request: GenerationRequest, reading: _Reading) -> Sequence:
         self._drop_full(reading)
         recipe, params = reading.recipe, request.params
-        main, use = self._speakers[recipe.main], _tools_of(request)
+        main, use = self._speakers[recipe.main], tools_of(request)
         tracks = {member: self._track(member, request, reading) for member in recipe.members}
         reader = self._reader(reading)
         return Sequence(
@@ -317,7 +218,7 @@ class Admission:
 
     def _form(self, request: GenerationRequest, recipe: Recipe) -> TextForm | None:
         """What the text of an answer must be, its calls included."""
-        main, use = self._speakers[recipe.main], _tools_of(request)
+        main, use = self._speakers[recipe.main], tools_of(request)
         if use is None:
             return request.params.form
         return calls_form(use, main.prompts.call_form, main.vocabulary, request.params.form)
@@ -383,7 +284,7 @@ class Admission:
                 prompt.messages, prompt.continue_final, prompt.tools, prompt.variables
             )
         if isinstance(prompt, tuple):
-            _check_ids("prompt", prompt, speaker.vocabulary)
+            check_ids("prompt", prompt, speaker.vocabulary)
             if not prompt:
                 raise InvalidRequestError("prompt is an empty list of ids; send at least one", "prompt")
             return list(prompt)
@@ -413,15 +314,9 @@ def _spelt(prompt: Prompt, main: Vocabulary) -> str:
 
 def _vocabulary(main: Speaker, request: GenerationRequest) -> Vocabulary:
     """The vocabulary of main's answer to a request."""
-    if _tools_of(request) is not None:
+    if tools_of(request) is not None:
         return main.calling
     return main.answering if isinstance(request.prompt, Conversation) else main.vocabulary
-
-
-def _tools_of(request: GenerationRequest) -> ToolUse | None:
-    """The tools that the answer may call."""
-    tools = request.prompt.tools if isinstance(request.prompt, Conversation) else None
-    return tools if tools is not None and tools.binds else None
 
 
 def _is_hopeless(text: str, speaker: Speaker) -> bool:
@@ -429,25 +324,8 @@ def _is_hopeless(text: str, speaker: Speaker) -> bool:
     return len(text) > speaker.max_len * _MAX_CHARS_PER_TOKEN
 
 
-def _scoring(params: SamplingParams) -> tuple[str, str]:
-    """What asks for the prompt's log-probabilities, in words, and its field."""
-    return ("echo with logprobs", "echo") if params.prompt_logprobs is None else ("prompt_logprobs",) * 2
-
-
 def _scores(params: SamplingParams) -> PromptScores | None:
     if not params.scores_prompt:
         return None
     echoed = (params.logprobs or 0) if params.echo else 0
     return PromptScores(max(echoed, params.prompt_logprobs or 0), ranks=params.prompt_logprobs is not None)
-
-
-def _check_ids(param: str, token_ids: Iterable[int], vocabulary: Vocabulary) -> None:
-    """Raise InvalidRequestError for the first id that the vocabulary does not have."""
-    known = range(len(vocabulary))
-    for token_id in token_ids:
-        if token_id not in known:
-            raise InvalidRequestError(
-                f"{param}: id {token_id} is outside the main member's vocabulary, which has ids 0 to "
-                f"{len(vocabulary) - 1}",
-                param,
-            )

@@ -12,7 +12,7 @@ from typing import Protocol
 
 import torch
 
-from ensemble_core.admission import Admission, Speaker
+from ensemble_core.admission import Admission
 from ensemble_core.config import Config
 from ensemble_core.council_config import RouteConfig
 from ensemble_core.councils.book import CouncilBook, check_councils
@@ -22,6 +22,7 @@ from ensemble_core.members.base import Member
 from ensemble_core.members.cores import ForwardCost
 from ensemble_core.permissions import Permissions
 from ensemble_core.recipes import ModelInfo, RecipeBook, SpaceOf, check_strategies, list_models
+from ensemble_core.speakers import Speaker
 from ensemble_core.text.prompt import read_template
 from ensemble_core.text.vocabulary import Vocabulary
 

@@ -158,6 +158,11 @@ class SchedulerConfig(Section):
     )
     prefix_reuse: bool = Field(True, description="Reuse cached prefixes of earlier prompts.")
     num_candidates: int = Field(256, ge=2, description="K: candidates that each member answers with.")
+    priority: bool = Field(
+        False,
+        description="Requests may name a priority from -100 to 100: of those that wait, a lower number goes first. A "
+        "step makes up for half a second of waiting. false: it changes nothing.",
+    )
     member_timeout: float | None = Field(
         None,
         gt=0.0,

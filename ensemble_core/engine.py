@@ -10,13 +10,14 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Mapping
 
+from ensemble_core.decoding.capacity import Capacity, Limits
 from ensemble_core.decoding.failures import Failures, fail, fault, last_output, own_fault
 from ensemble_core.decoding.feeding import Feeding
 from ensemble_core.decoding.habits import Habits, Kind
 from ensemble_core.decoding.modes.base import Decision, Mode, Outcome, Turn, joined, mode_of
 from ensemble_core.decoding.recipe import ModeChoice
 from ensemble_core.decoding.requests import Output
-from ensemble_core.decoding.scheduler import Capacity, Limits, Scheduler
+from ensemble_core.decoding.scheduler import Scheduler
 from ensemble_core.decoding.sequence import Phase, Sequence
 from ensemble_core.decoding.step import Step
 from ensemble_core.decoding.telemetry import Telemetry
@@ -182,7 +183,7 @@ class Engine:
                 for member, track in sequence.tracks.items()
                 if len(track) > self.members[member].min_prefix and member not in self._pool.busy
             }
-            for member, found in self._pool.reuse(prompts).items():
+            for member, found in self._pool.reuse(prompts, sequence.request.salt).items():
                 self._begin(sequence, member, found[sequence.seq_id])
 
     def _begin(self, sequence: Sequence, member: str, found: int | MemberError) -> None:

@@ -16,7 +16,6 @@ from typing import Protocol
 import torch
 from tqdm import tqdm
 
-from ensemble_core.admission import Speaker
 from ensemble_core.assembly import Loaded, Part, Spoken, Voice, assembled, check
 from ensemble_core.config import Config
 from ensemble_core.councils.book import CouncilBook
@@ -36,6 +35,7 @@ from ensemble_core.members.local import LocalMember
 from ensemble_core.members.remote.elsewhere import Elsewhere
 from ensemble_core.recipes import RecipeBook, SpaceOf
 from ensemble_core.reloading import engine_limits
+from ensemble_core.speakers import Speaker
 from ensemble_core.stats import Record
 from ensemble_core.text.prompt import PromptEncoder, read_template
 from ensemble_core.text.reasoning import Marks, marks_of

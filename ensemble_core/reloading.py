@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ensemble_core.config import Config
-from ensemble_core.decoding.scheduler import Limits
+from ensemble_core.decoding.capacity import Limits
 from ensemble_core.errors import ConfigError
 from ensemble_core.section import Section
 
@@ -16,7 +16,7 @@ from ensemble_core.section import Section
 _LIVE = {
     "scheduler": {
         "max_running", "max_waiting", "max_queued_tokens", "token_budget", "max_stretch", "spare", "prefix_reuse",
-        "stall_seconds",
+        "priority", "stall_seconds",
     },
     "server": {"max_body_bytes", "max_choices", "drain_seconds", "allow_overrides", "limits", "log_level"},
     "server.limits": {

@@ -26,13 +26,14 @@ from ensemble_core.config import Config
 from ensemble_core.councils.chamber import Chamber
 from ensemble_core.councils.door import EngineDoor
 from ensemble_core.crossing import call, fail, settle
-from ensemble_core.decoding.requests import GenerationRequest, Output, Prompt
+from ensemble_core.decoding.requests import GenerationRequest, Output, Prompt, prioritised
 from ensemble_core.decoding.sequence import Sequence
 from ensemble_core.decoding.workshop import Workshop
 from ensemble_core.engine import Engine, News
 from ensemble_core.errors import NotReadyError, UnisonoError
 from ensemble_core.member_reports import MemberReport
 from ensemble_core.members.loading.standstill import DEFAULT_DTYPE
+from ensemble_core.reading import read
 from ensemble_core.recipes import ModelInfo, list_models
 from ensemble_core.roster import Roster
 from ensemble_core.stats import Record, discard
@@ -136,6 +137,7 @@ class Runtime:
         the stream aborts the unfinished requests.
         """
         loaded = self._require_ready()
+        requests = prioritised(requests, allowed=self._config.scheduler.priority)
         if self._chamber is not None and requests and requests[0].model in self._chamber:
             loaded.admission.check_council(requests[0], sorted(loaded.councils.speakers(requests[0].model)))
             return await self._chamber.submit(requests)
@@ -144,12 +146,7 @@ class Runtime:
     async def _submit(self, loaded: Loaded, requests: abc.Sequence[GenerationRequest]) -> OutputStream:
         """Requests to members and token-level ensembles."""
         self._require_ready(within=all(request.reserved for request in requests))
-        for request in {each.group: each for each in requests}.values():  # choices of a prompt choose the same
-            loaded.permissions.check(request.model, request.overrides)
-        leaders = list({each.group or each.request_id: each for each in requests}.values())
-        for grammars, form in await asyncio.to_thread(_undisturbed, loaded.admission.forms, leaders):
-            await self._workshop.prepare(grammars, form)
-        sequences = await asyncio.to_thread(_undisturbed, loaded.admission.admit_all, requests)
+        sequences = await read(requests, loaded, self.roster, self._workshop)
         stream = self._stream(self._abort)
         await self._enqueue(loaded, sequences, stream)
         return stream
@@ -387,11 +384,3 @@ class Runtime:
         """Send each open request its last output, since the engine is gone."""
         lost = Output("", (), 0, 0, "error", error=f"the engine is gone: {self._status.reason}")
         self.publish([(seq_id, lost) for seq_id in list(self._listeners)])
-
-
-def _undisturbed(
-    read: Callable[[abc.Sequence[GenerationRequest]], Found], requests: abc.Sequence[GenerationRequest]
-) -> Found:
-    """Read requests while no model is being made: one may choose a fusion that is built now."""
-    with DEFAULT_DTYPE.computing():
-        return read(requests)

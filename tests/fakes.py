@@ -10,15 +10,14 @@ from typing import Any, TypeVar
 import jinja2
 import torch
 
-from ensemble_core.admission import Speaker
 from ensemble_core.assembly import Loaded, Part, Spoken, Voice, assembled
 from ensemble_core.config import Config
 from ensemble_core.decoding.bans import bans_of
+from ensemble_core.decoding.capacity import Limits
 from ensemble_core.decoding.guidance import Grammars
 from ensemble_core.decoding.recipe import Recipe
 from ensemble_core.decoding.requests import GenerationRequest, Output
 from ensemble_core.decoding.sampling_params import SamplingParams
-from ensemble_core.decoding.scheduler import Limits
 from ensemble_core.decoding.sequence import Sequence
 from ensemble_core.engine import Engine
 from ensemble_core.factory import thinking_of
@@ -28,6 +27,7 @@ from ensemble_core.member_config import MemberConfig
 from ensemble_core.members.base import Member
 from ensemble_core.members.fake import FakeMember, byte_vocabulary, mid_character, pair_vocabulary
 from ensemble_core.recipes import SpaceOf
+from ensemble_core.speakers import Speaker
 from ensemble_core.stats import PreemptionStats, Record, Stats, discard
 from ensemble_core.text.alignment import Track
 from ensemble_core.text.prompt import PromptEncoder

@@ -64,6 +64,7 @@ def check(request: GenerationRequest, council: Council) -> None:
     for param, given in (
         ("logit_bias", params.logit_bias),
         ("allowed_token_ids", params.allowed_token_ids),
+        ("logprob_token_ids", params.logprob_token_ids),
         ("stop_token_ids", params.stop_token_ids),
         ("prompt", isinstance(request.prompt, tuple)),
     ):

@@ -25,8 +25,8 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 from ensemble_core.decoding.requests import Output
-from ensemble_core.decoding.scheduler import Share
 from ensemble_core.decoding.sequence import Sequence
+from ensemble_core.decoding.shares import Share
 from ensemble_core.errors import MemberError, MemberLostError, UnisonoError
 from ensemble_core.members.parallel import MemberPool, cause_of
 from ensemble_core.stats import Cause, DropStats, HealthStats, Reason, Record

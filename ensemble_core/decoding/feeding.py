@@ -12,8 +12,8 @@ from collections.abc import Mapping
 
 from ensemble_core.decoding.failures import Failures, own_fault
 from ensemble_core.decoding.modes.base import Turn
-from ensemble_core.decoding.scheduler import Share
 from ensemble_core.decoding.sequence import Sequence
+from ensemble_core.decoding.shares import Share
 from ensemble_core.decoding.step import Step
 from ensemble_core.members.base import Answers, Feed, Member
 from ensemble_core.members.candidates import narrow
@@ -75,17 +75,17 @@ class Feeding:
         """One member's feed. A scored prompt is answered at every position, and each answer holds the next token."""
         sequence = share.sequence
         track, is_main = sequence.tracks[member], member == sequence.recipe.main
-        token_ids, top_k = track.uncached(count), self._top_k(share, member)
+        token_ids, top_k, salt = track.uncached(count), self._top_k(share, member), sequence.request.salt
         last = _also(sequence) if is_main and share.decides else ()
         if sequence.scoring:
             following = track.prompt_ids[track.num_cached + 1 : track.num_cached + 1 + count]
             also = tuple([(token_id,) for token_id in following] + [last] * (count - len(following)))
-            return Feed(sequence.seq_id, token_ids, count, also, top_k=top_k, keep=track.num_cached)
+            return Feed(sequence.seq_id, token_ids, count, also, (), top_k, track.num_cached, salt)
         wanted = share.wanted.get(member, 0)
         weighed = sequence.likelihood if sequence.weighing else None
         counted = weighed.following(track, count) if weighed is not None else ()
         also = (last,) * wanted if last else ()
-        return Feed(sequence.seq_id, token_ids, wanted, also, counted, top_k, track.num_cached)
+        return Feed(sequence.seq_id, token_ids, wanted, also, counted, top_k, track.num_cached, salt)
 
     def _top_k(self, share: Share, member: str) -> int:
         """Number of candidates that this sequence needs from a member, whatever other sequences need."""
@@ -95,7 +95,8 @@ class Feeding:
         guide = sequence.constraint if is_main and share.decides else None
         if whole or (guide is not None and guide.chooses):
             return self._sizes[member]
-        num_more = sequence.num_extra + len(_forced(sequence)) if is_main and share.decides else 0
+        num_named = len(sequence.request.params.asked_ids) - len(sequence.pinned)
+        num_more = sequence.num_extra + num_named + len(_forced(sequence)) if is_main and share.decides else 0
         return min(self._num_candidates + num_more, self._most[member])
 
     def _score(self, sequence: Sequence, member: str, feed: Feed, answers: Answers, number: int) -> None:
@@ -113,7 +114,7 @@ class Feeding:
 
 def _also(sequence: Sequence) -> tuple[int, ...]:
     """Main's ids that its answer must hold."""
-    return (*sequence.pinned, *_forced(sequence))
+    return (*sequence.request.params.asked_ids, *_forced(sequence))
 
 
 def _forced(sequence: Sequence) -> tuple[int, ...]:

@@ -1,21 +1,26 @@
 """What a client is told about a token: log-probabilities and traces, as plain numbers.
 
-Both describe the distribution before penalties, bias and temperature. Does not know sequences, text offsets or
-outputs.
+Both describe the distribution before penalties, bias and temperature. An id that a request names and that is outside
+the fused support has there its share of main's tail, scaled as the fusion scales it. Does not know sequences, text
+offsets or outputs.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from ensemble_core.decoding.logprobs import Scored
 from ensemble_core.decoding.recipe import Recipe
 from ensemble_core.decoding.requests import LEAST_LOGPROB, DraftTrace, Trace
+from ensemble_core.decoding.sampling_params import SamplingParams
 from ensemble_core.fusion.base import Fused
 from ensemble_core.members.base import Candidates
+from ensemble_core.members.candidates import columns_of
 from ensemble_core.members.ranking import ranked
 from ensemble_core.stats import Reason
 from ensemble_core.text.alignment import Track
@@ -35,6 +40,54 @@ def score(token_ids: Tensor, logprobs: Tensor, token_id: int, num_top: int, *, r
         best = (*best, (token_id, own))
     rank = 1 + len(set(token_ids[logprobs > own].tolist())) if ranks else None
     return Scored(own, best, rank)
+
+
+@dataclass(frozen=True, slots=True)
+class Named:
+    """What main says of the ids that a request names, and of all that is outside its candidates in the fusion."""
+
+    logprobs: Mapping[int, float]
+    tail: float  # log-mass
+
+
+def named(params: SamplingParams, wide: Candidates, row: int, tail: Tensor) -> Named | None:
+    """Row `row` of main's answer, which holds all that is named. tail: (), of what goes into the fusion."""
+    if not params.logprob_token_ids:
+        return None
+    ids = list(dict.fromkeys(params.logprob_token_ids))
+    own = wide.token_ids[row]
+    found = wide.logprobs[row][columns_of(own, torch.tensor(ids, device=own.device))]
+    return Named(dict(zip(ids, found.tolist(), strict=True)), tail.item())
+
+
+def scored(params: SamplingParams, fused: Fused, row: int, token_id: int, named: Named | None) -> Scored | None:
+    """What a request wants to know of a token in one row; None if nothing."""
+    if named is None:
+        num_top = params.logprobs
+        return None if num_top is None else score(fused.token_ids[row], fused.logprobs[row], token_id, num_top)
+    wanted = list(dict.fromkeys((token_id, *named.logprobs)))
+    told = _inside(fused.token_ids[row], fused.logprobs[row], wanted)
+    if missing := [other for other in wanted if other not in told]:
+        told |= _shares(named, missing, fused.tail[row].item())
+    pairs = [(other, max(told[other], LEAST_LOGPROB)) for other in wanted]
+    return Scored(pairs[0][1], tuple(sorted(pairs, key=lambda pair: (-pair[1], pair[0]))))
+
+
+def _shares(named: Named, missing: list[int], tail: float) -> dict[int, float]:
+    """What ids outside the support have of the fused tail: as much as of main's, which may be rounded to nothing."""
+    own = {other: named.logprobs[other] for other in missing}
+    total = math.log(mass) if (mass := math.fsum(map(math.exp, own.values()))) > 0 else -math.inf
+    whole = max(named.tail, total)
+    return {other: logprob + tail - whole if whole > -math.inf else -math.inf for other, logprob in own.items()}
+
+
+def _inside(token_ids: Tensor, logprobs: Tensor, wanted: list[int]) -> dict[int, float]:
+    """Those of `wanted` that a row's support holds, with their log-probabilities; the likelier entry counts."""
+    places = torch.isin(token_ids, torch.tensor(wanted, device=token_ids.device)).nonzero().flatten()
+    found: dict[int, float] = {}
+    for token_id, logprob in zip(token_ids[places].tolist(), logprobs[places].tolist(), strict=True):
+        found[token_id] = max(found.get(token_id, -math.inf), logprob)
+    return found
 
 
 def trace(

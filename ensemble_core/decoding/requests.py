@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from hashlib import sha256
 from itertools import chain
 from typing import Any, Literal, NamedTuple
 
 from ensemble_core.config import DEFAULT_TAU
 from ensemble_core.decoding.sampling_params import SamplingParams
+from ensemble_core.errors import InvalidRequestError, quoted
 from ensemble_core.stats import Reason
 from ensemble_core.text.tools import CallPiece, Message, ToolUse, merged
 from ensemble_core.text.variables import TemplateVariables
@@ -78,7 +80,9 @@ class GenerationRequest:
     report what each member proposed for every token. group: requests of one group have the same prompt and share its
     prefill. owner: who shares the places of the engine fairly with others: a client, and one request of that client.
     watched: somebody waits for each of its tokens, not for the whole answer. reserved: its place in the queue was
-    taken before. truncate: of a longer prompt, the last so many of main's tokens are used; -1: as many as fit.
+    taken before. truncate: of a longer prompt, the last so many of main's tokens are used; -1: as many as fit. salt:
+    prefixes are shared only with requests of the same one; see `salted`. priority: among those that wait, a lower
+    number goes first; see `fairness`.
     """
 
     request_id: str
@@ -93,6 +97,32 @@ class GenerationRequest:
     watched: bool = True
     reserved: bool = False
     truncate: int | None = None
+    salt: str = ""
+    priority: int = 0
+
+
+MOST_PRIORITY = 100  # or as much below 0
+
+
+def prioritised(requests: Sequence[GenerationRequest], *, allowed: bool) -> Sequence[GenerationRequest]:
+    """The requests with their priorities, or without any where none are allowed.
+
+    Raises InvalidRequestError for one that is out of bounds.
+    """
+    most = MOST_PRIORITY
+    for request in requests if allowed else ():
+        if abs(request.priority) > most:
+            raise InvalidRequestError(
+                f"priority must be an integer from {-most} to {most}, got {quoted(request.priority)}", "priority"
+            )
+    if allowed or not any(request.priority for request in requests):
+        return requests
+    return [replace(request, priority=0) for request in requests]
+
+
+def salted(text: str) -> str:
+    """The salt that stands for a client's text. Members see no more of the secret than this."""
+    return sha256(text.encode()).hexdigest()
 
 
 class Alternative(NamedTuple):

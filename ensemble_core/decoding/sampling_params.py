@@ -24,7 +24,8 @@ class SamplingParams:
     distribution before penalties, bias and temperature; None: no log-probabilities. echo: also report the prompt
     (with logprobs: its teacher-forced fused log-probabilities); only then may max_tokens be 0. prompt_logprobs: the
     same log-probabilities without the text, with ranks. form: what the text must be; None: free text.
-    thinking_token_budget: tokens of reasoning; None or -1: any number.
+    thinking_token_budget: tokens of reasoning; None or -1: any number. logprob_token_ids: what log-probabilities are
+    reported of, in place of alternatives; the answer is the same.
     """
 
     max_tokens: int = declared("integer", 16, "maximum number of tokens of each choice", 5, low=1)
@@ -45,6 +46,9 @@ class SamplingParams:
     )  # fmt: skip
     logprobs: int | None = declared(
         "integer", None, "send each token's fused log-probability and those of this many alternatives", 3, high=20
+    )
+    logprob_token_ids: tuple[int, ...] = declared(
+        "ids", (), "only with `logprobs`: of these ids in place of the likeliest alternatives", [1, 2], most=128
     )
     echo: bool = declared("boolean", False, "the prompt comes first in `text`, and in `logprobs`", True)
     prompt_logprobs: int | None = declared(
@@ -118,6 +122,16 @@ class SamplingParams:
         """Main's ids that must be among the candidates: those with a positive bias, and the allowed ones."""
         raised = (token_id for token_id, bias in self.logit_bias if bias > 0)
         return tuple(dict.fromkeys((*raised, *self.allowed_token_ids)))
+
+    @property
+    def reports_tokens(self) -> bool:
+        """True if log-probabilities of what is written are asked for."""
+        return self.logprobs is not None or bool(self.logprob_token_ids)
+
+    @property
+    def asked_ids(self) -> tuple[int, ...]:
+        """Main's ids that it must tell of whatever their rank: those above, and those that are reported."""
+        return tuple(dict.fromkeys((*self.pinned_ids, *self.logprob_token_ids)))
 
     @property
     def looks_back(self) -> bool:

@@ -1,7 +1,7 @@
 """Decides which sequences run in the next step, and with how many tokens. No torch.
 
-Sequences are admitted in order of arrival, but places are shared among clients and requests (`fairness.py`), and in
-all their members at once. A sequence reserves the pages that its
+Sequences are admitted in order of arrival and priority, but places are shared among clients and requests
+(`fairness.py`), and in all their members at once. A sequence reserves the pages that its
 tokens need now and grows page by page. If a member runs out of pages, its youngest sequence is preempted: it goes
 back to the head of the queue and is later computed again, prompt and completion. Admission reserves a spare page for
 each running sequence that can grow. Decoding sequences go first in every step. The rest of the token budget goes to
@@ -25,59 +25,16 @@ import math
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
-from typing import Literal
+from dataclasses import replace
 
+from ensemble_core.decoding.capacity import MOST_ANSWERS, Capacity, Limits
 from ensemble_core.decoding.fairness import FairQueue
-from ensemble_core.decoding.modes.base import Ask, mode_of
-from ensemble_core.decoding.pace import LEAST, SCORING, Pace, WorkKind
+from ensemble_core.decoding.modes.base import mode_of
+from ensemble_core.decoding.pace import Pace
 from ensemble_core.decoding.rhythm import Rhythm
 from ensemble_core.decoding.sequence import Phase, Sequence
+from ensemble_core.decoding.shares import Share, deciding_share, kinds, prefill_shares, spend, untouched
 from ensemble_core.errors import InvalidRequestError, QueueFullError
-
-
-@dataclass(frozen=True, slots=True)
-class Capacity:
-    """A member's cache as the scheduler sees it."""
-
-    page_size: int  # tokens
-    num_pages: int
-    max_len: int  # tokens per sequence
-    min_prefix: int = 1  # tokens; a shorter prefix is never reused
-
-
-@dataclass(frozen=True, slots=True)
-class Share:
-    """One sequence's part of a step: how many tokens to feed each member, and whether the answers decide tokens.
-
-    wanted: member -> number of last positions to answer, if the share decides. scores: number of positions of a
-    scored prompt that may be fused. drafter: the member whose tokens count as drafted, if others depend on the beat.
-    """
-
-    sequence: Sequence
-    counts: dict[str, int]
-    decides: bool
-    prefill: bool  # the tokens are part of the prompt
-    wanted: Mapping[str, int] = field(default_factory=dict)
-    scores: int = 0
-    drafter: str = ""
-
-
-MOST_ANSWERS = 512  # of a step that answers at every position of a prompt: each is a row of logits
-
-Spare = Literal["earlier", "all", "none"]  # which running streams the prompts must not slow down too much
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """Limits of the whole engine."""
-
-    max_running: int
-    max_waiting: int
-    token_budget: int  # most tokens that a member is fed in one step
-    max_stretch: float = math.inf  # longest step with prefill over one without, while streams are spared
-    max_queued_tokens: float = math.inf  # main's prompt tokens that may wait
-    spare: Spare = "earlier"
 
 
 class Scheduler:
@@ -194,17 +151,17 @@ class Scheduler:
         left = dict.fromkeys(self._capacities, self._limits.token_budget)
         shares = self._decode_shares([s for s in self.running if s.phase is Phase.DECODE])
         for share in shares:
-            _spend(left, share.counts)
+            spend(left, share.counts)
         followers = self._followers()
         prompts = [s for s in self.running if s.phase is Phase.PREFILL and s not in followers]
-        granted = self.pace.grant(_kinds(prompts), len(shares), len(prompts), self._num_spared(shares, prompts))
+        granted = self.pace.grant(kinds(prompts), len(shares), len(prompts), self._num_spared(shares, prompts))
         if granted == 0:
             return shares
         most = self._limits.token_budget if granted is None else granted
         if any(s.scoring or s.weighing for s in prompts):
             most = min(most, MOST_ANSWERS)
         left = {member: max(min(tokens, most), 1) for member, tokens in left.items()}  # 1: prompts make progress
-        return shares + _prefill_shares(prompts, left, math.inf if granted is None else granted)
+        return shares + prefill_shares(prompts, left, math.inf if granted is None else granted)
 
     def _num_spared(self, shares: list[Share], prompts: list[Sequence]) -> int:
         """Decoding streams that prompts must not slow down too much: by default those that were there first.
@@ -224,7 +181,7 @@ class Scheduler:
         beat = self.rhythm.beat([p for p in prospects if p is not None])
         plans = [mode.plan(s, beat) for mode, s in zip(modes, sequences, strict=True)]
         return [
-            replace(_deciding_share(s, plan, prefill=False), drafter=mode.drafter(s))
+            replace(deciding_share(s, plan, prefill=False), drafter=mode.drafter(s))
             for mode, s, plan in zip(modes, sequences, plans, strict=True)
         ]
 
@@ -235,7 +192,7 @@ class Scheduler:
         decides how far the budget reaches. `schedule` feeds only sequences that have begun. Linear in the running
         sequences.
         """
-        self._fresh = {s for s in self._fresh if _untouched(s)}
+        self._fresh = {s for s in self._fresh if untouched(s)}
         followers = self._followers()
         left = dict.fromkeys(self._capacities, self._limits.token_budget)
         for sequence in self.running if self._fresh else ():
@@ -320,7 +277,7 @@ class Scheduler:
         """The running sequences that make way, their claims given up; none if that would not be enough."""
         victims: list[Sequence] = []
         while not self._fits(sequence, claimed, len(self.running) - len(victims)):
-            victim = queue.displaced(self.running, victims)
+            victim = queue.displaced(self.running, victims, sequence.request.priority)
             if victim is None:
                 for each in victims:
                     self._charge(each, claimed, 1)
@@ -425,64 +382,3 @@ class Scheduler:
         if member == sequence.recipe.main:
             longest = min(longest, len(sequence.main.prompt_ids) + sequence.request.params.max_tokens)
         return pages + (-(-longest // capacity.page_size) > pages)
-
-
-def _untouched(sequence: Sequence) -> bool:
-    return sequence.phase is Phase.PREFILL and not any(t.num_cached for t in sequence.tracks.values())
-
-
-def _deciding_share(sequence: Sequence, plan: Mapping[str, Ask], prefill: bool) -> Share:
-    counts = {member: ask.count for member, ask in plan.items()}
-    wanted = {member: ask.wanted for member, ask in plan.items()}
-    return Share(sequence, counts, decides=True, prefill=prefill, wanted=wanted)
-
-
-def _kinds(prompts: list[Sequence]) -> set[WorkKind]:
-    """The kinds of work in prefilling these prompts: members with more than one token to go, and scoring."""
-    scoring = any(s.scoring for s in prompts)
-    answering = scoring or any(s.weighing for s in prompts)
-    kinds = {(member, answering) for s in prompts for member, track in s.tracks.items() if track.num_uncached > 1}
-    return kinds | {SCORING} if scoring else kinds
-
-
-def _prefill_shares(prompts: list[Sequence], left: dict[str, int], positions: float) -> list[Share]:
-    """Chunks of prompts, in order. A prompt begins once the budget of all its members reaches it.
-
-    left: member -> tokens left in the budget, spent here. positions: how many may be fused.
-    """
-    shares = []
-    for sequence in prompts:
-        if _untouched(sequence) and not all(left[member] for member in sequence.tracks):
-            continue  # it has not begun, see `beginners`
-        share = _prefill_share(sequence, left, positions)
-        if share.counts or share.scores:
-            _spend(left, share.counts)
-            positions -= share.scores
-            shares.append(share)
-    return shares
-
-
-def _prefill_share(sequence: Sequence, left: Mapping[str, int], positions: float) -> Share:
-    """The deciding step that the mode plans, if it fits; else a chunk that leaves each member its last token.
-
-    A member that the plan leaves out is first fed all but its last token. A scored prompt with a constrained answer
-    decides in a step with only its last token, since only that position needs main's whole vocabulary.
-    """
-    rest = {member: track.num_uncached for member, track in sequence.tracks.items()}
-    plan = mode_of(sequence.recipe.mode).plan(sequence)
-    apart = sequence.scoring and sequence.constraint is not None
-    ready = sequence.scores.num_ready if sequence.scores is not None and sequence.scoring else 0
-    fits = all(count <= (left[m] if m in plan and not apart else 1) for m, count in rest.items())
-    if fits and ready + sequence.scoring * rest[sequence.recipe.main] <= max(positions, LEAST):
-        return _deciding_share(sequence, plan, prefill=True)
-    chunks = {member: min(count - 1, left[member]) for member, count in rest.items()}
-    counts = {member: count for member, count in chunks.items() if count > 0}
-    if not sequence.scoring:
-        return Share(sequence, counts, decides=False, prefill=True)
-    scores = int(min(ready + counts.get(sequence.recipe.main, 0), max(positions, 0)))
-    return Share(sequence, counts, decides=False, prefill=True, scores=scores)
-
-
-def _spend(left: dict[str, int], counts: Mapping[str, int]) -> None:
-    for member, count in counts.items():
-        left[member] = max(0, left[member] - count)

@@ -9,7 +9,7 @@ import time
 from dataclasses import dataclass, field
 
 from ensemble_core.decoding.modes.base import Outcome, Turn
-from ensemble_core.decoding.scheduler import Share
+from ensemble_core.decoding.shares import Share
 from ensemble_core.members.base import Answers, Feed
 from ensemble_core.members.parallel import Attempt
 from ensemble_core.stats import MIXED

@@ -19,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 from ensemble_core.config import Config
-from ensemble_core.decoding.scheduler import MOST_ANSWERS
+from ensemble_core.decoding.capacity import MOST_ANSWERS
 from ensemble_core.errors import EvaluationError
 from ensemble_core.evaluation.scores import MemberScores, Scores, join_scores, load_scores, save_scores
 from ensemble_core.evaluation.spelling import Document, Spelling, SpeltDocument, spell

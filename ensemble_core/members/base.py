@@ -29,6 +29,7 @@ class Feed:
         all. The answer has their sum.
     top_k: candidates of each wanted position; the size of the vocabulary or more: whole distributions.
     keep: cached tokens of the sequence to keep; the member rolls back the rest before it appends. None: all.
+    salt: only sequences of the same salt may take over what is cached of this one; the same in all its feeds.
     """
 
     seq_id: int
@@ -38,6 +39,7 @@ class Feed:
     following: tuple[int, ...] = ()
     top_k: int = 1
     keep: int | None = None
+    salt: str = ""
 
     def length_after(self, cached: int) -> int:
         """Tokens that are cached of the sequence once this is taken in, of which `cached` were there."""
@@ -142,12 +144,14 @@ class Abilities:
     """What a member can do. Those behind another vendor's server can do less.
 
     max_k: most candidates of a position; None: whole vocabularies. max_also: most ids of one `also`; None: any
-    number. every_position: whether answers, or `following`, can be had at every position of a long prompt.
+    number. every_position: whether answers, or `following`, can be had at every position of a long prompt. salts:
+    whether what it has cached is kept apart by the salt of the request.
     """
 
     max_k: int | None = None
     max_also: int | None = None
     every_position: bool = True
+    salts: bool = True
 
 
 ALL_ABILITIES = Abilities()
@@ -226,11 +230,12 @@ class Member(Protocol):
         row whose logits are not finite comes back as NaN and harms no other row.
         """
 
-    def reuse(self, seq_id: int, token_ids: Sequence[int]) -> int:
+    def reuse(self, seq_id: int, token_ids: Sequence[int], salt: str = "") -> int:
         """Begin a sequence with the longest prefix of `token_ids` that a running or kept sequence has cached.
 
-        Returns how many tokens are cached now; 0: nothing has begun. Too short a prefix is not worth it. The answers
-        that follow are those of a sequence that was fed all of it.
+        Only of sequences with the same salt; without one, of those that have none. Returns how many tokens are cached
+        now; 0: nothing has begun. Too short a prefix is not worth it. The answers that follow are those of a sequence
+        that was fed all of it.
         """
 
     def release(self, seq_id: int, keep: bool = False) -> None:

@@ -130,7 +130,7 @@ def narrow(candidates: Candidates, num: int, keep: Sequence[tuple[int, ...]]) ->
     token_ids, kept = candidates.token_ids, torch.zeros_like(candidates.logprobs, dtype=torch.bool)
     for row, wanted in enumerate(keep):
         if wanted:
-            kept[row, _columns(token_ids[row], torch.tensor(wanted, device=token_ids.device))] = True
+            kept[row, columns_of(token_ids[row], torch.tensor(wanted, device=token_ids.device))] = True
     return in_order(candidates.at(ranked(candidates.logprobs.masked_fill(kept, torch.inf), width, token_ids)))
 
 
@@ -139,8 +139,8 @@ def _width(num: int, asked: Sequence[tuple[int, ...]]) -> int:
     return max(num, max((len(set(wanted)) for wanted in asked), default=0))
 
 
-def _columns(have: Tensor, wanted: Tensor) -> Tensor:
-    """Where each of `wanted` (K,) stands in `have` (W,)."""
+def columns_of(have: Tensor, wanted: Tensor) -> Tensor:
+    """Where each of `wanted` (K,) stands in `have` (W,), which holds all of them."""
     if int(wanted.max()) < have.shape[0] and bool((have[wanted] == wanted).all()):
         return wanted  # a whole vocabulary in the order of ids
     return (wanted.unsqueeze(1) == have.unsqueeze(0)).int().argmax(dim=1)

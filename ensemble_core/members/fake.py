@@ -48,6 +48,14 @@ def pair_vocabulary() -> Vocabulary:
     return byte_vocabulary(_LONG)
 
 
+class SaltedIds(list[int]):
+    """What is cached of a sequence, and the salt of those that may take it over."""
+
+    def __init__(self, ids: Sequence[int] = (), salt: str = "") -> None:
+        super().__init__(ids)
+        self.salt = salt
+
+
 class FakeMember:
     """See `ensemble_core.members.base.Member`; the same bytes give the same distribution, however cached.
 
@@ -73,11 +81,11 @@ class FakeMember:
         self.vocabulary = vocabulary or byte_vocabulary()
         self.max_len, self.page_size, self.num_pages = max_len, page_size, num_pages
         self.device, self.lane, self.abilities = torch.device("cpu"), lane, abilities
-        self.cached: dict[int, list[int]] = {}  # seq_id -> ids
+        self.cached: dict[int, SaltedIds] = {}  # seq_id -> ids
         self.calls: list[list[Feed]] = []
         self.threads: set[str] = set()  # names of the threads that forwards ran in
         self.rollbacks: list[tuple[int, int]] = []
-        self.kept: list[list[int]] = []  # prefixes of sequences that are gone, least recently used first
+        self.kept: list[SaltedIds] = []  # prefixes of sequences that are gone, least recently used first
         self.reuses: list[tuple[int, int]] = []  # seq_id, tokens that it began with
         self.fails_on: set[int] = set()  # sequences that make a forward raise
         self.nan_on: set[int] = set()  # sequences whose rows are NaN
@@ -131,26 +139,26 @@ class FakeMember:
         return [self.next_logits(cached[: start + i + 1]) for i, asked in enumerate(feed.following) if asked >= 0]
 
     def _roll_back(self, feed: Feed) -> None:
-        cached = self.cached.get(feed.seq_id, [])
+        cached = self.cached.get(feed.seq_id, SaltedIds())
         keep = len(cached) if feed.keep is None else feed.keep
         assert 0 <= keep <= len(cached), f"{keep} tokens are to be kept of {len(cached)}"
         if keep < len(cached):
             self.rollbacks.append((feed.seq_id, len(cached) - keep))
             del cached[keep:]
 
-    def reuse(self, seq_id: int, token_ids: Sequence[int]) -> int:
+    def reuse(self, seq_id: int, token_ids: Sequence[int], salt: str = "") -> int:
         """See `Member.reuse`."""
         self._maybe_raise("reuse")
         assert seq_id not in self.cached, "a prefix begins a sequence"
-        rows = [*self.cached.values(), *self.kept]
-        best = max(rows, key=lambda ids: _num_shared(ids, token_ids), default=[])
+        rows = [ids for ids in (*self.cached.values(), *self.kept) if ids.salt == salt]
+        best = max(rows, key=lambda ids: _num_shared(ids, token_ids), default=SaltedIds())
         length = _num_shared(best, token_ids)
         length = length if length >= self.min_prefix else 0
         if length:
             self.reuses.append((seq_id, length))
-            self.cached[seq_id] = list(token_ids[:length])
-            if best in self.kept:
-                self.kept.append(self.kept.pop(self.kept.index(best)))
+            self.cached[seq_id] = SaltedIds(token_ids[:length], salt)
+            if any(ids is best for ids in self.kept):
+                self.kept = [ids for ids in self.kept if ids is not best] + [best]
         self._make_way()
         return length
 
@@ -202,7 +210,8 @@ class FakeMember:
         """Cache a feed; the logits of its wanted positions."""
         assert feed.token_ids, "an empty feed"
         assert 0 <= feed.wanted <= len(feed.token_ids)
-        ids = self.cached.setdefault(feed.seq_id, [])
+        ids = self.cached.setdefault(feed.seq_id, SaltedIds(salt=feed.salt))
+        assert ids.salt == feed.salt, "a sequence has another salt than before"
         assert len(ids) + len(feed.token_ids) <= self.max_len, "a feed passes the longest sequence"
         ids.extend(feed.token_ids)
         ends = range(len(ids) - feed.wanted + 1, len(ids) + 1)

@@ -128,10 +128,10 @@ class LocalMember:
             self._cache.advance(feed.seq_id, feed.token_ids)
         return answers
 
-    def reuse(self, seq_id: int, token_ids: Sequence[int]) -> int:
+    def reuse(self, seq_id: int, token_ids: Sequence[int], salt: str = "") -> int:
         """See `Member.reuse`."""
         with self._lane.work():
-            return self._cache.reuse(seq_id, token_ids)
+            return self._cache.reuse(seq_id, token_ids, salt)
 
     def release(self, seq_id: int, keep: bool = False) -> None:
         """See `Member.release`."""
@@ -165,10 +165,10 @@ class LocalMember:
         assert len({feed.seq_id for feed in feeds}) == len(feeds), "a sequence is fed twice"
         cache, counts = self._cache, [len(feed.token_ids) for feed in feeds]
         if isinstance(cache, PagedCache):
-            chains = [cache.reserve(feed.seq_id, count) for feed, count in zip(feeds, counts, strict=True)]
+            chains = [cache.reserve(feed.seq_id, len(feed.token_ids), feed.salt) for feed in feeds]
             return pack_pages(cache, chains, counts, self._attention)
         assert isinstance(cache, KVCache)
-        rows = [cache.reserve(feed.seq_id, count) for feed, count in zip(feeds, counts, strict=True)]
+        rows = [cache.reserve(feed.seq_id, len(feed.token_ids), feed.salt) for feed in feeds]
         return pack(cache, rows, counts, self._kernels.attend_spans, self._few, self._by_chunks)
 
 

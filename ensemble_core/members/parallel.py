@@ -137,12 +137,14 @@ class MemberPool:
         calls = {name: partial(self._forward, name, own) for name, own in feeds.items()}
         return self._overlap(calls, self._teams(work, self._cores))
 
-    def reuse(self, prompts: Mapping[str, Mapping[int, Sequence[int]]]) -> dict[str, dict[int, int | MemberError]]:
+    def reuse(
+        self, prompts: Mapping[str, Mapping[int, Sequence[int]]], salt: str = ""
+    ) -> dict[str, dict[int, int | MemberError]]:
         """`Member.reuse` of every member's sequences: member -> seq_id -> tokens cached, or how it failed.
 
-        prompts: member -> seq_id -> ids. None of the members may be busy.
+        prompts: member -> seq_id -> ids. salt: of all of them. None of the members may be busy.
         """
-        calls = {name: partial(self._reuse, name, own) for name, own in prompts.items()}
+        calls = {name: partial(self._reuse, name, own, salt) for name, own in prompts.items()}
         in_turn = Cores()  # the calls are too short to share cores for
         return self._overlap(calls, self._teams(dict.fromkeys(prompts, 1.0), in_turn))
 
@@ -229,11 +231,11 @@ class MemberPool:
             answers, error = None, failure
         return Attempt(answers, error, started, time.perf_counter())
 
-    def _reuse(self, name: str, prompts: Mapping[int, Sequence[int]]) -> dict[int, int | MemberError]:
+    def _reuse(self, name: str, prompts: Mapping[int, Sequence[int]], salt: str) -> dict[int, int | MemberError]:
         found: dict[int, int | MemberError] = {}
         for seq_id, token_ids in prompts.items():
             try:
-                found[seq_id] = self._call(name, partial(self.members[name].reuse, seq_id, token_ids))
+                found[seq_id] = self._call(name, partial(self.members[name].reuse, seq_id, token_ids, salt))
             except MemberError as error:
                 found[seq_id] = error
         return found

@@ -11,7 +11,7 @@ from ensemble_core.errors import InvalidRequestError
 from ensemble_core.text.tools import CallPiece, folded
 from ensemble_core.text.variables import TemplateVariables
 from server.api.jobs import ChoiceJob, end_of, finite, token_name, trace_steps
-from server.api.tickets import Ticket, check_count, make_ticket, sampling_params
+from server.api.tickets import Ticket, check_count, check_named, make_ticket, sampling_params
 from server.api.words import named
 from server.schema.chat import (
     AssistantMessage,
@@ -86,9 +86,17 @@ def _params(body: ChatRequest, max_tokens: int) -> SamplingParams:
 def _num_logprobs(body: ChatRequest) -> int | None:
     wanted = body.top_logprobs or 0
     PARAMETERS["logprobs"].check("top_logprobs", wanted)
+    check_named(body.logprob_token_ids, asked=bool(body.logprobs), needs="logprobs: true")
     if wanted and not body.logprobs:
         raise InvalidRequestError("top_logprobs is only allowed with logprobs: true", "top_logprobs")
     return wanted if body.logprobs else None
+
+
+def _num_told(body: ChatRequest) -> int | None:
+    """How many alternatives a token is sent with, at most; None: no log-probabilities."""
+    if not body.logprobs:
+        return None
+    return len(body.logprob_token_ids) + 1 if body.logprob_token_ids else body.top_logprobs or 0
 
 
 class ChatJob(ChoiceJob):
@@ -96,7 +104,7 @@ class ChatJob(ChoiceJob):
 
     def __init__(self, ticket: Ticket, body: ChatRequest) -> None:
         super().__init__(ticket, body)
-        self._num_top = (body.top_logprobs or 0) if body.logprobs else None
+        self._num_top = _num_told(body)
         self._sends_trace = bool(body.ensemble and body.ensemble.trace)
         self._sends_reasoning = body.include_reasoning is not False
 

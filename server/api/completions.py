@@ -10,7 +10,7 @@ from ensemble_core.decoding.requests import Alternative, Output, TokenLogprob
 from ensemble_core.decoding.sampling_params import SamplingParams
 from ensemble_core.errors import InvalidRequestError
 from server.api.jobs import ChoiceJob, end_of, finite, token_name, trace_steps
-from server.api.tickets import Ticket, check_count, make_ticket, sampling_params
+from server.api.tickets import Ticket, check_count, check_named, make_ticket, sampling_params
 from server.schema.completions import CompletionRequest, Logprobs, TextChoice, TextCompletion
 
 
@@ -42,6 +42,7 @@ def _counts(body: CompletionRequest, num_prompts: int, max_choices: int) -> tupl
 
 def _params(body: CompletionRequest, ranked: bool) -> SamplingParams:
     """ranked: choices are compared by log-probability, so log-probabilities are computed even if not sent."""
+    check_named(body.logprob_token_ids, asked=body.logprobs is not None, needs="logprobs")
     logprobs = 0 if ranked and body.logprobs is None else body.logprobs
     return sampling_params(body, max_tokens=body.max_tokens, echo=body.echo, logprobs=logprobs)
 

@@ -36,7 +36,7 @@ from server.schema.message_replies import (
     ToolUseBlock,
     UsageOfMessages,
 )
-from server.schema.messages import MessageBlock, MessagesRequest, TurnOfMessages
+from server.schema.messages import MessageBlock, MessagesBody, MessagesRequest, TurnOfMessages
 from server.schema.replies import TraceStep, Usage
 from server.schema.tools import to_tool_use
 
@@ -54,7 +54,7 @@ _WORDS = (
 )
 
 
-def message_words(body: MessagesRequest) -> AbstractContextManager[None]:
+def message_words(body: MessagesBody) -> AbstractContextManager[None]:
     """Rename the fields in the engine's InvalidRequestError to the names that this endpoint uses."""
 
     def rename(param: str) -> str:
@@ -71,7 +71,7 @@ def message_words(body: MessagesRequest) -> AbstractContextManager[None]:
     return named(rename)
 
 
-def to_conversation(body: MessagesRequest) -> Conversation:
+def to_conversation(body: MessagesBody) -> Conversation:
     """The messages in the engine's form. A last message of the assistant is gone on with.
 
     Raises InvalidRequestError.

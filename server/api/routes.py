@@ -18,8 +18,8 @@ from server.edge.bodies import BodyRoute
 from server.edge.exchange import Generation, accepted
 from server.schema.chat import ChatCompletion, ChatRequest
 from server.schema.completions import CompletionRequest, TextCompletion
-from server.schema.message_replies import MessageReply
-from server.schema.messages import MessagesRequest
+from server.schema.message_replies import MessageReply, TokenCount
+from server.schema.messages import CountTokensRequest, MessagesRequest
 from server.schema.replies import ModelCard, ModelList, ModelPermission
 from server.schema.response_replies import ResponseObject
 from server.schema.responses import ResponseRequest
@@ -84,6 +84,14 @@ async def create_message(body: MessagesRequest, request: Request, services: Serv
     """
     with messages.message_words(body):
         return await _run(messages.plan(body), bool(body.stream), request, services)
+
+
+@router.post("/v1/messages/count_tokens")
+async def count_tokens(body: CountTokensRequest, services: ServicesOf) -> TokenCount:
+    """How many tokens the messages are, tools and the system's text among them; nothing is answered."""
+    with messages.message_words(body):
+        found = await services.runtime.tightest(body.model, messages.to_conversation(body))
+        return TokenCount(input_tokens=len(found.token_ids))
 
 
 async def _run(job: Job, stream: bool, request: Request, services: Services) -> Response:

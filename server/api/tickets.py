@@ -13,7 +13,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ensemble_core.decoding.requests import CouncilBounds, GenerationRequest, Overrides, Prompt, Weighting
+from ensemble_core.decoding.requests import (
+    CouncilBounds,
+    GenerationRequest,
+    Overrides,
+    Prompt,
+    Weighting,
+    salted,
+)
 from ensemble_core.decoding.sampling_params import MAX_SEED, PARAMETERS, SamplingParams
 from ensemble_core.errors import InvalidRequestError
 from server.schema.sampling import EnsembleOptions, GenerationFields, SamplingFields, WeightingChoice
@@ -51,6 +58,7 @@ def make_ticket(
     overrides = to_overrides(body.ensemble)
     trace = bool(body.ensemble and body.ensemble.trace)
     num_choices, num_sampled = counts
+    salt = "" if body.cache_salt is None else salted(body.cache_salt)
     seeded = [_with_seed(params, index) for index in range(num_sampled)]
     requests = tuple(
         GenerationRequest(
@@ -64,6 +72,8 @@ def make_ticket(
             group=f"{ticket_id}-{rank}",
             watched=bool(body.stream),
             truncate=truncate,
+            salt=salt,
+            priority=body.priority or 0,
         )
         for rank, prompt in enumerate(prompts)
         for index, each in enumerate(seeded)
@@ -82,6 +92,12 @@ def check_count(name: str, count: int, num_prompts: int, max_choices: int) -> in
             name if num_prompts <= max_choices else "prompt",
         )
     return count
+
+
+def check_named(token_ids: Sequence[int] | None, *, asked: bool, needs: str) -> None:
+    """Raise InvalidRequestError for ids whose log-probabilities nobody would see. needs: what must be sent, too."""
+    if token_ids and not asked:
+        raise InvalidRequestError(f"logprob_token_ids is only allowed with {needs}", "logprob_token_ids")
 
 
 def stream_options(body: SamplingFields) -> tuple[bool, bool]:

@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 INVALID = "invalid_request_error"
 SERVER = "server_error"
 CLIENT_CLOSED = 499  # no client reads it; it only appears in our log line
-MESSAGES = "/v1/messages"  # the one endpoint with errors in Anthropic's shape
+MESSAGES = ("/v1/messages", "/v1/messages/count_tokens")  # the endpoints with errors in Anthropic's shape
 _KINDS = {
     400: "invalid_request_error",
     401: "authentication_error",

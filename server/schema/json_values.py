@@ -90,6 +90,11 @@ def _stop_token_ids(value: object) -> list[int]:
     return token_ids(value)
 
 
+def _logprob_token_ids(value: object) -> list[int]:
+    _check_most("logprob_token_ids", value, "entries")
+    return token_ids(value)
+
+
 def _allowed_token_ids(value: object) -> list[int]:
     _check_most("allowed_token_ids", value, "entries")
     if value == []:
@@ -175,6 +180,9 @@ _VariableName: TypeAlias = Annotated[str, Field(pattern="^[A-Za-z][A-Za-z0-9_]{0
 Variables: TypeAlias = Annotated[
     dict[str, Any] | None,
     PlainValidator(optional(check_variables), json_schema_input_type=dict[_VariableName, Any] | None),
+]
+LogprobTokenIds: TypeAlias = Annotated[
+    list[int] | None, PlainValidator(optional(_logprob_token_ids), json_schema_input_type=list[int] | None)
 ]
 AllowedTokenIds: TypeAlias = Annotated[
     list[int] | None, PlainValidator(optional(_allowed_token_ids), json_schema_input_type=list[int] | None)

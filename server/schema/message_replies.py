@@ -114,3 +114,9 @@ class EventOfMessages(BaseModel):
     served_by: str | None = Field(None, description="In message_delta, as in a whole answer.")
     trace: list[TraceStep] | None = Field(None, description="In message_delta, as in a whole answer.")
     council: dict[str, Any] | None = Field(None, description="In message_delta, as in a whole answer.")
+
+
+class TokenCount(BaseModel):
+    """How many tokens messages are as a prompt, in the model's main member."""
+
+    input_tokens: int

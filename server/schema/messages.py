@@ -209,20 +209,12 @@ class OutputConfig(Strict):
     effort: Effort | None = Field(None, description="As chat's reasoning_effort.")
 
 
-class MessagesRequest(GenerationFields):
-    """The body of POST /v1/messages."""
+class MessagesBody(GenerationFields):
+    """What the answer to messages depends on, but for its length."""
 
-    model_config = ConfigDict(
-        json_schema_extra={
-            "example": {"model": "duo", "max_tokens": 32, "messages": [{"role": "user", "content": "Hello!"}]}
-        }
-    )
     refused: ClassVar[Mapping[str, Refused]] = MESSAGE_REFUSED
     ignored: ClassVar[Mapping[str, Ignored]] = MESSAGE_IGNORED
 
-    max_tokens: int = Field(
-        description="maximum number of tokens of the answer", examples=[5], json_schema_extra={"minimum": 1}
-    )
     messages: list[TurnOfMessages] = Field(
         min_length=1,
         fail_fast=True,
@@ -288,6 +280,28 @@ class MessagesRequest(GenerationFields):
         if self.stop_sequences and self.stop:
             raise InvalidRequestError("stop is another name of stop_sequences; send one of them", "stop")
         return tuple(self.stop_sequences or super().stops)
+
+
+class MessagesRequest(MessagesBody):
+    """The body of POST /v1/messages."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "example": {"model": "duo", "max_tokens": 32, "messages": [{"role": "user", "content": "Hello!"}]}
+        }
+    )
+
+    max_tokens: int = Field(
+        description="maximum number of tokens of the answer", examples=[5], json_schema_extra={"minimum": 1}
+    )
+
+
+class CountTokensRequest(MessagesBody):
+    """The body of POST /v1/messages/count_tokens. What is no part of the prompt changes nothing."""
+
+    model_config = ConfigDict(
+        json_schema_extra={"example": {"model": "duo", "messages": [{"role": "user", "content": "Hello!"}]}}
+    )
 
 
 def _of_config(sent: OutputConfig | None) -> Iterator[TextForm]:

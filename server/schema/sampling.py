@@ -13,6 +13,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
 from ensemble_core.decoding.forms import TextForm
+from ensemble_core.decoding.requests import MOST_PRIORITY
 from ensemble_core.decoding.sampling_params import PARAMETERS
 from ensemble_core.errors import InvalidRequestError, quoted, shortened
 from server.schema.forms import FormFields
@@ -21,6 +22,7 @@ from server.schema.json_values import (
     BadWords,
     Integer,
     LogitBias,
+    LogprobTokenIds,
     Stop,
     StopTokenIds,
     Strict,
@@ -29,6 +31,8 @@ from server.schema.json_values import (
 from server.schema.unsupported import Ignored, Refused, refuse_unsupported
 
 logger = logging.getLogger(__name__)
+
+MAX_SALT = 1024  # characters, as in vLLM
 
 
 def _strategy(value: object) -> object:
@@ -169,6 +173,18 @@ class GenerationFields(Strict):
     ensemble: EnsembleOptions | None = Field(
         None, description="our extension, see below", examples=[{"members": ["a"]}]
     )
+    cache_salt: Annotated[Text, Field(min_length=1, max_length=MAX_SALT)] | None = Field(
+        None,
+        description=f"1..{MAX_SALT} characters; cached prefixes are shared only with requests of the same salt; keep "
+        "it secret",
+        examples=["salt"],
+    )
+    priority: Integer | None = Field(
+        None,
+        description=f"-{MOST_PRIORITY}..{MOST_PRIORITY}; of requests that wait a lower number goes first; only with "
+        "`scheduler.priority`, else it changes nothing",
+        examples=[1],
+    )
     user: str | None = Field(None, description="nothing is kept about users", examples=["me"])
 
     @model_validator(mode="before")
@@ -201,6 +217,7 @@ class SamplingFields(FormFields, GenerationFields):
         json_schema_extra={"minimum": 1},
     )
     prompt_logprobs: Integer | None = parameter("prompt_logprobs")
+    logprob_token_ids: LogprobTokenIds = parameter("logprob_token_ids")
     return_tokens_as_token_ids: bool | None = Field(
         None, description='tokens in log-probabilities are named by their ids, `"token_id:123"`', examples=[True]
     )

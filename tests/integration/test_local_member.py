@@ -422,3 +422,19 @@ def test_a_poisoned_prompt_is_never_reused(member: LocalMember, original: Any, p
     assert member.reuse(3, sick) == 0
     assert member.reuse(4, ids) == 0
     torch.testing.assert_close(whole(member, [Feed(4, ids, 40)]), own_logprobs(original, ids), **EXACT)
+
+
+@pytest.mark.parametrize("kind", ["llama"])
+def test_a_salt_is_a_cache_of_its_own(member: LocalMember, original: Any, kind: Kind) -> None:
+    """Running or gone, only the same salt is taken over; the numbers are the model's own either way."""
+    ids = random_ids(member, 40, seed=31)
+    ask(member, [Feed(1, ids[:30], 0, salt="a"), Feed(2, ids[:20], 0)], 1)
+    member.release(1, keep=True)
+    found = {}
+    for seq_id, salt in ((3, "a"), (4, ""), (5, "b")):
+        found[salt] = member.reuse(seq_id, ids[:39], salt)
+        rest = ids[found[salt] :]
+        answer = whole(member, [Feed(seq_id, rest, len(rest), salt=salt)])
+        torch.testing.assert_close(answer, own_logprobs(original, ids)[found[salt] :], **EXACT)
+        member.check_cache()
+    assert found == {"a": 30, "": 20, "b": 0}

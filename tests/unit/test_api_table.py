@@ -74,6 +74,7 @@ COMPANIONS: dict[str, dict[str, Any]] = {
     "parallel_tool_calls": {"tools": TOOLS},
 }
 ALONE = (
+    "logprob_token_ids",
     "stream_options",
     "top_logprobs",
     "tool_choice",
@@ -95,6 +96,8 @@ class Row:
 
 def companions(table: str, name: str) -> dict[str, Any]:
     known = KINDS[table].model_fields
+    if name == "logprob_token_ids":
+        return {"logprobs": 1 if table == "completions" else True}
     if table == "messages" and name == "tool_choice":
         return {"tools": [{"name": "f", "input_schema": {}}]}
     return {key: value for key, value in COMPANIONS.get(name, {}).items() if key in known}

@@ -11,9 +11,10 @@ import pytest
 from fakes import Bench, FakeMember, byte_vocabulary, fake_config, fake_loaded, pair_vocabulary
 from test_scheduler import feed, make
 
+from ensemble_core.decoding.capacity import Capacity, Limits
 from ensemble_core.decoding.requests import GenerationRequest
 from ensemble_core.decoding.sampling_params import SamplingParams
-from ensemble_core.decoding.scheduler import Capacity, Limits, Scheduler
+from ensemble_core.decoding.scheduler import Scheduler
 from ensemble_core.decoding.sequence import Phase, Sequence
 
 SHORTEST = 16  # tokens that are worth being taken over
@@ -40,9 +41,9 @@ class Choosers(Bench):
     def _watch(self, member: FakeMember) -> None:
         reuse = member.reuse
 
-        def watched(seq_id: int, token_ids: Any) -> int:
+        def watched(seq_id: int, token_ids: Any, salt: str = "") -> int:
             self.searches.append((member.name, seq_id))
-            return reuse(seq_id, token_ids)
+            return reuse(seq_id, token_ids, salt)
 
         member.reuse = watched  # type: ignore[method-assign]
 

@@ -31,7 +31,14 @@ def feeds(draw: st.DrawFn) -> Feed:
     following = draw(st.one_of(st.just(()), st.tuples(*[st.integers(-1, 2**31)] * len(token_ids))))
     keep = draw(st.one_of(st.none(), st.integers(0, 2**40)))
     return Feed(
-        draw(st.integers(-(2**40), 2**40)), token_ids, wanted, also, following, draw(st.integers(1, 2**20)), keep
+        draw(st.integers(-(2**40), 2**40)),
+        token_ids,
+        wanted,
+        also,
+        following,
+        draw(st.integers(1, 2**20)),
+        keep,
+        draw(st.sampled_from(("", "é", "0" * 64))),
     )
 
 
@@ -127,7 +134,7 @@ def test_another_kind_or_version_is_refused() -> None:
     with pytest.raises(WireError, match="kind 2 is expected"):
         decode_answers(encode_feeds([GOOD]))
     arrays = load(encode_feeds([GOOD]))
-    with pytest.raises(WireError, match="version 2 is understood, got 9; update the other side"):
+    with pytest.raises(WireError, match="version 3 is understood, got 9; update the other side"):
         decode_feeds(save(arrays | {"head": torch.tensor([1, 9])}))
     for name in arrays:
         with pytest.raises(WireError):

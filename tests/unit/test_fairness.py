@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 from fakes import byte_vocabulary
 
+from ensemble_core.decoding.capacity import Capacity, Limits
+from ensemble_core.decoding.fairness import PATIENCE
 from ensemble_core.decoding.recipe import Recipe
-from ensemble_core.decoding.requests import GenerationRequest
+from ensemble_core.decoding.requests import GenerationRequest, prioritised
 from ensemble_core.decoding.sampling_params import SamplingParams
-from ensemble_core.decoding.scheduler import Capacity, Limits, Scheduler
+from ensemble_core.decoding.scheduler import Scheduler
 from ensemble_core.decoding.sequence import Choice, Phase, Sequence
 from ensemble_core.errors import InvalidRequestError, QueueFullError
 from ensemble_core.text.alignment import Track
@@ -154,3 +157,100 @@ def test_waiting_prompts_are_bounded_in_tokens() -> None:
     made.add([make(2, ("", "c"), 60), make(3, ("", "c"), 40)])
     with pytest.raises(QueueFullError, match="100 prompt tokens wait"):
         made.add([make(4, ("", "d"), 1)])
+
+
+def urgent(seq_id: int, priority: int, arrived: float, owner: tuple[str, str] | None = None) -> Sequence:
+    found = make(seq_id, owner or ("", f"r{seq_id}"), max_tokens=2)
+    found.request = replace(found.request, priority=priority)
+    found.arrived = arrived
+    return found
+
+
+def admitted(made: Scheduler, waiting: list[Sequence]) -> list[int]:
+    """The order in which those that wait get the only place."""
+    made.add(waiting)
+    order = []
+    while made.has_work:
+        made.admit()
+        made.check()
+        (running,) = made.running
+        order.append(running.seq_id)
+        running.finish("stop")
+        made.retire()
+    return order
+
+
+def test_a_lower_number_goes_first_and_of_equals_the_one_that_waits_longest() -> None:
+    waiting = [urgent(0, 5, 0.0), urgent(1, 0, 0.1), urgent(2, -100, 0.2), urgent(3, 0, 0.3), urgent(4, -1, 0.4)]
+    assert admitted(scheduler(1), waiting) == [2, 4, 1, 3, 0]
+
+
+def test_nobody_waits_for_ever() -> None:
+    """The least urgent goes before a stream of the most urgent ones after 200 steps' worth of waiting, not before."""
+    made, bound = scheduler(1), 200 * PATIENCE
+    made.add([urgent(0, 100, 0.0)])
+    for rank in range(1, 1000):
+        now = rank * bound / 100
+        made.add([urgent(rank, -100, now)])
+        made.admit()
+        (running,) = made.running
+        running.finish("stop")
+        made.retire()
+        if running.seq_id == 0:
+            assert bound < now <= bound * 1.02
+            return
+    raise AssertionError("it waits for ever")
+
+
+def test_clients_share_places_within_a_priority() -> None:
+    made = scheduler(4)
+    waiting = [urgent(i, 0, i / 100, ("a", f"a{i}")) for i in range(6)]
+    waiting += [urgent(10 + i, 0, 0.5, ("b", f"b{i}")) for i in range(2)]
+    waiting += [urgent(20, 3, 0.0, ("c", "c"))]
+    made.add(waiting)
+    made.admit()
+    assert Counter(s.request.owner[0] for s in made.running) == {"a": 2, "b": 2}
+    assert all(s.request.priority == 0 for s in made.running)
+
+
+@pytest.mark.parametrize(("mine", "makes_way"), [(5, False), (0, True), (-5, True)])
+def test_only_the_less_urgent_make_way(mine: int, makes_way: bool) -> None:
+    made = scheduler(2)
+    made.add([urgent(0, 0, 0.0, ("", "big")), urgent(1, 0, 0.0, ("", "big"))])
+    made.admit()
+    made.add([urgent(2, mine, 0.1)])
+    assert [s.seq_id for s in made.admit()] == ([1] if makes_way else [])
+    assert {s.seq_id for s in made.running} == ({0, 2} if makes_way else {0, 1})
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_whatever_the_priorities_everything_ends(seed: int) -> None:
+    rng = random.Random(seed)
+    made = scheduler(rng.randint(1, 4))
+    waiting = [
+        urgent(i, rng.randint(-100, 100), rng.random(), (rng.choice("ab"), rng.choice("xyz"))) for i in range(40)
+    ]
+    made.add(waiting)
+    ended = 0
+    for _ in range(500):
+        made.admit()
+        made.check()
+        for sequence in made.running:
+            if rng.random() < 0.5:
+                sequence.finish("stop")
+        ended += len(made.retire())
+        if not made.has_work:
+            break
+    assert ended == 40
+
+
+def test_priorities_are_bounded_and_only_where_they_are_allowed() -> None:
+    asked = [replace(make(0, ("", "")).request, priority=each) for each in (-100, 100, 0)]
+    assert prioritised(asked, allowed=True) == asked
+    assert [each.priority for each in prioritised(asked, allowed=False)] == [0, 0, 0]
+    for wrong in (101, -101, 2**70):
+        one = [replace(asked[0], priority=wrong)]
+        assert prioritised(one, allowed=False)[0].priority == 0
+        with pytest.raises(InvalidRequestError, match="priority must be an integer from -100 to 100") as caught:
+            prioritised(one, allowed=True)
+        assert caught.value.param == "priority"

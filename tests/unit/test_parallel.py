@@ -113,7 +113,7 @@ def test_whatever_a_member_raises_is_a_failure_of_that_call(members: Members, ti
 def test_a_late_reuse_is_a_failure(members: Members) -> None:
     pool, gate = MemberPool(members, LATE), threading.Event()
 
-    def blocked(seq_id: int, token_ids: object) -> int:
+    def blocked(seq_id: int, token_ids: object, salt: str) -> int:
         gate.wait(10.0)
         return 0
 

@@ -12,13 +12,15 @@ from dataclasses import replace
 import pytest
 from fakes import byte_vocabulary
 
+from ensemble_core.decoding.capacity import Capacity, Limits, Spare
 from ensemble_core.decoding.modes.base import mode_of
 from ensemble_core.decoding.pace import Work
 from ensemble_core.decoding.recipe import Recipe
 from ensemble_core.decoding.requests import GenerationRequest
 from ensemble_core.decoding.sampling_params import SamplingParams
-from ensemble_core.decoding.scheduler import Capacity, Limits, Scheduler, Share, Spare
+from ensemble_core.decoding.scheduler import Scheduler
 from ensemble_core.decoding.sequence import Choice, Phase, Sequence
+from ensemble_core.decoding.shares import Share
 from ensemble_core.errors import QueueFullError
 from ensemble_core.text.alignment import Track
 

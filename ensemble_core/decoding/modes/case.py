@@ -210,10 +210,8 @@ def _choice(
     """
     sequence, own = turn.sequence, note_of(drafted).main
     parts, fused, row = found if found is not None else ([own, *said.values()], single(own), 0)
-    scored = trace = None
-    if sequence.request.params.logprobs is not None:
-        num_top = sequence.request.params.logprobs
-        scored = reports.score(fused.token_ids[row], fused.logprobs[row], token, num_top)
+    trace = None
+    scored = reports.scored(sequence.request.params, fused, row, token, note_of(drafted).named)
     if sequence.request.trace:
         members = dict(zip((turn.recipe.main, *said), parts, strict=True))
         left_out = {**sequence.dropped, **turn.left_out}

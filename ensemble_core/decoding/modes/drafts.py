@@ -16,6 +16,7 @@ from ensemble_core.decoding.modes.base import Turn
 from ensemble_core.decoding.modes.judging import is_plain, is_whole, probabilities, row_of
 from ensemble_core.decoding.modes.lockstep import narrow_main, width_of
 from ensemble_core.decoding.modes.places import Note, draft_of, note_of
+from ensemble_core.decoding.reports import named
 from ensemble_core.decoding.sampler import sample
 from ensemble_core.decoding.sequence import Drafted, Sequence
 from ensemble_core.decoding.shaping import shape
@@ -45,8 +46,8 @@ def chosen_by_main(
     for group in groups.values():
         of_rows = [turn for turn, _, _ in group]
         span = answers[of_rows[0].recipe.main].spans[of_rows[0].feeds[of_rows[0].recipe.main]]
-        rows = answers[of_rows[0].recipe.main].blocks[span.block].rows([row for _, row, _ in group])
-        rows = rows if is_whole(of_rows[0]) else narrow_main(of_rows, rows, num_candidates)
+        wide = answers[of_rows[0].recipe.main].blocks[span.block].rows([row for _, row, _ in group])
+        rows = wide if is_whole(of_rows[0]) else narrow_main(of_rows, wide, num_candidates)
         sequences = [turn.sequence for turn in of_rows]
         tokens = sample(
             shape(single(rows), sequences, [turn.mask for turn in of_rows]),
@@ -56,7 +57,8 @@ def chosen_by_main(
         sure = _certified(of_rows, rows) if certificates else [False] * len(group)
         sure_of = certainties(rows, sequences, tokens)
         for i, (token, certainty) in enumerate(zip(tokens, sure_of, strict=True)):
-            note = Note(row_of(rows, i), certainty, certified=sure[i])
+            told = named(sequences[i].request.params, wide, i, rows.tail[i])
+            note = Note(row_of(rows, i), certainty, certified=sure[i], named=told)
             chosen.setdefault(sequences[i].seq_id, []).append(Drafted(token, note))
     return chosen
 

@@ -127,7 +127,7 @@ def is_plain(turn: Turn) -> bool:
     """Whether the fusion's likeliest token is all that matters: nothing shapes it, and nobody asks for numbers."""
     request = turn.sequence.request
     shaped = request.params.shapes_logits or turn.sequence.is_bound
-    return request.params.greedy and request.params.logprobs is None and not shaped
+    return request.params.greedy and not request.params.reports_tokens and not shaped
 
 
 def _may_agree(place: Place) -> bool:

@@ -73,7 +73,7 @@ def _decide(
     fused_at = time.perf_counter()
     sequences = [turn.sequence for turn in group]
     tokens = sample(shape(fused, sequences, [turn.mask for turn in group]), sequences)
-    decisions = _decisions(group, candidates, fused, tokens)
+    decisions = _decisions(group, answers, candidates, fused, tokens)
     sampling = time.perf_counter() - fused_at
     stats = fusion_stats(group[0], list(group[0].feeds), candidates, fused, tokens, fused_at - started)
     return [], Outcome(decisions, [stats], sampling)
@@ -190,18 +190,25 @@ def _fusion(group: abc.Sequence[Turn]) -> Fusion | None:
 
 
 def _decisions(
-    group: abc.Sequence[Turn], candidates: list[Candidates], fused: Fused, tokens: abc.Sequence[int]
+    group: abc.Sequence[Turn],
+    answers: Mapping[str, Answers],
+    candidates: list[Candidates],
+    fused: Fused,
+    tokens: abc.Sequence[int],
 ) -> list[Decision]:
     """A decision for each token, with the reports that its request asked for."""
     decisions = []
+    main = group[0].recipe.main
     for i, (turn, token) in enumerate(zip(group, tokens, strict=True)):
         unsound = turn.non_finite
         if token < 0:
             decisions.append(failed(turn, unsound))
             continue
-        request, scored, trace = turn.sequence.request, None, None
-        if request.params.logprobs is not None:
-            scored = reports.score(fused.token_ids[i], fused.logprobs[i], token, request.params.logprobs)
+        request, trace = turn.sequence.request, None
+        span = answers[main].spans[turn.feeds[main]]
+        wide = answers[main].blocks[span.block]
+        named = reports.named(request.params, wide, span.stop - 1, candidates[0].tail[i])
+        scored = reports.scored(request.params, fused, i, token, named)
         if request.trace:
             left_out = {**turn.sequence.dropped, **turn.left_out}
             said = dict(zip(turn.feeds, candidates, strict=True))

@@ -21,6 +21,7 @@ from collections import abc
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from ensemble_core.decoding.reports import Named
 from ensemble_core.decoding.sequence import Drafted, Sequence
 from ensemble_core.members.base import Candidates
 from ensemble_core.text.alignment import Track
@@ -40,7 +41,8 @@ class Note:
 
     main: what main said at its place, one row. certainty: how sure main was of the token. spots: assistant -> its
     spot; empty: nobody judges the token; None: not known before the character is complete. certified: no assistant
-    could change it. sound: the place is, as far as known. guessed: main was fed the token before it chose it.
+    could change it. sound: the place is, as far as known. guessed: main was fed the token before it chose it. named:
+    what main said of ids that the request names.
     """
 
     main: Candidates
@@ -49,6 +51,7 @@ class Note:
     certified: bool = False
     sound: bool = False
     guessed: bool = False
+    named: Named | None = None
 
 
 def note_of(drafted: Drafted) -> Note:

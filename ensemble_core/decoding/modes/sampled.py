@@ -114,7 +114,7 @@ class Sampled:
 def needs_pool(sequence: Sequence) -> bool:
     """Whether a request needs the pooled distribution itself, all its life."""
     request, params = sequence.request, sequence.request.params
-    reported = request.trace or params.logprobs is not None
+    reported = request.trace or params.reports_tokens
     bound = params.shapes_logits or params.min_tokens > 0 or sequence.constraint is not None
     cut = params.top_k > 0 or params.top_p < 1.0 or params.min_p > 0.0
     return params.greedy or reported or bound or cut

@@ -43,8 +43,11 @@ class Cache(Protocol):
     def length(self, seq_id: int) -> int:
         """Tokens cached of a sequence; 0 for an unknown one."""
 
-    def reuse(self, seq_id: int, token_ids: Sequence[int]) -> int:
-        """Begin a sequence with the longest cached prefix of `token_ids`; returns its length, 0 if nothing began."""
+    def reuse(self, seq_id: int, token_ids: Sequence[int], salt: str = "") -> int:
+        """Begin a sequence with the longest cached prefix of `token_ids`; returns its length, 0 if nothing began.
+
+        Prefixes of sequences with another salt do not count.
+        """
 
     def advance(self, seq_id: int, token_ids: Sequence[int]) -> None:
         """A forward has written these tokens."""

@@ -4,7 +4,8 @@ A sequence is a chain of pages and grows a page at a time; a rollback gives page
 stay as a cached prefix. A sequence begins with the longest prefix that a running or a cached chain has in common
 with it: whole pages are shared and counted, and the beginning of the page after them is copied. When pages run out,
 the chain that was used least recently gives its own up, from its end. What a page holds is known by its chain's
-token ids, which are compared one by one: no two texts can be mistaken for each other.
+token ids, which are compared one by one: no two texts can be mistaken for each other. Chains of different salts
+share nothing.
 
 Invariants: a page is held by chains or free, and free pages hold zeros; a page that several chains hold lies before
 the end of each and is never written (a chain that was rolled back into one gets a copy); what is shared is finite,
@@ -30,13 +31,15 @@ from ensemble_core.members.cache.base import MIN_PREFIX, LayerShape, longest_sha
 class Chain:
     """The pages of one sequence, or of a cached prefix.
 
-    token_ids: what the first `length` slots hold. num_finite: how many of them are known to be finite.
+    token_ids: what the first `length` slots hold. num_finite: how many of them are known to be finite. salt: only
+    sequences of the same one take it over.
     """
 
     pages: list[int] = field(default_factory=list)
     length: int = 0
     token_ids: list[int] = field(default_factory=list)
     num_finite: int = 0
+    salt: str = ""
 
 
 class PagedCache:
@@ -76,18 +79,18 @@ class PagedCache:
         """Pages that `length` tokens take."""
         return -(-length // self.page_size)
 
-    def chain(self, seq_id: int) -> Chain:
+    def chain(self, seq_id: int, salt: str = "") -> Chain:
         """The chain of a sequence; an unknown one gets an empty chain."""
-        return self._chains.setdefault(seq_id, Chain())
+        return self._chains.setdefault(seq_id, Chain(salt=salt))
 
     def length(self, seq_id: int) -> int:
         """Tokens cached of a sequence; 0 for an unknown one."""
         return self._chains[seq_id].length if seq_id in self._chains else 0
 
-    def reuse(self, seq_id: int, token_ids: Sequence[int]) -> int:
-        """Begin a sequence with the longest cached prefix of `token_ids`; returns its length, 0 if nothing began."""
+    def reuse(self, seq_id: int, token_ids: Sequence[int], salt: str = "") -> int:
+        """See `Cache.reuse`."""
         assert seq_id not in self._chains, "a prefix begins a sequence"
-        chains = [*self._chains.values(), *self._prefixes]
+        chains = [chain for chain in (*self._chains.values(), *self._prefixes) if chain.salt == salt]
         found, length = longest_shared((chain.token_ids for chain in chains), list(token_ids))
         if not length:
             return 0
@@ -100,9 +103,9 @@ class PagedCache:
             source.num_finite = length
         return self._begin(seq_id, source, length)
 
-    def reserve(self, seq_id: int, num_new: int) -> Chain:
-        """The chain of a sequence, whose next `num_new` slots are about to be written."""
-        chain = self.chain(seq_id)
+    def reserve(self, seq_id: int, num_new: int, salt: str = "") -> Chain:
+        """The chain of a sequence, whose next `num_new` slots are about to be written. salt: of a new one."""
+        chain = self.chain(seq_id, salt)
         assert 0 < num_new <= self.max_len - chain.length, "a feed passes the longest sequence"
         self._own_last(chain)
         while len(chain.pages) < self.pages_of(chain.length + num_new):
@@ -163,7 +166,8 @@ class PagedCache:
     def _begin(self, seq_id: int, source: Chain, length: int) -> int:
         """Share the whole pages of a prefix, and copy what lies in the page after them if there is one to be had."""
         whole, rest = divmod(length, self.page_size)
-        chain = Chain(source.pages[:whole], whole * self.page_size, source.token_ids[: whole * self.page_size])
+        start = whole * self.page_size
+        chain = Chain(source.pages[:whole], start, source.token_ids[:start], salt=source.salt)
         self._hold(chain.pages)
         if rest:
             last = source.pages[whole : whole + 1]
@@ -267,4 +271,5 @@ class PagedCache:
 
 def _begins(short: Chain, long: Chain) -> bool:
     at = short.length - 1  # where most that differ do
-    return long.token_ids[at : at + 1] == short.token_ids[-1:] and long.token_ids[: at + 1] == short.token_ids
+    alike = short.salt == long.salt and long.token_ids[at : at + 1] == short.token_ids[-1:]
+    return alike and long.token_ids[: at + 1] == short.token_ids

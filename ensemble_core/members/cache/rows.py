@@ -4,7 +4,7 @@ A row is contiguous, so that attention reads views and copies nothing; it is one
 accounting. Sliding-window layers keep their full length (the window is masked), so rollback is exact: it is a
 change of length. A row that is released may stay as a cached prefix, until its place is needed; the least recently
 used goes first. A sequence begins with the longest prefix that a running or a cached row has in common with it,
-copied into its own row.
+copied into its own row. Rows of different salts have nothing to do with each other.
 
 Invariants: a row belongs to one sequence, to one prefix, or to nobody; lengths never exceed the row; a new sequence
 gets the lowest row that no sequence holds (low rows lie together, and attention reads neighbours at once), so
@@ -30,13 +30,15 @@ from ensemble_core.members.cache.base import MIN_PREFIX, LayerShape, longest_sha
 class CacheRow:
     """One sequence's place in the pool, or a cached prefix's.
 
-    token_ids: what the first `length` slots hold. num_finite: how many of them are known to be finite.
+    token_ids: what the first `length` slots hold. num_finite: how many of them are known to be finite. salt: only
+    sequences of the same one take it over.
     """
 
     index: int
     length: int = 0
     token_ids: list[int] = field(default_factory=list)
     num_finite: int = 0
+    salt: str = ""
 
 
 class KVCache:
@@ -82,16 +84,16 @@ class KVCache:
         """The token ids of what is cached beyond the running sequences, least recently used first."""
         return [list(row.token_ids) for row in self._prefixes]
 
-    def row(self, seq_id: int) -> CacheRow:
+    def row(self, seq_id: int, salt: str = "") -> CacheRow:
         """The row of a sequence; an unknown one gets the lowest row that no sequence holds, empty."""
         if seq_id not in self._rows:
-            self._begin(seq_id, None, 0)
+            self._begin(seq_id, None, 0, salt)
         return self._rows[seq_id]
 
-    def reuse(self, seq_id: int, token_ids: Sequence[int]) -> int:
-        """Begin a sequence with the longest cached prefix of `token_ids`; returns its length, 0 if nothing began."""
+    def reuse(self, seq_id: int, token_ids: Sequence[int], salt: str = "") -> int:
+        """See `Cache.reuse`."""
         assert seq_id not in self._rows, "a prefix begins a sequence"
-        rows = [*self._rows.values(), *self._prefixes]
+        rows = [row for row in (*self._rows.values(), *self._prefixes) if row.salt == salt]
         found, length = longest_shared((row.token_ids for row in rows), list(token_ids))
         if not length:
             return 0
@@ -102,12 +104,12 @@ class KVCache:
             if not self._finite(source, length):
                 return 0
             source.num_finite = length
-        self._begin(seq_id, source, length)
+        self._begin(seq_id, source, length, salt)
         return length
 
-    def reserve(self, seq_id: int, num_new: int) -> CacheRow:
-        """The row of a sequence, whose next `num_new` slots are about to be written."""
-        row = self.row(seq_id)
+    def reserve(self, seq_id: int, num_new: int, salt: str = "") -> CacheRow:
+        """The row of a sequence, whose next `num_new` slots are about to be written. salt: of a new one."""
+        row = self.row(seq_id, salt)
         assert 0 < num_new <= self.row_len - row.length, "a feed passes the end of its row"
         self._written[row.index] = max(self._written[row.index], row.length + num_new)
         return row
@@ -161,11 +163,11 @@ class KVCache:
         assert all(len(row.token_ids) in (0, row.length) for row in rows), "the ids are not those of the row"
         assert all(row.num_finite <= row.length for row in rows), "slots past the end are known to be finite"
 
-    def _begin(self, seq_id: int, source: CacheRow | None, length: int) -> None:
+    def _begin(self, seq_id: int, source: CacheRow | None, length: int, salt: str) -> None:
         """Give a sequence its row, with the first `length` tokens of `source`."""
         assert self.num_free, "no free row: the scheduler admitted more than fits"
         held = {row.index for row in self._rows.values()}
-        row = CacheRow(next(i for i in range(self.num_rows) if i not in held))
+        row = CacheRow(next(i for i in range(self.num_rows) if i not in held), salt=salt)
         origin = source.index if source is not None else row.index  # what stands there is copied, wherever it goes
         self._make_way(row.index, held)
         if source is not None:
@@ -223,4 +225,5 @@ class KVCache:
 
 def _begins(short: CacheRow, long: CacheRow) -> bool:
     at = short.length - 1  # where most that differ do
-    return long.token_ids[at : at + 1] == short.token_ids[-1:] and long.token_ids[: at + 1] == short.token_ids
+    alike = short.salt == long.salt and long.token_ids[at : at + 1] == short.token_ids[-1:]
+    return alike and long.token_ids[: at + 1] == short.token_ids

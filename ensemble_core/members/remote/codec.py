@@ -9,6 +9,7 @@ Lists of different lengths lie end to end in one array, beside an array of their
 | token_ids, num_token_ids | int64 | (T,), (F,) | tokens of all feeds, and how many each has |
 | also_ids, num_also_ids, num_also | int64 | (I,), (P,), (F,) | ids of positions; ids a position; positions a feed |
 | following, num_following | int64 | (L,), (F,) | as in `Feed` |
+| salt, num_salt | int64 | (S,), (F,) | bytes of UTF-8, and how many each feed has |
 
 | an order has the arrays of its feeds, and | dtype | shape | what |
 |---|---|---|---|
@@ -46,7 +47,7 @@ from ensemble_core.members.base import Answers, Candidates, Feed, Span
 
 T = TypeVar("T")
 
-VERSION = 2
+VERSION = 3
 _FEEDS, _ANSWERS, _ORDER = 1, 2, 3
 _ALL = -1  # `keep` of a feed that keeps everything
 
@@ -104,6 +105,7 @@ def _feed_arrays(feeds: Sequence[Feed]) -> dict[str, Tensor]:
         **_ragged("also_ids", [ids for feed in feeds for ids in feed.also]),
         "num_also": _ints(len(feed.also) for feed in feeds),
         **_ragged("following", [feed.following for feed in feeds]),
+        **_ragged("salt", [feed.salt.encode() for feed in feeds]),
     }
 
 
@@ -114,15 +116,24 @@ def decode_feeds(message: bytes) -> list[Feed]:
 
 def _feeds(arrays: _Arrays) -> list[Feed]:
     seq_id, wanted, top_k, keep = (arrays.ints(name) for name in ("seq_id", "wanted", "top_k", "keep"))
-    tokens, following = arrays.ragged("token_ids"), arrays.ragged("following")
+    tokens, following, salts = (arrays.ragged(name) for name in ("token_ids", "following", "salt"))
     also = _split(arrays.ragged("also_ids"), arrays.ints("num_also"), "num_also")
     _require(
-        len({len(seq_id), len(wanted), len(top_k), len(keep), len(tokens), len(following), len(also)}) == 1,
+        len({len(each) for each in (seq_id, wanted, top_k, keep, tokens, following, also, salts)}) == 1,
         "numbers of feeds differ",
     )
     feeds = [
-        Feed(seq_id[i], tokens[i], wanted[i], tuple(map(tuple, also[i])), tuple(following[i]), top_k[i], kept)
-        for i, kept in enumerate(None if each == _ALL else each for each in keep)
+        Feed(
+            seq_id[i],
+            tokens[i],
+            wanted[i],
+            tuple(map(tuple, also[i])),
+            tuple(following[i]),
+            top_k[i],
+            None if kept == _ALL else kept,
+            _text(salts[i]),
+        )
+        for i, kept in enumerate(keep)
     ]
     for feed in feeds:
         _check_feed(feed)
@@ -179,6 +190,13 @@ def _block(arrays: _Arrays, number: int) -> Candidates:
     if len(token_ids) < rows:
         token_ids = torch.arange(width).expand(rows, width)
     return Candidates(token_ids, logprobs, tail)
+
+
+def _text(code: list[int]) -> str:
+    try:
+        return bytes(code).decode()
+    except ValueError as error:
+        raise WireError(f"a message contradicts itself: salt is no UTF-8: {error}") from error
 
 
 def _check_feed(feed: Feed) -> None:

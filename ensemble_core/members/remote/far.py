@@ -125,9 +125,9 @@ class FarMember:
         self._mirror.advance(feeds)
         return replace(answers, clock=None)  # what counts here includes the way there and back
 
-    def reuse(self, seq_id: int, token_ids: Sequence[int]) -> int:
+    def reuse(self, seq_id: int, token_ids: Sequence[int], salt: str = "") -> int:
         """See `Member.reuse`."""
-        found = int(self._ask("reuse", [Feed(seq_id, token_ids, wanted=0)]))
+        found = int(self._ask("reuse", [Feed(seq_id, token_ids, wanted=0, salt=salt)]))
         if found:
             self._mirror.cached[seq_id] = found
         return found

@@ -117,7 +117,7 @@ class Host:
     def _reuse(self, member: Member, order: Order) -> bytes:
         """The order's only feed holds the prompt."""
         (feed,) = order.feeds
-        if found := member.reuse(feed.seq_id, feed.token_ids):
+        if found := member.reuse(feed.seq_id, feed.token_ids, feed.salt):
             self._cached[feed.seq_id] = found
         return str(found).encode()
 

@@ -17,12 +17,14 @@ Row = dict[int, float]  # id -> log-probability
 class Question:
     """A text as ids, and at how many of its last positions the next token is asked about.
 
-    also: for each of these positions ids that must be among the answers; empty: none anywhere.
+    also: for each of these positions ids that must be among the answers; empty: none anywhere. salt: what the server
+    caches of the text is only for texts of the same one.
     """
 
     token_ids: tuple[int, ...]
     wanted: int = 1
     also: tuple[tuple[int, ...], ...] = ()
+    salt: str = ""
 
     @property
     def asked(self) -> tuple[tuple[int, ...], ...]:

@@ -2,7 +2,7 @@
 
 It tells any number of candidates, the whole vocabulary included, so nothing is beyond it; what needs a whole
 vocabulary is slow, though, since each row is megabytes of JSON. Its cache is exact to the token, but in 16 bits
-unless it is told otherwise.
+unless it is told otherwise, and it knows no salts.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class LlamaDialect:
 
     def abilities(self, num_candidates: int) -> Abilities:
         """See `Dialect.abilities`."""
-        return Abilities(every_position=False)
+        return Abilities(every_position=False, salts=False)
 
     def served(self) -> Served:
         """See `Dialect.served`; the server has one model, whatever its name."""

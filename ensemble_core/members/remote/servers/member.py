@@ -100,7 +100,7 @@ class ServerMember:
         self._texts |= {feed.seq_id: text for feed, text in zip(feeds, texts, strict=True)}
         return Answers(tuple(blocks), layout.spans(feeds))
 
-    def reuse(self, seq_id: int, token_ids: Sequence[int]) -> int:
+    def reuse(self, seq_id: int, token_ids: Sequence[int], salt: str = "") -> int:
         """See `Member.reuse`; what the server has cached is its own affair."""
         return 0
 
@@ -126,7 +126,7 @@ class ServerMember:
         """Rows of one width."""
         width = max([feeds[0].top_k, *(len(set(ids)) for feed in feeds for ids in feed.also)])
         questions = [
-            Question(text, feed.wanted, feed.also if any(feed.also) else ())
+            Question(text, feed.wanted, feed.also if any(feed.also) else (), feed.salt)
             for feed, text in zip(feeds, texts, strict=True)
         ]
         also = [ids for question in questions for ids in question.asked]

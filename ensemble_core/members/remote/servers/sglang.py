@@ -39,6 +39,8 @@ class SglangDialect(ListedModel):
         }
         if any(also):
             body["token_ids_logprob"] = also
+        if any(question.salt for question in questions):
+            body["extra_key"] = [question.salt for question in questions]
         answers = self._connection.post("/generate", body)
         rows: list[Row] = []
         for question, answer in zip(questions, answers, strict=True):

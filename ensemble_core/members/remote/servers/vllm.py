@@ -1,13 +1,14 @@
 """vLLM's server: `/v1/completions`, all texts of a step in one request.
 
 Each position is a text of its own; its prefix cache makes that cheap, by whole blocks. Ids that must be in an answer
-whatever their rank cost a second request, since they take the place of the likeliest there.
+whatever their rank cost a second request, since they take the place of the likeliest there. A request has one salt,
+so texts of several salts are as many requests.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from ensemble_core.members.base import Abilities
 from ensemble_core.members.remote.servers.base import Question, Row
@@ -15,6 +16,13 @@ from ensemble_core.members.remote.servers.openai_models import ListedModel
 
 _MOST_ALSO = 128  # ids of `logprob_token_ids`
 _PREFIX = "token_id:"
+
+
+class _End(NamedTuple):
+    """The text before one position."""
+
+    token_ids: tuple[int, ...]
+    salt: str
 
 
 class VllmDialect(ListedModel):
@@ -31,15 +39,25 @@ class VllmDialect(ListedModel):
 
     def ask(self, questions: Sequence[Question], num: int, temperature: float = 0.0) -> list[Row]:
         """See `Dialect.ask`."""
-        ends = [end for question in questions for end in question.ends()]
+        ends = [_End(end, question.salt) for question in questions for end in question.ends()]
         asked = [ids for question in questions for ids in question.asked]
-        rows = self._complete(ends, temperature, logprobs=num)
+        rows = self._rows(ends, temperature, logprobs=num)
         for ids in dict.fromkeys(ids for ids in asked if ids):
             places = [i for i, own in enumerate(asked) if own == ids]
-            extra = self._complete([ends[i] for i in places], temperature, logprobs=1, logprob_token_ids=list(ids))
+            extra = self._rows([ends[i] for i in places], temperature, logprobs=1, logprob_token_ids=list(ids))
             for i, row in zip(places, extra, strict=True):
                 rows[i] |= row
         return rows
+
+    def _rows(self, ends: Sequence[_End], temperature: float, **asked: Any) -> list[Row]:
+        """A row for each end, salt by salt."""
+        rows: dict[int, Row] = {}
+        for salt in dict.fromkeys(end.salt for end in ends):
+            places = [i for i, end in enumerate(ends) if end.salt == salt]
+            own = asked | ({"cache_salt": salt} if salt else {})
+            found = self._complete([ends[i].token_ids for i in places], temperature, **own)
+            rows |= dict(zip(places, found, strict=True))
+        return [rows[i] for i in range(len(ends))]
 
     def _complete(self, ends: Sequence[tuple[int, ...]], temperature: float, **asked: Any) -> list[Row]:
         body = {
