@@ -8,7 +8,8 @@ first come, first served.
 
 Of two priorities the lower number goes first, but waiting counts: a step of priority makes up for `PATIENCE` seconds.
 So a priority goes before one that is n steps more urgent once its oldest has waited n `PATIENCE` seconds longer;
-nobody waits for ever. Does not know pages or members.
+nobody waits for ever. Prompts of admitted sequences are read by the same rule, one priority at a time. Does not know
+pages or members.
 """
 
 from __future__ import annotations
@@ -22,6 +23,18 @@ from ensemble_core.decoding.sequence import Sequence
 Owner = tuple[str, str]  # a client, and one of its requests
 
 PATIENCE = 0.5  # seconds of waiting that make up for one step of priority
+
+
+def most_urgent(sequences: abc.Sequence[Sequence]) -> abc.Sequence[Sequence]:
+    """Those of the priority whose turn it is: as if each step of it had come `PATIENCE` later. Linear."""
+    if len({sequence.request.priority for sequence in sequences}) < 2:
+        return sequences
+    first = min(sequences, key=_due).request.priority
+    return [sequence for sequence in sequences if sequence.request.priority == first]
+
+
+def _due(sequence: Sequence) -> tuple[float, int]:
+    return sequence.arrived + sequence.request.priority * PATIENCE, sequence.request.priority
 
 
 class _WaitingLine(NamedTuple):
@@ -53,7 +66,7 @@ class FairQueue:
         """
         lines = [each for each in self._queues if not (without_place and self._by_owner[each.owner])]
         if len({line.priority for line in lines}) > 1:
-            urgent = self._most_urgent(lines)
+            urgent = min((_due(s) for line in lines for _, s in self._queues[line]))[1]
             lines = [line for line in lines if line.priority == urgent]
         self._next = min(lines, key=self._rank, default=None)
         return None if self._next is None else self._queues[self._next][0][1]
@@ -88,14 +101,6 @@ class FairQueue:
         for victim in victims:
             self._count(victim, 1)
         return []
-
-    def _most_urgent(self, lines: Iterable[_WaitingLine]) -> int:
-        """The priority whose turn it is: as if each step of it had come `PATIENCE` later."""
-        due: dict[int, float] = {}
-        for line in lines:
-            oldest = min(sequence.arrived for _, sequence in self._queues[line]) + line.priority * PATIENCE
-            due[line.priority] = min(due.get(line.priority, oldest), oldest)
-        return min(due, key=lambda priority: (due[priority], priority))
 
     def _rank(self, line: _WaitingLine) -> tuple[int, int, int]:
         owner = line.owner

@@ -81,8 +81,9 @@ class GenerationRequest:
     prefill. owner: who shares the places of the engine fairly with others: a client, and one request of that client.
     watched: somebody waits for each of its tokens, not for the whole answer. reserved: its place in the queue was
     taken before. truncate: of a longer prompt, the last so many of main's tokens are used; -1: as many as fit. salt:
-    prefixes are shared only with requests of the same one; see `salted`. priority: among those that wait, a lower
-    number goes first; see `fairness`.
+    prefixes are shared only with requests of the same one; see `salted`. priority: among those that wait or whose
+    prompts are read, a lower number goes first; see `fairness`. batch: nobody waits for it, so it is less urgent
+    than all that others may ask for.
     """
 
     request_id: str
@@ -99,13 +100,15 @@ class GenerationRequest:
     truncate: int | None = None
     salt: str = ""
     priority: int = 0
+    batch: bool = False
 
 
 MOST_PRIORITY = 100  # or as much below 0
+_BEHIND = 2 * MOST_PRIORITY + 1  # what a request of a batch adds: it is less urgent than any other
 
 
 def prioritised(requests: Sequence[GenerationRequest], *, allowed: bool) -> Sequence[GenerationRequest]:
-    """The requests with their priorities, or without any where none are allowed.
+    """The requests with the priorities that count: without their own where none are allowed, batches behind others.
 
     Raises InvalidRequestError for one that is out of bounds.
     """
@@ -115,9 +118,11 @@ def prioritised(requests: Sequence[GenerationRequest], *, allowed: bool) -> Sequ
             raise InvalidRequestError(
                 f"priority must be an integer from {-most} to {most}, got {quoted(request.priority)}", "priority"
             )
-    if allowed or not any(request.priority for request in requests):
+    if not any(request.priority or request.batch for request in requests):
         return requests
-    return [replace(request, priority=0) for request in requests]
+    return [
+        replace(each, priority=each.priority * allowed + _BEHIND * each.batch, batch=False) for each in requests
+    ]
 
 
 def salted(text: str) -> str:

@@ -23,12 +23,12 @@ from __future__ import annotations
 
 import math
 import time
-from collections import deque
+from collections import abc, deque
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 from ensemble_core.decoding.capacity import MOST_ANSWERS, Capacity, Limits
-from ensemble_core.decoding.fairness import FairQueue
+from ensemble_core.decoding.fairness import FairQueue, most_urgent
 from ensemble_core.decoding.modes.base import mode_of
 from ensemble_core.decoding.pace import Pace
 from ensemble_core.decoding.rhythm import Rhythm
@@ -152,8 +152,7 @@ class Scheduler:
         shares = self._decode_shares([s for s in self.running if s.phase is Phase.DECODE])
         for share in shares:
             spend(left, share.counts)
-        followers = self._followers()
-        prompts = [s for s in self.running if s.phase is Phase.PREFILL and s not in followers]
+        prompts = self._prompts()
         granted = self.pace.grant(kinds(prompts), len(shares), len(prompts), self._num_spared(shares, prompts))
         if granted == 0:
             return shares
@@ -163,7 +162,12 @@ class Scheduler:
         left = {member: max(min(tokens, most), 1) for member, tokens in left.items()}  # 1: prompts make progress
         return shares + prefill_shares(prompts, left, math.inf if granted is None else granted)
 
-    def _num_spared(self, shares: list[Share], prompts: list[Sequence]) -> int:
+    def _prompts(self) -> abc.Sequence[Sequence]:
+        """Whose prompts the next step may read: those of the priority whose turn it is, without followers."""
+        followers = self._followers()
+        return most_urgent([s for s in self.running if s.phase is Phase.PREFILL and s not in followers])
+
+    def _num_spared(self, shares: list[Share], prompts: abc.Sequence[Sequence]) -> int:
         """Decoding streams that prompts must not slow down too much: by default those that were there first.
 
         Streams of the same burst are not spared, since none of them would have begun if all prompts were read first.
@@ -193,10 +197,9 @@ class Scheduler:
         sequences.
         """
         self._fresh = {s for s in self._fresh if untouched(s)}
-        followers = self._followers()
         left = dict.fromkeys(self._capacities, self._limits.token_budget)
-        for sequence in self.running if self._fresh else ():
-            if sequence.phase is not Phase.PREFILL or sequence in followers:
+        for sequence in self._prompts() if self._fresh else ():
+            if sequence.phase is not Phase.PREFILL:
                 continue
             leader = self._leader(sequence)
             if sequence in self._fresh and (leader is not None or all(left[m] > 0 for m in sequence.tracks)):

@@ -5,6 +5,7 @@ Knows sequences, modes' plans and a budget of tokens; does not know pages, or wh
 
 from __future__ import annotations
 
+from collections import abc
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -42,7 +43,7 @@ def deciding_share(sequence: Sequence, plan: Mapping[str, Ask], prefill: bool) -
     return Share(sequence, counts, decides=True, prefill=prefill, wanted=wanted)
 
 
-def kinds(prompts: list[Sequence]) -> set[WorkKind]:
+def kinds(prompts: abc.Sequence[Sequence]) -> set[WorkKind]:
     """The kinds of work in prefilling these prompts: members with more than one token to go, and scoring."""
     scoring = any(s.scoring for s in prompts)
     answering = scoring or any(s.weighing for s in prompts)
@@ -50,7 +51,7 @@ def kinds(prompts: list[Sequence]) -> set[WorkKind]:
     return kinds | {SCORING} if scoring else kinds
 
 
-def prefill_shares(prompts: list[Sequence], left: dict[str, int], positions: float) -> list[Share]:
+def prefill_shares(prompts: abc.Sequence[Sequence], left: dict[str, int], positions: float) -> list[Share]:
     """Chunks of prompts, in order. A prompt begins once the budget of all its members reaches it.
 
     left: member -> tokens left in the budget, spent here. positions: how many may be fused.

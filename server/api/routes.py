@@ -13,7 +13,7 @@ from server.api import chat, completions, messages, responses
 from server.api.jobs import Job
 from server.api.services import REFUSALS, Services, ServicesOf
 from server.api.streams import begin, unless_gone
-from server.edge.auth import CLIENT
+from server.edge.auth import BATCH, CLIENT
 from server.edge.bodies import BodyRoute
 from server.edge.exchange import Generation, accepted
 from server.schema.chat import ChatCompletion, ChatRequest
@@ -97,7 +97,8 @@ async def count_tokens(body: CountTokensRequest, services: ServicesOf) -> TokenC
 async def _run(job: Job, stream: bool, request: Request, services: Services) -> Response:
     """The whole answer, or a stream once it has begun. Errors before that get real statuses."""
     client = str(request.scope.get(CLIENT, ""))
-    requests = [replace(each, owner=(client, job.ticket.id)) for each in job.ticket.requests]
+    owner, batch = (client, job.ticket.id), BATCH in request.scope
+    requests = [replace(each, owner=owner, batch=batch) for each in job.ticket.requests]
     outputs = await services.runtime.submit(requests)
     accepted(_generation(job, stream))
     try:

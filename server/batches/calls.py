@@ -17,7 +17,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from server.batches.lines import BatchItem
 from server.batches.results import BatchReply
-from server.edge.auth import CLIENT
+from server.edge.auth import BATCH, CLIENT
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ class InnerClient:
         """client: whose requests these are, as the gate would have found by the key."""
 
         async def inside(scope: Scope, receive: Receive, send: Send) -> None:
-            await app({**scope, CLIENT: client}, receive, send)
+            await app({**scope, CLIENT: client, BATCH: True}, receive, send)
 
         self._client = httpx.AsyncClient(
             transport=httpx.ASGITransport(inside), base_url=_BASE, timeout=None, trust_env=False

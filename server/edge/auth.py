@@ -30,6 +30,7 @@ ADMIN_PATH = "/v1/admin"
 ADMIN = "unisono.admin"  # in the scope: the key was one of the admin's
 # In the scope: whose key it was, so that places are shared among clients. Calls from inside the process come with it.
 CLIENT = "unisono.client"
+BATCH = "unisono.batch"  # in the scope of a batch's requests: nobody waits for their answers
 _METRICS = "/metrics"
 _KEY = re.compile(r"[\x21-\x7e]+")
 

@@ -97,6 +97,12 @@ def wait_for(condition: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
+def test_nobody_waits_for_a_batch_and_the_engine_hears_of_it(client: openai.OpenAI, runtime: FakeRuntime) -> None:
+    client.completions.create(model="duo", prompt="mine")
+    ended(client, begun(client, lines(2)))
+    assert {request.prompt: request.batch for request in runtime.seen} == {"mine": False, "p0": True, "p1": True}
+
+
 def test_files(client: openai.OpenAI) -> None:
     first, second = upload(client, b"one\n", "a.jsonl"), upload(client, b"two\n", "../../b\x01.jsonl")
     assert (first.bytes, first.filename, first.purpose, first.object) == (4, "a.jsonl", "batch", "file")

@@ -254,3 +254,40 @@ def test_priorities_are_bounded_and_only_where_they_are_allowed() -> None:
         with pytest.raises(InvalidRequestError, match="priority must be an integer from -100 to 100") as caught:
             prioritised(one, allowed=True)
         assert caught.value.param == "priority"
+
+
+def test_a_batch_is_behind_all_that_others_may_ask_for() -> None:
+    """Whether priorities are allowed or not, and with its own among its own."""
+    asked = [replace(make(0, ("", "")).request, priority=each, batch=each != 100) for each in (100, -100, -99)]
+    for allowed in (True, False):
+        first, second, third = prioritised(asked, allowed=allowed)
+        assert first.priority < second.priority
+        assert (second.priority < third.priority) is allowed
+
+
+def test_prompts_are_read_one_priority_at_a_time() -> None:
+    made = scheduler(4)
+    long, short = make(0, ("", "later"), 100), make(1, ("", "now"), 60)
+    long.request = replace(long.request, priority=200)
+    long.arrived, short.arrived = 0.0, 1.0
+    made.add([long])
+    made.admit()
+    assert [begun.seq_id for begun, _ in made.beginners()] == [0]
+    made.add([short])
+    made.admit()
+    assert [begun.seq_id for begun, _ in made.beginners()] == [1]
+    assert [share.sequence.seq_id for share in made.schedule()] == [1]
+    short.finish("stop")
+    made.retire()
+    assert [share.sequence.seq_id for share in made.schedule()] == [0]
+
+
+def test_a_prompt_that_has_waited_long_enough_is_read_first() -> None:
+    made = scheduler(4)
+    long, short = make(0, ("", "later"), 100), make(1, ("", "now"), 60)
+    long.request = replace(long.request, priority=200)
+    long.arrived, short.arrived = 0.0, 200 * PATIENCE + 1.0
+    made.add([long, short])
+    made.admit()
+    list(made.beginners())
+    assert [share.sequence.seq_id for share in made.schedule()] == [0]
