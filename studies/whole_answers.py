@@ -78,6 +78,7 @@ WAYS = (
     Way("duet, sampled", "duet-sampled", greedy=False),  # greedy requests of this mode are served by verify
     Way("duet, perplexity", "duet", Overrides(weighting=Weighting("perplexity"))),
 )
+_LABELS = [way.label for way in WAYS if way.model not in MEMBERS]
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,9 +144,15 @@ class Notebook:
     """Answers, kept as they are written."""
 
     def __init__(
-        self, config: Config, extent: Extent, folder: Path, sets: Mapping[str, Sequence[Opening]]
+        self,
+        config: Config,
+        ways: Sequence[Way],
+        tokens: int,
+        folder: Path,
+        sets: Mapping[str, Sequence[Opening]],
     ) -> None:
-        self._config, self._extent, self._sets = config, extent, sets
+        self.ways, self.sets = ways, sets
+        self._config, self._tokens = config, tokens
         self._journal = Journal(folder, {}, resume=True)
 
     def write(self, until: float) -> None:
@@ -164,18 +171,18 @@ class Notebook:
 
     def answers(self, series: Series) -> list[Written]:
         """What was written, in the order of the openings."""
-        return [Written(**self._found(series, each)) for each in self._sets[series.texts]]
+        return [Written(**self._found(series, each)) for each in self.sets[series.texts]]
 
     def _missing(self) -> Iterator[tuple[Series, list[Opening]]]:
         """What is still to be written, in parts."""
-        for way, texts, (manner, temperature) in itertools.product(WAYS, self._sets, MANNERS.items()):
+        for way, texts, (manner, temperature) in itertools.product(self.ways, self.sets, MANNERS.items()):
             for sample in range(way.number(temperature)):
                 series = Series(way, texts, manner, sample)
-                left = [each for each in self._sets[texts] if not self._found(series, each)]
+                left = [each for each in self.sets[texts] if not self._found(series, each)]
                 yield from ((series, left[start : start + CHUNK]) for start in range(0, len(left), CHUNK))
 
     def _written(self, llm: LLM, series: Series, openings: Sequence[Opening]) -> list[Written]:
-        params = [series.params(each, self._extent.tokens) for each in openings]
+        params = [series.params(each, self._tokens) for each in openings]
         prompts = [each.prompt for each in openings]
         done = llm.generate(prompts, params, series.way.model, series.way.overrides)
         return [_kept(each, own) for each, own in zip(done, params, strict=True)]
@@ -190,7 +197,8 @@ class Notebook:
     def _key(self, series: Series, opening: Opening) -> tuple[str, str, str]:
         way = series.way
         recipe = self._config.ensembles.get(way.model)
-        made_from = _digest([way.model, asdict(way.overrides), recipe and recipe.model_dump(mode="json")])
+        asked = {name: value for name, value in asdict(way.overrides).items() if value is not None}
+        made_from = _digest([way.model, asked, recipe and recipe.model_dump(mode="json", exclude_defaults=True)])
         return f"{way.label} {made_from}", opening.kind, f"{series.texts}, {series.manner} {series.sample}"
 
 
@@ -203,29 +211,27 @@ def _digest(made_from: object) -> str:
     return hashlib.sha256(json.dumps(made_from, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
 
-def cache_of(config: Config, tasks: Sequence[Task], extent: Extent, root: Path) -> Path:
+def cache_of(config: Config, tasks: Sequence[Task], tokens: int, root: Path) -> Path:
     """The folder of answers that were made from this configuration, these tasks and prompts."""
-    members = {name: member.model_dump(mode="json") for name, member in config.members.items()}
+    members = {name: each.model_dump(mode="json", exclude_defaults=True) for name, each in config.members.items()}
     matrices = config.matrices.model_dump(mode="json", exclude={"folder"})
     made_from = [members, matrices, config.scheduler.num_candidates]
-    made_from += [[[task.name, task.digest] for task in tasks], PROSE, SHOTS, STOPS, SAMPLED, extent.tokens]
+    made_from += [[[task.name, task.digest] for task in tasks], PROSE, SHOTS, STOPS, SAMPLED, tokens]
     return root.expanduser() / f"whole_answers.{_digest(made_from)}"
 
 
-def comparison(
-    notebook: Notebook, texts: str, manner: str, openings: Sequence[Opening], known: frozenset[str]
-) -> Comparison:
+def comparison(notebook: Notebook, texts: str, manner: str, known: frozenset[str]) -> Comparison:
     """Everybody's answers, and those of members that choose among two."""
     entries: dict[str, list[Written]] = {}
-    for way in WAYS:
+    for way in notebook.ways:
         drawn = [notebook.answers(Series(way, texts, manner, each)) for each in range(way.number(MANNERS[manner]))]
         entries |= {way.label: drawn[0]} if drawn else {}
         entries |= rivals(way.label, drawn) if len(drawn) > 1 else {}
     counts: dict[str, list[AnswerCounts]] = {
-        label: [read(*pair, known) for pair in zip(openings, written, strict=True)]
+        label: [read(*pair, known) for pair in zip(notebook.sets[texts], written, strict=True)]
         for label, written in entries.items()
     }
-    return Comparison(texts, manner, openings, counts, MEMBERS)
+    return Comparison(texts, manner, notebook.sets[texts], counts, MEMBERS)
 
 
 def rivals(label: str, drawn: Sequence[Sequence[Written]]) -> dict[str, list[Written]]:
@@ -244,6 +250,9 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=CACHE, help="folder of finished answers")
     parser.add_argument("--questions", type=int, default=Extent().questions, help="questions of each task")
     parser.add_argument("--prose", type=int, default=Extent().prose, help="openings of each kind of prose")
+    parser.add_argument(
+        "--ways", nargs="+", choices=_LABELS, default=_LABELS, help="of the ensemble, beside members"
+    )
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin nothing after so long")
     args = parser.parse_args()
     until = time.monotonic() + args.seconds
@@ -253,13 +262,10 @@ def main() -> None:
         "questions": [each for task in tasks for each in questions(task, extent.questions)],
         "prose": prose(tasks, extent.prose),
     }
-    notebook = Notebook(config, extent, cache_of(config, tasks, extent, args.cache), sets)
+    ways = [way for way in WAYS if way.model in MEMBERS or way.label in args.ways]
+    notebook = Notebook(config, ways, extent.tokens, cache_of(config, tasks, extent.tokens, args.cache), sets)
     notebook.write(until)
-    found = [
-        comparison(notebook, texts, manner, openings, known)
-        for texts, openings in sets.items()
-        for manner in MANNERS
-    ]
+    found = [comparison(notebook, texts, manner, known) for texts in sets for manner in MANNERS]
     draw(found, results_folder("studies", args.quick) / "whole_answers.png")
     settings = {"quick": args.quick, **asdict(extent), "shots": SHOTS, "temperature of samples": SAMPLED}
     Findings("whole_answers", tables(found), settings=settings).print()

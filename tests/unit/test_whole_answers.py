@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +16,6 @@ from studies.answer_metrics import Opening, Written
 from studies.whole_answers import (
     MANNERS,
     WAYS,
-    Extent,
     Notebook,
     Series,
     Way,
@@ -83,27 +83,27 @@ def _written(monkeypatch: pytest.MonkeyPatch, calls: list[tuple[str, int]]) -> N
     monkeypatch.setattr(Notebook, "_written", write)
 
 
-def _notebook(folder: Path, num: int) -> tuple[Notebook, list[Opening]]:
+def _notebook(folder: Path, num: int, ways: Sequence[Way] = WAYS) -> Notebook:
     openings = [Opening("article", index, f"Write {index}") for index in range(num)]
-    return Notebook(load_config(DEMO), Extent(), folder, {"prose": openings}), openings
+    return Notebook(load_config(DEMO), ways, 8, folder, {"prose": openings})
 
 
 def test_what_is_kept_is_not_written_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[str, int]] = []
     _written(monkeypatch, calls)
-    _notebook(tmp_path, 2)[0].write(float("inf"))
+    _notebook(tmp_path, 2).write(float("inf"))
     number = sum(way.number(temperature) for way in WAYS for temperature in MANNERS.values())
     assert [size for _, size in calls] == [2] * number
     calls.clear()
-    notebook, openings = _notebook(tmp_path, 3)
+    notebook = _notebook(tmp_path, 3)
     notebook.write(float("inf"))
     assert [size for _, size in calls] == [1] * number  # a larger run writes what is new alone
     calls.clear()
-    found = comparison(notebook, "prose", "sampled", openings, frozenset())
+    found = comparison(notebook, "prose", "sampled", frozenset())
     assert calls == []
     assert "2 x smollm2, likelier" in found.counts
     assert "duet, sampled" in found.counts
-    assert "duet, sampled" not in comparison(notebook, "prose", "greedy", openings, frozenset()).counts
+    assert "duet, sampled" not in comparison(notebook, "prose", "greedy", frozenset()).counts
 
 
 def test_a_run_stops_when_its_time_is_over_and_goes_on_later(
@@ -112,9 +112,9 @@ def test_a_run_stops_when_its_time_is_over_and_goes_on_later(
     calls: list[tuple[str, int]] = []
     _written(monkeypatch, calls)
     with pytest.raises(SystemExit, match="parts are left; run it again"):
-        _notebook(tmp_path, 2)[0].write(0.0)
+        _notebook(tmp_path, 2).write(0.0)
     assert calls == []
-    _notebook(tmp_path, 2)[0].write(float("inf"))
+    _notebook(tmp_path, 2).write(float("inf"))
     assert calls
 
 
@@ -123,17 +123,14 @@ def test_another_recipe_under_the_same_label_is_written_anew(
 ) -> None:
     calls: list[tuple[str, int]] = []
     _written(monkeypatch, calls)
-    monkeypatch.setattr(whole_answers, "WAYS", (Way("duet", "duet"),))
-    _notebook(tmp_path, 2)[0].write(float("inf"))
+    _notebook(tmp_path, 2, [Way("duet", "duet")]).write(float("inf"))
     calls.clear()
-    monkeypatch.setattr(whole_answers, "WAYS", (Way("duet", "duet-verify"),))
-    _notebook(tmp_path, 2)[0].write(float("inf"))
+    _notebook(tmp_path, 2, [Way("duet", "duet-verify")]).write(float("inf"))
     assert calls == [("duet", 2), ("duet", 2)]
 
 
 def test_the_cache_is_of_one_state_of_prompts(tmp_path: Path) -> None:
     config, tasks = load_config(DEMO), [_task(tmp_path)]
-    folder = cache_of(config, tasks, Extent(), tmp_path)
-    assert folder == cache_of(config, tasks, Extent(questions=99), tmp_path)  # more of the same
-    assert folder != cache_of(config, tasks, Extent(tokens=12), tmp_path)
-    assert folder != cache_of(config, [replace(tasks[0], digest="other")], Extent(), tmp_path)
+    folder = cache_of(config, tasks, 256, tmp_path)
+    assert folder != cache_of(config, tasks, 12, tmp_path)
+    assert folder != cache_of(config, [replace(tasks[0], digest="other")], 256, tmp_path)
