@@ -1,6 +1,6 @@
 """What a user reads: whole answers of members, of the ensemble in each of its ways, and of one member asked twice.
 
-    python -m studies.whole_answers [--questions 24] [--prose 16] [--seconds 420] [--quick]
+    python -m studies.whole_answers [--questions 24] [--prose 16] [--ways LABEL ...] [--seconds 420] [--quick]
 
 Questions of the five development tasks with four answered examples, up to an empty line; and openings of free prose
 without examples, up to the end of text. Answers have at most 256 tokens, greedy and sampled at 0.7 with the record's
