@@ -119,7 +119,7 @@ def tables(comparisons: Sequence[Comparison]) -> dict[str, list[TableRow]]:
 
 def draw(comparisons: Sequence[Comparison], path: Path) -> None:
     """Differences to the best member with their intervals, a panel a figure, greedy and sampled apart."""
-    labels = max((list(each.counts) for each in comparisons), key=len)  # everybody's stand where answers are sampled
+    labels = max((list(each.counts) for each in comparisons), key=len)  # who samples is everybody
     figure = require_matplotlib()(figsize=(3.2 * len(_PANELS) + 2, 0.42 * len(labels) + 1.4), layout="constrained")
     panels = figure.subplots(1, len(_PANELS), squeeze=False, sharey=True)[0]
     for panel, (texts, feature) in zip(panels, _PANELS, strict=True):
