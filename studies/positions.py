@@ -113,7 +113,7 @@ def unknown_words(text: str, prompt: str, known: frozenset[str]) -> tuple[int, i
 def dictionary() -> frozenset[str]:
     """Its words in small letters. Raises SystemExit where it is missing."""
     if not DICTIONARY.exists():
-        raise SystemExit(f"positions: {DICTIONARY} is missing (on Debian: apt install wamerican)")
+        raise SystemExit(f"{DICTIONARY} is missing (on Debian: apt install wamerican)")
     words = DICTIONARY.read_text(encoding="utf-8").split()
     return frozenset(word.lower().removesuffix("'s") for word in words)
 
