@@ -209,7 +209,9 @@ def _choice(
     said: what assistants said at its place, of traced requests.
     """
     sequence, own = turn.sequence, note_of(drafted).main
-    parts, fused, row = found if found is not None else ([own, *said.values()], single(own), 0)
+    parts, fused, row = [own, *said.values()], single(own), 0
+    if found is not None:
+        parts, fused, row = found.parts, found.fused, found.row
     scored = trace = None
     if sequence.request.params.logprobs is not None:
         num_top = sequence.request.params.logprobs
@@ -218,7 +220,10 @@ def _choice(
         members = dict(zip((turn.recipe.main, *said), parts, strict=True))
         left_out = {**sequence.dropped, **turn.left_out}
         draft = _fate(sequence, drafted, drafter, token, found is not None)
-        trace = reports.trace(sequence.recipe, sequence.tracks, members, fused, row, token, left_out, draft)
+        weights = () if found is None else found.weights
+        trace = reports.trace(
+            sequence.recipe, sequence.tracks, members, fused, row, token, left_out, draft, weights
+        )
     return Choice(token, scored, trace)
 
 
