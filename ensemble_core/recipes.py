@@ -28,7 +28,7 @@ from ensemble_core.errors import (
     quoted,
 )
 from ensemble_core.fusion.base import FUSIONS, Fusion, FusionSpace, build_fusion, is_mixture
-from ensemble_core.fusion.gate import Gate
+from ensemble_core.fusion.gate import WeightGate
 from ensemble_core.fusion.gate_store import load_gate
 from ensemble_core.fusion.shelf import FusionShelf
 
@@ -178,7 +178,7 @@ class RecipeBook:
         self._config = config
         self._space_of = space_of
         self._built = FusionShelf(_MAX_FUSIONS)
-        self._gates: dict[str, Gate] = {}
+        self._gates: dict[str, WeightGate] = {}
         self._shelf_before = None if like is None else like._built  # until `warm` is over
 
     def resolve(self, model: str, overrides: Overrides) -> Recipe:
@@ -275,7 +275,7 @@ class RecipeBook:
             ) from error
         return name, key, fusion
 
-    def _gate(self, model: str, ensemble: EnsembleConfig, members: tuple[str, ...]) -> Gate:
+    def _gate(self, model: str, ensemble: EnsembleConfig, members: tuple[str, ...]) -> WeightGate:
         """The gate of some members, main first. Raises ArtefactError."""
         path, whole = ensemble.weighting.artefact, tuple(ensemble.weights)
         assert path is not None

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from ensemble_core.fusion.base import Fusion
-    from ensemble_core.fusion.gate import Gate
+    from ensemble_core.fusion.gate import WeightGate
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +42,7 @@ class Recipe:
     fusion_name: str
     mode: ModeChoice = ModeChoice()
     tau: float | None = None
-    gate: Gate | None = None
+    gate: WeightGate | None = None
     on_failure: Literal["fail", "drop"] = "fail"
     on_full: Literal["drop", "end"] = "end"
     apart: bool = False

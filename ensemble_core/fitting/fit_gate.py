@@ -30,7 +30,7 @@ from ensemble_core.evaluation.workbench import Workbench
 from ensemble_core.fitting.gate_training import GateExamples, learn
 from ensemble_core.fusion.base import FusionSpace
 from ensemble_core.fusion.evidence import Evidence
-from ensemble_core.fusion.gate import Gate, GateNumbers
+from ensemble_core.fusion.gate import GateNumbers, WeightGate
 from ensemble_core.fusion.gate_store import GateOrigin
 
 CONFIGURED, ONE, GATE = "weights as configured", "the best one weight", "gate"
@@ -105,7 +105,11 @@ def fit_gate(
     with torch.inference_mode(False), torch.enable_grad():
         numbers = learn(examples, base.weights, NUM_GATES, seed)
     one = rounded(fit_mixture(examples.shares.double()))
-    ways = {CONFIGURED: base, ONE: replace(base, weights=one), GATE: replace(base, gate=Gate.over(space, numbers))}
+    ways = {
+        CONFIGURED: base,
+        ONE: replace(base, weights=one),
+        GATE: replace(base, gate=WeightGate.over(space, numbers)),
+    }
     ratios = _ratios(bench, base, ways, stored(bench, base, tasks, selection.other()))
     origin = GateOrigin.of(bench.config, ensemble, space)
     held_out = selection.split != "all"

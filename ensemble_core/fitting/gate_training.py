@@ -3,8 +3,8 @@
 The loss is that of a linear pool, -log sum_i w_i s_i, where s_i is what member i gives the true token; so a step
 costs no fusion. A gate begins as one weight at every place (g = 0, the output layer is zero) and is kept as it was
 where it did best on documents held out for that, so it is never worse than one weight there. Several gates, each with
-other documents held out, are averaged in their logits, which makes one wider gate. Seeded: the same positions give the
-same gate. Knows numbers alone.
+other documents held out, are averaged in their logits, which makes one wider gate. Seeded: the same positions give
+the same gate. Knows numbers alone.
 """
 
 from __future__ import annotations

@@ -44,12 +44,12 @@ class Evidence:
         main, *assistants = space.vocabularies
         maps = [None, *(token_map(each, main).to(space.device) for each in assistants)]
         kinds = [_kinds(each).to(space.device) for each in space.vocabularies]
-        self._voices = [_Voice(len(k), m, k) for k, m in zip(kinds, maps, strict=True)]
+        self._witnesses = [_Witness(len(k), m, k) for k, m in zip(kinds, maps, strict=True)]
 
     def among(self, places: Sequence[int]) -> Evidence:
         """The same of some members, by their places; main's comes first."""
         found = object.__new__(Evidence)
-        found._voices = [self._voices[place] for place in places]
+        found._witnesses = [self._witnesses[place] for place in places]
         return found
 
     def of(self, candidates: Sequence[Candidates]) -> Tensor:
@@ -61,7 +61,7 @@ class Evidence:
 
     def _own(self, candidates: Sequence[Candidates]) -> tuple[Tensor, Tensor, Tensor]:
         """Own numbers (B, M, OWN), main's ids of leading tokens (B, M, N), and their probabilities (B, M, N)."""
-        heard = [voice.leading(part) for voice, part in zip(self._voices, candidates, strict=True)]
+        heard = [witness.leading(part) for witness, part in zip(self._witnesses, candidates, strict=True)]
         ids, kinds, logs = (torch.stack(parts, dim=1) for parts in zip(*heard, strict=True))
         rest = log_rest(logs.flatten(0, 1)).view(logs.shape[:2]).clamp_min(_LEAST).unsqueeze(2)
         chances, every = logs.exp(), torch.cat([logs.clamp_min(_LEAST), rest], dim=2)
@@ -73,7 +73,7 @@ class Evidence:
 
 
 @dataclass(frozen=True, slots=True)
-class _Voice:
+class _Witness:
     """What is known of a member. places: its tokens as main's ids, None for main. kinds: see `_kinds`."""
 
     size: int

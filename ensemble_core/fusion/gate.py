@@ -54,17 +54,17 @@ class GateNumbers:
         return (inside.tanh() * self.outer).sum(dim=2) + self.bias
 
 
-class Gate:
+class WeightGate:
     """See the module. Over some members of one ensemble, main first."""
 
     def __init__(self, members: tuple[str, ...], evidence: Evidence, numbers: GateNumbers) -> None:
         self._members = members
         self._evidence = evidence
         self._numbers = numbers
-        self._fewer: dict[tuple[str, ...], Gate] = {members: self}
+        self._fewer: dict[tuple[str, ...], WeightGate] = {members: self}
 
     @classmethod
-    def over(cls, space: FusionSpace, numbers: GateNumbers) -> Gate:
+    def over(cls, space: FusionSpace, numbers: GateNumbers) -> WeightGate:
         """numbers: in the order of the space's members."""
         return cls(space.members, Evidence(space), numbers.to(space.device))
 
@@ -73,10 +73,10 @@ class Gate:
         logits = self._numbers.logits(self._numbers.standardised(self._evidence.of(candidates)))
         return (logits + weights.log()).softmax(dim=1)
 
-    def among(self, members: tuple[str, ...]) -> Gate:
+    def among(self, members: tuple[str, ...]) -> WeightGate:
         """The gate of some members, main first, two or more; the same object each time."""
         if members not in self._fewer:
             places = [self._members.index(member) for member in members]
-            gate = Gate(members, self._evidence.among(places), self._numbers.among(places))
+            gate = WeightGate(members, self._evidence.among(places), self._numbers.among(places))
             self._fewer.setdefault(members, gate)
         return self._fewer[members]

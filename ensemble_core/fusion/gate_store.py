@@ -23,7 +23,7 @@ from ensemble_core.config import Config
 from ensemble_core.errors import ArtefactError
 from ensemble_core.fusion.base import FUSIONS, FusionSpace
 from ensemble_core.fusion.evidence import NAMES, VERSION
-from ensemble_core.fusion.gate import Gate, GateNumbers
+from ensemble_core.fusion.gate import GateNumbers, WeightGate
 from ensemble_core.identity import digest, weights_of
 
 FORMAT_VERSION = "1"
@@ -70,7 +70,7 @@ def save_gate(
         partial.unlink(missing_ok=True)
 
 
-def load_gate(path: Path, config: Config, ensemble: str, space: FusionSpace) -> Gate:
+def load_gate(path: Path, config: Config, ensemble: str, space: FusionSpace) -> WeightGate:
     """The gate of an ensemble over all its members, main first. Raises ArtefactError that says what does not fit."""
     where = f"ensembles.{ensemble}.weighting.artefact: {path}"
     again = f"run `unisono tune --ensemble {ensemble} --method gate --write` again, or set weighting: fixed"
@@ -81,7 +81,7 @@ def load_gate(path: Path, config: Config, ensemble: str, space: FusionSpace) -> 
             raise ArtefactError(f"{where}: {_unlike(name, expected, found)}; {again}")
     if about.get("sha256") != _sha256(tensors):
         raise ArtefactError(f"{where}: sha256: the numbers are not those that were written; {again}")
-    return Gate.over(space, _numbers(tensors, len(space.members), f"{where}: %s; {again}"))
+    return WeightGate.over(space, _numbers(tensors, len(space.members), f"{where}: %s; {again}"))
 
 
 def _unlike(name: str, expected: Any, found: Any) -> str:

@@ -12,7 +12,7 @@ from ensemble_core.decoding import reports
 from ensemble_core.decoding.habits import Verdict
 from ensemble_core.decoding.modes.base import Decision, Turn
 from ensemble_core.decoding.modes.drafts import confirmed, with_guesses
-from ensemble_core.decoding.modes.judging import Judged, Place, Report, row_of
+from ensemble_core.decoding.modes.judging import Judged, Place, PlaceReport, row_of
 from ensemble_core.decoding.modes.lockstep import failed
 from ensemble_core.decoding.modes.places import (
     Spot,
@@ -201,7 +201,7 @@ def _choice(
     drafted: Drafted,
     drafter: str,
     token: int,
-    found: Report | None,
+    found: PlaceReport | None,
     said: Mapping[str, Candidates],
 ) -> Choice:
     """A final token with the reports that its request asked for; main's own numbers where nothing was fused.

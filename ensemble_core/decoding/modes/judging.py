@@ -31,7 +31,7 @@ Key = tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
+class PlaceReport:
     """What was fused at a place: what members said, main first, and their weights; what came of it, in which row."""
 
     parts: list[Candidates]
@@ -89,7 +89,7 @@ class Judged:
 
     tokens: dict[Key, int] = field(default_factory=dict)
     said: dict[Key, Mapping[str, Candidates]] = field(default_factory=dict)
-    reports: dict[Key, Report] = field(default_factory=dict)
+    reports: dict[Key, PlaceReport] = field(default_factory=dict)
     fusions: list[FusionStats] = field(default_factory=list)
 
 
@@ -228,7 +228,7 @@ def _fuse(group: abc.Sequence[Place], num_candidates: int, rule: Rule, judged: J
     tokens = _tokens(group, fused, main, rule)
     for i, (place, token, row) in enumerate(zip(group, tokens, weights.tolist(), strict=True)):
         judged.tokens[place.key] = token
-        judged.reports[place.key] = Report(parts, tuple(row), fused, i)
+        judged.reports[place.key] = PlaceReport(parts, tuple(row), fused, i)
     members = [turns[0].recipe.main, *others]
     judged.fusions.append(fusion_stats(turns[0], members, parts, fused, tokens, seconds))
 
