@@ -124,12 +124,12 @@ def fuse_positions(
         )
     if weights is not None:
         recipe = replace(recipe, weights=tuple(weights))
-    main, found = scores.members[recipe.main], []
+    main, found, fusion = scores.members[recipe.main], [], recipe.fusion
     for start in range(0, len(shared.rows), BLOCK):
         block = slice(start, start + BLOCK)
         parts = candidates_at(scores, recipe.members, shared, block, num_candidates)
         with torch.inference_mode():
-            fused = recipe.fusion.fuse(parts, weights_at([recipe] * len(parts[0]), parts))
+            fused = fusion.fuse(parts, weights_at([recipe] * len(parts[0]), parts))
         rows = shared.rows[block]
         found.append(_judged(fused, parts[0], main.token[rows].long(), main.logprob[rows]))
     return _joined(found, len(recipe.members))

@@ -34,7 +34,7 @@ from ensemble_core.fusion.gate import GateNumbers, WeightGate
 from ensemble_core.fusion.gate_store import GateOrigin
 
 CONFIGURED, ONE, GATE = "weights as configured", "the best one weight", "gate"
-NUM_GATES = 4
+NUM_GATES = 2
 _BLOCK = 256  # positions whose evidence is computed at once
 
 

@@ -63,7 +63,7 @@ def _learnt(examples: GateExamples, start: GateNumbers, log_prior: Tensor, seed:
     optimiser = torch.optim.AdamW([*layers, {"params": [now.shift, now.bias], "weight_decay": 0.0}], lr=_RATE)
     best, least, since = _copied(now), _loss(now, unseen, log_prior).item(), 0
     for _ in range(_MOST_ROUNDS):
-        for part in torch.randperm(len(seen.documents), generator=draw).split(_BATCH):
+        for part in torch.split(torch.randperm(len(seen.documents), generator=draw), _BATCH):
             optimiser.zero_grad()
             _loss(now, seen.at(part), log_prior).backward()  # type: ignore[no-untyped-call]
             optimiser.step()
@@ -77,7 +77,7 @@ def _learnt(examples: GateExamples, start: GateNumbers, log_prior: Tensor, seed:
 
 def _held_out(documents: Tensor, draw: torch.Generator) -> Tensor:
     """(P,) bool: positions of the documents that say when to stop."""
-    names = documents.unique()
+    names = torch.unique(documents)
     count = max(int(len(names) * _HELD_OUT), 1)
     return torch.isin(documents, names[torch.randperm(len(names), generator=draw)[:count]])
 
