@@ -111,8 +111,9 @@ def fuse_positions(
             f"scheduler.num_candidates is {num_candidates}, the stored scores hold {scores.num_candidates}; "
             "collect them anew"
         )
-    assert recipe.fusion is not None
-    if recipe.fusion.full_vocabulary:
+    fusion = recipe.fusion
+    assert fusion is not None
+    if fusion.full_vocabulary:
         raise EvaluationError(
             f"model {recipe.model!r}: a fusion of whole vocabularies cannot be evaluated on candidates; ask for "
             "`support: closed`"
@@ -124,7 +125,7 @@ def fuse_positions(
         )
     if weights is not None:
         recipe = replace(recipe, weights=tuple(weights))
-    main, found, fusion = scores.members[recipe.main], [], recipe.fusion
+    main, found = scores.members[recipe.main], list[FusedPositions]()
     for start in range(0, len(shared.rows), BLOCK):
         block = slice(start, start + BLOCK)
         parts = candidates_at(scores, recipe.members, shared, block, num_candidates)
