@@ -3,8 +3,8 @@
     python -m studies.gate [--config configs/demo.yaml] [--data ../shared/data] [--seed 0] [--keep FOLDER] [--quick]
 
 Each gate is learnt as `unisono tune --method gate` does: on the even half of the documents, whatever fusion it is
-for. Figures are bits per byte of the odd half, with the fusion that is named, against the better member and against two
-rivals: the weights as configured, and the one best weight of the even half. Intervals are 95 %, paired, over
+for. Figures are bits per byte of the odd half, with the fusion that is named, against the better member and against
+two rivals: the weights as configured, and the one best weight of the even half. Intervals are 95 %, paired, over
 documents. The demo pair is scored on the five development tasks; two and three members that are trained here (minutes
 on two CPU cores; on programs, on English, on both) on held-out text of both kinds. Scores are stored, so a run that
 was cut off goes on. --quick is small training alone, without the demo pair. Writes studies/results/gate.png.
