@@ -59,8 +59,13 @@ class ModeConfig(StrategyConfig):
 class WeightingConfig(Section):
     """Where an ensemble's weights come from; `weighting: perplexity` is short for `weighting: {by: perplexity}`."""
 
-    by: Literal["fixed", "perplexity"] = Field(
-        "fixed", description="fixed: as configured. perplexity: times exp(-NLL / tau) of each request's prompt."
+    by: Literal["fixed", "perplexity", "gate"] = Field(
+        "fixed",
+        description="fixed: as configured. perplexity: times exp(-NLL / tau) of each request's prompt. gate: at each "
+        "place times what `unisono tune --method gate` has learnt.",
+    )
+    artefact: Path | None = Field(
+        None, description="For gate, the file that was learnt. Relative to the folder of this file."
     )
     tau: float = Field(
         DEFAULT_TAU,
@@ -75,9 +80,13 @@ class WeightingConfig(Section):
         return {"by": value} if isinstance(value, str) else value
 
     @model_validator(mode="after")
-    def _tau_acts(self) -> WeightingConfig:
-        if self.by == "fixed" and "tau" in self.model_fields_set:
+    def _all_acts(self) -> WeightingConfig:
+        if self.by != "perplexity" and "tau" in self.model_fields_set:
             raise ValueError("tau only acts with `by: perplexity`; set it or drop tau")
+        if self.by == "gate" and self.artefact is None:
+            raise ValueError("`by: gate` needs artefact, the file that `unisono tune --method gate` writes")
+        if self.by != "gate" and self.artefact is not None:
+            raise ValueError("artefact only acts with `by: gate`; set it or drop artefact")
         return self
 
 
@@ -89,7 +98,8 @@ class EnsembleConfig(Section):
     main: Name = Field(description="The member whose vocabulary the output is sampled from.")
     fusion: FusionConfig = Field(default_factory=lambda: FusionConfig(), description="How the members are fused.")
     weighting: WeightingConfig = Field(
-        default_factory=lambda: WeightingConfig(), description="fixed, or by each prompt's perplexity."
+        default_factory=lambda: WeightingConfig(),
+        description="fixed; by each prompt's perplexity; by a gate, at each place.",
     )
     mode: ModeConfig = Field(default_factory=lambda: ModeConfig(), description="How steps are taken.")
     on_member_failure: Literal["fail", "drop"] = Field(
@@ -116,6 +126,15 @@ class EnsembleConfig(Section):
         total = sum(self.members.values())
         ordered = [self.main, *(name for name in self.members if name != self.main)]
         return {name: self.members[name] / total for name in ordered}
+
+
+def _ensemble_at(ensemble: EnsembleConfig, folder: Path) -> EnsembleConfig:
+    """A recipe with whole paths."""
+    if ensemble.weighting.artefact is None:
+        return ensemble
+    path = (folder / ensemble.weighting.artefact.expanduser()).resolve()
+    weighting = ensemble.weighting.model_copy(update={"artefact": path})
+    return ensemble.model_copy(update={"weighting": weighting})
 
 
 class MatricesConfig(Section):
@@ -215,6 +234,7 @@ class Config(Section):
             "matrices": self.matrices.model_copy(update={"folder": place}),
             "members": {name: member_at(member, folder) for name, member in self.members.items()},
             "server": server_at(self.server, folder),
+            "ensembles": {name: _ensemble_at(each, folder) for name, each in self.ensembles.items()},
             "councils": {name: council_at(council, folder) for name, council in self.councils.items()},
         }
         return self.model_copy(update=changes)

@@ -28,6 +28,8 @@ from ensemble_core.errors import (
     quoted,
 )
 from ensemble_core.fusion.base import FUSIONS, Fusion, FusionSpace, build_fusion, is_mixture
+from ensemble_core.fusion.gate import WeightGate
+from ensemble_core.fusion.gate_store import load_gate
 from ensemble_core.fusion.shelf import FusionShelf
 
 # (some members of an ensemble, main first; all its members) -> space, with the matrices of the full set.
@@ -63,13 +65,14 @@ def check_strategies(config: Config) -> None:
             _require_mixture(
                 ensemble.mode.name, ensemble.fusion.name, ensemble.fusion.options, f"ensembles.{name}"
             )
+            _require_weights_at_places(ensemble.weighting.by, ensemble.mode.name, ensemble.fusion.name, name)
         except UnknownStrategyError as error:
             raise ConfigError(str(error)) from error
 
 
 def _require_mixture(mode: str, fusion: str, options: dict[str, Any], where: str) -> None:
     """Raise ConfigError where a mode needs a linear pool and the fusion is another. where: path of both."""
-    if not getattr(MODES.factory(mode), "needs_mixture", False):
+    if not draws_members(mode):
         return
     parsed = FUSIONS.parse(fusion, options, f"{where}.fusion")
     if not is_mixture(parsed):
@@ -78,6 +81,30 @@ def _require_mixture(mode: str, fusion: str, options: dict[str, Any], where: str
             f"(fusion projection with pool: linear), got fusion {fusion} "
             f"{parsed.model_dump(exclude_defaults=True) or ''}; choose that fusion, or mode lockstep or verify"
         )
+
+
+def _require_weights_at_places(by: str, mode: str, fusion: str, name: str) -> None:
+    """Raise ConfigError where a gate's weights would have no effect, or come too late."""
+    if by == "gate" and fusion == "contrastive":
+        raise ConfigError(
+            f"ensembles.{name}.weighting: weights have no effect on fusion contrastive; set it to fixed, or choose "
+            "another fusion"
+        )
+    if by == "gate" and draws_members(mode):
+        raise ConfigError(f"ensembles.{name}.weighting: {too_late(mode)}")
+
+
+def draws_members(mode: str) -> bool:
+    """Whether a mode needs the weights before members speak."""
+    return bool(getattr(MODES.factory(mode), "needs_mixture", False))
+
+
+def too_late(mode: str) -> str:
+    """Why such a mode has no gate."""
+    return (
+        f"mode {mode} draws a member before it speaks, and a gate sets weights by what all members say; choose fixed "
+        "weights, or mode lockstep or verify"
+    )
 
 
 def _require_drafter(mode: ModeChoice, ensemble: EnsembleConfig, where: str) -> None:
@@ -151,6 +178,7 @@ class RecipeBook:
         self._config = config
         self._space_of = space_of
         self._built = FusionShelf(_MAX_FUSIONS)
+        self._gates: dict[str, WeightGate] = {}
         self._shelf_before = None if like is None else like._built  # until `warm` is over
 
     def resolve(self, model: str, overrides: Overrides) -> Recipe:
@@ -175,14 +203,18 @@ class RecipeBook:
         weights = _weights(ensemble, overrides)
         members = tuple(weights)
         name, key, fusion = self._fusion(model, ensemble, members, overrides)
+        mode, by = _mode(ensemble, overrides, alone=fusion is None), _weighting(ensemble, overrides)
+        if by.by == "gate" and fusion is not None and draws_members(mode.name):
+            raise InvalidRequestError(f"ensemble.weighting: {too_late(mode.name)}", "ensemble.weighting")
         return Recipe(
             model,
             members,
             tuple(weights.values()),
             fusion,
             name,
-            _mode(ensemble, overrides, alone=fusion is None),
-            tau=_tau(ensemble, overrides) if fusion is not None else None,
+            mode,
+            tau=by.tau if by.by == "perplexity" and fusion is not None else None,
+            gate=self._gate(model, ensemble, members) if by.by == "gate" and fusion is not None else None,
             on_failure=ensemble.on_member_failure,
             on_full=ensemble.on_full_context,
             apart=self._config.deterministic,
@@ -243,6 +275,14 @@ class RecipeBook:
             ) from error
         return name, key, fusion
 
+    def _gate(self, model: str, ensemble: EnsembleConfig, members: tuple[str, ...]) -> WeightGate:
+        """The gate of some members, main first. Raises ArtefactError."""
+        path, whole = ensemble.weighting.artefact, tuple(ensemble.weights)
+        assert path is not None
+        if model not in self._gates:
+            self._gates[model] = load_gate(path, self._config, model, self._space_of(whole, whole))
+        return self._gates[model].among(members)
+
     def _refit(
         self, model: str, ensemble: EnsembleConfig, overrides: Overrides, members: tuple[str, ...]
     ) -> Fusion | None:
@@ -280,16 +320,22 @@ def _weights(ensemble: EnsembleConfig, overrides: Overrides) -> dict[str, float]
     return {name: weight / total for name, weight in raw.items()}
 
 
-def _tau(ensemble: EnsembleConfig, overrides: Overrides) -> float | None:
-    """Temperature of weights by perplexity, nats per byte; None: weights are fixed."""
+def _weighting(ensemble: EnsembleConfig, overrides: Overrides) -> Weighting:
+    """Where weights come from. Raises InvalidRequestError."""
     chosen = overrides.weighting or Weighting(ensemble.weighting.by, ensemble.weighting.tau)
-    if chosen.by not in ("fixed", "perplexity") or not 0.0 < chosen.tau < math.inf:
+    if chosen.by not in ("fixed", "perplexity", "gate") or not 0.0 < chosen.tau < math.inf:
         raise InvalidRequestError(
-            "ensemble.weighting: `by` is fixed or perplexity and `tau` a finite number greater than 0, got "
+            "ensemble.weighting: `by` is fixed, perplexity or gate and `tau` a finite number greater than 0, got "
             f"{quoted(chosen.by)} and {chosen.tau!r}",
             "ensemble.weighting",
         )
-    return chosen.tau if chosen.by == "perplexity" else None
+    if chosen.by == "gate" and ensemble.weighting.artefact is None:
+        raise InvalidRequestError(
+            "ensemble.weighting: this model has no gate (its `weighting` is not `by: gate`); send fixed or "
+            "perplexity, or leave it out",
+            "ensemble.weighting",
+        )
+    return chosen
 
 
 def _mode(ensemble: EnsembleConfig, overrides: Overrides, alone: bool) -> ModeChoice:
@@ -327,9 +373,13 @@ def _described(ensemble: EnsembleConfig) -> dict[str, Any]:
     return {
         "members": ensemble.weights,
         "main": ensemble.main,
-        "weighting": ensemble.weighting.model_dump(exclude={"tau"} if ensemble.weighting.by == "fixed" else None),
+        "weighting": ensemble.weighting.model_dump(include={"by", "tau"} if _by_prompt(ensemble) else {"by"}),
         "fusion": {"name": ensemble.fusion.name, "options": ensemble.fusion.options},
         "mode": ensemble.mode.name,
         "on_member_failure": ensemble.on_member_failure,
         "on_full_context": ensemble.on_full_context,
     }
+
+
+def _by_prompt(ensemble: EnsembleConfig) -> bool:
+    return ensemble.weighting.by == "perplexity"

@@ -299,10 +299,11 @@ def tune(
     task: TaskSpecs,
     config: ConfigPath = DEFAULT_CONFIG,
     method: Annotated[
-        Literal["nll", "score", "swarm"],
+        Literal["nll", "score", "swarm", "gate"],
         typer.Option(
             help="nll: minimise the negative log-likelihood. score: weights in proportion to accuracy. "
-            "swarm: weights and fusion options (--vary) by particle swarm, for the same likelihood."
+            "swarm: weights and fusion options (--vary) by particle swarm, for the same likelihood. "
+            "gate: learn weights of each place, see docs/methods.md."
         ),
     ] = "nll",
     positions: Annotated[
@@ -313,11 +314,20 @@ def tune(
         typer.Option(show_default=False, help="With swarm: a fusion option and its range, as alpha=0.2..3.0."),
     ] = None,
     budget: Annotated[int, typer.Option(min=1, help="With swarm: points to try.")] = 100,
-    seed: Annotated[int, typer.Option(help="Of the swarm.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of the swarm, or of the gate.")] = 0,
     split: SplitChoice = "even",
     limit: LimitOption = None,
     shots: ShotsOption = 0,
-    write: Annotated[bool, typer.Option("--write", help="Write the weights into the configuration file.")] = False,
+    write: Annotated[
+        bool, typer.Option("--write", help="Write the weights into the configuration file, or the gate to --out.")
+    ] = False,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="With gate: a file. By default the ensemble's artefact, else gates/ beside the file."),
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="With gate: write it even if its gain may be chance.")
+    ] = False,
     skip_bad: SkipBad = False,
     cache: CacheFolder = None,
 ) -> None:
@@ -330,8 +340,15 @@ def tune(
         chosen = run.Chosen(task, split, limit, shots, cache, skip_bad)
         if method != "swarm" and vary:
             raise ConfigError(f"--vary only acts with --method swarm, not {method}")
+        if method != "gate" and (out is not None or force):
+            raise ConfigError(f"--out and --force only act with --method gate, not {method}")
         goal = config if write else None
-        if method == "swarm":
+        if method == "gate":
+            from ensemble_core.fitting.run import gate_path, tune_gate
+
+            path = (out or gate_path(settings, ensemble, config)) if write else None
+            typer.echo(tune_gate(settings, chosen, ensemble, seed, path, force))
+        elif method == "swarm":
             from ensemble_core.fitting.run import SwarmSearch, tune_options
 
             search = SwarmSearch(tuple(vary or ()), positions, budget, seed)

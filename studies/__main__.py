@@ -14,9 +14,10 @@ WORTH = Suite(
         "trained_pair",
         "repetition_penalty",
         "positions",
-        "whole_answers",
         "routing",
         "votes",
+        "gate",
+        "whole_answers",
     ),
     ROOT / "docs" / "studies.md",
 )

@@ -156,7 +156,9 @@ class Reference:
 
     def fuse(self, parts: list[Candidates]) -> Fused:
         assert self.recipe.fusion is not None
-        return self.recipe.fusion.fuse(parts, torch.tensor([self.recipe.weights]))
+        weights = torch.tensor([self.recipe.weights])
+        gate = self.recipe.gate
+        return self.recipe.fusion.fuse(parts, weights if gate is None else gate.weigh(parts, weights))
 
     def stops(self, token: int) -> bool:
         return token in self.main.vocabulary.stop_ids and not self.params.ignore_eos
@@ -229,11 +231,12 @@ class Reference:
         text = self.main.vocabulary.text_bytes(token)
         if not text or not self.params.greedy or self.bound:
             return False
-        on_top, mean = True, 0.0
+        on_top, chances = True, []
         for member, row, own in zip(self.others, rows, followed, strict=True):
             best = row.logprobs[0] == row.logprobs[0].max()
             top = int(row.token_ids[0][best].min())
             on_top = on_top and (top == own or member.vocabulary.text_bytes(top) == text)
-            if own is not None and (row.token_ids[0] == own).any():
-                mean += float(row.logprobs[0][row.token_ids[0] == own].max().exp()) / len(rows)
+            known = own is not None and bool((row.token_ids[0] == own).any())
+            chances.append(float(row.logprobs[0][row.token_ids[0] == own].max().exp()) if known else 0.0)
+        mean = sum(chances) / len(chances) if self.recipe.gate is None else min(chances)
         return on_top or mean > 0.5

@@ -18,11 +18,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ensemble_core.config import Config
+from ensemble_core.config import Config, WeightingConfig
 from ensemble_core.council_config import RouteConfig
 from ensemble_core.councils.features import NUM_FEATURES, VERSION
 from ensemble_core.councils.routers import ClusterRouter, LinearRouter, Router
 from ensemble_core.errors import ArtefactError
+from ensemble_core.identity import digest, weights_of
 
 _NUMBERS, _ABOUT = "router.safetensors", "about.json"
 
@@ -41,36 +42,29 @@ class About:
 
 def fingerprints(config: Config, models: Sequence[str]) -> dict[str, str]:
     """Model -> a digest of what its texts depend on; where it runs and how much memory it has do not count."""
-    return {model: _digest(_identity(config, model)) for model in models}
+    return {model: digest(_identity(config, model)) for model in models}
 
 
 def _identity(config: Config, model: str) -> Any:
     if model in config.members:
         member = config.members[model]
-        identity = [_checkpoint(member.model), member.revision, member.chat_template]
-        if member.adapter is None:
-            return identity
-        return [*identity, _checkpoint(member.adapter, "adapter_config.json"), member.adapter_revision]
+        base, revision, *adapter = weights_of(member)
+        return [base, revision, member.chat_template, *adapter]
     if model in config.ensembles:
         recipe = config.ensembles[model]
-        own = recipe.model_dump(mode="json", include={"main", "fusion", "weighting"})
+        own = recipe.model_dump(mode="json", include={"main", "fusion"})
+        own["weighting"] = _weighting(recipe.weighting)
         return [own, {name: [weight, _identity(config, name)] for name, weight in recipe.weights.items()}]
     council = config.councils[model]
     own = council.model_dump(mode="json", exclude={"limits", "artefact", "examples"})
     return [own, {name: _identity(config, name) for name in council.called}]
 
 
-def _checkpoint(model: str, configuration: str = "config.json") -> list[str]:
-    """A hub id as it is; of a folder the name, and the digest of its configuration: folders move."""
-    folder = Path(model)
-    if not folder.is_absolute():
-        return [model]
-    about = folder / configuration
-    return [folder.name, hashlib.sha256(about.read_bytes()).hexdigest() if about.exists() else ""]
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+def _weighting(weighting: WeightingConfig) -> dict[str, Any]:
+    """As configured, with a gate's digest in place of its path."""
+    own = weighting.model_dump(mode="json", exclude={"artefact"})
+    path = weighting.artefact
+    return own if path is None else own | {"artefact": _sha256(path) if path.exists() else ""}
 
 
 def save_router(folder: Path, router: LinearRouter | ClusterRouter, about: About) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from ensemble_core.fusion.base import Fusion
+    from ensemble_core.fusion.gate import WeightGate
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,8 +26,9 @@ class ModeChoice:
 class Recipe:
     """How one model of the API answers: members (main first), their weights, how they are fused.
 
-    mode: how steps are taken. tau: temperature of weights by perplexity (`decoding/perplexity.py`); None: the weights
-    are fixed. on_failure: whether an assistant's failure fails the request or drops the assistant. on_full: whether a
+    mode: how steps are taken. tau: temperature of weights by perplexity (`decoding/perplexity.py`); None: they do not
+    follow the prompt. gate: makes of the weights those of each place (`fusion/gate.py`); None: they are the same at
+    all. on_failure: whether an assistant's failure fails the request or drops the assistant. on_full: whether a
     text that an assistant's context cannot hold drops the assistant or ends there. apart: each
     position is fused by itself, never in a batch, so that its numbers cannot depend on others. fusion_key: recipes
     with the same key fuse the same members in the same way; empty: unknown. refit: gives the same fusion over fewer
@@ -40,6 +42,7 @@ class Recipe:
     fusion_name: str
     mode: ModeChoice = ModeChoice()
     tau: float | None = None
+    gate: WeightGate | None = None
     on_failure: Literal["fail", "drop"] = "fail"
     on_full: Literal["drop", "end"] = "end"
     apart: bool = False
@@ -67,5 +70,9 @@ class Recipe:
         total, members = sum(left.values()), tuple(left)
         fusion = self.refit(members) if self.refit is not None and len(left) > 1 and total > 0.0 else None
         if fusion is None:
-            return replace(self, members=(self.main,), weights=(1.0,), fusion=None, fusion_name="single")
-        return replace(self, members=members, weights=tuple(w / total for w in left.values()), fusion=fusion)
+            return replace(
+                self, members=(self.main,), weights=(1.0,), fusion=None, fusion_name="single", gate=None
+            )
+        gate = None if self.gate is None else self.gate.among(members)
+        weights = tuple(w / total for w in left.values())
+        return replace(self, members=members, weights=weights, fusion=fusion, gate=gate)

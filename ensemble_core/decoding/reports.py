@@ -99,10 +99,12 @@ def trace(
     token_id: int,
     left_out: Mapping[str, Reason],
     draft: DraftTrace | None = None,
+    weights: Sequence[float] = (),
 ) -> Trace:
     """What the members and the fusion proposed for one row's token, and which members were left out.
 
     candidates: member that answered -> its candidates, main first. draft: what became of the token that was drafted.
+    weights: with which these members were fused at this place; none: main decided alone.
     """
     main, *others = candidates
     spell = {member: tracks[member].vocabulary for member in candidates}
@@ -125,21 +127,17 @@ def trace(
             member: spell[member].text_bytes(_top(candidates[member], row)) == spell[main].text_bytes(token_id)
             for member in others
         },
-        weights=_weights(recipe, list(candidates) if consulted else [main]),
+        weights=_weights(list(candidates), weights) if consulted else {main: 1.0},
         left_out=left_out,
         draft=draft,
     )
 
 
-def _weights(recipe: Recipe, members: Sequence[str]) -> dict[str, float]:
-    """Weights of the consulted members, scaled to sum to 1; main alone has weight 1."""
-    known = dict(zip(recipe.members, recipe.weights, strict=True))
-    total = sum(known[member] for member in members)
-    return (
-        {member: round(known[member] / total, 6) for member in members}
-        if total and len(members) > 1
-        else {members[0]: 1.0}
-    )
+def _weights(members: Sequence[str], weights: Sequence[float]) -> dict[str, float]:
+    """Weights of the consulted members; main alone has weight 1."""
+    if len(members) == 1:
+        return {members[0]: 1.0}
+    return {member: round(weight, 6) for member, weight in zip(members, weights, strict=True)}
 
 
 def _top(part: Candidates, row: int) -> int:

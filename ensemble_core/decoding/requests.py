@@ -25,9 +25,9 @@ LEAST_LOGPROB = -9999.0  # of a token without mass, as in vLLM, since JSON has n
 
 @dataclass(frozen=True, slots=True)
 class Weighting:
-    """Where weights come from: fixed, or scaled by each prompt's perplexity (tau in nats per byte)."""
+    """Where weights come from: fixed, scaled by each prompt's perplexity (tau in nats per byte), or by a gate."""
 
-    by: Literal["fixed", "perplexity"] = "fixed"
+    by: Literal["fixed", "perplexity", "gate"] = "fixed"
     tau: float = DEFAULT_TAU
 
 

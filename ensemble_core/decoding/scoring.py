@@ -18,12 +18,11 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 
-import torch
-
 from ensemble_core.decoding.logprobs import Scored, describe_token
 from ensemble_core.decoding.recipe import Recipe
 from ensemble_core.decoding.reports import score
 from ensemble_core.decoding.requests import TokenLogprob
+from ensemble_core.decoding.weights import weights_at
 from ensemble_core.fusion.base import single
 from ensemble_core.members.base import Candidates, stacked
 from ensemble_core.text.alignment import Track, plain_text, rests
@@ -157,7 +156,7 @@ class PromptScores:
         fused = single(parts[0])
         if len(parts) > 1:
             assert recipe.fusion is not None
-            fused = recipe.fusion.fuse(parts, torch.tensor([recipe.weights] * len(block), device=device))
+            fused = recipe.fusion.fuse(parts, weights_at([recipe] * len(block), parts))
         positions = [place[recipe.main] for place in block]
         return {
             p: score(fused.token_ids[row], fused.logprobs[row], ids[p + 1], self.num_top, ranks=self.ranks)

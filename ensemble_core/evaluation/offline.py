@@ -15,13 +15,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from ensemble_core.decoding.recipe import Recipe
 from ensemble_core.decoding.sampler import greedy
+from ensemble_core.decoding.weights import weights_at
 from ensemble_core.errors import EvaluationError
 from ensemble_core.evaluation.scores import MemberScores, Scores
 from ensemble_core.fusion.base import Fused
@@ -110,8 +111,9 @@ def fuse_positions(
             f"scheduler.num_candidates is {num_candidates}, the stored scores hold {scores.num_candidates}; "
             "collect them anew"
         )
-    assert recipe.fusion is not None
-    if recipe.fusion.full_vocabulary:
+    fusion = recipe.fusion
+    assert fusion is not None
+    if fusion.full_vocabulary:
         raise EvaluationError(
             f"model {recipe.model!r}: a fusion of whole vocabularies cannot be evaluated on candidates; ask for "
             "`support: closed`"
@@ -121,19 +123,25 @@ def fuse_positions(
             f"model {recipe.model!r}: its weights follow each prompt's perplexity, and a document has none; name "
             "it for completions alone (--measure score), or ask for `?weighting.by=fixed`"
         )
-    row = torch.tensor(weights if weights is not None else recipe.weights, dtype=torch.float32)
-    main, found = scores.members[recipe.main], []
+    if weights is not None:
+        recipe = replace(recipe, weights=tuple(weights))
+    main, found = scores.members[recipe.main], list[FusedPositions]()
     for start in range(0, len(shared.rows), BLOCK):
         block = slice(start, start + BLOCK)
-        parts = [
-            _candidates(scores.members[member], slots[block], num_candidates)
-            for member, slots in zip(recipe.members, shared.slots, strict=True)
-        ]
+        parts = candidates_at(scores, recipe.members, shared, block, num_candidates)
         with torch.inference_mode():
-            fused = recipe.fusion.fuse(parts, row.expand(len(parts[0]), -1))
+            fused = fusion.fuse(parts, weights_at([recipe] * len(parts[0]), parts))
         rows = shared.rows[block]
         found.append(_judged(fused, parts[0], main.token[rows].long(), main.logprob[rows]))
     return _joined(found, len(recipe.members))
+
+
+def candidates_at(
+    scores: Scores, members: Sequence[str], shared: SharedPositions, block: slice, num_candidates: int
+) -> list[Candidates]:
+    """What members (main first) said at some of the shared positions."""
+    pairs = zip(members, shared.slots, strict=True)
+    return [_candidates(scores.members[member], slots[block], num_candidates) for member, slots in pairs]
 
 
 def _candidates(part: MemberScores, slots: Tensor, num: int) -> Candidates:

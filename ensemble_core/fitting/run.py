@@ -19,12 +19,14 @@ from ensemble_core.evaluation.run import Chosen
 from ensemble_core.evaluation.tasks import Task
 from ensemble_core.evaluation.variants import parse_variant
 from ensemble_core.evaluation.workbench import Workbench
+from ensemble_core.fitting.fit_gate import fit_gate, told_gate
 from ensemble_core.fitting.fit_graph import fit_graph, told_graph
 from ensemble_core.fitting.fit_router import Calibration, Fitted, fit_router, router_of, told, without
 from ensemble_core.fitting.fit_votes import fit_votes, told_votes
 from ensemble_core.fitting.tune_swarm import SwarmSearch, told_together, tune_by_swarm
+from ensemble_core.fusion.gate_store import save_gate
 
-__all__ = ["Calibration", "Search", "SwarmSearch", "fit_council", "tune_options"]
+__all__ = ["Calibration", "Search", "SwarmSearch", "fit_council", "gate_path", "tune_gate", "tune_options"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,3 +98,24 @@ def tune_options(config: Config, chosen: Chosen, ensemble: str, search: SwarmSea
         found = tune_by_swarm(bench, variant, chosen.parsed_tasks(), chosen.selection, search)
     written = evaluation.write_tuned(found.tuned, variant, write_to)
     return f"{told_together(found)}\n\n{evaluation.told(found.tuned, written)}"
+
+
+def tune_gate(config: Config, chosen: Chosen, ensemble: str, seed: int, out: Path | None, force: bool) -> str:
+    """Learn a gate, write it to `out` if one is given and its gain is sure; what came of it, in words."""
+    tasks = chosen.parsed_tasks()
+    with Workbench(config, chosen.cache) as bench:
+        fitted = fit_gate(bench, ensemble, tasks, chosen.selection, seed)
+    if out is None:
+        return f"{told_gate(fitted)}\n\nnot written; pass --write"
+    if not fitted.is_sure and not force:
+        return f"{told_gate(fitted)}\n\nnot written: the gain may be chance; pass --force to write it all the same"
+    data = {task.name: task.digest for task in tasks} | {"split": chosen.split}
+    save_gate(out, fitted.numbers, fitted.origin, data, fitted.report)
+    return f"{told_gate(fitted)}\n\nwritten to {out}"
+
+
+def gate_path(config: Config, ensemble: str, source: Path) -> Path:
+    """Where an ensemble's gate is written by default. source: the configuration's file."""
+    found = config.ensembles.get(ensemble)
+    own = None if found is None else found.weighting.artefact
+    return own or source.parent / "gates" / f"{ensemble}.safetensors"

@@ -79,7 +79,8 @@ class Certifying(Protocol):
     def certified(self, main: Candidates, weights: Tensor) -> Tensor:
         """(B,) bool: rows in which main's likeliest token stays the likeliest, whatever assistants say.
 
-        main: B rows. weights: (B, M) as in `fuse`. A row may be left out although it holds there, never the reverse.
+        main: B rows. weights: (B, M) as in `fuse`; main's may be less than it will be. A row may be left out although
+        it holds there, never the reverse.
         """
 
 

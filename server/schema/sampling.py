@@ -80,11 +80,11 @@ def _weighting(value: object) -> object:
 
 
 class WeightingChoice(Strict):
-    """How weights are set: fixed, or from the perplexity of the prompt."""
+    """How weights are set: fixed, from the perplexity of the prompt, or by a gate at each place."""
 
     model_config = ConfigDict(extra="forbid")
 
-    by: Literal["fixed", "perplexity"]
+    by: Literal["fixed", "perplexity", "gate"]
     tau: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] | None = Field(
         None, description="Temperature of perplexity weighting, in nats per byte."
     )
@@ -116,7 +116,9 @@ class EnsembleOptions(Strict):
     weighting: Annotated[
         WeightingChoice | None, BeforeValidator(_weighting, json_schema_input_type=str | WeightingChoice | None)
     ] = Field(
-        None, description="fixed, perplexity, or {by, tau}: whether weights depend on the prompt's perplexity."
+        None,
+        description="fixed, perplexity, gate, or {by, tau}: whether weights depend on the prompt's perplexity, or on "
+        "what members say at each place (where a gate is configured).",
     )
     fusion: Annotated[
         StrategyChoice | None, BeforeValidator(_strategy, json_schema_input_type=str | StrategyChoice | None)

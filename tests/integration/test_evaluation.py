@@ -324,6 +324,50 @@ def test_what_a_swarm_cannot_vary_is_refused(config: Path, tmp_path: Path, extra
     assert words in found.output
 
 
+def test_a_gate_is_learnt_written_and_served(config: Path, tmp_path: Path) -> None:
+    """In sample a gain may be chance, so it is written by force alone; then the file's ensemble gives its figure."""
+    path, records = tmp_path / "config.yaml", tmp_path / "texts.jsonl"
+    path.write_text(config.read_text())
+    records.write_text("\n".join(json.dumps({"text": text}) for text in TEXTS))
+    options = ["--config", str(path), "--task", f"texts={records}", "--cache", str(tmp_path), "--split", "all"]
+    tune = ["tune", *options, "--ensemble", "duet", "--method", "gate"]
+    plain, unsure, forced = (invoke(*tune, *more) for more in ((), ("--write",), ("--write", "--force")))
+    assert [each.exit_code for each in (plain, unsure, forced)] == [0, 0, 0], forced.output
+    assert "not written; pass --write" in plain.stdout
+    assert "the gain may be chance" in unsure.stdout
+    assert forced.stdout.splitlines()[-1] == f"written to {tmp_path / 'gates' / 'duet.safetensors'}"
+    assert _bits(forced.stdout, "gate") <= _bits(forced.stdout, "llama")
+
+    raw = yaml.safe_load(path.read_text())
+    raw["ensembles"]["duet"]["weighting"] = {"by": "gate", "artefact": "gates/duet.safetensors"}
+    path.write_text(yaml.safe_dump(raw))
+    with Workbench(load_config(path), tmp_path) as made:
+        scores = made.scores([Document(text.strip()) for text in TEXTS], ["llama", "gpt2"], "test")
+        gated, fixed = (
+            made.sums(scores, made.recipe(parse_variant(name))) for name in ("duet", "duet?weighting.by=fixed")
+        )
+    assert float(gated.bits.sum() / gated.num_bytes.sum()) == pytest.approx(_bits(forced.stdout, "gate"), abs=1e-4)
+    assert float(gated.bits.sum()) < float(fixed.bits.sum())
+
+
+@pytest.mark.parametrize(
+    ("extra", "words"),
+    [
+        (["--ensemble", "duet", "--method", "nll", "--out", "x"], "--out and --force only act with --method gate"),
+        (["--ensemble", "llama", "--method", "gate"], "no token-level ensemble has this name"),
+    ],
+)
+def test_what_a_gate_cannot_be_learnt_for_is_refused(
+    config: Path, tmp_path: Path, extra: list[str], words: str
+) -> None:
+    records = tmp_path / "texts.jsonl"
+    records.write_text("\n".join(json.dumps({"text": text}) for text in TEXTS))
+    command = ["tune", "--config", str(config), "--task", f"t={records}", "--cache", str(tmp_path)]
+    found = invoke(*command, *extra)
+    assert found.exit_code == 1
+    assert words in found.output
+
+
 def _bits(output: str, model: str) -> float:
     (line,) = (line for line in output.splitlines() if line.split()[:1] == [model] and " .. " in line)
     return float(line.split()[1])

@@ -246,7 +246,7 @@ BAD = [
     ({"ensemble": {"members": ["a", 5]}}, 400, "ensemble.members.1", "string"),
     ({"ensemble": {"weights": {"a": -1}}}, 400, "ensemble.weights.a", "greater than or equal to 0"),
     ({"ensemble": {"weights": {"a": "1"}}}, 400, "ensemble.weights.a", "number"),
-    ({"ensemble": {"weighting": "best"}}, 400, "ensemble.weighting.by", "'fixed' or 'perplexity'"),
+    ({"ensemble": {"weighting": "best"}}, 400, "ensemble.weighting.by", "'fixed', 'perplexity' or 'gate'"),
     ({"ensemble": {"weighting": {"by": "perplexity", "tau": 0}}}, 400, "ensemble.weighting.tau", "greater than 0"),
     ({"ensemble": {"weighting": {"tau": 1}}}, 400, "ensemble.weighting.by", "required"),
     ({"ensemble": {"mode": {"name": "lockstep", "pace": 3}}}, 400, "ensemble.mode.pace", "pace"),

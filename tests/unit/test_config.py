@@ -119,7 +119,17 @@ def test_weighting_is_named_or_spelt_out(tmp_path: Path, value: object) -> None:
         ("ensembles.ab.main", "c", "ensembles.ab: main 'c' is not one of the members ['a', 'b']"),
         ("ensembles.ab.members.ghost", 1, "ensembles.ab.members: ['ghost'] are not declared under members"),
         ("ensembles.a", {"members": {"b": 1}, "main": "b"}, "ensembles.a: a member has this name already"),
-        ("ensembles.ab.weighting", "best", "ensembles.ab.weighting.by: Input should be 'fixed' or 'perplexity'"),
+        (
+            "ensembles.ab.weighting",
+            "best",
+            "ensembles.ab.weighting.by: Input should be 'fixed', 'perplexity' or 'gate'",
+        ),
+        ("ensembles.ab.weighting", "gate", "ensembles.ab.weighting: `by: gate` needs artefact"),
+        (
+            "ensembles.ab.weighting",
+            {"by": "fixed", "artefact": "x.safetensors"},
+            "ensembles.ab.weighting: artefact only acts with `by: gate`",
+        ),
         ("ensembles.ab.weighting", {"tau": 1.0}, "ensembles.ab.weighting: tau only acts with `by: perplexity`"),
         ("ensembles.ab.weighting", {"by": "perplexity", "tau": 0}, "ensembles.ab.weighting.tau: Input should be"),
         ("ensembles.ab.mode", ["lockstep"], "ensembles.ab.mode: Input should be a valid dictionary"),

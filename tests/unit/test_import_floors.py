@@ -32,6 +32,7 @@ FLOORS = (
         "ensemble_core.council_config",
         "ensemble_core.roster",
         "ensemble_core.reasoning_config",
+        "ensemble_core.identity",
     ),
     ("ensemble_core.text",),
     ("ensemble_core.transfer",),

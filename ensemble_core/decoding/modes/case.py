@@ -12,7 +12,7 @@ from ensemble_core.decoding import reports
 from ensemble_core.decoding.habits import Verdict
 from ensemble_core.decoding.modes.base import Decision, Turn
 from ensemble_core.decoding.modes.drafts import confirmed, with_guesses
-from ensemble_core.decoding.modes.judging import Judged, Place, Report, row_of
+from ensemble_core.decoding.modes.judging import Judged, Place, PlaceReport, row_of
 from ensemble_core.decoding.modes.lockstep import failed
 from ensemble_core.decoding.modes.places import (
     Spot,
@@ -201,7 +201,7 @@ def _choice(
     drafted: Drafted,
     drafter: str,
     token: int,
-    found: Report | None,
+    found: PlaceReport | None,
     said: Mapping[str, Candidates],
 ) -> Choice:
     """A final token with the reports that its request asked for; main's own numbers where nothing was fused.
@@ -209,14 +209,19 @@ def _choice(
     said: what assistants said at its place, of traced requests.
     """
     sequence, own = turn.sequence, note_of(drafted).main
-    parts, fused, row = found if found is not None else ([own, *said.values()], single(own), 0)
+    parts, fused, row = [own, *said.values()], single(own), 0
+    if found is not None:
+        parts, fused, row = found.parts, found.fused, found.row
     trace = None
     scored = reports.scored(sequence.request.params, fused, row, token, note_of(drafted).named)
     if sequence.request.trace:
         members = dict(zip((turn.recipe.main, *said), parts, strict=True))
         left_out = {**sequence.dropped, **turn.left_out}
         draft = _fate(sequence, drafted, drafter, token, found is not None)
-        trace = reports.trace(sequence.recipe, sequence.tracks, members, fused, row, token, left_out, draft)
+        weights = () if found is None else found.weights
+        trace = reports.trace(
+            sequence.recipe, sequence.tracks, members, fused, row, token, left_out, draft, weights
+        )
     return Choice(token, scored, trace)
 
 

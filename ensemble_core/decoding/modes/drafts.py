@@ -38,7 +38,8 @@ def chosen_by_main(
         recipe, ahead = turn.recipe, len(draft_of(turn.sequence))
         span = answers[recipe.main].spans[turn.feeds[recipe.main]]
         fusion = recipe.fusion_key or id(recipe.fusion)
-        key = recipe.main, span.block, width_of(turn, num_candidates), len(recipe.members), fusion
+        width = width_of(turn, num_candidates)
+        key = recipe.main, span.block, width, len(recipe.members), fusion, id(recipe.gate)
         groups.setdefault(key, []).extend(
             (turn, row, ahead + row - span.start) for row in range(span.start, span.stop)
         )
@@ -70,6 +71,8 @@ def _certified(turns: abc.Sequence[Turn], rows: Candidates) -> list[bool]:
     if not isinstance(fusion, Certifying) or not any(unshaped):
         return [False] * len(turns)
     weights = torch.tensor([turn.recipe.weights for turn in turns], device=rows.tail.device)
+    if turns[0].recipe.gate is not None:  # what assistants say sets the weights: main may have none
+        weights[:, 0] = 0.0
     pairs = zip(fusion.certified(rows, weights).tolist(), unshaped, strict=True)
     return [certified and plain for certified, plain in pairs]
 

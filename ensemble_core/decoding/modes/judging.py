@@ -21,13 +21,23 @@ from ensemble_core.decoding.modes.places import Note, note_of
 from ensemble_core.decoding.sampler import greedy, sample
 from ensemble_core.decoding.sequence import Drafted
 from ensemble_core.decoding.shaping import shape
+from ensemble_core.decoding.weights import weights_at
 from ensemble_core.fusion.base import Fused, single
 from ensemble_core.fusion.sharpening import sharpened
 from ensemble_core.members.base import Candidates, stacked
 from ensemble_core.stats import FusionStats
 
 Key = tuple[int, int]
-Report = tuple[list[Candidates], Fused, int]  # what members said, the fusion, the row in both
+
+
+@dataclass(frozen=True, slots=True)
+class PlaceReport:
+    """What was fused at a place: what members said, main first, and their weights; what came of it, in which row."""
+
+    parts: list[Candidates]
+    weights: tuple[float, ...]
+    fused: Fused
+    row: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +89,7 @@ class Judged:
 
     tokens: dict[Key, int] = field(default_factory=dict)
     said: dict[Key, Mapping[str, Candidates]] = field(default_factory=dict)
-    reports: dict[Key, Report] = field(default_factory=dict)
+    reports: dict[Key, PlaceReport] = field(default_factory=dict)
     fusions: list[FusionStats] = field(default_factory=list)
 
 
@@ -138,7 +148,8 @@ def _may_agree(place: Place) -> bool:
 def _agreed(places: abc.Sequence[Place]) -> set[Key]:
     """Places where each assistant has main's greedy token on top, or their mean probability of it is over 1/2.
 
-    Then no weighted sum of distributions has another token on top.
+    With a gate each one's has to be, since the weights of the mean are not known before. Then no weighted sum of
+    distributions has another token on top.
     """
     parts: dict[tuple[str, int], list[Place]] = {}
     for place in places:
@@ -154,7 +165,17 @@ def _agreed(places: abc.Sequence[Place]) -> set[Key]:
             spell = place.turn.sequence.tracks[member].vocabulary.text_bytes
             view = place.weight(member), top == token_id or spell(top) == place.text, chance
             views.setdefault(place.key, []).append(view)
-    return {key for key, said in views.items() if all(top for _, top, _ in said) or _mean(said) > 0.5}
+    gated = {place.key for place in places if place.turn.recipe.gate is not None}
+    return {
+        key
+        for key, said in views.items()
+        if all(top for _, top, _ in said) or (_least(said) if key in gated else _mean(said)) > 0.5
+    }
+
+
+def _least(said: list[tuple[float, bool, float]]) -> float:
+    """The assistants' least probability of the token: no mean is lower, whatever a gate makes of the weights."""
+    return min((chance for _, _, chance in said), default=0.0)
 
 
 def _mean(said: list[tuple[float, bool, float]]) -> float:
@@ -176,7 +197,16 @@ def _kind(place: Place) -> tuple[object, ...]:
     fusion = recipe.fusion_key or id(recipe.fusion)
     greedily = place.turn.sequence.request.params.greedy
     widths = tuple((member, row.token_ids.shape[1]) for member, row in place.rows.items())
-    return (recipe.model, recipe.members, fusion, widths, place.note.main.token_ids.shape[1], greedily, alone)
+    return (
+        recipe.model,
+        recipe.members,
+        fusion,
+        id(recipe.gate),
+        widths,
+        place.note.main.token_ids.shape[1],
+        greedily,
+        alone,
+    )
 
 
 def _fuse(group: abc.Sequence[Place], num_candidates: int, rule: Rule, judged: Judged) -> None:
@@ -190,14 +220,15 @@ def _fuse(group: abc.Sequence[Place], num_candidates: int, rule: Rule, judged: J
     turns = [place.turn for place in group]
     fusion = turns[0].recipe.fusion
     assert fusion is not None
-    fused = fusion.fuse(parts, torch.tensor([turn.recipe.weights for turn in turns], device=main.tail.device))
+    weights = weights_at([turn.recipe for turn in turns], parts)
+    fused = fusion.fuse(parts, weights)
     if rule.sharpen:
         fused = sharpened(fused, turns[0].sequence.main.vocabulary.text_bytes)
     seconds = time.perf_counter() - started
     tokens = _tokens(group, fused, main, rule)
-    for i, (place, token) in enumerate(zip(group, tokens, strict=True)):
+    for i, (place, token, row) in enumerate(zip(group, tokens, weights.tolist(), strict=True)):
         judged.tokens[place.key] = token
-        judged.reports[place.key] = (parts, fused, i)
+        judged.reports[place.key] = PlaceReport(parts, tuple(row), fused, i)
     members = [turns[0].recipe.main, *others]
     judged.fusions.append(fusion_stats(turns[0], members, parts, fused, tokens, seconds))
 

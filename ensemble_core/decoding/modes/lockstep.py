@@ -24,6 +24,7 @@ from ensemble_core.decoding.rhythm import Beat
 from ensemble_core.decoding.sampler import greedy, sample
 from ensemble_core.decoding.sequence import Choice, Sequence
 from ensemble_core.decoding.shaping import shape
+from ensemble_core.decoding.weights import weights_at
 from ensemble_core.fusion.base import Fused, Fusion, single
 from ensemble_core.members.base import Answers, Candidates
 from ensemble_core.members.candidates import in_order, narrow
@@ -66,28 +67,28 @@ def _decide(
     """Fuse and sample a group; returns the turns to fuse again with fewer members, and the outcome of the others."""
     started = time.perf_counter()
     candidates = _gather(group, answers, num_candidates)
-    fused = _fuse(group, candidates)
+    fused, weights = _fuse(group, candidates)
     if any(unsound := _unsound(group, candidates)):
         again, lost = _without(group, unsound)
         return again, Outcome(lost)
     fused_at = time.perf_counter()
     sequences = [turn.sequence for turn in group]
     tokens = sample(shape(fused, sequences, [turn.mask for turn in group]), sequences)
-    decisions = _decisions(group, answers, candidates, fused, tokens)
+    decisions = _decisions(group, answers, candidates, weights, fused, tokens)
     sampling = time.perf_counter() - fused_at
     stats = fusion_stats(group[0], list(group[0].feeds), candidates, fused, tokens, fused_at - started)
     return [], Outcome(decisions, [stats], sampling)
 
 
 def _groups(turns: abc.Sequence[Turn], answers: Mapping[str, Answers], num_candidates: int) -> list[list[Turn]]:
-    """Group turns that have the same model, consulted members, fusion, widths of answers and number of candidates."""
+    """Group turns that have the same model, consulted members, fusion, gate, widths of answers and candidates."""
     groups: dict[tuple[object, ...], list[Turn]] = {}
     for turn in turns:
         recipe = turn.recipe
         alone = turn.sequence.seq_id if recipe.apart else None
         fusion = recipe.fusion_key or id(recipe.fusion)
         blocks = tuple((member, answers[member].spans[feed].block) for member, feed in turn.feeds.items())
-        key = (recipe.model, blocks, fusion, width_of(turn, num_candidates), alone)
+        key = (recipe.model, blocks, fusion, id(recipe.gate), width_of(turn, num_candidates), alone)
         groups.setdefault(key, []).append(turn)
     return list(groups.values())
 
@@ -145,12 +146,13 @@ def _with(ids: list[int], kept: set[int], missing: set[int]) -> list[int]:
     return ids
 
 
-def _fuse(group: abc.Sequence[Turn], candidates: list[Candidates]) -> Fused:
+def _fuse(group: abc.Sequence[Turn], candidates: list[Candidates]) -> tuple[Fused, Tensor]:
+    """What the group's fusion makes of candidates, and the weights (B, M) with which."""
     fusion = _fusion(group)
     if fusion is None:
-        return single(candidates[0])
-    weights = torch.tensor([turn.recipe.weights for turn in group], device=candidates[0].tail.device)
-    return fusion.fuse(candidates, weights)
+        return single(candidates[0]), torch.ones(len(group), 1)
+    weights = weights_at([turn.recipe for turn in group], candidates)
+    return fusion.fuse(candidates, weights), weights
 
 
 def _unsound(group: abc.Sequence[Turn], candidates: abc.Sequence[Candidates]) -> list[tuple[str, ...]]:
@@ -193,6 +195,7 @@ def _decisions(
     group: abc.Sequence[Turn],
     answers: Mapping[str, Answers],
     candidates: list[Candidates],
+    weights: Tensor,
     fused: Fused,
     tokens: abc.Sequence[int],
 ) -> list[Decision]:
@@ -213,7 +216,7 @@ def _decisions(
             left_out = {**turn.sequence.dropped, **turn.left_out}
             said = dict(zip(turn.feeds, candidates, strict=True))
             recipe, tracks = turn.sequence.recipe, turn.sequence.tracks
-            trace = reports.trace(recipe, tracks, said, fused, i, token, left_out)
+            trace = reports.trace(recipe, tracks, said, fused, i, token, left_out, weights=weights[i].tolist())
         consulted = int(len(turn.feeds) > 1)
         decisions.append(
             Decision(turn.sequence, (Choice(token, scored, trace),), unsound=unsound, consulted=consulted)
