@@ -9,6 +9,7 @@ SPEED = Suite(
         "member_forward",
         "step_overhead",
         "fusion_time",
+        "gate_time",
         "costs",
         "serving",
         "batches",

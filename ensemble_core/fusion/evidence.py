@@ -113,16 +113,18 @@ def _shared(ids: Tensor, chances: Tensor) -> Tensor:
     num = ids.shape[1]
     left, right = _pairs(num, ids.device)
     placed = torch.where(ids >= 0, chances, 0.0)
-    mine, theirs = placed[:, left], placed[:, right]  # (B, pairs, N)
-    one = ids[:, left].unsqueeze(3) == ids[:, right].unsqueeze(2)  # (B, pairs, N, N)
+    mine, theirs = placed.index_select(1, left), placed.index_select(1, right)  # (B, pairs, N)
+    one = ids.index_select(1, left).unsqueeze(3) == ids.index_select(1, right).unsqueeze(2)  # (B, pairs, N, N)
     given = (torch.where(one[:, :, 0], theirs, 0.0).sum(dim=2) + _TINY).log()
     gives = (torch.where(one[:, :, :, 0], mine, 0.0).sum(dim=2) + _TINY).log()
     overlap = (torch.where(one, theirs.sqrt().unsqueeze(2), 0.0).sum(dim=3) * mine.sqrt()).sum(dim=2)
     agree = one[:, :, 0, 0].float()
+    here = torch.stack([agree, given, gives, overlap], dim=2)
+    there = torch.stack([agree, gives, given, overlap], dim=2)
+    if num == 2:  # the only pair
+        return torch.cat([here, there], dim=1)
     found = chances.new_zeros(len(ids), num, len(SHARED))
-    found.index_add_(1, left, torch.stack([agree, given, gives, overlap], dim=2))
-    found.index_add_(1, right, torch.stack([agree, gives, given, overlap], dim=2))
-    return found / (num - 1)
+    return found.index_add_(1, left, here).index_add_(1, right, there) / (num - 1)
 
 
 @dataclass(frozen=True, slots=True)
