@@ -1,8 +1,8 @@
 """Documents cut at the places where all members have a boundary, and what each member says of every stretch between.
 
 A stretch is spelt by each member in tokens of its own, one or more; its likelihood is the product of theirs. Choosing
-a member for each stretch by its weight gives the stretch the probability sum_i w_i P_i(stretch). Any finer alphabet
-(bytes, common tokens) gives the same, if the weights are carried: after the symbols x of a stretch they are w_i P_i(x),
+a member for each stretch by its weight gives it the probability sum_i w_i P_i(stretch). Any finer alphabet
+(bytes, common tokens) gives the same, if weights are carried: after the symbols x of a stretch they are w_i P_i(x),
 normalised, so that the product over symbols telescopes. No member is main. With equal vocabularies a stretch is a
 token, and this is the linear pool. Knows stored scores alone.
 """
