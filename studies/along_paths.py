@@ -171,7 +171,7 @@ def save(path: Path, readings: Sequence[Reading]) -> None:
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial.npz")
-    np.savez(partial, **arrays, num=np.array(len(readings)))
+    np.savez(partial, allow_pickle=False, **arrays, num=np.array(len(readings)))
     partial.replace(path)
 
 
