@@ -8,7 +8,16 @@ from benchmarks.runner import Suite, main
 
 WORTH = Suite(
     "studies",
-    ("fusion_table", "relative_sweep", "trained_pair", "repetition_penalty", "positions", "routing", "votes"),
+    (
+        "fusion_table",
+        "relative_sweep",
+        "trained_pair",
+        "repetition_penalty",
+        "positions",
+        "bytes_and_common",
+        "routing",
+        "votes",
+    ),
     ROOT / "docs" / "studies.md",
 )
 

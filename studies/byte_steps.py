@@ -144,8 +144,8 @@ def steps(pair: ReducedPair, halves: Mapping[str, Half]) -> tuple[list[TableRow]
 def alone(readings: Sequence[Reading], members: Sequence[str], weights: Weights) -> list[TableRow]:
     """What is at stake where main stands within a stretch, which is not fused today: bits per byte of all text.
 
-    Carried: bytes, weights as after what each member said of the stretch so far. Better: of both members at each
-    position, the assistant by its covers. Main's conditional covers include tokens that run over the place.
+    Carried: main by its own tokens, the assistant by its covers, weights as after what each said of the stretch so
+    far. Better: of both at each position.
     """
     rows: list[TableRow] = []
     num_bytes = sum(each.num_bytes for each in readings)
@@ -184,13 +184,15 @@ def _within(reading: Reading, members: Sequence[str], own: int, weights: Weights
     mains = _cut(reading.spots[members[own], BYTES], places)
     for index, parts in enumerate(_stretches(reading, members, BYTES)):
         masses = np.stack([np.append(part.begun[:-1], part.ended) for part in parts], axis=1)  # (n + 1, M)
-        for spot in mains[index][1:]:
+        known = 0.0
+        for spot in mains[index]:
             before = spot.start - places[index]
             pair = masses[[before, before + spot.size]]
-            mixed = np.logaddexp.reduce(pair + logs, axis=1)
-            gained = pair[1] - pair[0]
-            gained[own] = spot.logprob
-            sums -= np.array([spot.logprob, mixed[1] - mixed[0], np.nanmax(gained)])
+            pair[:, own] = known, known + spot.logprob
+            known += spot.logprob
+            if before:
+                mixed = np.logaddexp.reduce(pair + logs, axis=1)
+                sums -= np.array([spot.logprob, mixed[1] - mixed[0], np.nanmax(pair[1] - pair[0])])
     return sums
 
 
@@ -269,9 +271,9 @@ def _covered_stretches(
         first, last = (_after(rests, reading.num_bytes - place) for place in (start, end))
         path = tuple(text[len(text) - reading.num_bytes + start : len(text) - reading.num_bytes + end])
         before = ids[:first]
-        behind = partial(_behind, branches, before)
-        own = covered(behind, reduction, path, along(ids[first:last]))
-        found.append((len(path), own, covered(behind, reduction, path, above(LEAST))))
+        behind, own = partial(_behind, branches, before), ids[first:last]
+        parts = [covered(behind, reduction, path, follows) for follows in (along(own), above(LEAST, own))]
+        found.append((len(path), parts[0], parts[1]))
     branches.close()
     return found
 

@@ -1,6 +1,6 @@
 """What members could gain by meeting in bytes or in a common vocabulary, against fusions over main's tokens.
 
-    python -m studies.bytes_and_common [--part pools|steps|covers] [--limit 64] [--quick]
+    python -m studies.bytes_and_common [--part pools|steps|covers] [--tasks NAME ...] [--weight W] [--quick]
 
 pools: bits per byte of the odd documents, weights tuned on the even ones: fusions of candidates as served, pools that
 split an assistant's mass as main does (`split_pool.py`), and the mixture of whole stretches between shared places,
@@ -35,7 +35,7 @@ from ensemble_core.evaluation.workbench import Workbench
 from ensemble_core.fusion.base import Fusion, FusionSpace
 from studies import byte_steps
 from studies.fusion_table import NUM_TUNED_ON, shown
-from studies.halves import CACHE, DATA, ENSEMBLES, Half, load_tasks, over_simplex, positions
+from studies.halves import CACHE, DATA, ENSEMBLES, NAMES, Half, load_tasks, over_simplex, positions
 from studies.reduced_pair import ReducedPair
 from studies.split_pool import SplitPool, common_groups, common_places, piece_groups
 from studies.stretches import Stretches, fused_nats, shared_starts, stretches
@@ -68,10 +68,12 @@ class Pool:
 
 
 class Pools:
-    """All pools over one pair, from stored scores."""
+    """All pools over one pair, from stored scores. weight: of the first member in all pools; None: each is tuned."""
 
-    def __init__(self, bench: Workbench, pair: ReducedPair, half: Callable[[Split], Half]) -> None:
-        self._bench, self._pair, self._half = bench, pair, half
+    def __init__(
+        self, bench: Workbench, pair: ReducedPair, half: Callable[[Split], Half], weight: float | None
+    ) -> None:
+        self._bench, self._pair, self._half, self._weight = bench, pair, half, weight
 
     @cached_property
     def _odd(self) -> Scores:
@@ -129,6 +131,13 @@ class Pools:
         return Pool(
             label, recipe.main, tuned.weights[0], fused_nats(self._odd, recipe.main, shared, fused, starts)
         )
+
+    def _tuned(self, recipe: Recipe) -> Recipe:
+        if self._weight is None:
+            few = positions(self._even, recipe.members, self._bench.num_candidates, NUM_TUNED_ON)
+            return few.tuned(recipe, over_simplex(recipe.weights))
+        first = self._weight if recipe.main == self._pair.members[0] else 1 - self._weight
+        return replace(recipe, weights=(first, 1 - first))
 
     def _exact(self, pool: Pool) -> Pool:
         """Without what candidates cost: where both members spell a stretch as one token, the exact linear pool."""
@@ -191,7 +200,7 @@ def measure(args: argparse.Namespace, plan: Plan) -> Findings:
     """The parts asked for; the others as they were kept."""
     kept = results_folder("studies", args.quick) / "bytes_and_common.json"
     tables = dict(json.loads(kept.read_text())["tables"]) if kept.exists() and not args.quick else {}
-    tasks = load_tasks(args.data)
+    tasks = [task for task in load_tasks(args.data) if task.name in args.tasks]
     with Workbench(load_config(args.config)) as bench:
         pair = ReducedPair.of(bench, ENSEMBLES[0], args.cache)
 
@@ -199,7 +208,8 @@ def measure(args: argparse.Namespace, plan: Plan) -> Findings:
             return Half(bench, tasks, tuple(sorted(bench.config.members)), split, limit)
 
         if "pools" in args.part:
-            tables |= _pools(Pools(bench, pair, lambda split: half(split, plan.documents)), pair.members)
+            pools = Pools(bench, pair, lambda split: half(split, plan.documents), args.weight)
+            tables |= _pools(pools, pair.members)
         listened = {split: half(split, plan.heard) for split in ("even", "odd")}
         if "steps" in args.part:
             tables["steps"], tables["alone"] = byte_steps.steps(pair, listened)
@@ -207,7 +217,9 @@ def measure(args: argparse.Namespace, plan: Plan) -> Findings:
             tables["covers"] = byte_steps.covers(pair, listened["odd"], plan.covered)
     settings = {
         "quick": args.quick,
+        "tasks": " ".join(args.tasks),
         "documents of a task and half": plan.documents,
+        "weights of pools": "tuned" if args.weight is None else args.weight,
         "heard": plan.heard,
         "common tokens": len(pair.strings),
         "shared tokens": pair.num_shared,
@@ -225,11 +237,14 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--data", type=Path, default=DATA, help="folder of the development tasks")
     parser.add_argument("--cache", type=Path, default=CACHE, help="folder of what was heard")
+    parser.add_argument("--tasks", nargs="+", choices=NAMES, default=NAMES, help="of the development tasks")
     parser.add_argument("--limit", type=int, default=Plan().documents, help="documents of a task and half")
+    parser.add_argument("--heard", type=int, default=Plan().heard, help="of these in whole distributions")
+    parser.add_argument("--weight", type=float, help="the first member's in all pools, in place of tuned ones")
     parser.add_argument("--part", choices=PARTS, action="append", help="only this part; may be given again")
     args = parser.parse_args()
     args.part = args.part or PARTS
-    measure(args, QUICK if args.quick else Plan(documents=args.limit)).print()
+    measure(args, QUICK if args.quick else Plan(args.limit, args.heard)).print()
 
 
 if __name__ == "__main__":

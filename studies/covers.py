@@ -78,9 +78,10 @@ def along(own: Sequence[int]) -> Follows:
     return lambda ids, mass: ids == spelling[: len(ids)]
 
 
-def above(least: float) -> Follows:
-    """Follows covers of more than some mass."""
-    return lambda ids, mass: mass > least
+def above(least: float, own: Sequence[int] = ()) -> Follows:
+    """Follows covers of more than some mass, and one spelling whatever its mass."""
+    spelling = tuple(own)
+    return lambda ids, mass: mass > least or ids == spelling[: len(ids)]
 
 
 @dataclass(frozen=True, slots=True)

@@ -182,7 +182,7 @@ def test_carried_weights_are_the_mixture_of_stretches(
 @pytest.mark.parametrize("kind", kinds(NAMES), ids=lambda kind: kind[0])
 def test_all_the_weight_on_one_member_is_this_member(heard: tuple[Pair, list[Reading]], kind: Any) -> None:
     """Steps of a member's own text multiply to its own likelihood, whatever the symbols are."""
-    members, readings = heard
+    _, readings = heard
     for column, name in enumerate(NAMES):
         if kind[1] not in (BYTES, common_path(name)):
             continue  # it may leave the other's path

@@ -83,6 +83,9 @@ def test_one_spelling_holds_what_it_says_and_bounds_the_rest(own: tuple[int, ...
     pruned = covered(logprobs, REDUCTION, string, above(1e-3))
     assert pruned.begun <= exact.begun <= pruned.begun + pruned.missed
     assert pruned.forwards < exact.forwards
+    joined = covered(logprobs, REDUCTION, string, above(0.5, own))
+    assert joined.ended >= part.ended / most
+    assert joined.forwards >= part.forwards
 
 
 def spots(logprobs: Next, own: tuple[int, ...], string: Symbols) -> list[Spot]:
