@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from itertools import pairwise
 
 import numpy as np
@@ -271,7 +271,8 @@ def _covered_stretches(
         first, last = (_after(rests, reading.num_bytes - place) for place in (start, end))
         path = tuple(text[len(text) - reading.num_bytes + start : len(text) - reading.num_bytes + end])
         before = ids[:first]
-        behind, own = partial(_behind, branches, before), ids[first:last]
+        # Each distribution once: rounding differs with the shape of a forward, by more than covers are worth.
+        behind, own = cache(partial(_behind, branches, before)), ids[first:last]
         parts = [covered(behind, reduction, path, follows) for follows in (along(own), above(LEAST, own))]
         found.append((len(path), parts[0], parts[1]))
     branches.close()
