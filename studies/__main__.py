@@ -14,10 +14,11 @@ WORTH = Suite(
         "trained_pair",
         "repetition_penalty",
         "positions",
-        "routing",
-        "votes",
+        "bytes_and_common",
         "gate",
         "whole_answers",
+        "routing",
+        "votes",
     ),
     ROOT / "docs" / "studies.md",
 )

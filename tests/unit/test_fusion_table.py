@@ -199,6 +199,7 @@ def test_the_document_of_studies_has_a_place_for_every_table() -> None:
         "trained_pair": ["models"],
         "repetition_penalty": ["members", "constants", "rules", "mean"],
         "positions": list(PARTS),
+        "bytes_and_common": ["pools", "kinds", "steps", "alone", "covers"],
         "routing": ["routers", "bits"],
         "votes": ["arc", "gsm8k"],
     }
@@ -207,7 +208,9 @@ def test_the_document_of_studies_has_a_place_for_every_table() -> None:
     assert tuple(records) == WORTH.names
     page = WORTH.page.read_text()
     apart = [
-        f"{name}: {title}" for name in ("fusion_table", "relative_sweep", "positions") for title in titles[name]
+        f"{name}: {title}"
+        for name in ("fusion_table", "relative_sweep", "positions", "bytes_and_common")
+        for title in titles[name]
     ]
     assert all(has_marks(page, mark) for mark in apart)
     assert fill(page, records).count("| a | 12.2 |") == sum(map(len, titles.values()))
