@@ -122,7 +122,7 @@ class MatricesConfig(Section):
     """Where transfer matrices lie and how `unisono build` makes them."""
 
     folder: Path = Field(Path("../matrices"), description="Relative to the folder of this file.")
-    recipe: Literal["centred", "deepen"] = Field("centred", description="See docs/methods.md.")
+    recipe: Literal["centred", "deepen", "spelling"] = Field("centred", description="See docs/methods.md.")
     top_k: int = Field(8, ge=1, description="Anchors kept per row.")
     temperature: float = Field(80.0, gt=0.0, description="tau of the centred recipe.")
     min_retained: float = Field(
