@@ -1,6 +1,6 @@
 """`python -m studies [NAME ...]`: what fusion is worth, in docs/studies.md. `benchmarks/runner.py` has the options.
 
-All but `trained_pair` and `routing` read the development tasks in ../shared/data.
+All but `trained_pair`, `unlike_vocabularies` and `routing` read the development tasks in ../shared/data.
 """
 
 from benchmarks.ledger import ROOT
@@ -8,7 +8,16 @@ from benchmarks.runner import Suite, main
 
 WORTH = Suite(
     "studies",
-    ("fusion_table", "relative_sweep", "trained_pair", "repetition_penalty", "positions", "routing", "votes"),
+    (
+        "fusion_table",
+        "relative_sweep",
+        "trained_pair",
+        "unlike_vocabularies",
+        "repetition_penalty",
+        "positions",
+        "routing",
+        "votes",
+    ),
     ROOT / "docs" / "studies.md",
 )
 

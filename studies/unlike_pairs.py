@@ -37,6 +37,7 @@ _MAIN, _ASSISTANT = "main", "assistant"  # in options that name a member
 _WIDTH = 8  # anchors a row
 _EM_STEPS = 30  # of the learnt maps
 _SMOOTHING = 4.0  # of the one that is used elsewhere
+_TINY = 1e-12
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,6 +165,28 @@ class UnlikePair:
             found.append(self._outcome(label, LEARNT, own_map.main_weight, -own_map.logprobs(*odd).double()))
         return found
 
+    def log_linear(self) -> Outcome:
+        """Rows by spelling under a log-linear pool of anchors: a trial that no fusion of the product makes.
+
+        r ~ q^w s^(1 - w), with q and s what main and the assistant say of anchors, and main's tokens of an anchor
+        share it as under EM.
+        """
+        even, odd = self._at_anchors(self._tuned_on), self._at_anchors(self.odd)
+        weight = over_simplex(self.plain.weights)(lambda weights: float(_geometric(even, weights[0]).mean()))[0]
+        return self._outcome("spelling, log-linear (trial)", RELATIVE, weight, _geometric(odd, weight))
+
+    def _at_anchors(self, half: Positions) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """log q and log s (P, A), the anchor of the true token (P,), and main's nats (P,)."""
+        matrices = self._matrices("spelling", 0.0)
+        said = []
+        for member, matrix, slots in zip(self.plain.members, matrices, half.shared.slots, strict=True):
+            stored = half.scores.members[member].candidates
+            columns, values = matrix.rows(stored.token_ids[slots])
+            shares = values[..., 0] * stored.logprobs[slots].exp()
+            r = torch.zeros(len(slots), matrix.num_anchors).scatter_add_(1, columns[..., 0], shares)
+            said.append(r.double().clamp_min(_TINY).log())
+        return said[0], said[1], matrices[0].columns[_true(half), 0].long(), half.main_nats
+
     def _probabilities(self, half: Positions) -> tuple[Tensor, Tensor, Tensor]:
         """What main gives the true tokens (P,), the assistant's distributions (P, V), the true tokens (P,)."""
         stored, slots = half.scores.members[self.plain.members[1]].candidates, half.shared.slots[1]
@@ -249,3 +272,11 @@ class UnlikePair:
 def _true(half: Positions) -> Tensor:
     """Main's next token at each shared position, (P,)."""
     return half.scores.members[half.members[0]].token[half.shared.rows].long()
+
+
+def _geometric(at: tuple[Tensor, Tensor, Tensor, Tensor], weight: float) -> Tensor:
+    """Nats of a log-linear pool of anchors, (P,); see `UnlikePair.log_linear`."""
+    own, other, anchor, nats = at
+    pooled = weight * own + (1.0 - weight) * other
+    moved = ((1.0 - weight) * (other - own)).gather(1, anchor.unsqueeze(1)).squeeze(1)
+    return nats - moved + pooled.logsumexp(dim=1)

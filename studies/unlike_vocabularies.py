@@ -92,18 +92,18 @@ _PAIRS = {
 }
 FULL = UnlikePlan(
     learners={
-        "words": Learner("code", "qwen3", Size(1024, 128, 2, 400, window=128, rate=5e-3)),
+        "words": Learner("code", "qwen3", Size(1024, 64, 1, 400)),
         "letters": Learner("prose", "llama", Size(257, 128, 2, 400, window=256, rate=5e-3)),
         "pieces": Learner("prose", "llama", Size(384, 64, 2, 400, window=96)),
-        "unigram": Learner("prose", "llama", Size(1024, 64, 2, 400, tokenizer="unigram")),
-        "latin": Learner("prose", "qwen3", Size(1024, 64, 2, 400)),
-        "greek": Learner("greek", "llama", Size(1024, 64, 2, 400)),
+        "unigram": Learner("prose", "llama", Size(1024, 64, 1, 400, tokenizer="unigram")),
+        "latin": Learner("prose", "qwen3", Size(1024, 64, 1, 400)),
+        "greek": Learner("greek", "llama", Size(1024, 64, 1, 400)),
     },
     pairs=_PAIRS,
     num_modules=None,
-    num_documents=160,
+    num_documents=120,
     document_bytes=400,
-    num_tuned_on=1500,
+    num_tuned_on=600,
     num_candidates=1024,
 )
 SMALL = UnlikePlan(
@@ -188,7 +188,7 @@ class Compared:
         """Measured on the odd documents."""
         every = name == FIRST
         alone = [pair.alone(member) for member in pair.plain.members]
-        outcomes = [*alone, *pair.fused(every), *pair.learnt()]
+        outcomes = [*alone, *pair.fused(every), pair.log_linear(), *pair.learnt()]
         rival, common = best_direct(outcomes), pair.is_common
         rows = [_row(name, each, alone[0], rival, common) for each in outcomes]
         served = pair.served(SERVED, SERVED_K) if every else []

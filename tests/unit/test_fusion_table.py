@@ -197,6 +197,7 @@ def test_the_document_of_studies_has_a_place_for_every_table() -> None:
         "fusion_table": ["fusions", "by task", "against projection", "places", "builder"],
         "relative_sweep": ["baseline", *points()],
         "trained_pair": ["models"],
+        "unlike_vocabularies": ["pairs", "fusions", "served"],
         "repetition_penalty": ["members", "constants", "rules", "mean"],
         "positions": list(PARTS),
         "routing": ["routers", "bits"],
@@ -207,7 +208,9 @@ def test_the_document_of_studies_has_a_place_for_every_table() -> None:
     assert tuple(records) == WORTH.names
     page = WORTH.page.read_text()
     apart = [
-        f"{name}: {title}" for name in ("fusion_table", "relative_sweep", "positions") for title in titles[name]
+        f"{name}: {title}"
+        for name in ("fusion_table", "relative_sweep", "unlike_vocabularies", "positions")
+        for title in titles[name]
     ]
     assert all(has_marks(page, mark) for mark in apart)
     assert fill(page, records).count("| a | 12.2 |") == sum(map(len, titles.values()))
