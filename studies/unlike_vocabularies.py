@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from torch import Tensor
 
 from benchmarks.ledger import Check, Findings, TableRow, arguments, results_folder
 from ensemble_core.config_file import load_config
@@ -68,6 +69,11 @@ class Pair:
     def members(self) -> tuple[str, str]:
         """Main first."""
         return self.main, self.assistant
+
+    @property
+    def model(self) -> str:
+        """Name of the ensemble."""
+        return "-".join(self.members)
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,8 +139,8 @@ def read_texts(seed: int, num_modules: int | None) -> dict[str, Corpus]:
     return {**texts, "greek": Corpus(tuple(map(greek, prose.training)), held_out)}
 
 
-def prepare(plan: UnlikePlan, folder: Path, seed: int, pairs: Sequence[str]) -> Path:
-    """Train what is missing, write documents and the configuration; returns the latter."""
+def prepare(plan: UnlikePlan, folder: Path, seed: int, pairs: Sequence[str]) -> None:
+    """Train what is missing, write documents and a configuration for each pair."""
     texts, chosen = read_texts(seed, plan.num_modules), [plan.pairs[name] for name in pairs]
     for name in sorted({name for pair in chosen for name in pair.members}):
         learner = plan.learners[name]
@@ -147,29 +153,22 @@ def prepare(plan: UnlikePlan, folder: Path, seed: int, pairs: Sequence[str]) -> 
         (folder / f"{'+'.join(kinds)}.jsonl").write_text(
             "".join(json.dumps({"text": text}) + "\n" for text in mixed)
         )
-    path = folder / "unlike.yaml"
-    path.write_text(yaml.safe_dump(_configuration(plan, pairs), sort_keys=False))
-    return path
+    for pair in chosen:
+        text = yaml.safe_dump(_configuration(pair, plan.num_candidates), sort_keys=False)
+        (folder / f"{pair.model}.yaml").write_text(text)
 
 
 def _kinds(plan: UnlikePlan, pair: Pair) -> tuple[str, ...]:
     return tuple(sorted(plan.learners[name].text for name in pair.members))
 
 
-def _configuration(plan: UnlikePlan, pairs: Sequence[str]) -> dict[str, Any]:
+def _configuration(pair: Pair, num_candidates: int) -> dict[str, Any]:
     member = {"dtype": "float32", "device": "cpu", "kv_memory": "64MiB", "max_len": small_models.MAX_LEN}
-    chosen = [plan.pairs[name] for name in pairs]
+    weights = dict.fromkeys(pair.members, 0.5)
     return {
-        "members": {name: {"model": f"./{name}"} | member for pair in chosen for name in pair.members},
-        "ensembles": {
-            "-".join(pair.members): {
-                "members": dict.fromkeys(pair.members, 0.5),
-                "main": pair.main,
-                "fusion": {"name": "projection"},
-            }
-            for pair in chosen
-        },
-        "scheduler": {"num_candidates": plan.num_candidates},
+        "members": {name: {"model": f"./{name}"} | member for name in pair.members},
+        "ensembles": {pair.model: {"members": weights, "main": pair.main, "fusion": {"name": "projection"}}},
+        "scheduler": {"num_candidates": num_candidates},
     }
 
 
@@ -205,7 +204,7 @@ def best_direct(outcomes: Sequence[Outcome]) -> Outcome:
     return min((each for each in outcomes if each.kind == DIRECT), key=lambda each: each.bits_per_byte.value)
 
 
-def _row(name: str, own: Outcome, main: Outcome, rival: Outcome, common: Any) -> TableRow:
+def _row(name: str, own: Outcome, main: Outcome, rival: Outcome, common: Tensor) -> TableRow:
     """Of the table."""
     nats = own.nats
     return {
@@ -216,9 +215,13 @@ def _row(name: str, own: Outcome, main: Outcome, rival: Outcome, common: Any) ->
         "bits per byte": f"{own.bits_per_byte.value:.4f}",
         "against main alone": changed(own.over(main)),
         "against the best direct map": "" if own is rival else changed(own.over(rival)),
-        "nats, token in both": f"{float(nats[common].mean()):.3f}" if len(nats) else "",
-        "nats, in main alone": f"{float(nats[~common].mean()):.3f}" if len(nats) else "",
+        "nats, token in both": _mean(nats[common] if len(nats) else nats),
+        "nats, in main alone": _mean(nats[~common] if len(nats) else nats),
     }
+
+
+def _mean(nats: Tensor) -> str:
+    return f"{float(nats.mean()):.3f}" if len(nats) else ""
 
 
 def changed(found: Interval) -> str:
@@ -227,34 +230,33 @@ def changed(found: Interval) -> str:
     return f"{value:+.2f} % ({low:+.2f} .. {high:+.2f})"
 
 
-def compare(plan: UnlikePlan, path: Path, pairs: Sequence[str], seed: int) -> list[Compared]:
+def compare(plan: UnlikePlan, folder: Path, pairs: Sequence[str], seed: int) -> list[Compared]:
     """Every pair in turn."""
     texts = read_texts(seed, plan.num_modules)
-    found = []
-    with Workbench(load_config(path), path.parent / "scores") as bench:
-        for name in pairs:
-            pair = plan.pairs[name]
-            kinds = _kinds(plan, pair)
-            task = load_task("mixed", path.parent / f"{'+'.join(kinds)}.jsonl")
-            shown = ["\n\n".join(texts[kind].training)[:_CONTEXT_BYTES] for kind in kinds]
-            model = "-".join(pair.members)
-            made_from = {"pair": name, "tuned on": plan.num_tuned_on, "seed": seed}
-            measured = UnlikePair(
-                bench,
-                bench.recipe(Variant(model, model, Overrides())),
-                (_half(bench, task, pair, "even"), _half(bench, task, pair, "odd")),
-                plan.num_tuned_on,
-                path.parent,
-                shown,
-                journal_of(path.parent, "unlike_vocabularies", bench, [task], made_from),
-            )
-            found.append(Compared.of(name, measured))
-    return found
+    return [_compared(plan, folder, name, texts, seed) for name in pairs]
+
+
+def _compared(plan: UnlikePlan, folder: Path, name: str, texts: Mapping[str, Corpus], seed: int) -> Compared:
+    pair = plan.pairs[name]
+    kinds = _kinds(plan, pair)
+    task = load_task("mixed", folder / f"{'+'.join(kinds)}.jsonl")
+    made_from = {"pair": name, "tuned on": plan.num_tuned_on, "seed": seed}
+    with Workbench(load_config(folder / f"{pair.model}.yaml"), folder / "scores") as bench:
+        measured = UnlikePair(
+            bench,
+            bench.recipe(Variant(pair.model, pair.model, Overrides())),
+            (_half(bench, task, pair, "even"), _half(bench, task, pair, "odd")),
+            plan.num_tuned_on,
+            folder,
+            ["\n\n".join(texts[kind].training)[:_CONTEXT_BYTES] for kind in kinds],
+            journal_of(folder, "unlike_vocabularies", bench, [task], made_from),
+        )
+        return Compared.of(name, measured)
 
 
 def _half(bench: Workbench, task: Task, pair: Pair, split: Split) -> Scores:
     documents = measures.documents(task, Selection(split).items(task))
-    return bench.scores(documents, pair.members, f"{'-'.join(pair.members)}, {split}")
+    return bench.scores(documents, pair.members, f"{pair.model}, {split}")
 
 
 def tables(found: Sequence[Compared]) -> dict[str, list[TableRow]]:
@@ -328,7 +330,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = args.keep or Path(scratch)
         folder.mkdir(parents=True, exist_ok=True)
-        found = compare(plan, prepare(plan, folder, args.seed, pairs), pairs, args.seed)
+        prepare(plan, folder, args.seed, pairs)
+        found = compare(plan, folder, pairs, args.seed)
     draw(found, results_folder("studies", args.quick) / "unlike_vocabularies.png")
     settings = {
         "seed": args.seed,
