@@ -141,8 +141,10 @@ class MatricesConfig(Section):
     """Where transfer matrices lie and how `unisono build` makes them."""
 
     folder: Path = Field(Path("../matrices"), description="Relative to the folder of this file.")
-    recipe: Literal["centred", "deepen"] = Field("centred", description="See docs/methods.md.")
-    top_k: int = Field(8, ge=1, description="Anchors kept per row.")
+    recipe: Literal["centred", "deepen", "spelling"] = Field(
+        "centred", description="centred, deepen: from embeddings. spelling: by what a token begins with."
+    )
+    top_k: int = Field(8, ge=1, description="Anchors kept per row; a row by spelling has one.")
     temperature: float = Field(80.0, gt=0.0, description="tau of the centred recipe.")
     min_retained: float = Field(
         0.2,

@@ -1,6 +1,6 @@
 """`python -m studies [NAME ...]`: what fusion is worth, in docs/studies.md. `benchmarks/runner.py` has the options.
 
-All but `trained_pair` and `routing` read the development tasks in ../shared/data.
+All but `trained_pair`, `unlike_vocabularies` and `routing` read the development tasks in ../shared/data.
 """
 
 from benchmarks.ledger import ROOT
@@ -12,6 +12,7 @@ WORTH = Suite(
         "fusion_table",
         "relative_sweep",
         "trained_pair",
+        "unlike_vocabularies",
         "repetition_penalty",
         "positions",
         "bytes_and_common",

@@ -1,4 +1,4 @@
-"""Small language models trained on the spot: a byte-level BPE tokenizer and a transformer, saved as a checkpoint.
+"""Small language models trained on the spot: a byte-level tokenizer and a transformer, saved as a checkpoint.
 
 What lies in the folder is what a model from elsewhere has: safetensors, config, tokenizer. The same seed gives the
 same model on the same machine. Knows texts; does not know what they are about, nor ensembles.
@@ -26,6 +26,7 @@ from transformers import (
 )
 
 Family = Literal["llama", "qwen3"]
+Kind = Literal["bpe", "unigram"]
 
 END = "<|endoftext|>"
 MAX_LEN = 1024
@@ -35,7 +36,10 @@ _WARM_UP = 0.1  # of all steps
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """How large a model is and how long it learns. window: tokens; batch: windows a step; rate: the peak."""
+    """How large a model is and how long it learns. window: tokens; batch: windows a step; rate: the peak.
+
+    A BPE vocabulary of 257 has the bytes and the end of text alone.
+    """
 
     vocabulary: int
     hidden: int
@@ -44,11 +48,12 @@ class Size:
     window: int = 64
     batch: int = 16
     rate: float = 1e-2
+    tokenizer: Kind = "bpe"
 
 
 def train(family: Family, texts: Sequence[str], folder: Path, size: Size, seed: int) -> float:
     """Train a model and its tokenizer on `texts` and save both; returns the last tenth's mean loss, nats a token."""
-    tokenizer = train_tokenizer(texts, size.vocabulary)
+    tokenizer = train_tokenizer(texts, size.vocabulary, size.tokenizer)
     ids = torch.tensor([token_id for text in texts for token_id in [0, *tokenizer(text)["input_ids"]]])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -60,18 +65,19 @@ def train(family: Family, texts: Sequence[str], folder: Path, size: Size, seed: 
     return loss
 
 
-def train_tokenizer(texts: Sequence[str], size: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE with `size` ids; the end of text is id 0."""
-    backend = Tokenizer(models.BPE())
+def train_tokenizer(texts: Sequence[str], size: int, kind: Kind = "bpe") -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer with `size` ids; the end of text is id 0."""
+    model, trainer = _KINDS[kind]
+    backend = Tokenizer(model())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
+    plan = trainer(
         vocab_size=size,
         special_tokens=[END],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    backend.train_from_iterator(texts, trainer)
+    backend.train_from_iterator(texts, plan)
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=END)
 
 
@@ -124,3 +130,7 @@ def _shape(size: Size) -> dict[str, Any]:
 
 
 _FAMILIES: dict[Family, Callable[[Size], Any]] = {"llama": _llama, "qwen3": _qwen3}
+_KINDS: dict[Kind, tuple[Callable[[], Any], Callable[..., Any]]] = {
+    "bpe": (models.BPE, trainers.BpeTrainer),
+    "unigram": (models.Unigram, trainers.UnigramTrainer),
+}

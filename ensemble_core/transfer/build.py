@@ -20,8 +20,9 @@ from ensemble_core.member_config import MemberConfig
 from ensemble_core.members.loading.checkpoints import load_vocabulary, resolve_folder
 from ensemble_core.text.vocabulary import Vocabulary
 from ensemble_core.transfer.embeddings import load_embeddings
-from ensemble_core.transfer.matrix import Anchors, common_anchors
+from ensemble_core.transfer.matrix import Anchors, TransferMatrix, common_anchors
 from ensemble_core.transfer.rows import Quality, RowRecipe, build_matrix, require_retained
+from ensemble_core.transfer.spelling import spelling_matrix
 from ensemble_core.transfer.store import Origin, load_matrix, matrix_path, read_metadata, save_matrix
 
 logger = logging.getLogger(__name__)
@@ -135,12 +136,7 @@ def _standing(task: _MatrixTask, rebuild: str) -> BuildReport | None:
 
 def _build(task: _MatrixTask, config: Config, force: bool) -> BuildReport:
     start = time.perf_counter()
-    embeddings = load_embeddings(resolve_folder(config.members[task.member]))
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    logger.info("member %s: building %s on %s", task.member, task.path.name, device)
-    matrix, quality = build_matrix(
-        task.vocabulary, embeddings, task.anchors, task.recipe, device=device, label=task.member
-    )
+    matrix, quality = _made(task, config)
     if not force:
         require_retained(task.member, quality, task.recipe, config.matrices.min_retained)
     num_bytes = save_matrix(
@@ -155,3 +151,13 @@ def _build(task: _MatrixTask, config: Config, force: bool) -> BuildReport:
     )
     seconds = time.perf_counter() - start
     return BuildReport(task.member, task.path, seconds, quality, num_bytes, skipped=False)
+
+
+def _made(task: _MatrixTask, config: Config) -> tuple[TransferMatrix, Quality]:
+    """The matrix itself; rows by spelling need no weights."""
+    if task.recipe.name == "spelling":
+        return spelling_matrix(task.vocabulary, task.anchors)
+    embeddings = load_embeddings(resolve_folder(config.members[task.member]))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    logger.info("member %s: building %s on %s", task.member, task.path.name, device)
+    return build_matrix(task.vocabulary, embeddings, task.anchors, task.recipe, device=device, label=task.member)

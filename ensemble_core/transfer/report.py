@@ -109,9 +109,9 @@ def _inspect(
 
 
 def _recipe(metadata: Metadata) -> RowRecipe:
-    """The recipe in the file's metadata; `deepen` has no temperature."""
+    """The recipe in the file's metadata; `deepen` has no temperature, `spelling` no width, either."""
     found = json.loads(metadata.recipe)
-    return RowRecipe(found["name"], found["top_k"], found.get("temperature", 0.0))
+    return RowRecipe(found["name"], found.get("top_k", 1), found.get("temperature", 0.0))
 
 
 def _report(

@@ -29,7 +29,7 @@ _MARGIN = 16  # extra anchors beyond top_k that are scored exactly, since coarse
 _BLOCK_BYTES = 64 * 2**20  # larger blocks spend a fifth of the CPU time on page faults
 _MAX_BLOCK_ROWS = 1024
 
-RecipeName = Literal["centred", "deepen"]
+RecipeName = Literal["centred", "deepen", "spelling"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +37,7 @@ class RowRecipe:
     """How a row is made: which similarity, how sharp, and how many anchors are kept.
 
     temperature: tau of the centred recipe; `deepen` ignores it (its sharpness follows from the row's norm).
+    `spelling` ignores both numbers: its rows have one entry (see `transfer/spelling.py`).
     """
 
     name: RecipeName
@@ -46,6 +47,8 @@ class RowRecipe:
     @property
     def parameters(self) -> dict[str, str | int | float]:
         """What two matrices of the same recipe must have in common."""
+        if self.name == "spelling":
+            return {"name": self.name}
         if self.name == "deepen":
             return {"name": self.name, "top_k": self.top_k}
         return {"name": self.name, "top_k": self.top_k, "temperature": self.temperature}
@@ -99,7 +102,7 @@ def build_matrix(
     anchor_ids = anchors.ids(vocabulary)
     coarse = block_dtype or _fastest(torch.device(device))
     space = _AnchorSpace(embeddings, anchor_ids[:-1], recipe, torch.device(device), coarse)
-    ids = _ordinary_ids(vocabulary)
+    ids = ordinary_ids(vocabulary)
     columns = torch.zeros(len(vocabulary), space.top_k, dtype=torch.int32)
     values = torch.zeros(len(vocabulary), space.top_k, dtype=value_dtype)
     retained = torch.zeros(len(vocabulary))
@@ -108,7 +111,7 @@ def build_matrix(
         values[block] = kept.to(value_dtype)
     for stop in vocabulary.stop_ids:
         columns[stop, 0], values[stop, 0] = len(anchors) - 1, 1.0
-    quality = Quality(_quantiles(retained[ids]), _quantiles(retained[anchor_ids[:-1]]))
+    quality = Quality(quantiles(retained[ids]), quantiles(retained[anchor_ids[:-1]]))
     return TransferMatrix(*_ordered(columns, values, len(anchors)), anchor_ids), quality
 
 
@@ -206,8 +209,8 @@ def _check_embeddings(vocabulary: Vocabulary, embeddings: Tensor, anchors: Ancho
         raise TransferMatrixError("input embeddings: some values are NaN or infinite; download the weights again")
 
 
-def _ordinary_ids(vocabulary: Vocabulary) -> Tensor:
-    """(T) int64: the tokens that have an embedding-based row."""
+def ordinary_ids(vocabulary: Vocabulary) -> Tensor:
+    """(T) int64: the tokens that spell text, which have a row of the recipe's."""
     silent = vocabulary.special_ids | vocabulary.stop_ids
     return torch.tensor([i for i, token in enumerate(vocabulary.tokens) if token and i not in silent])
 
@@ -227,5 +230,6 @@ def _ordered(columns: Tensor, values: Tensor, num_anchors: int) -> tuple[Tensor,
     return columns.masked_fill_(columns == num_anchors, 0), values.gather(1, order)
 
 
-def _quantiles(shares: Tensor) -> tuple[float, ...]:
+def quantiles(shares: Tensor) -> tuple[float, ...]:
+    """Of each row's share, as `Quality` has them."""
     return tuple(torch.quantile(shares, torch.tensor(QUANTILES)).tolist())

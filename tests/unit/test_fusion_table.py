@@ -197,6 +197,7 @@ def test_the_document_of_studies_has_a_place_for_every_table() -> None:
         "fusion_table": ["fusions", "by task", "against projection", "places", "builder"],
         "relative_sweep": ["baseline", *points()],
         "trained_pair": ["models"],
+        "unlike_vocabularies": ["pairs", "fusions", "served"],
         "repetition_penalty": ["members", "constants", "rules", "mean"],
         "positions": list(PARTS),
         "bytes_and_common": ["pools", "kinds", "steps", "alone", "covers"],
@@ -209,7 +210,7 @@ def test_the_document_of_studies_has_a_place_for_every_table() -> None:
     page = WORTH.page.read_text()
     apart = [
         f"{name}: {title}"
-        for name in ("fusion_table", "relative_sweep", "positions", "bytes_and_common")
+        for name in ("fusion_table", "relative_sweep", "unlike_vocabularies", "positions", "bytes_and_common")
         for title in titles[name]
     ]
     assert all(has_marks(page, mark) for mark in apart)

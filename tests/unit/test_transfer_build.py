@@ -7,7 +7,7 @@ from safetensors.torch import save_file
 from ensemble_core.config import Config
 from ensemble_core.errors import TransferMatrixError
 from ensemble_core.text.vocabulary import Vocabulary
-from ensemble_core.transfer import build
+from ensemble_core.transfer import build, report
 from ensemble_core.transfer.matrix import common_anchors
 from ensemble_core.transfer.store import load_matrix, matrix_path, read_metadata
 
@@ -61,10 +61,10 @@ def test_builds_each_set_of_members_once(tmp_path):
         ("b", "a+b+c"),
         ("c", "a+b+c"),
     ]
-    for report in reports:
-        assert not report.skipped
-        assert report.num_bytes == report.path.stat().st_size
-        assert report.quality == read_metadata(report.path).quality
+    for each in reports:
+        assert not each.skipped
+        assert each.num_bytes == each.path.stat().st_size
+        assert each.quality == read_metadata(each.path).quality
 
 
 def test_what_is_built_loads(tmp_path):
@@ -125,3 +125,25 @@ def test_refuses_too_little_unless_forced(tmp_path):
     assert list(tmp_path.rglob("*.centred.safetensors")) == []
     reports = build.build_matrices(config, force=True, only_missing=False)
     assert all(report.path.is_file() and report.quality.median_anchors < 0.2 for report in reports)
+
+
+def test_rows_by_spelling_need_no_embeddings(tmp_path, monkeypatch):
+    config = configuration(tmp_path, recipe="spelling")
+    for file in tmp_path.rglob("model.safetensors"):
+        file.unlink()
+    reports = build.build_matrices(config, force=False, only_missing=False)
+    assert {each.path.name for each in reports if each.member == "b"} == {"b.spelling.safetensors"}
+    assert all(r.skipped for r in build.build_matrices(config, force=False, only_missing=True))
+    matrix = load_matrix(
+        reports[1].path,
+        member="b",
+        vocabulary=VOCABULARIES["b"],
+        anchors=common_anchors([VOCABULARIES["a"], VOCABULARIES["b"]]),
+        recipe=build.recipe_of(config.matrices),
+        rebuild="unisono build",
+    )
+    assert matrix.columns.shape == (41, 1)
+    monkeypatch.setattr(report, "load_vocabulary", lambda name, member: VOCABULARIES[name])
+    found = report.inspect_matrices(config, [reports[1].path], ["37"])[0]
+    assert found.recipe == {"name": "spelling"}
+    assert found.neighbours[0].anchors == (("3", 1.0),)
