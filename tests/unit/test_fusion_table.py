@@ -193,6 +193,12 @@ def test_every_sweep_weight_lies_in_the_simplex() -> None:
 
 
 def test_the_document_of_studies_has_a_place_for_every_table() -> None:
+    asked, ways = ("questions", "prose"), ("greedy", "sampled")
+    whole = [
+        f"{kind}, {way}{tail}" for kind in asked for way in ways for tail in ("", ", against the best member")
+    ]
+    whole += [f"questions, {figure} by kind" for figure in ("exact match, %", "end in a loop, %")]
+    whole += [f"prose, {figure} by kind" for figure in ("non-words, %", "distinct 4-grams, %", "end in a loop, %")]
     titles = {
         "fusion_table": ["fusions", "by task", "against projection", "places", "builder"],
         "relative_sweep": ["baseline", *points()],
@@ -201,6 +207,8 @@ def test_the_document_of_studies_has_a_place_for_every_table() -> None:
         "repetition_penalty": ["members", "constants", "rules", "mean"],
         "positions": list(PARTS),
         "bytes_and_common": ["pools", "kinds", "steps", "alone", "covers"],
+        "gate": ["gates"],
+        "whole_answers": whole,
         "routing": ["routers", "bits"],
         "votes": ["arc", "gsm8k"],
     }
@@ -210,7 +218,7 @@ def test_the_document_of_studies_has_a_place_for_every_table() -> None:
     page = WORTH.page.read_text()
     apart = [
         f"{name}: {title}"
-        for name in ("fusion_table", "relative_sweep", "unlike_vocabularies", "positions", "bytes_and_common")
+        for name in titles.keys() - {"trained_pair", "repetition_penalty", "gate", "routing", "votes"}
         for title in titles[name]
     ]
     assert all(has_marks(page, mark) for mark in apart)
