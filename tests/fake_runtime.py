@@ -153,6 +153,12 @@ class FakeRuntime:
     def models(self) -> list[FakeModel]:
         return MODELS
 
+    def strategies(self) -> dict[str, dict[str, Any]]:
+        steps = {"type": "integer", "minimum": 1, "maximum": 10, "default": 3, "description": "Steps."}
+        solver = {"enum": ["em", "search"], "type": "string", "default": "em", "description": "The solver."}
+        options = {"type": "object", "properties": {"solver": solver, "steps": steps}}
+        return {"fusions": {"relative": options, "plain": {"properties": {}}}, "modes": {"lockstep": options}}
+
     def _model(self, name: str) -> FakeModel:
         if self.state != "ready":
             raise NotReadyError(f"the engine is {self.state}")

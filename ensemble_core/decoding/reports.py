@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor
 
 from ensemble_core.decoding.logprobs import Scored
@@ -19,6 +20,7 @@ from ensemble_core.members.base import Candidates
 from ensemble_core.members.ranking import ranked
 from ensemble_core.stats import Reason
 from ensemble_core.text.alignment import Track
+from ensemble_core.text.vocabulary import Vocabulary
 
 NUM_TRACED = 5  # candidates of each member in a trace
 
@@ -75,7 +77,40 @@ def trace(
         weights=_weights(recipe, list(candidates) if consulted else [main]),
         left_out=left_out,
         draft=draft,
+        prob=_probability(score(fused.token_ids[row], fused.logprobs[row], token_id, 0).logprob),
+        entropy=_entropy(fused.logprobs[row], fused.tail[row]),
+        given={member: _given(spell, member, part, row, token_id) for member, part in candidates.items()},
+        unmapped={
+            member: round(mass, 6)
+            for member, mass in zip(candidates, fused.unmapped[row].tolist(), strict=False)  # those that were fused
+        },
+        spelling=None if token_id in spell[main].special_ids else spell[main].tokens[token_id],
     )
+
+
+def _entropy(logprobs: Tensor, tail: Tensor) -> float:
+    """Entropy of a row (S,) and the mass outside it, in nats."""
+    logs = torch.cat([logprobs, tail.reshape(1)]).float()
+    logs = logs[logs.isfinite()]
+    return round(max(-float((logs.exp() * logs).sum()), 0.0), 6)
+
+
+def _given(
+    spell: Mapping[str, Vocabulary], member: str, part: Candidates, row: int, token_id: int
+) -> float | None:
+    """The probability that a member gives to main's token. spell: member -> its vocabulary, main first."""
+    main, own = next(iter(spell.values())), spell[member]
+    if own is main:
+        ids = [token_id]
+    elif token_id in main.stop_ids:
+        ids = sorted(own.stop_ids)
+    else:
+        same = own.ids_by_bytes.get(main.tokens[token_id])
+        ids = [] if same is None or token_id in main.special_ids else [same]
+    if not ids:
+        return None
+    among = torch.isin(part.token_ids[row], torch.tensor(ids, device=part.token_ids.device))
+    return round(float(part.logprobs[row][among].exp().sum()), 6)
 
 
 def _weights(recipe: Recipe, members: Sequence[str]) -> dict[str, float]:
