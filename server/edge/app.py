@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, nullcontext
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
@@ -39,11 +39,11 @@ _WITHOUT_TELEMETRY: dict[str, Any] = {"telemetry": dict.fromkeys(_SIGNALS, False
 
 
 def create_app(
-    runtime: Runtime, config: ServerConfig, metrics: PrometheusMetrics, *, stored: bool = False
+    runtime: Runtime, config: ServerConfig, metrics: PrometheusMetrics, stored: Sequence[Mapping[str, Any]] = ()
 ) -> FastAPI:
     """An app that serves `runtime`. Its lifespan starts the runtime, and drains and stops it at shutdown.
 
-    stored: the runtime replays stored answers, and the playground says so.
+    stored: the requests whose stored answers the runtime replays, for the playground to offer.
 
     Raises ConfigError if the API keys cannot be loaded, and if traces cannot be sent.
     """
@@ -77,7 +77,7 @@ def create_app(
     app.state.services = Services(runtime, live, metrics, int(time.time()), bool(keys), desk)
     ours = [*_routers(desk), *([admin.router] if admin_keys else [])]
     if config.playground:
-        ours.append(playground_router(stored=stored))
+        ours.append(playground_router(stored))
     for router in (routes.router, tokenizers.router, probes.router, docs.router, *ours):
         app.include_router(router)
     _add_middleware(app, live, (keys, admin_keys), metrics, _observers(config, metrics, traces))

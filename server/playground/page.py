@@ -8,10 +8,13 @@ page sends one with each call of the API. Does not know the API, or what the pag
 from __future__ import annotations
 
 import hashlib
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from string import Template
+from typing import Any
 
 from fastapi import APIRouter, HTTPException, Request, Response
 
@@ -69,8 +72,8 @@ def page_paths() -> frozenset[str]:
     return frozenset({"/", *(f"/playground/{name}" for name in page_files())})
 
 
-def playground_router(*, stored: bool = False) -> APIRouter:
-    """The page's routes. stored: it says that its answers are stored ones."""
+def playground_router(stored: Sequence[Mapping[str, Any]] = ()) -> APIRouter:
+    """The page's routes. stored: requests whose answers are replayed; the page says so and offers them."""
     router = APIRouter(include_in_schema=False)
     files = page_files()
     template = Template((FOLDER / "index.html").read_text(encoding="utf-8"))
@@ -81,7 +84,7 @@ def playground_router(*, stored: bool = False) -> APIRouter:
         if "text/html" not in request.headers.get("accept", ""):
             raise HTTPException(404)
         root = escape(str(request.scope.get("root_path", "")).rstrip("/"))
-        text = template.substitute(root=root, stored="yes" if stored else "no")
+        text = template.substitute(root=root, stored=escape(json.dumps(stored)))
         return PageFile(text.encode(), "text/html; charset=utf-8").answer(request, Vary="Accept")
 
     @router.get("/playground/{name}")

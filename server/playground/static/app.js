@@ -12,6 +12,7 @@ import { Pane } from "./pane.js";
 import { picture } from "./picture.js";
 import { drawSampling, fitting } from "./sampling.js";
 import { change, chooseModel, fromLink, membersOf, onChange, requestOf, state, toLink } from "./state.js";
+import { connectStored, pickStored, stateOf } from "./stored.js";
 import { nothing, said, tell } from "./story.js";
 import { addTurn, drawTurns } from "./turns.js";
 
@@ -131,7 +132,13 @@ function draw() {
   drawEnsemble(byId("ensemble"), card, known.strategies, known.documents);
   drawSampling(byId("sampling"), known.documents);
   legend(byId("legend"), state.colour, namesOf(card));
+  if (stored.length) pickStored(stored);
   refresh();
+}
+
+function chooseStored(request) {
+  change(stateOf(request));
+  draw();
 }
 
 function noteOf(card) {
@@ -165,7 +172,12 @@ function connect() {
   byId("ask").addEventListener("submit", (event) => { event.preventDefault(); write(); });
   document.addEventListener("keydown", (event) => { if (event.key === "Enter" && (event.ctrlKey || event.metaKey) && !byId("key-dialog").open) { event.preventDefault(); write(); } });
   byId("stop").addEventListener("click", stop);
-  byId("model").addEventListener("change", (event) => { chooseModel(event.target.value); draw(); });
+  byId("model").addEventListener("change", (event) => {
+    chooseModel(event.target.value);
+    const kept = stored.find((request) => request.model === event.target.value);
+    if (kept) change(stateOf(kept));
+    draw();
+  });
   byId("prompt").addEventListener("input", (event) => change({ prompt: event.target.value }));
   byId("sides").addEventListener("change", (event) => change({ sides: event.target.checked }));
   for (const radio of document.querySelectorAll("[name=form]")) {
@@ -215,10 +227,11 @@ function connectTheme() {
   });
 }
 
-byId("stored").hidden = document.documentElement.dataset.stored !== "yes";
+const stored = connectStored(chooseStored);
 const live = new Live(byId("live"), byId("live-line"), byId("live-body"));
 const linked = fromLink(location.hash);
 if (linked) change(linked);
+else if (stored.length) change(stateOf(stored[0]));
 onChange(refresh);
 connect();
 nothing(byId("story-body"));

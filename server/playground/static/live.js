@@ -49,7 +49,7 @@ export function told(before, after, seconds) {
   const fusion = grown("fusion_seconds_sum");
   const all = Math.max(step, forwards + fusion) || 1;
   return {
-    rate: grown("step_batch_size_sum") / seconds,
+    rate: grown("inter_token_latency_seconds_count") / seconds,
     first: quantile(before, after, "time_to_first_token_seconds", 0.5),
     steps,
     step: steps ? step / steps : null,
@@ -96,7 +96,7 @@ export class Live {
     this.step = found.step ?? this.step;
     this.line.textContent = `${found.rate.toFixed(1)} tokens/s`;
     this.body.replaceChildren(chart(this.rates), numbers([
-      ["Tokens/s", found.rate.toFixed(1), "Sequences that got a token, per second"],
+      ["Tokens/s", found.rate.toFixed(1), "Steps that gave a sequence tokens, per second: with drafts a step may give several"],
       ["First token", milliseconds(this.first), "Median time to the first token"],
       ["Step", milliseconds(this.step ?? null), "Mean time of one step"],
       ["Running", found.running, "Sequences that are running"],
