@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page, expect, sync_playwright
 from processes import tool
 
 # Runs before the page's own scripts, and is no part of the page.
@@ -41,7 +42,7 @@ class Visit:
     errors: list[str] = field(default_factory=list)
 
     def seen(self) -> dict[str, Any]:
-        """Violations of the policy, and the sum of layout shifts."""
+        """Violations of the policy, and the sum of layout shifts since the last text was asked for."""
         found: dict[str, Any] = self.page.evaluate("window.seen")
         return found
 
@@ -54,8 +55,9 @@ class Visit:
         """Ask for a text, and wait until it is written or refused."""
         if prompt is not None:
             self.page.fill("#prompt", prompt)
+        self.page.evaluate("window.seen.shifts = 0")
         self.page.click("#run")
-        self.page.wait_for_function("/written|failed/.test(document.querySelector('#status').textContent)")
+        expect(self.page.locator("#status")).to_have_text(re.compile("written|failed"), timeout=60_000)
 
     def text(self, pane: int = 0) -> str:
         """The text of a pane's tokens."""

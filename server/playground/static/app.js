@@ -60,6 +60,7 @@ async function write() {
   const others = state.sides ? membersOf(card).filter((name) => name !== state.model) : [];
   panes = [newPane(state.model, others.length ? "ensemble" : "", members), ...others.map((name) => newPane(name, "alone", members))];
   byId("panes").replaceChildren(...panes.map((pane) => pane.element));
+  byId("panes").classList.toggle("many", panes.length > 1);
   legend(byId("legend"), state.colour, members);
   nothing(byId("story-body"));
   const own = (running = new AbortController());

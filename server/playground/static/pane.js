@@ -36,9 +36,11 @@ export class Pane {
       }
     } finally {
       this.view.flush();
+      this.view.complete(records.end());
       this.view.box.removeAttribute("aria-busy");
       this.view.milliseconds += work;
       this.element.dataset.scriptMs = this.view.milliseconds.toFixed(1);
+      this.element.dataset.flushMs = (this.view.frames.toSorted((a, b) => a - b)[this.view.frames.length >> 1] ?? 0).toFixed(1);
       this.element.dataset.tokens = this.view.records.length;
       this.ended(started, first);
     }

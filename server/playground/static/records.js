@@ -16,6 +16,11 @@ export class Records {
     return text && !this.traced ? [{ text, trace: null, control: false }] : [];
   }
 
+  // What is left of a character that the text ends within.
+  end() {
+    return this.decoder.decode();
+  }
+
   one(trace) {
     this.traced = true;
     if (trace.bytes === null) return { text: trace.token, trace, control: true };

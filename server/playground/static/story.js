@@ -1,6 +1,6 @@
 // The story of one token: what each member wanted, what the ensemble chose, and why.
 
-import { badge, carrier, labelsOf, mainOf, MEASURES, parts, rankOf, verdict } from "./colours.js";
+import { badge, carrier, mainOf, parts, rankOf, verdict } from "./colours.js";
 import { make, percent, visible } from "./dom.js";
 
 const MOST_ROWS = 8;
@@ -25,7 +25,8 @@ export function tell(box, record, index, total, members) {
     box.replaceChildren(head, make("p", { class: "hint", text: "A council settled this text; its members' tokens were not traced." }));
     return;
   }
-  box.replaceChildren(head, make("p", { class: "story-why", text: sentence(trace) }), table(trace, members), contributions(trace, members), facts(trace));
+  const told = [head, make("p", { class: "story-why", text: sentence(trace) }), table(trace, members), contributions(trace, members), facts(trace)];
+  box.replaceChildren(...told.filter(Boolean));
 }
 
 // One sentence, said to screen readers, too.
@@ -112,9 +113,4 @@ function drafted(draft) {
   const fate = draft.kept ? "kept" : "replaced";
   const why = draft.certified ? "no assistant could change it" : draft.needed ? "the ensemble decided" : draft.sound ? "the assistants agreed" : "no shared boundary here";
   return `${visible(draft.token)} by ${draft.drafter}, ${fate}: ${why}`;
-}
-
-export function measured(measure, trace, members) {
-  const { of } = MEASURES[measure];
-  return trace ? labelsOf(measure, members)[of(trace, members)] : "";
 }

@@ -11,13 +11,17 @@ export class TokensView {
   constructor(label, { measure, members, show }) {
     Object.assign(this, { label, measure, members, show, records: [], spans: [], waiting: [] });
     this.chosen = -1;
-    this.milliseconds = 0; // of script, for the tests
+    this.milliseconds = 0; // of script, and of each frame that added tokens, for whoever measures
+    this.frames = [];
     this.box = make("div", { class: "tokens", role: "listbox", "aria-label": `${label}, token by token`, id: newId("tokens"), tabindex: "0" });
     this.box.addEventListener("pointerover", (event) => this.hover(event));
     this.box.addEventListener("pointerleave", () => this.away());
     this.box.addEventListener("click", (event) => this.choose(this.indexOf(event.target)));
     this.box.addEventListener("keydown", (event) => this.key(event));
-    this.box.addEventListener("focus", () => { if (this.spans.length) this.focus(Math.max(this.chosen, 0)); });
+    this.box.addEventListener("focusin", (event) => {
+      const index = this.indexOf(event.target);
+      if (index >= 0 && index !== this.chosen) this.choose(index);
+    });
   }
 
   add(records) {
@@ -35,8 +39,9 @@ export class TokensView {
     this.waiting = [];
     if (news && atEnd) this.box.scrollTop = this.box.scrollHeight;
     if (news && this.spans.length) this.box.setAttribute("tabindex", "-1");
-    this.milliseconds += performance.now() - started;
     if (news) this.onFrame?.();
+    this.frames.push(performance.now() - started);
+    this.milliseconds += this.frames.at(-1);
   }
 
   append(record) {
@@ -46,13 +51,22 @@ export class TokensView {
     const span = make("span", attributes);
     span.textContent = record.text;
     if (record.control) span.classList.add("control");
-    if (record.text.trim() === "") span.setAttribute("aria-label", record.text.includes("\n") ? "line end" : "space");
+    if (record.text === "") span.classList.add("part");
+    if (record.text.trim() === "") span.setAttribute("aria-label", record.text === "" ? "part of a character" : record.text.includes("\n") ? "line end" : "space");
     if (record.text.endsWith("\n")) span.classList.add("ends");
     this.spans.push(span);
     span.dataset.index = index;
     if (!this.line) this.box.append((this.line = make("div", { class: "line", role: "presentation" })));
     this.line.append(span);
     if (record.text.endsWith("\n")) this.line = null;
+  }
+
+  // The end of the last token's text.
+  complete(rest) {
+    const last = this.records.at(-1);
+    if (!rest || !last) return;
+    last.text += rest;
+    this.spans.at(-1).textContent = last.text;
   }
 
   get text() {
@@ -62,7 +76,7 @@ export class TokensView {
   recolour(measure) {
     this.measure = measure;
     this.spans.forEach((span, index) => {
-      const kept = ["control", "ends", "differs", "chosen"].filter((name) => span.classList.contains(name));
+      const kept = ["control", "ends", "part", "differs", "chosen"].filter((name) => span.classList.contains(name));
       span.className = [classOf(measure, this.records[index].trace, this.members), ...kept].join(" ");
     });
   }
