@@ -66,7 +66,7 @@ def test_members_weights_fusion_and_mode_are_asked_for(visit: Visit) -> None:
     assert bodies[1]["ensemble"]["weights"] == {"alpha": 0, "beta": 1, "gamma": 0.2}
     assert visit.text() != before
     page.get_by_label("use gamma").uncheck()
-    page.get_by_role("button", name="Weights of the recipe").click()
+    page.get_by_role("button", name="Reset weights").click()
     field(visit, "ensemble.fusion").select_option("eva")
     field(visit, "top").fill("5")
     field(visit, "ensemble.mode").select_option("verify")

@@ -22,7 +22,11 @@ let running = null; // aborts what is being written
 let followed = false; // the story follows the text until a token is chosen
 
 const cardOf = (model) => known.cards.find((card) => card.id === model);
-const namesOf = (card) => (card?.kind === "ensemble" ? membersOf(card) : [card?.id ?? state.model]);
+// The members that may be in traces of a model, in the order that gives them their colours.
+function namesOf(card) {
+  if (card?.kind === "ensemble") return membersOf(card);
+  return card?.kind === "council" ? known.cards.filter((each) => each.kind === "member").map((each) => each.id) : [state.model];
+}
 
 function problem(error) {
   const box = byId("problem");
@@ -61,7 +65,7 @@ async function write() {
   panes = [newPane(state.model, others.length ? "ensemble" : "", members), ...others.map((name) => newPane(name, "alone", members))];
   byId("panes").replaceChildren(...panes.map((pane) => pane.element));
   byId("panes").classList.toggle("many", panes.length > 1);
-  legend(byId("legend"), state.colour, members);
+  legend(byId("legend"), state.colour, members, others.length > 0);
   nothing(byId("story-body"));
   const own = (running = new AbortController());
   followed = !matchMedia("(prefers-reduced-motion: reduce)").matches;
@@ -189,7 +193,7 @@ function connect() {
   byId("colour").addEventListener("change", (event) => {
     change({ colour: event.target.value });
     for (const pane of panes) pane.view.recolour(state.colour);
-    legend(byId("legend"), state.colour, panes[0]?.view.members ?? namesOf(cardOf(state.model)));
+    legend(byId("legend"), state.colour, panes[0]?.view.members ?? namesOf(cardOf(state.model)), panes.length > 1);
   });
   byId("copy-curl").addEventListener("click", (event) => copy(asCurl(base(), ...shownRequest(), hasKey()), event.target));
   byId("copy-python").addEventListener("click", (event) => copy(asPython(base(), ...shownRequest(), hasKey()), event.target));

@@ -24,7 +24,7 @@ export function carrier(trace) {
 export function verdict(trace) {
   const main = mainOf(trace);
   const others = Object.values(trace.agreed);
-  if (!trace.consulted || others.length === 0) return "alone";
+  if (others.length === 0) return trace.consulted && !trace.draft ? "single" : "alone";
   const own = top(trace.members[main]) === trace.token;
   if (own) return others.every(Boolean) ? "all" : "main";
   return others.some(Boolean) ? "overruled" : "nobody";
@@ -86,7 +86,8 @@ export const MEASURES = {
 
 export function classOf(measure, trace, members) {
   const { kind, of } = MEASURES[measure];
-  return kind && trace ? `tok ${kind}${Math.max(of(trace, members), 0) % 6}` : "tok";
+  const rank = kind && trace ? of(trace, members) : -1;
+  return rank < 0 ? "tok" : `tok ${kind}${rank % 6}`;
 }
 
 export function labelsOf(measure, members) {
@@ -94,10 +95,11 @@ export function labelsOf(measure, members) {
   return typeof labels === "function" ? labels(members) : labels;
 }
 
-export function legend(list, measure, members) {
+export function legend(list, measure, members, compared = false) {
   const { kind } = MEASURES[measure];
   const entries = labelsOf(measure, members).map((label, rank) =>
     make("li", {}, make("span", { class: `tok ${kind}${rank % 6}`, "aria-hidden": "true", text: "abc" }), label));
+  if (compared) entries.push(make("li", {}, make("span", { class: "tok differs", "aria-hidden": "true", text: "abc" }), "not in the ensemble's text"));
   list.replaceChildren(...entries);
 }
 

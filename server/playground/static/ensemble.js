@@ -38,10 +38,10 @@ function members(card, box, strategies, documents) {
     const toggle = make("input", { type: "checkbox", checked: used, disabled: isMain, "aria-label": `use ${name}`, on: { change: (event) => { change({ off: event.target.checked ? state.off.filter((each) => each !== name) : [...state.off, name] }); redraw(); } } });
     const slider = make("input", { type: "range", id, min: 0, max: 1, step: 0.01, disabled: !used, "data-param": "ensemble.weights", on: { input: (event) => { change({ weights: { ...allWeights(card), [name]: event.target.valueAsNumber } }); show(); } } });
     slider.value = state.weights[name] ?? card.recipe.members[name];
-    const label = make("label", { for: id }, badge(name, names), isMain ? make("small", { text: "main" }) : null, make("span", { class: "sr", text: " weight" }));
+    const label = make("label", { for: id }, badge(name, names), make("span", { class: "sr", text: " weight" }), isMain ? make("small", { text: "main" }) : null);
     return make("div", { class: "member" }, toggle, label, slider, output);
   });
-  const reset = make("button", { type: "button", class: "quiet", text: "Weights of the recipe", on: { click: () => { change({ weights: {} }); redraw(); } } });
+  const reset = make("button", { type: "button", class: "quiet", text: "Reset weights", on: { click: () => { change({ weights: {} }); redraw(); } } });
   const group = make("fieldset", { class: "members" }, make("legend", { text: "Members and weights" }), shares, ...rows, reset);
   show();
   return group;

@@ -25,6 +25,7 @@ export class Pane {
     let first = null, work = 0;
     this.view.box.setAttribute("aria-busy", "true");
     this.line.textContent = "waiting";
+    if (body.prompt) this.view.begin(body.prompt);
     try {
       for await (const chunk of streamed(path, body, signal)) {
         const before = performance.now();
@@ -56,10 +57,11 @@ export class Pane {
 
   ended(started, first) {
     const now = performance.now();
-    const tokens = this.usage?.completion_tokens ?? this.view.records.length;
-    const rate = first !== null && now > first && tokens > 1 ? ` · ${((tokens - 1) / ((now - first) / 1000)).toFixed(1)}/s` : "";
+    const calls = this.usage?.calls?.length ?? 0;
+    const tokens = calls ? this.view.records.length : this.usage?.completion_tokens ?? this.view.records.length;
+    const rate = calls === 0 && first !== null && now > first && tokens > 1 ? ` · ${((tokens - 1) / ((now - first) / 1000)).toFixed(1)}/s` : "";
     const wait = first === null ? "" : ` · first after ${Math.round(first - started)} ms`;
-    this.line.textContent = `${tokens} tokens${rate}${wait}${this.finish ? ` · ${this.finish}` : ""}`;
+    this.line.textContent = `${tokens} tokens${calls ? ` · ${calls} calls` : rate}${wait}${this.finish ? ` · ${this.finish}` : ""}`;
     if (this.report || this.usage?.calls) this.council.replaceChildren(councilTree(this.report, this.usage, this.servedBy));
   }
 

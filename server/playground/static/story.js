@@ -9,7 +9,8 @@ const REASONS = {
   main: "Main put it first; others wanted something else.",
   overruled: "Main was overruled.",
   nobody: "It was no member's first choice: their shares together, or the dice, made it.",
-  alone: "Main decided alone.",
+  alone: "Main decided alone: nobody else was asked here.",
+  single: "One model alone: its own choice.",
 };
 
 export function nothing(box) {
@@ -34,7 +35,8 @@ export function sentence(trace) {
   const main = mainOf(trace);
   const wanted = trace.members[main]?.[0]?.token;
   const drawn = trace.token !== trace.fused[0]?.token;
-  const first = REASONS[verdict(trace)];
+  const found = verdict(trace);
+  const first = found === "all" && !trace.consulted ? "All members put it first, so nothing was fused." : REASONS[found];
   const instead = wanted !== undefined && wanted !== trace.token ? ` ${main} wanted ${visible(wanted)}.` : "";
   const dice = drawn ? " Sampling drew it; it was not the likeliest." : "";
   return `${first}${instead}${dice}`;
@@ -87,7 +89,7 @@ function bar(share, kind) {
 // Weight times probability of each member: who carried the token.
 function contributions(trace, members) {
   const found = parts(trace);
-  if (found.length < 2) return null;
+  if (found.length < 2 || !trace.consulted) return null;
   const total = found.reduce((sum, each) => sum + each.part, 0) || 1;
   const strip = make("div", { class: "strip", "aria-hidden": "true" },
     ...found.map((each) => make("span", { class: `m${rankOf(each.member, members)}`, vars: { "--part": each.part / total } })));

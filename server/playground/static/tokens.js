@@ -6,6 +6,8 @@ import { make, newId } from "./dom.js";
 
 const KEYS = { ArrowRight: 1, ArrowLeft: -1, Home: -Infinity, End: Infinity, PageDown: 20, PageUp: -20 };
 
+const MOST_ECHOED = 400; // characters of a prompt
+
 export class TokensView {
   // show(record, index, view): a token is looked at; kept says whether it stays chosen.
   constructor(label, { measure, members, show }) {
@@ -22,6 +24,14 @@ export class TokensView {
       const index = this.indexOf(event.target);
       if (index >= 0 && index !== this.chosen) this.choose(index);
     });
+  }
+
+  // What the text goes on from, before its first token.
+  begin(prompt) {
+    const shown = prompt.length > MOST_ECHOED ? `…${prompt.slice(-MOST_ECHOED)}` : prompt;
+    const line = make("div", { class: "line", role: "presentation" }, make("span", { class: "echo", "aria-hidden": "true", text: shown }));
+    this.box.append(line);
+    this.line = prompt.endsWith("\n") ? null : line;
   }
 
   add(records) {
@@ -50,7 +60,7 @@ export class TokensView {
     const attributes = { class: classOf(this.measure, record.trace, this.members), role: "option", "aria-selected": "false", tabindex: index ? "-1" : "0" };
     const span = make("span", attributes);
     span.textContent = record.text;
-    if (record.control) span.classList.add("control");
+    if (record.control) span.classList.add("special");
     if (record.text === "") span.classList.add("part");
     if (record.text.trim() === "") span.setAttribute("aria-label", record.text === "" ? "part of a character" : record.text.includes("\n") ? "line end" : "space");
     if (record.text.endsWith("\n")) span.classList.add("ends");
@@ -76,7 +86,7 @@ export class TokensView {
   recolour(measure) {
     this.measure = measure;
     this.spans.forEach((span, index) => {
-      const kept = ["control", "ends", "part", "differs", "chosen"].filter((name) => span.classList.contains(name));
+      const kept = ["special", "ends", "part", "differs", "chosen"].filter((name) => span.classList.contains(name));
       span.className = [classOf(measure, this.records[index].trace, this.members), ...kept].join(" ");
     });
   }
