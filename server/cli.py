@@ -150,7 +150,9 @@ def playground(
     """Show the playground without models: stored answers, token by token. `unisono serve` has it at /."""
     with one_line_errors():
         if not demo:
-            raise ConfigError("`unisono serve` shows the playground of its models at /; for stored answers add --demo")
+            raise ConfigError(
+                "`unisono serve` shows the playground of its models at /; for stored answers add --demo"
+            )
 
         from server.edge import logs
         from server.playground.demo import serve_demo

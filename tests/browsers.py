@@ -61,8 +61,11 @@ class Visit:
 
     def text(self, pane: int = 0) -> str:
         """The text of a pane's tokens."""
-        found: list[str] = self.page.locator(".pane").nth(pane).locator(".tok").evaluate_all(
-            "all => all.map(each => each.textContent)"
+        found: list[str] = (
+            self.page.locator(".pane")
+            .nth(pane)
+            .locator(".tok")
+            .evaluate_all("all => all.map(each => each.textContent)")
         )
         return "".join(found)
 

@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import fake_runtime
 import pytest
 from fake_runtime import FakeModel, FakeRuntime, live_server
 from fakes import FakeMember, byte_vocabulary, fake_config, fake_loaded
 
-import fake_runtime
 from ensemble_core import factory
 from ensemble_core.config import Config
 from ensemble_core.factory import Loaded

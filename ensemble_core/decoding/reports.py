@@ -82,7 +82,9 @@ def trace(
         given={member: _given(spell, member, part, row, token_id) for member, part in candidates.items()},
         unmapped={
             member: round(mass, 6)
-            for member, mass in zip(candidates, fused.unmapped[row].tolist(), strict=False)  # those that were fused
+            for member, mass in zip(
+                candidates, fused.unmapped[row].tolist(), strict=False
+            )  # those that were fused
         },
         spelling=None if token_id in spell[main].special_ids else spell[main].tokens[token_id],
     )

@@ -168,7 +168,9 @@ class Trace:
     prob: float = 0.0  # of the token in the fused distribution
     entropy: float = 0.0  # of the fused distribution, in nats; what is outside the support counts as one token
     given: Mapping[str, float | None] = field(default_factory=dict)
-    unmapped: Mapping[str, float] = field(default_factory=dict)  # member that was fused -> mass that found no place
+    unmapped: Mapping[str, float] = field(
+        default_factory=dict
+    )  # member that was fused -> mass that found no place
     spelling: bytes | None = None
 
 

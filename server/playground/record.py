@@ -40,7 +40,9 @@ def main(url: str, path: Path) -> None:
             "strategies": client.get("/v1/strategies").raise_for_status().json(),
             "answers": [_asked(client, model, fields) for model, fields in _ASKED],
         }
-    path.write_text(json.dumps(_rounded(stored), ensure_ascii=False, separators=(",", ":")) + "\n", encoding="utf-8")
+    path.write_text(
+        json.dumps(_rounded(stored), ensure_ascii=False, separators=(",", ":")) + "\n", encoding="utf-8"
+    )
     print(f"{path}: {path.stat().st_size / 1000:.0f} kB")  # noqa: T201
 
 

@@ -16,6 +16,12 @@ AXE = Path(__file__).parents[1] / "axe_core" / "axe.min.js"
 DARK: dict[str, Any] = {"color_scheme": "dark"}
 NARROW: dict[str, Any] = {"viewport": {"width": 360, "height": 740}, "has_touch": True, "is_mobile": True}
 
+_MOVING = """
+document.getAnimations().length + [...document.querySelectorAll("*")].filter(
+  (each) => [null, "::before"].some((part) => getComputedStyle(each, part).transitionDuration !== "0s")
+).length
+"""
+
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
@@ -33,7 +39,9 @@ def looked_at(visit: Visit) -> list[str]:
     """What axe-core finds, of serious and critical impact: rule and first place of each."""
     visit.page.evaluate(AXE.read_text(encoding="utf-8"))
     found = visit.page.evaluate("axe.run({resultTypes: ['violations']}).then(each => each.violations)")
-    return [f"{each['id']}: {each['nodes'][0]['html']}" for each in found if each["impact"] in ("serious", "critical")]
+    return [
+        f"{each['id']}: {each['nodes'][0]['html']}" for each in found if each["impact"] in ("serious", "critical")
+    ]
 
 
 def unfold(visit: Visit) -> None:
@@ -71,7 +79,9 @@ def test_nothing_is_wider_than_a_small_phone(browser: Browser, url: str) -> None
         expect(page.locator("#story-body")).to_contain_text("token 3 of")
         unfold(visit)
         assert page.evaluate(wide) <= 360
-        beside = "[...document.querySelectorAll('.card')].filter(e => e.getBoundingClientRect().right > 360).length"
+        beside = (
+            "[...document.querySelectorAll('.card')].filter(e => e.getBoundingClientRect().right > 360).length"
+        )
         assert page.evaluate(beside) == 0
 
 
@@ -89,10 +99,8 @@ def test_dark_follows_the_system_and_the_choice(browser: Browser, url: str) -> N
 
 def test_without_motion_nothing_moves(browser: Browser, url: str) -> None:
     with visiting(browser, url, reduced_motion="reduce") as visit:
-        moving = "document.getAnimations().length + [...document.querySelectorAll('*')].filter(each => "
-        moving += "['', '::before'].some(part => getComputedStyle(each, part || null).transitionDuration !== '0s')).length"
         visit.write("deed bad")
-        assert visit.page.evaluate(moving) == 0
+        assert visit.page.evaluate(_MOVING) == 0
 
 
 def test_it_works_behind_a_root_path(browser: Browser) -> None:

@@ -113,7 +113,9 @@ def test_the_modules_are_short_and_never_make_markup_of_text() -> None:
         text = path.read_text()
         assert text.startswith("// "), path.name
         assert len(text.splitlines()) < 400, path.name
-        sinks = r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(|new Function|setHTML|srcdoc|DOMParser"
+        sinks = (
+            r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(|new Function|setHTML|srcdoc|DOMParser"
+        )
         assert not re.search(sinks, text), path.name
 
 

@@ -83,7 +83,9 @@ def test_members_weights_fusion_and_mode_are_asked_for(visit: Visit) -> None:
 
 def test_controls_are_those_of_the_servers_schema(visit: Visit) -> None:
     strategies = httpx.get(f"{visit.url}/v1/strategies").json()
-    fields = httpx.get(f"{visit.url}/openapi.json").json()["components"]["schemas"]["CompletionRequest"]["properties"]
+    fields = httpx.get(f"{visit.url}/openapi.json").json()["components"]["schemas"]["CompletionRequest"][
+        "properties"
+    ]
     chosen = field(visit, "ensemble.fusion").locator("option").evaluate_all("all => all.map(each => each.value)")
     assert [json.loads(name) for name in chosen[1:]] == sorted(strategies["fusions"])
     for name, schema in strategies["fusions"].items():
@@ -135,34 +137,35 @@ def test_an_error_stands_as_the_api_words_it(visit: Visit) -> None:
 
 
 def test_an_error_within_a_stream_keeps_the_text(browser: Browser) -> None:
-    with scripted_server(" one", " two", " three", breaks=MemberError("a", "told to fail")) as url:
-        with visiting(browser, url) as visit:
-            visit.write("go")
-            assert visit.text() == " one two"
-            expect(visit.page.get_by_role("alert")).to_contain_text("told to fail")
+    words = " one", " two", " three"
+    fault = MemberError("a", "told to fail")
+    with scripted_server(*words, breaks=fault) as url, visiting(browser, url) as visit:
+        visit.write("go")
+        assert visit.text() == " one two"
+        expect(visit.page.get_by_role("alert")).to_contain_text("told to fail")
 
 
 def test_a_key_stays_in_the_pages_memory(browser: Browser) -> None:
-    with live_server(FakeRuntime(), ServerConfig.model_validate({"api_keys": [KEY]})) as url:
-        with visiting(browser, url, wait=False) as visit:
-            page = visit.page
-            dialog = page.get_by_role("dialog")
-            expect(dialog).to_be_visible()
-            expect(page.get_by_role("alert")).to_contain_text("no API key was sent")
-            page.get_by_label("Key", exact=True).fill("sk-wrong")
-            page.keyboard.press("Enter")
-            expect(page.get_by_role("alert")).to_contain_text("this API key is not known")
-            page.get_by_label("Key", exact=True).fill(KEY)
-            page.keyboard.press("Enter")
-            page.wait_for_selector("#model option", state="attached")
-            visit.write("a b c")
-            assert visit.text() == " Hello wörld 😀!"
-            kept = "JSON.stringify([localStorage, sessionStorage, document.cookie, location.href])"
-            assert "a b c" in page.evaluate(kept)
-            for where in (page.evaluate(kept), page.content(), "".join(visit.requests)):
-                assert KEY not in where
-            page.reload()
-            expect(page.get_by_role("dialog")).to_be_visible()
+    keyed = ServerConfig.model_validate({"api_keys": [KEY]})
+    with live_server(FakeRuntime(), keyed) as url, visiting(browser, url, wait=False) as visit:
+        page = visit.page
+        dialog = page.get_by_role("dialog")
+        expect(dialog).to_be_visible()
+        expect(page.get_by_role("alert")).to_contain_text("no API key was sent")
+        page.get_by_label("Key", exact=True).fill("sk-wrong")
+        page.keyboard.press("Enter")
+        expect(page.get_by_role("alert")).to_contain_text("this API key is not known")
+        page.get_by_label("Key", exact=True).fill(KEY)
+        page.keyboard.press("Enter")
+        page.wait_for_selector("#model option", state="attached")
+        visit.write("a b c")
+        assert visit.text() == " Hello wörld 😀!"
+        kept = "JSON.stringify([localStorage, sessionStorage, document.cookie, location.href])"
+        assert "a b c" in page.evaluate(kept)
+        for where in (page.evaluate(kept), page.content(), "".join(visit.requests)):
+            assert KEY not in where
+        page.reload()
+        expect(page.get_by_role("dialog")).to_be_visible()
 
 
 def test_a_link_restores_what_was_asked(browser: Browser, visit: Visit) -> None:
@@ -210,7 +213,7 @@ def test_the_request_is_copied_as_code_that_runs(browser: Browser, url: str, tmp
     with visiting(browser, url, permissions=["clipboard-read", "clipboard-write"]) as visit:
         visit.page.locator("#request-card > summary").click()
         visit.page.get_by_label("gamma weight").fill("0.9")
-        visit.write("it's \"so\" \\ é")
+        visit.write('it\'s "so" \\ é')
         ran = {}
         for name in ("curl", "python"):
             visit.page.click(f"#copy-{name}")
@@ -236,7 +239,15 @@ def test_the_live_panel_reads_metrics(visit: Visit) -> None:
 
 def test_the_demo_needs_no_models(browser: Browser, tmp_path: Path) -> None:
     port = free_port()
-    command = [sys.executable, "-c", "from server.cli import main; main()", "playground", "--demo", "--port", str(port)]
+    command = [
+        sys.executable,
+        "-c",
+        "from server.cli import main; main()",
+        "playground",
+        "--demo",
+        "--port",
+        str(port),
+    ]
     environment = os.environ | {"UNISONO_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
     with (tmp_path / "log").open("wb") as log:
         process = subprocess.Popen(command, cwd=tmp_path, stdout=log, stderr=log, env=environment)
