@@ -112,7 +112,7 @@ def _given(
     if not ids:
         return None
     among = torch.isin(part.token_ids[row], torch.tensor(ids, device=part.token_ids.device))
-    return round(float(part.logprobs[row][among].exp().sum()), 6)
+    return round(math.fsum(map(math.exp, part.logprobs[row][among].tolist())), 6)
 
 
 def _weights(recipe: Recipe, members: Sequence[str]) -> dict[str, float]:

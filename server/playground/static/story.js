@@ -8,7 +8,7 @@ const REASONS = {
   all: "All members put it first.",
   main: "Main put it first; others wanted something else.",
   overruled: "Main was overruled.",
-  nobody: "It was no member's first choice: their shares together, or the dice, made it.",
+  nobody: "It was no member's first choice, but the likeliest of all together.",
   alone: "Main decided alone: nobody else was asked here.",
   single: "One model alone: its own choice.",
 };
@@ -38,8 +38,8 @@ export function sentence(trace) {
   const found = verdict(trace);
   const first = found === "all" && !trace.consulted ? "All members put it first, so nothing was fused." : REASONS[found];
   const instead = wanted !== undefined && wanted !== trace.token ? ` ${main} wanted ${visible(wanted)}.` : "";
-  const dice = drawn ? " Sampling drew it; it was not the likeliest." : "";
-  return `${first}${instead}${dice}`;
+  if (drawn && found === "nobody") return `Sampling drew it: nobody put it first.${instead}`;
+  return `${first}${instead}${drawn ? " Sampling drew it; it was not the likeliest." : ""}`;
 }
 
 export function said(record, index, total) {
