@@ -91,7 +91,7 @@ def main() -> None:
     told = "streams: gap beside one traced over none"
     checks = [
         Check(
-            f"{row['streams']} streams: gap beside one traced over none",
+            f"{row['streams']} {told}",
             float(str(row["one over none"])),
             "<=",
             BOUND,
