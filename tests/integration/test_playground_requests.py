@@ -178,6 +178,7 @@ def test_a_link_restores_what_was_asked(browser: Browser, visit: Visit) -> None:
     page.check("#sides")
     page.select_option("#colour", "entropy")
     request = page.locator("#request").text_content()
+    page.wait_for_timeout(400)  # the address follows once typing pauses
     for again in ("reload", "open"):
         if again == "reload":
             page.reload()

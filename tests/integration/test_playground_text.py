@@ -142,7 +142,8 @@ def test_a_trace_is_exported_as_json_and_as_a_picture(visit: Visit, tmp_path: Pa
         with visit.page.expect_download() as download:
             visit.page.click(f"#export-{name}")
         download.value.save_as(tmp_path / f"trace.{name}")
-        visit.page.click("#export summary")
+        visit.page.keyboard.press("Escape")
+        expect(visit.page.locator("#export-json")).to_be_hidden()
     (answer,) = json.loads((tmp_path / "trace.json").read_text())
     assert answer["text"] == asked(visit.url, "trio")
     assert len(answer["trace"]) == answer["usage"]["completion_tokens"] == 48

@@ -19,6 +19,7 @@ import { addTurn, drawTurns } from "./turns.js";
 const known = { cards: [], strategies: { fusions: {}, modes: {} }, documents: null };
 let panes = [];
 let running = null; // aborts what is being written
+let linking = null; // puts the state into the address, once typing pauses
 let followed = false; // the story follows the text until a token is chosen
 
 const cardOf = (model) => known.cards.find((card) => card.id === model);
@@ -118,7 +119,8 @@ function shownRequest() {
 
 function refresh() {
   byId("request").textContent = `POST ${shownRequest()[0]}\n${JSON.stringify(shownRequest()[1], null, 2)}`;
-  history.replaceState(null, "", `#${toLink()}`);
+  clearTimeout(linking);
+  linking = setTimeout(() => history.replaceState(null, "", `#${toLink()}`), 100); // browsers count such calls
 }
 
 // All controls from the state.
@@ -204,9 +206,21 @@ function connect() {
     const { model, view } = panes[0];
     save("unisono-trace.svg", "image/svg+xml", picture({ title: `${model}: ${MEASURES[state.colour].title}`, records: view.records, members: view.members, measure: state.colour }));
   });
+  connectMenu(byId("export"));
   connectKey();
   connectTheme();
   addEventListener("hashchange", () => { const kept = fromLink(location.hash); if (kept && toLink(kept) !== toLink()) { change(kept); draw(); } });
+}
+
+function connectMenu(menu) {
+  const leave = (to) => { if (to && !menu.contains(to)) menu.open = false; };
+  document.addEventListener("pointerdown", (event) => leave(event.target));
+  menu.addEventListener("focusout", (event) => leave(event.relatedTarget));
+  menu.addEventListener("keydown", (event) => {
+    if (event.key !== "Escape") return;
+    menu.open = false;
+    menu.querySelector("summary").focus();
+  });
 }
 
 function connectKey() {
