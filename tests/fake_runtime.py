@@ -16,7 +16,7 @@ import zlib
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import uvicorn
 
@@ -30,12 +30,14 @@ from ensemble_core.decoding.requests import (
     Trace,
 )
 from ensemble_core.errors import InvalidRequestError, ModelNotFoundError, NotReadyError, quoted
-from ensemble_core.runtime import Runtime
 from ensemble_core.server_config import ServerConfig
 from ensemble_core.text.tools import CallPiece
 from server.edge.app import create_app
 from server.edge.metrics import PrometheusMetrics
 from server.edge.serving import settings_of
+
+if TYPE_CHECKING:
+    from ensemble_core.runtime import Runtime
 
 VOCAB_SIZE = 10_000
 
