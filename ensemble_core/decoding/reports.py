@@ -55,12 +55,12 @@ def trace(
     """
     main, *others = candidates
     spell = {member: tracks[member].vocabulary for member in candidates}
+    best = {
+        member: _best(part.token_ids[row], part.logprobs[row], NUM_TRACED) for member, part in candidates.items()
+    }
     proposals = {
-        member: tuple(
-            (spell[member].name_of(other), _probability(logprob))
-            for other, logprob in _best(part.token_ids[row], part.logprobs[row], NUM_TRACED)
-        )
-        for member, part in candidates.items()
+        member: tuple((spell[member].name_of(other), _probability(logprob)) for other, logprob in found)
+        for member, found in best.items()
     }
     alone = len(recipe.members) == 1 and not left_out
     consulted = draft.needed if draft is not None else bool(others) or alone
@@ -71,13 +71,13 @@ def trace(
         members=proposals,
         fused=tuple((spell[main].name_of(other), _probability(logprob)) for other, logprob in mixed),
         agreed={
-            member: spell[member].text_bytes(_top(candidates[member], row)) == spell[main].text_bytes(token_id)
+            member: spell[member].text_bytes(best[member][0][0]) == spell[main].text_bytes(token_id)
             for member in others
         },
         weights=_weights(recipe, list(candidates) if consulted else [main]),
         left_out=left_out,
         draft=draft,
-        prob=_probability(score(fused.token_ids[row], fused.logprobs[row], token_id, 0).logprob),
+        prob=_mass(fused.token_ids[row], fused.logprobs[row], [token_id]),
         entropy=_entropy(fused.logprobs[row], fused.tail[row]),
         given={member: _given(spell, member, part, row, token_id) for member, part in candidates.items()},
         unmapped={
@@ -92,9 +92,9 @@ def trace(
 
 def _entropy(logprobs: Tensor, tail: Tensor) -> float:
     """Entropy of a row (S,) and the mass outside it, in nats."""
-    logs = torch.cat([logprobs, tail.reshape(1)]).float()
-    logs = logs[logs.isfinite()]
-    return round(max(-float((logs.exp() * logs).sum()), 0.0), 6)
+    outside = math.exp(tail.item())
+    rest = -outside * math.log(outside) if outside > 0.0 else 0.0
+    return round(torch.special.entr(logprobs.exp()).sum().item() + rest, 6)
 
 
 def _given(
@@ -109,10 +109,13 @@ def _given(
     else:
         same = own.ids_by_bytes.get(main.tokens[token_id])
         ids = [] if same is None or token_id in main.special_ids else [same]
-    if not ids:
-        return None
-    among = torch.isin(part.token_ids[row], torch.tensor(ids, device=part.token_ids.device))
-    return round(math.fsum(map(math.exp, part.logprobs[row][among].tolist())), 6)
+    return _mass(part.token_ids[row], part.logprobs[row], ids) if ids else None
+
+
+def _mass(token_ids: Tensor, logprobs: Tensor, ids: Sequence[int]) -> float:
+    """The probability of some ids in a row (S,); an id that is not in it has none."""
+    found = [value for each in ids for value in logprobs[token_ids == each].tolist()]
+    return round(math.fsum(map(math.exp, found)), 6)
 
 
 def _weights(recipe: Recipe, members: Sequence[str]) -> dict[str, float]:
@@ -124,11 +127,6 @@ def _weights(recipe: Recipe, members: Sequence[str]) -> dict[str, float]:
         if total and len(members) > 1
         else {members[0]: 1.0}
     )
-
-
-def _top(part: Candidates, row: int) -> int:
-    (token_id, _), *_ = _best(part.token_ids[row], part.logprobs[row], 1)
-    return token_id
 
 
 def _best(token_ids: Tensor, logprobs: Tensor, num: int) -> tuple[tuple[int, float], ...]:
