@@ -94,7 +94,7 @@ def _entropy(logprobs: Tensor, tail: Tensor) -> float:
     """Entropy of a row (S,) and the mass outside it, in nats."""
     outside = math.exp(tail.item())
     rest = -outside * math.log(outside) if outside > 0.0 else 0.0
-    return round(torch.special.entr(logprobs.exp()).sum().item() + rest, 6)
+    return round(float(torch.special.entr(logprobs.exp()).sum()) + rest, 6)
 
 
 def _given(
