@@ -229,7 +229,8 @@ def _without(fields: Mapping[str, Any], name: str) -> dict[str, Any]:
 def _texts(traces: Sequence[Trace]) -> list[str]:
     """What each token adds to the text: a character that lies over several stands in the last."""
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    return [decoder.decode(trace.spelling or b"") for trace in traces]
+    last = len(traces) - 1
+    return [decoder.decode(trace.spelling or b"", final=rank == last) for rank, trace in enumerate(traces)]
 
 
 def _words(text: str) -> list[str]:

@@ -22,6 +22,9 @@ from processes import ROOT, free_port, wait_until_ready
 
 from ensemble_core.errors import MemberError
 from ensemble_core.server_config import ServerConfig
+from ensemble_core.stats import discard
+from server.playground import record
+from server.playground.stored import StoredRuntime
 
 KEY = "sk-very-secret-key"
 
@@ -236,6 +239,24 @@ def test_the_live_panel_reads_metrics(visit: Visit) -> None:
     expect(page.locator("#live-body .numbers")).to_contain_text(re.compile(r"Step\d"), timeout=10_000)
     expect(page.locator("#live-body")).to_contain_text(re.compile(r"members\d.*fusion.*rest"))
     assert visit.errors == []
+
+
+def test_what_is_recorded_is_replayed(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fields = {"prompt": "abc", "max_tokens": 12, "temperature": 0, "seed": 1}
+    monkeypatch.setattr(record, "_ASKED", [("trio", fields), ("beta", fields), ("poll", fields)])
+    record.main(url, tmp_path / "stored.json")
+    stored = StoredRuntime(discard, tmp_path / "stored.json", seconds=0.0)
+    assert [model.name for model in stored.models()] == ["trio", "poll", "alpha", "beta", "gamma"]
+    with live_server(stored, stored=stored.requests) as replay:
+        for body in stored.requests:
+            told = [httpx.post(f"{each}/v1/completions", json=body).json()["choices"][0] for each in (url, replay)]
+            for name in ("text", "finish_reason", "council"):
+                assert told[0].get(name) == told[1].get(name)
+            steps = [[(step["token"], step["bytes"], step["draft"]) for step in each["trace"]] for each in told]
+            assert steps[0] == steps[1]
+        refused = httpx.post(f"{replay}/v1/completions", json={"model": "nope", "prompt": "a"})
+        assert (refused.status_code, refused.json()["error"]["code"]) == (404, "model_not_found")
+        assert httpx.post(f"{replay}/tokenize", json={"prompt": "a"}).status_code == 400
 
 
 def test_the_demo_needs_no_models(browser: Browser, tmp_path: Path) -> None:
