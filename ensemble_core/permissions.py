@@ -35,6 +35,34 @@ class Permissions:
         self._check("fusion", FUSIONS, self._rules.fusions, ensemble.fusion, *chosen)
         self._check("mode", MODES, self._rules.modes, ensemble.mode, overrides.mode, overrides.mode_options)
 
+    def offered(self) -> dict[str, dict[str, dict[str, Any]]]:
+        """`fusions` and `modes` that a request may name, each with the JSON schema of its options.
+
+        The schemas leave out what requests may not give. What only a recipe is configured with is not in them.
+        """
+        of = self._ensembles.values()
+        return {
+            "fusions": self._schemas(FUSIONS, self._rules.fusions, {each.fusion.name for each in of}),
+            "modes": self._schemas(MODES, self._rules.modes, {each.mode.name for each in of}),
+        }
+
+    def _schemas(
+        self, registry: Registry[Any], allowed: tuple[str, ...] | Literal["all"], configured: set[str]
+    ) -> dict[str, dict[str, Any]]:
+        names = registry.names() if allowed == "all" else sorted({*allowed, *configured} & {*registry.names()})
+        return {name: self._bounded(registry.options(name).model_json_schema()) for name in names}
+
+    def _bounded(self, schema: dict[str, Any]) -> dict[str, Any]:
+        """A schema of options without the values that requests may not give."""
+        for name, field in schema.get("properties", {}).items():
+            most = self._rules.most.get(name)
+            for part in (field, *field.get("anyOf", ())):
+                if most is not None and part.get("type") in ("integer", "number"):
+                    part["maximum"] = min(most, part.get("maximum", most))
+                if "enum" in part:
+                    part["enum"] = [each for each in part["enum"] if each not in self._rules.refused.get(name, ())]
+        return schema
+
     def _check(
         self,
         kind: Literal["fusion", "mode"],

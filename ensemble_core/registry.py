@@ -40,6 +40,10 @@ class Registry(Generic[Factory]):
         """All names, sorted."""
         return sorted(self._entries)
 
+    def options(self, name: str) -> type[BaseModel]:
+        """The model of the options of a registered strategy."""
+        return self._entries[name][0]
+
     def factory(self, name: str) -> Factory:
         """The factory of a strategy whose name `parse` has accepted."""
         return self._entries[name][1]

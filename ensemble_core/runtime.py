@@ -130,6 +130,10 @@ class Runtime:
             return [replace(model, lacks=self.roster.away(model.members)) for model in self._loaded.models]
         return list_models(self._config, {name: member.max_len for name, member in self._config.members.items()})
 
+    def strategies(self) -> dict[str, dict[str, dict[str, Any]]]:
+        """The fusions and modes that requests may choose, with schemas of their options. Raises NotReadyError."""
+        return self._require_ready().permissions.offered()
+
     async def submit(self, requests: abc.Sequence[GenerationRequest]) -> OutputStream:
         """Queue requests, all or none; returns a stream of (position in `requests`, output) until all have ended.
 

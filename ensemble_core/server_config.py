@@ -64,6 +64,7 @@ class ServerConfig(Section):
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Of our loggers.")
     log_format: Literal["text", "json"] = Field("text", description="Lines of text, or one JSON object a line.")
     access_log: bool = Field(True, description="Log one line for each request, without prompts.")
+    playground: bool = Field(True, description="Serve the page that shows how a text is fused, at /, to browsers.")
     traces: bool = Field(
         False, description="Send a span for each request; OTEL_* variables configure it. Needs unisono[otel]."
     )

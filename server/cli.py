@@ -1,4 +1,4 @@
-"""The command line: `unisono serve | batch | build | pull | generate | evaluate | tune | fit | inspect`.
+"""The command line: `unisono serve | playground | batch | build | pull | generate | evaluate | tune | fit | inspect`.
 
 Heavy imports are inside the commands, so that `unisono --help` is instant and so that the switches for progress
 bars are set before the libraries read them. A UnisonoError becomes one line on stderr and exit code 1.
@@ -139,6 +139,26 @@ def _serve(settings: Config, read: Callable[[], Config]) -> None:
     runtime = Runtime(settings, metrics.record)
     announce = say if settings.server.log_format == "text" else logger.info
     serve_app(create_app(runtime, settings.server, metrics), runtime, settings.server, announce, read)
+
+
+@app.command()
+def playground(
+    demo: Annotated[bool, typer.Option("--demo", help="Replay the answers that come with the package.")] = False,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 picks a free port.")] = 8000,
+) -> None:
+    """Show the playground without models: stored answers, token by token. `unisono serve` has it at /."""
+    with one_line_errors():
+        if not demo:
+            raise ConfigError(
+                "`unisono serve` shows the playground of its models at /; for stored answers add --demo"
+            )
+
+        from server.edge import logs
+        from server.playground.demo import serve_demo
+
+        logs.configure("warning")
+        serve_demo(ServerConfig().replaced(host=host, port=port, access_log=False), say)
 
 
 @app.command()

@@ -13,10 +13,10 @@ import socket
 import threading
 import time
 import zlib
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import uvicorn
 
@@ -35,6 +35,9 @@ from ensemble_core.text.tools import CallPiece
 from server.edge.app import create_app
 from server.edge.metrics import PrometheusMetrics
 from server.edge.serving import settings_of
+
+if TYPE_CHECKING:
+    from ensemble_core.runtime import Runtime
 
 VOCAB_SIZE = 10_000
 
@@ -118,7 +121,19 @@ def entry(token_id: int, text: str, offset: int, num_top: int, seed: int | None)
 
 def trace_of(text: str) -> Trace:
     proposed = {"a": ((text, 0.5), ("x", 0.25)), "b": (("y", 0.75),)}
-    return Trace(text, True, proposed, ((text, 0.375),), {"b": False}, {"a": 0.5, "b": 0.5})
+    return Trace(
+        text,
+        True,
+        proposed,
+        ((text, 0.375),),
+        {"b": False},
+        {"a": 0.5, "b": 0.5},
+        prob=0.375,
+        entropy=1.0,
+        given={"a": 0.5, "b": None},
+        unmapped={"a": 0.0, "b": 0.02},
+        spelling=text.encode(),
+    )
 
 
 @dataclass
@@ -152,6 +167,12 @@ class FakeRuntime:
 
     def models(self) -> list[FakeModel]:
         return MODELS
+
+    def strategies(self) -> dict[str, dict[str, Any]]:
+        steps = {"type": "integer", "minimum": 1, "maximum": 10, "default": 3, "description": "Steps."}
+        solver = {"enum": ["em", "search"], "type": "string", "default": "em", "description": "The solver."}
+        options = {"type": "object", "properties": {"solver": solver, "steps": steps}}
+        return {"fusions": {"relative": options, "plain": {"properties": {}}}, "modes": {"lockstep": options}}
 
     def _model(self, name: str) -> FakeModel:
         if self.state != "ready":
@@ -315,11 +336,16 @@ def _echo(request: GenerationRequest, words: list[str]) -> dict[str, Any]:
 
 
 @contextmanager
-def live_server(runtime: FakeRuntime, config: ServerConfig | None = None) -> Iterator[str]:
+def live_server(
+    runtime: FakeRuntime | Runtime,
+    config: ServerConfig | None = None,
+    metrics: PrometheusMetrics | None = None,
+    stored: Sequence[Mapping[str, Any]] = (),
+) -> Iterator[str]:
     """A real server on a free loopback port, in a thread; yields its address."""
     config = config or ServerConfig()
     listener = socket.create_server(("127.0.0.1", 0))
-    app = create_app(runtime, config, PrometheusMetrics())  # type: ignore[arg-type]
+    app = create_app(runtime, config, metrics or PrometheusMetrics(), stored)  # type: ignore[arg-type]
     server = uvicorn.Server(settings_of(app, config))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()

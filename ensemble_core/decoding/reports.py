@@ -24,6 +24,7 @@ from ensemble_core.members.candidates import columns_of
 from ensemble_core.members.ranking import ranked
 from ensemble_core.stats import Reason
 from ensemble_core.text.alignment import Track
+from ensemble_core.text.vocabulary import Vocabulary
 
 NUM_TRACED = 5  # candidates of each member in a trace
 
@@ -108,12 +109,12 @@ def trace(
     """
     main, *others = candidates
     spell = {member: tracks[member].vocabulary for member in candidates}
+    best = {
+        member: _best(part.token_ids[row], part.logprobs[row], NUM_TRACED) for member, part in candidates.items()
+    }
     proposals = {
-        member: tuple(
-            (spell[member].name_of(other), _probability(logprob))
-            for other, logprob in _best(part.token_ids[row], part.logprobs[row], NUM_TRACED)
-        )
-        for member, part in candidates.items()
+        member: tuple((spell[member].name_of(other), _probability(logprob)) for other, logprob in found)
+        for member, found in best.items()
     }
     alone = len(recipe.members) == 1 and not left_out
     consulted = draft.needed if draft is not None else bool(others) or alone
@@ -124,13 +125,51 @@ def trace(
         members=proposals,
         fused=tuple((spell[main].name_of(other), _probability(logprob)) for other, logprob in mixed),
         agreed={
-            member: spell[member].text_bytes(_top(candidates[member], row)) == spell[main].text_bytes(token_id)
+            member: spell[member].text_bytes(best[member][0][0]) == spell[main].text_bytes(token_id)
             for member in others
         },
         weights=_weights(list(candidates), weights) if consulted else {main: 1.0},
         left_out=left_out,
         draft=draft,
+        prob=_mass(fused.token_ids[row], fused.logprobs[row], [token_id]),
+        entropy=_entropy(fused.logprobs[row], fused.tail[row]),
+        given={member: _given(spell, member, part, row, token_id) for member, part in candidates.items()},
+        unmapped={
+            member: round(mass, 6)
+            for member, mass in zip(
+                candidates, fused.unmapped[row].tolist(), strict=False
+            )  # those that were fused
+        },
+        spelling=None if token_id in spell[main].special_ids else spell[main].tokens[token_id],
     )
+
+
+def _entropy(logprobs: Tensor, tail: Tensor) -> float:
+    """Entropy of a row (S,) and the mass outside it, in nats."""
+    outside = math.exp(tail.item())
+    rest = -outside * math.log(outside) if outside > 0.0 else 0.0
+    return round(float(torch.special.entr(logprobs.exp()).sum()) + rest, 6)
+
+
+def _given(
+    spell: Mapping[str, Vocabulary], member: str, part: Candidates, row: int, token_id: int
+) -> float | None:
+    """The probability that a member gives to main's token. spell: member -> its vocabulary, main first."""
+    main, own = next(iter(spell.values())), spell[member]
+    if own is main:
+        ids = [token_id]
+    elif token_id in main.stop_ids:
+        ids = sorted(own.stop_ids)
+    else:
+        same = own.ids_by_bytes.get(main.tokens[token_id])
+        ids = [] if same is None or token_id in main.special_ids else [same]
+    return _mass(part.token_ids[row], part.logprobs[row], ids) if ids else None
+
+
+def _mass(token_ids: Tensor, logprobs: Tensor, ids: Sequence[int]) -> float:
+    """The probability of some ids in a row (S,); an id that is not in it has none."""
+    found = [value for each in ids for value in logprobs[token_ids == each].tolist()]
+    return round(math.fsum(map(math.exp, found)), 6)
 
 
 def _weights(members: Sequence[str], weights: Sequence[float]) -> dict[str, float]:
@@ -138,11 +177,6 @@ def _weights(members: Sequence[str], weights: Sequence[float]) -> dict[str, floa
     if len(members) == 1:
         return {members[0]: 1.0}
     return {member: round(weight, 6) for member, weight in zip(members, weights, strict=True)}
-
-
-def _top(part: Candidates, row: int) -> int:
-    (token_id, _), *_ = _best(part.token_ids[row], part.logprobs[row], 1)
-    return token_id
 
 
 def _best(token_ids: Tensor, logprobs: Tensor, num: int) -> tuple[tuple[int, float], ...]:

@@ -185,7 +185,12 @@ class DraftTrace:
 
 @dataclass(frozen=True, slots=True)
 class Trace:
-    """What the members proposed for one token. members: member -> (text, probability), best first."""
+    """What the members proposed for one token. members: member -> (text, probability), best first.
+
+    given: member -> the probability that it gives to its own token of the same bytes (for an end of text, to all its
+    ends), 0 beyond its candidates, None where it has no such token. spelling: the bytes of the token; None for a
+    control token.
+    """
 
     token: str
     consulted: bool  # False: main decided alone
@@ -195,6 +200,13 @@ class Trace:
     weights: Mapping[str, float]  # of the consulted members
     left_out: Mapping[str, Reason] = field(default_factory=dict)  # member that did not count -> why
     draft: DraftTrace | None = None  # None: it was not drafted
+    prob: float = 0.0  # of the token in the fused distribution
+    entropy: float = 0.0  # of the fused distribution, in nats; what is outside the support counts as one token
+    given: Mapping[str, float | None] = field(default_factory=dict)
+    unmapped: Mapping[str, float] = field(
+        default_factory=dict
+    )  # member that was fused -> mass that found no place
+    spelling: bytes | None = None
 
 
 @dataclass(frozen=True, slots=True)

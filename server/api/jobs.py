@@ -300,6 +300,11 @@ def trace_steps(traces: Sequence[Trace]) -> list[TraceStep]:
             weights=dict(trace.weights),
             left_out=dict(trace.left_out),
             draft=None if trace.draft is None else TracedDraft(**asdict(trace.draft)),
+            prob=trace.prob,
+            entropy=trace.entropy,
+            given=dict(trace.given),
+            unmapped=dict(trace.unmapped),
+            bytes=None if trace.spelling is None else list(trace.spelling),
         )
         for trace in traces
     ]

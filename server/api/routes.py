@@ -20,7 +20,7 @@ from server.schema.chat import ChatCompletion, ChatRequest
 from server.schema.completions import CompletionRequest, TextCompletion
 from server.schema.message_replies import MessageReply, TokenCount
 from server.schema.messages import CountTokensRequest, MessagesRequest
-from server.schema.replies import ModelCard, ModelList, ModelPermission
+from server.schema.replies import ModelCard, ModelList, ModelPermission, StrategyList
 from server.schema.response_replies import ResponseObject
 from server.schema.responses import ResponseRequest
 
@@ -132,6 +132,12 @@ async def get_model(model_id: str, services: ServicesOf) -> ModelCard:
     if model_id not in models:
         raise ModelNotFoundError(f"model {quoted(model_id)} is unknown; known are {sorted(models)}")
     return card_of(models[model_id], services)
+
+
+@router.get("/v1/strategies")
+async def list_strategies(services: ServicesOf) -> StrategyList:
+    """The fusions and modes that a request may choose under `ensemble`, with the JSON schemas of their options."""
+    return StrategyList.model_validate(services.runtime.strategies())
 
 
 def card_of(model: ModelInfo, services: Services) -> ModelCard:

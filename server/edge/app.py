@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, nullcontext
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
@@ -28,6 +28,7 @@ from server.edge.metrics import PrometheusMetrics
 from server.edge.middleware import Lenient, RequestContext, RootPath
 from server.edge.openapi import require_key
 from server.edge.traces import Traces, open_traces
+from server.playground.page import page_paths, playground_router
 
 if TYPE_CHECKING:
     from ensemble_core.runtime import Runtime
@@ -37,8 +38,12 @@ _SIGNALS = ("tracing", "metrics", "logs", "operation_spans", "auto_configure")
 _WITHOUT_TELEMETRY: dict[str, Any] = {"telemetry": dict.fromkeys(_SIGNALS, False)}
 
 
-def create_app(runtime: Runtime, config: ServerConfig, metrics: PrometheusMetrics) -> FastAPI:
+def create_app(
+    runtime: Runtime, config: ServerConfig, metrics: PrometheusMetrics, stored: Sequence[Mapping[str, Any]] = ()
+) -> FastAPI:
     """An app that serves `runtime`. Its lifespan starts the runtime, and drains and stops it at shutdown.
+
+    stored: the requests whose stored answers the runtime replays, for the playground to offer.
 
     Raises ConfigError if the API keys cannot be loaded, and if traces cannot be sent.
     """
@@ -71,6 +76,8 @@ def create_app(runtime: Runtime, config: ServerConfig, metrics: PrometheusMetric
     )
     app.state.services = Services(runtime, live, metrics, int(time.time()), bool(keys), desk)
     ours = [*_routers(desk), *([admin.router] if admin_keys else [])]
+    if config.playground:
+        ours.append(playground_router(stored))
     for router in (routes.router, tokenizers.router, probes.router, docs.router, *ours):
         app.include_router(router)
     _add_middleware(app, live, (keys, admin_keys), metrics, _observers(config, metrics, traces))
@@ -118,8 +125,14 @@ def _add_middleware(
     uploads = frozenset[str]() if config.files_folder is None else frozenset({files.UPLOAD_PATH})
     app.add_middleware(BodyLimit, live=live, uploads=uploads)
     if keys or admin_keys:
-        protect = config.protect_metrics
-        app.add_middleware(Gate, keys=keys, protect_metrics=protect, metrics=metrics, admin_keys=admin_keys)
+        app.add_middleware(
+            Gate,
+            keys=keys,
+            protect_metrics=config.protect_metrics,
+            metrics=metrics,
+            admin_keys=admin_keys,
+            pages=page_paths() if config.playground else frozenset(),
+        )
         require_key(app, clients=bool(keys))
     if config.cors_origins:
         app.add_middleware(

@@ -128,11 +128,13 @@ class Gate:
         protect_metrics: bool,
         metrics: PrometheusMetrics,
         admin_keys: KeyRing | None = None,
+        pages: frozenset[str] = frozenset(),
     ) -> None:
+        """pages: paths of pages without secrets, which need no key."""
         self._app = app
         self._keys = keys
         self._admin_keys = admin_keys
-        self._open = OPEN_PATHS if protect_metrics else OPEN_PATHS | {_METRICS}
+        self._open = OPEN_PATHS | pages if protect_metrics else OPEN_PATHS | pages | {_METRICS}
         self._metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -99,7 +99,10 @@ class Lenient:
 
 
 def _without_slash(scope: Scope) -> str:
+    """The path that routes know; of the root path alone, that of the page at its root."""
     path = str(scope["path"])
+    if route_path(scope) == "":
+        return f"{path}/"
     return path[:-1] if path.endswith("/") and route_path(scope) != "/" else path
 
 

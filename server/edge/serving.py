@@ -222,6 +222,8 @@ def serve(
         gc.freeze()  # what is loaded stays; looking through it again and again would stop all threads for 0.25 s each
         say(f"ready at {base}; try:")
         say(curl_line(base, runtime.models()[0].name, keyed=bool(load_keys(config))))
+        if config.playground:
+            say(f"the playground is at {base}/")
 
     server = DrainingServer(settings, runtime, app.state.services.live, announce, read)
     say(f"listening on {base}; loading")

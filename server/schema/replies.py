@@ -126,6 +126,16 @@ class TraceStep(BaseModel):
     weights: dict[str, float] = Field(description="Weights of the members that were consulted; they sum to 1.")
     left_out: dict[str, str] = Field(description="Member that was not asked -> why.")
     draft: TracedDraft | None = Field(None, description="Null where the token was not drafted.")
+    prob: float = Field(description="Of the token in the fused distribution.")
+    entropy: float = Field(description="Of the fused distribution, in nats.")
+    given: dict[str, float | None] = Field(
+        description="Member -> the probability that it gives to its own token of the same spelling: 0 beyond its "
+        "candidates, null where it has no such token."
+    )
+    unmapped: dict[str, float] = Field(
+        description="Member that was fused -> its mass that found no place in main's vocabulary."
+    )
+    bytes: list[int] | None = Field(description="What the token adds to the text; null for a control token.")
 
 
 class ModelPermission(BaseModel):
@@ -173,6 +183,13 @@ class ModelList(BaseModel):
 
     object: Literal["list"] = "list"
     data: list[ModelCard]
+
+
+class StrategyList(BaseModel):
+    """What a request may choose under `ensemble`: name -> the JSON schema of its options."""
+
+    fusions: dict[str, dict[str, Any]]
+    modes: dict[str, dict[str, Any]]
 
 
 class ErrorDetail(BaseModel):

@@ -75,6 +75,12 @@ def test_members_are_up_once_the_engine_is_ready(
     assert 'member="duo"' not in text
 
 
+def test_strategies_come_with_the_schemas_of_their_options(client: TestClient) -> None:
+    found = client.get("/v1/strategies").json()
+    assert found.keys() == {"fusions", "modes"}
+    assert found["fusions"]["relative"]["properties"]["solver"]["enum"] == ["em", "search"]
+
+
 def test_promtool_accepts_what_a_fresh_server_says(client: TestClient) -> None:
     answer = client.get("/metrics")
     assert answer.headers["content-type"].startswith("text/plain; version=0.0.4")

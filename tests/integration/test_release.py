@@ -63,8 +63,17 @@ def test_the_wheel_holds_the_packages_alone(dist: Path) -> None:
     assert version is not None
     assert names == {"server", "ensemble_core", f"unisono-{version[1]}.dist-info"}
     kinds = {Path(name).suffix for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
-    page = {".css", ".js", ".png", ".txt", ".md", ""}  # Swagger UI, with its licences
-    assert kinds == {".py", ".typed", ".jinja"} | page
+    docs = {".css", ".js", ".png", ".txt", ".md", ""}  # Swagger UI, with its licences
+    playground = {".html", ".css", ".js", ".svg", ".json"}
+    assert kinds == {".py", ".typed", ".jinja"} | docs | playground
+
+
+def test_the_wheel_holds_the_playground_and_not_what_tests_it(dist: Path) -> None:
+    (wheel,) = dist.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    page = {f"server/playground/static/{name}" for name in ("index.html", "app.js", "base.css", "logo.svg")}
+    assert page | {"server/playground/stored.json"} <= set(names)
+    assert [name for name in names if "axe" in name] == []
 
 
 @pytest.fixture(scope="module")

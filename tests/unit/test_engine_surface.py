@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from collections import abc
 from typing import Any
 
@@ -385,8 +386,18 @@ def test_traces_say_what_was_proposed() -> None:
             assert all(0.0 <= p <= 1.0 for p in chances)
         if not within:
             assert trace.agreed["beta"] == (trace.members["beta"][0][0] == trace.token)
+        assert trace.spelling == vocabulary.tokens[token]
+        assert 0.0 < trace.prob <= 1.0
+        assert 0.0 <= trace.entropy <= math.log(len(vocabulary))
+        assert trace.given.keys() == trace.members.keys()
+        chance = dict(trace.fused).get(trace.token, trace.prob)
+        assert trace.prob == chance
+        for member, given in trace.given.items():
+            assert given is None or dict(trace.members[member]).get(trace.token, given) == given
+        assert trace.unmapped.keys() == trace.members.keys()
         spelt += vocabulary.text_bytes(token)
         within = mid_character(spelt)
+    assert b"".join(trace.spelling or b"" for trace in traces) == spelt
     assert {trace.consulted for trace in traces} == {True, False}
 
 
@@ -395,4 +406,6 @@ def test_a_member_alone_is_consulted() -> None:
     (trace,) = first.traces
     assert (trace.consulted, set(trace.members), trace.agreed) == (True, {"alpha"}, {})
     assert trace.members["alpha"] == trace.fused
+    assert trace.given == {"alpha": trace.prob}
+    assert trace.unmapped == {"alpha": 0.0}
     assert not alone("a", max_tokens=3, **GREEDY)[0].traces

@@ -8,8 +8,10 @@ import pytest
 
 from ensemble_core import factory  # noqa: F401  (registers the fusions)
 from ensemble_core.config import Config
+from ensemble_core.decoding.modes.base import MODES
 from ensemble_core.decoding.requests import Overrides
 from ensemble_core.errors import InvalidRequestError
+from ensemble_core.fusion.base import FUSIONS
 from ensemble_core.permissions import Permissions
 
 
@@ -82,3 +84,21 @@ def test_what_does_not_exist_is_left_to_the_recipes() -> None:
 
 def test_limits_may_be_lifted() -> None:
     check(permissions(most={}, refused={}), "relative", steps=100, support="full")
+
+
+def test_what_is_offered_is_what_is_allowed() -> None:
+    """Each strategy with the schema of its options, without what a request may not give."""
+    offered = permissions().offered()
+    assert offered["fusions"].keys() == set(FUSIONS.names())
+    assert offered["modes"].keys() == set(MODES.names())
+    options = offered["fusions"]["relative"]["properties"]
+    assert options["support"]["enum"] == ["closed"]
+    assert options["solver"]["enum"] == ["em", "search"]
+    assert next(part for part in options["steps"]["anyOf"] if part["type"] == "integer")["maximum"] == 10
+    assert offered["modes"]["lockstep"]["properties"]["positions"]["enum"] == ["all", "shared"]
+    fewer = permissions("eva", fusions=["union"], modes=[], most={"top": 5}, refused={}).offered()
+    assert fewer["fusions"].keys() == {"eva", "union"}
+    assert fewer["modes"].keys() == {"lockstep"}
+    assert fewer["fusions"]["eva"]["properties"]["top"]["maximum"] == 5
+    everything = permissions(most={}, refused={}).offered()["fusions"]
+    assert everything["relative"]["properties"]["support"]["enum"] == ["closed", "full"]

@@ -47,6 +47,14 @@ def test_version() -> None:
     assert invoke("--version").output.startswith("unisono ")
 
 
+def test_the_playground_without_models_is_a_demo() -> None:
+    result = invoke("playground")
+    assert result.exit_code == 1
+    assert (
+        "`unisono serve` shows the playground of its models at /; for stored answers add --demo" in result.stderr
+    )
+
+
 @pytest.mark.parametrize("command", ["serve", "batch", "build", "pull", "generate"])
 def test_every_command_takes_a_config(command: str) -> None:
     assert "--config" in invoke(command, "--help").output
