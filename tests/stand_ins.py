@@ -173,7 +173,7 @@ class Running:
         self.url = f"http://127.0.0.1:{self.port}"
 
     def start(self) -> None:
-        config = uvicorn.Config(self._app, port=self.port, log_level="error", timeout_graceful_shutdown=1)
+        config = uvicorn.Config(self._app, port=self.port, log_config=None, timeout_graceful_shutdown=1)
         self._server = uvicorn.Server(config)
         self._thread = threading.Thread(target=self._server.run, daemon=True)
         self._thread.start()

@@ -96,7 +96,7 @@ class Row:
 
 def companions(table: str, name: str) -> dict[str, Any]:
     known = KINDS[table].model_fields
-    if name == "logprob_token_ids":
+    if name == "logprob_token_ids" and name in known:
         return {"logprobs": 1 if table == "completions" else True}
     if table == "messages" and name == "tool_choice":
         return {"tools": [{"name": "f", "input_schema": {}}]}

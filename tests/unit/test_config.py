@@ -133,7 +133,7 @@ def test_weighting_is_named_or_spelt_out(tmp_path: Path, value: object) -> None:
         ("ensembles.ab.weighting", {"tau": 1.0}, "ensembles.ab.weighting: tau only acts with `by: perplexity`"),
         ("ensembles.ab.weighting", {"by": "perplexity", "tau": 0}, "ensembles.ab.weighting.tau: Input should be"),
         ("ensembles.ab.mode", ["lockstep"], "ensembles.ab.mode: Input should be a valid dictionary"),
-        ("matrices.recipe", "own", "matrices.recipe: Input should be 'centred' or 'deepen'"),
+        ("matrices.recipe", "own", "matrices.recipe: Input should be 'centred', 'deepen' or 'spelling'"),
         ("matrices.min_retained", 2, "matrices.min_retained: "),
         ("scheduler.max_running", 0, "scheduler.max_running: "),
         ("server.port", 70000, "server.port: Input should be less than or equal to 65535 (given: 70000)"),

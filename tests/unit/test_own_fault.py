@@ -65,9 +65,9 @@ def _in_shaping(monkeypatch: pytest.MonkeyPatch, sick: Sequence) -> None:
 def _in_reports(monkeypatch: pytest.MonkeyPatch, sick: Sequence) -> None:
     trace = reports.trace
 
-    def broken(recipe: Recipe, tracks: Mapping[str, Track], *rest: Any) -> Any:
+    def broken(recipe: Recipe, tracks: Mapping[str, Track], *rest: Any, **named: Any) -> Any:
         assert tracks is not sick.tracks, "reporting went wrong"
-        return trace(recipe, tracks, *rest)
+        return trace(recipe, tracks, *rest, **named)
 
     monkeypatch.setattr(reports, "trace", broken)
 
