@@ -61,7 +61,8 @@ test: models ## set up everything and run the fast tests, those on the demo pair
 
 .PHONY: test-slow
 test-slow: models .venv-vllm/installed ## the slow tests: minutes rather than seconds
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -m "slow and not gpu"
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -m "slow and not gpu" -k "not ray"
+	@$(BIN)/python -m pytest -q -m "slow and not gpu" -k ray
 
 # Clients of other projects, each in a venv of its own from tests/clients/requirements-NAME.txt: .venv-clients/NAME.
 CLIENTS := $(patsubst tests/clients/requirements-%.txt,.venv-clients/%/installed,$(wildcard tests/clients/requirements-*.txt))
