@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from statistics import median
 
+from benchmarks.in_process import in_process
 from benchmarks.ledger import Check, Findings, TableRow, arguments
 from benchmarks.stopwatch import percentile
 from benchmarks.verify import KINDS, Bench
@@ -158,17 +159,6 @@ async def _attack(
     return refused
 
 
-def beside_bombs(config: Config, model: str, num_bombs: int) -> list[TableRow]:
-    """The second table."""
-    runtime = Runtime(config)
-    runtime.start()
-    runtime.wait_ready()
-    try:
-        return asyncio.run(gaps(runtime, model, num_bombs))
-    finally:
-        runtime.stop()
-
-
 def main() -> None:
     """Measure, tell."""
     parser = arguments(__doc__)
@@ -183,7 +173,7 @@ def main() -> None:
         for row in rows
         if row["B"] == max(places)
     ]
-    beside = beside_bombs(config, args.ensemble, bombs)
+    beside = in_process(config, lambda runtime: gaps(runtime, args.ensemble, bombs))
     worst = max(float(str(row["over median before"])) for row in beside)
     checks.append(Check("longest gap beside costly forms / median", worst, "<=", GAP_BOUND))
     settings = {"model": args.ensemble, "tokens": num_tokens, "rounds": rounds, "quick": args.quick}

@@ -9,15 +9,14 @@ trace is as fast as before it had this much in them says `python -m benchmarks.p
 
 from __future__ import annotations
 
-import asyncio
 import itertools
 import time
 from collections.abc import Iterator
 from statistics import median
 
+from benchmarks.in_process import in_process
 from benchmarks.ledger import Check, Findings, TableRow, arguments
 from benchmarks.verify import KINDS
-from ensemble_core.config import Config
 from ensemble_core.config_file import load_config
 from ensemble_core.decoding.requests import GenerationRequest
 from ensemble_core.decoding.sampling_params import SamplingParams
@@ -69,17 +68,6 @@ async def rows_of(runtime: Runtime, model: str, num_tokens: int, rounds: int) ->
     return rows
 
 
-def measured(config: Config, model: str, num_tokens: int, rounds: int) -> list[TableRow]:
-    """The table."""
-    runtime = Runtime(config)
-    runtime.start()
-    runtime.wait_ready()
-    try:
-        return asyncio.run(rows_of(runtime, model, num_tokens, rounds))
-    finally:
-        runtime.stop()
-
-
 def main() -> None:
     """Measure, tell."""
     parser = arguments(__doc__)
@@ -87,7 +75,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
     num_tokens, rounds = (24, 1) if args.quick else (160, args.rounds)
-    rows = measured(load_config(args.config), args.ensemble, num_tokens, rounds)
+    config = load_config(args.config)
+    rows = in_process(config, lambda runtime: rows_of(runtime, args.ensemble, num_tokens, rounds))
     told = "streams: gap beside one traced over none"
     checks = [
         Check(

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-from browsers import Visit, chromium, visiting
+from browsers import Visit, visiting
 from playground_servers import engine_server
 from playwright.sync_api import Browser, expect
 
@@ -21,18 +20,6 @@ document.getAnimations().length + [...document.querySelectorAll("*")].filter(
   (each) => [null, "::before"].some((part) => getComputedStyle(each, part).transitionDuration !== "0s")
 ).length
 """
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with chromium() as browser:
-        yield browser
-
-
-@pytest.fixture(scope="module")
-def url() -> Iterator[str]:
-    with engine_server() as url:
-        yield url
 
 
 def looked_at(visit: Visit) -> list[str]:

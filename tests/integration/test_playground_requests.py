@@ -14,9 +14,9 @@ from typing import Any
 
 import httpx
 import pytest
-from browsers import Visit, chromium, visiting
+from browsers import Visit, visiting
 from fake_runtime import FakeRuntime, live_server
-from playground_servers import engine_server, scripted_server
+from playground_servers import scripted_server
 from playwright.sync_api import Browser, expect
 from processes import ROOT, free_port, wait_until_ready
 
@@ -27,18 +27,6 @@ from server.playground import record
 from server.playground.stored import StoredRuntime
 
 KEY = "sk-very-secret-key"
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with chromium() as browser:
-        yield browser
-
-
-@pytest.fixture(scope="module")
-def url() -> Iterator[str]:
-    with engine_server() as url:
-        yield url
 
 
 @pytest.fixture

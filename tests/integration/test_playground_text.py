@@ -10,8 +10,8 @@ from pathlib import Path
 
 import httpx
 import pytest
-from browsers import Visit, chromium, visiting
-from playground_servers import engine_server, scripted_server
+from browsers import Visit, visiting
+from playground_servers import scripted_server
 from playwright.sync_api import Browser, expect
 
 PROMPT = "deed bad"
@@ -21,18 +21,6 @@ MOST_FLUSH = 16.0  # milliseconds of the median frame that adds tokens
 _MARKS = """
 all => all.map((each) => getComputedStyle(each)).map((style) => style.borderBottomStyle + style.borderBottomWidth)
 """
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with chromium() as browser:
-        yield browser
-
-
-@pytest.fixture(scope="module")
-def url() -> Iterator[str]:
-    with engine_server() as url:
-        yield url
 
 
 @pytest.fixture
